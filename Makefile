@@ -1,0 +1,45 @@
+# Every target works on a fresh clone: it needs Python >= 3.10 with pip, make and a C++20 compiler, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+HEADERS := $(shell find include -name '*.hpp')
+UNITS := $(wildcard csrc/*.cpp)
+PROGRAMS := $(wildcard tests/*/*.cpp benchmarks/*.cpp)
+COMPILERS := $(CXX) $(if $(shell command -v clang++ 2>/dev/null),clang++)
+WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
+
+.PHONY: demo test exhaustive bench lint clean
+
+demo: .venv/built
+	$(BIN)/python examples/minilm.py
+
+test: .venv/built
+	$(BIN)/pytest -q
+
+exhaustive: .venv/built
+	$(BIN)/pytest -q -m exhaustive
+
+bench: .venv/built
+	$(BIN)/python benchmarks/bench.py
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(BIN):$$PATH" cython-lint fastlinear/*.pyx
+	$(BIN)/clang-format --dry-run -Werror $(HEADERS) $(UNITS) $(PROGRAMS)
+	set -e; for cxx in $(COMPILERS); do \
+	  for unit in $(UNITS) $(PROGRAMS); do $$cxx $(WARN) $$unit; done; \
+	  for header in $(wildcard include/fastlinear/*.hpp); do $$cxx $(WARN) -include $$header -x c++ /dev/null; done; \
+	done
+
+.venv/ready: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+# In pip's build isolation, as a user gets it; editable, so that only C++ and Cython changes need a build.
+.venv/built: .venv/ready setup.py pyproject.toml $(HEADERS) $(UNITS) $(wildcard fastlinear/*.pyx)
+	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info fastlinear/*.so fastlinear/_kernels.cpp .mypy_cache .pytest_cache .ruff_cache .hypothesis

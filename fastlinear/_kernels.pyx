@@ -1,0 +1,715 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# distutils: language = c++
+"""The only door to C++: a tensor is looked at once, checked once, and the kernels are called.
+
+No torch header is used. A tensor is read through the C table that torch.Tensor publishes
+(``__dlpack_c_exchange_api__``, DLPack 1.3), or through its Python attributes where torch is too old to have one.
+"""
+
+import os
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd import profiler
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libcpp cimport bool as cbool
+
+
+cdef extern from "fastlinear/dlpack.hpp" namespace "fastlinear" nogil:
+    ctypedef struct DlDevice:
+        int32_t device_type
+    ctypedef struct DlDataType:
+        uint8_t code
+        uint8_t bits
+    ctypedef struct DlTensor:
+        void* data
+        DlDevice device
+        int32_t ndim
+        DlDataType dtype
+        int64_t* shape
+        int64_t* strides
+        uint64_t byte_offset
+    ctypedef struct DlExchangeApi:
+        uint32_t major
+        int (*peek)(void*, DlTensor*)
+
+cdef extern from "fastlinear/cpu.hpp" namespace "fastlinear" nogil:
+    ctypedef struct CpuidRegisters:
+        uint32_t eax
+        uint32_t ebx
+        uint32_t ecx
+        uint32_t edx
+    ctypedef struct CpuSource:
+        CpuidRegisters (*cpuid)(uint32_t, uint32_t, void*) noexcept
+        uint64_t (*xcr0)(void*) noexcept
+        void* context
+    ctypedef struct Cpu:
+        char[13] vendor
+        char[49] model
+        cbool[3] isa
+        size_t[3] cache
+    Cpu detect_cpu(const CpuSource&)
+    CpuSource this_cpu()
+    void flush(const char*, size_t)
+
+cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
+    ctypedef int Format "fastlinear::Format"
+    ctypedef int Isa "fastlinear::Isa"
+    ctypedef struct Layout:
+        Format format
+        ptrdiff_t nr
+        ptrdiff_t kr
+    ctypedef struct Kernel:
+        const char* name
+        Isa isa
+        Format rows
+        Layout layout
+        ptrdiff_t mr
+        ptrdiff_t panels
+        ptrdiff_t columns()
+    size_t kIsas
+    const char** kIsaNames
+    const char** kFormatNames
+
+cdef extern from "fastlinear/registry.hpp" namespace "fastlinear" nogil:
+    ctypedef void (*Step)()
+    ctypedef struct Activation "fastlinear::Activation":
+        const char* name
+        size_t params
+        float* defaults
+    const Kernel* kernel_at(size_t)
+    const Kernel* find_kernel(const char*)
+    const Activation* activation_at(size_t)
+    Step find_step(Isa, size_t)
+
+cdef extern from "fastlinear/parallel.hpp" namespace "fastlinear" nogil:
+    cppclass ThreadPool:
+        cbool attach(const char*)
+        void stop_after_fork()
+        cbool forked()
+        ptrdiff_t size()
+    ThreadPool& thread_pool()
+
+cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
+    cppclass WeightView[T]:
+        T* data
+        ptrdiff_t n, k, stride_n, stride_k
+    ptrdiff_t packed_elements(const Layout&, ptrdiff_t, ptrdiff_t)
+    void pack_weight(const Layout&, const WeightView[const float]&, float*)
+    void unpack_weight(const Layout&, const float*, const WeightView[float]&)
+
+cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
+    ctypedef struct CPlan "fastlinear::Plan":
+        const Kernel* kernel
+        ptrdiff_t threads
+        ptrdiff_t k_slices
+    ctypedef struct Rows:
+        const float* data
+        ptrdiff_t stride
+    cppclass EpilogueProgram:
+        Step* steps
+        float** params
+        size_t count
+    ctypedef struct Problem:
+        ptrdiff_t m
+        ptrdiff_t n
+        ptrdiff_t k
+        Rows x
+        const char* packed
+        const float* bias
+        float* y
+        ptrdiff_t stride_y
+        EpilogueProgram epilogue
+    cbool gemm(const Problem&, const CPlan&)
+
+
+# ---- this machine -----------------------------------------------------------------------------------------------------
+
+cdef Cpu cpu = detect_cpu(this_cpu())
+cdef size_t isa_limit = kIsas
+
+
+def _read_isa_limit():
+    global isa_limit
+    wanted = os.environ.get("FASTLINEAR_MAX_ISA")
+    if wanted is None:
+        return
+    names = [kIsaNames[i].decode() for i in range(kIsas)]
+    if wanted not in names:
+        raise ValueError(f"FASTLINEAR_MAX_ISA is {wanted!r}; it may be one of {', '.join(names)}")
+    isa_limit = <size_t> names.index(wanted) + 1
+
+
+_read_isa_limit()
+
+
+cdef bint runnable(const Kernel* kernel) noexcept:
+    cdef size_t isa = <size_t> kernel.isa
+    return isa < isa_limit and cpu.isa[isa]
+
+
+cdef dict describe_cpu(Cpu& c):
+    return {
+        "vendor": (<bytes> (<const char*> c.vendor)).decode(errors="replace"),
+        "model": (<bytes> (<const char*> c.model)).decode(errors="replace").strip(),
+        "isas": [kIsaNames[i].decode() for i in range(kIsas) if c.isa[i]],
+        "l1d": c.cache[0],
+        "l2": c.cache[1],
+        "l3": c.cache[2],
+    }
+
+
+def cpu_info():
+    """What this CPU is: vendor, model, the ISAs that may run (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
+    info = describe_cpu(cpu)
+    info["isas"] = [name for i, name in enumerate(info["isas"]) if i < isa_limit]
+    return info
+
+
+cdef CpuidRegisters fake_cpuid(uint32_t leaf, uint32_t subleaf, void* context) noexcept with gil:
+    cdef CpuidRegisters r
+    r.eax, r.ebx, r.ecx, r.edx = (<dict> context).get((leaf, subleaf), (0, 0, 0, 0))
+    return r
+
+
+cdef uint64_t fake_xcr0(void* context) noexcept with gil:
+    return (<dict> context).get("xcr0", 0)
+
+
+def detect(machine: dict):
+    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}."""
+    cdef CpuSource source
+    source.cpuid = fake_cpuid
+    source.xcr0 = fake_xcr0
+    source.context = <void*> machine
+    cdef Cpu c = detect_cpu(source)
+    return describe_cpu(c)
+
+
+def num_threads():
+    """Threads that a call may use: torch's own count, or 1 in a forked child."""
+    return thread_pool().size()
+
+
+def _attach_pool():
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    return any(thread_pool().attach(os.fsencode(os.path.join(folder, name)))
+               for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"))
+
+
+def forked():
+    """True in a process that was forked after fastlinear was imported: everything there runs on one thread."""
+    return thread_pool().forked()
+
+
+def _after_fork():
+    thread_pool().stop_after_fork()
+
+
+pool_attached = _attach_pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+
+cdef str layout_name(const Layout& layout):
+    return f"{kFormatNames[<size_t> layout.format].decode()}/{layout.nr}x{layout.kr}"
+
+
+def kernels():
+    """The kernel table, best ISA first: one dict a kernel, with `runnable` telling whether this CPU (and
+    FASTLINEAR_MAX_ISA) allows it."""
+    rows = []
+    cdef size_t i = 0
+    cdef const Kernel* k = kernel_at(0)
+    while k != NULL:
+        rows.append({
+            "name": k.name.decode(), "isa": kIsaNames[<size_t> k.isa].decode(),
+            "format": kFormatNames[<size_t> k.layout.format].decode(), "rows": kFormatNames[<size_t> k.rows].decode(),
+            "layout": layout_name(k.layout), "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
+            "columns": k.columns(), "runnable": runnable(k),
+        })
+        i += 1
+        k = kernel_at(i)
+    return rows
+
+
+def activations():
+    """Name -> default parameters of every activation an epilogue may apply; "identity" is the first."""
+    table = {}
+    cdef size_t i = 0
+    cdef const Activation* a = activation_at(0)
+    while a != NULL:
+        table[a.name.decode()] = tuple(a.defaults[j] for j in range(a.params))
+        i += 1
+        a = activation_at(i)
+    return table
+
+
+cdef const Kernel* runnable_kernel(str name) except NULL:
+    cdef const Kernel* kernel = find_kernel(name.encode())
+    if kernel == NULL or not runnable(kernel):
+        may = ", ".join(row["name"] for row in kernels() if row["runnable"])
+        raise ValueError(f"no kernel {name!r} runs here; there are {may}")
+    return kernel
+
+
+cdef const Kernel* kernel_of_layout(str layout) except NULL:
+    cdef size_t i = 0
+    cdef const Kernel* k = kernel_at(0)
+    while k != NULL:
+        if layout_name(k.layout) == layout:
+            return k
+        i += 1
+        k = kernel_at(i)
+    raise ValueError(f"no kernel reads layout {layout!r}; there are {sorted({row['layout'] for row in kernels()})}")
+
+
+# ---- tensors ----------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    MAX_DIMS = 8
+
+# A CPU fp32 tensor as the kernels see it.
+cdef struct View:
+    float* data
+    int ndim
+    int64_t[MAX_DIMS] shape
+    int64_t[MAX_DIMS] stride
+
+cdef object Tensor = torch.Tensor
+cdef object float32 = torch.float32
+
+
+cdef DlExchangeApi* find_exchange_api():
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return NULL
+    api = <DlExchangeApi*> PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+    return api if api.major == 1 else NULL
+
+
+cdef DlExchangeApi* exchange_api = find_exchange_api()
+
+
+# False where `tensor` is not a dense CPU fp32 tensor with real memory. `tensor` must be exactly a torch.Tensor or
+# nn.Parameter: subclasses may not mean what their storage says.
+cdef bint look_at(object tensor, View* v):
+    cdef DlTensor t
+    cdef int i
+    if exchange_api == NULL:
+        return look_at_slowly(tensor, v)
+    try:
+        if exchange_api.peek(<void*> tensor, &t) != 0:
+            raise
+    except Exception:  # sparse, quantised, functorch-wrapped, meta ...: whatever DLPack refuses
+        return False
+    if t.device.device_type != 1 or t.dtype.code != 2 or t.dtype.bits != 32 or t.ndim > MAX_DIMS:
+        return False
+    v.data = <float*> (<char*> t.data + t.byte_offset)
+    v.ndim = t.ndim
+    for i in range(t.ndim):
+        v.shape[i] = t.shape[i]
+        v.stride[i] = t.strides[i]
+    return True
+
+
+cdef bint look_at_slowly(object tensor, View* v):
+    cdef int i
+    if (tensor.dtype is not float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided
+            or tensor.dim() > MAX_DIMS):
+        return False
+    v.data = <float*> <size_t> tensor.data_ptr()
+    v.ndim = tensor.dim()
+    for i in range(v.ndim):
+        v.shape[i] = tensor.size(i)
+        v.stride[i] = tensor.stride(i)
+    return True
+
+
+# Folds all dimensions but the last into rows a constant stride apart; False where the memory has no such form.
+cdef bint as_rows(View* v, ptrdiff_t* rows, ptrdiff_t* stride) noexcept:
+    cdef int i
+    cdef int last = v.ndim - 1
+    rows[0] = 1
+    stride[0] = v.shape[last]
+    for i in range(last):
+        rows[0] *= v.shape[i]
+    if rows[0] == 0 or v.shape[last] == 0:
+        return True
+    if v.stride[last] != 1:
+        return False
+    cdef int64_t expected = -1
+    for i in range(last - 1, -1, -1):
+        if v.shape[i] == 1:
+            continue
+        if expected == -1:
+            stride[0] = v.stride[i]
+        elif v.stride[i] != expected:
+            return False
+        expected = v.stride[i] * v.shape[i]
+    return True
+
+
+cdef View need(object tensor, str what) except *:
+    cdef View v
+    if not isinstance(tensor, Tensor) or not look_at(tensor, &v):
+        raise TypeError(f"{what} must be a dense fp32 CPU tensor, not {describe(tensor)}")
+    return v
+
+
+cdef str describe(object value):
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} {value.layout} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"a {type(value).__name__}"
+
+
+# ---- weights, plans, epilogues ----------------------------------------------------------------------------------------
+
+cdef class Packed:
+    """A weight [n, k] in the panels of `layout`.
+
+    weight: fp32 CPU tensor of shape [n, k], any strides. `data` is the 1-D uint8 tensor that holds the panels.
+    Raises TypeError or ValueError where the weight or the layout is not one the kernels read.
+    """
+
+    cdef readonly ptrdiff_t n, k
+    cdef readonly str layout
+    cdef readonly object data
+    cdef Layout shape
+    cdef float* panels
+    cdef object __weakref__
+
+    def __init__(self, weight, str layout):
+        cdef View w = need(weight, "weight")
+        if w.ndim != 2:
+            raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
+        self.shape = kernel_of_layout(layout).layout
+        self.layout = layout
+        self.n, self.k = w.shape[0], w.shape[1]
+        self.data = torch.empty(packed_elements(self.shape, self.n, self.k) * sizeof(float), dtype=torch.uint8)
+        self.panels = <float*> <size_t> self.data.data_ptr()
+        cdef WeightView[const float] source
+        source.data, source.n, source.k = w.data, self.n, self.k
+        source.stride_n, source.stride_k = w.stride[0], w.stride[1]
+        with nogil:
+            pack_weight(self.shape, source, self.panels)
+
+    @property
+    def nbytes(self):
+        return self.data.nbytes
+
+    def head(self, ptrdiff_t n):
+        """The first n output channels, in the same memory; n is rounded up to whole panels, and down to what there is."""
+        cdef Packed part = Packed.__new__(Packed)
+        n = min(self.n, (n + self.shape.nr - 1) // self.shape.nr * self.shape.nr)
+        part.shape, part.layout, part.panels, part.k, part.n = self.shape, self.layout, self.panels, self.k, n
+        part.data = self.data[: packed_elements(self.shape, n, self.k) * sizeof(float)]
+        return part
+
+    def unpack(self):
+        """The weight [n, k], bit for bit as it was packed."""
+        weight = torch.empty((self.n, self.k), dtype=torch.float32)
+        cdef WeightView[float] target
+        target.data, target.n, target.k = <float*> <size_t> weight.data_ptr(), self.n, self.k
+        target.stride_n, target.stride_k = self.k, 1
+        with nogil:
+            unpack_weight(self.shape, self.panels, target)
+        return weight
+
+
+cdef class Plan:
+    """How to run one product: the kernel by its name in the table, threads (at least 1), slices of K (at least 1)."""
+
+    cdef readonly str kernel
+    cdef CPlan plan
+    cdef str layout
+
+    def __init__(self, str kernel, ptrdiff_t threads=1, ptrdiff_t k_slices=1):
+        if threads < 1 or k_slices < 1 or threads > 4096 or k_slices > 4096:
+            raise ValueError(f"a plan takes 1 to 4096 threads and K slices, not {threads} and {k_slices}")
+        self.kernel = kernel
+        self.plan.kernel = runnable_kernel(kernel)
+        self.plan.threads, self.plan.k_slices = threads, k_slices
+        self.layout = layout_name(self.plan.kernel.layout)
+
+    @property
+    def threads(self):
+        return self.plan.threads
+
+    @property
+    def k_slices(self):
+        return self.plan.k_slices
+
+    def __repr__(self):
+        return f"Plan({self.kernel!r}, threads={self.plan.threads}, k_slices={self.plan.k_slices})"
+
+
+cdef class Epilogue:
+    """What happens to the sums: the bias is added, then each (activation name, parameters) is applied in turn."""
+
+    cdef EpilogueProgram[3] program  # one an ISA
+    cdef readonly tuple steps
+
+    def __init__(self, steps=()):
+        names = list(activations())
+        steps = tuple((name, tuple(params)) for name, params in steps) or (("identity", ()),)
+        if len(steps) > 4:
+            raise ValueError(f"an epilogue has at most 4 steps, not {len(steps)}")
+        self.steps = steps
+        cdef size_t isa, i, j
+        for i, (name, params) in enumerate(steps):
+            if name not in names:
+                raise ValueError(f"unknown activation {name!r}; there are {', '.join(names)}")
+            known = activation_at(names.index(name)).params
+            if <size_t> len(params) != known:
+                raise ValueError(f"activation {name!r} takes {known} parameters, not {len(params)}: {params}")
+            for isa in range(kIsas):
+                self.program[isa].steps[i] = find_step(<Isa> isa, names.index(name))
+                self.program[isa].count = len(steps)
+                for j in range(known):
+                    self.program[isa].params[i][j] = params[j]
+
+
+# One product. Large ones release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
+cdef int compute(Packed w, Plan plan, Epilogue epilogue, ptrdiff_t m, const float* x, ptrdiff_t stride_x,
+                 const float* bias, float* y, ptrdiff_t stride_y) except -1:
+    cdef Problem p
+    p.m, p.n, p.k = m, w.n, w.k
+    p.x.data, p.x.stride = x, stride_x
+    p.packed, p.bias, p.y, p.stride_y = <const char*> w.panels, bias, y, stride_y
+    p.epilogue = epilogue.program[<size_t> plan.plan.kernel.isa]
+    cdef CPlan c = plan.plan
+    cdef cbool done
+    if m * w.n * w.k > 2000000:
+        with nogil:
+            done = gemm(p, c)
+    else:
+        done = gemm(p, c)
+    if not done:
+        raise MemoryError(f"no memory for the scratch tiles of a product with M={m}, N={w.n}, K={w.k}")
+    return 0
+
+
+def run(Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out):
+    """out = epilogue(x @ weight.T + bias).
+
+    x: fp32 [M, K]; bias: fp32 [N] or None; out: fp32 [M, N], written in place. Rows may have any stride, elements of a
+    row must be side by side. Raises TypeError or ValueError where a tensor is not of that form.
+    """
+    cdef View vx = need(x, "x")
+    cdef View vy = need(out, "out")
+    cdef View vb
+    cdef ptrdiff_t m = 0, stride_x = 0, m_y = 0, stride_y = 0
+    if packed.layout != plan.layout:
+        raise ValueError(f"kernel {plan.kernel!r} reads layout {plan.layout!r}, the weight is in {packed.layout!r}")
+    if vx.ndim != 2 or vx.shape[1] != packed.k or not as_rows(&vx, &m, &stride_x):
+        raise ValueError(f"x must be [M, {packed.k}] with unit stride in a row, not {describe(x)}")
+    if vy.ndim != 2 or vy.shape[0] != m or vy.shape[1] != packed.n or not as_rows(&vy, &m_y, &stride_y):
+        raise ValueError(f"out must be [{m}, {packed.n}] with unit stride in a row, not {describe(out)}")
+    vb.data = NULL
+    if bias is not None:
+        vb = need(bias, "bias")
+        if vb.ndim != 1 or vb.shape[0] != packed.n or (vb.stride[0] != 1 and packed.n > 1):
+            raise ValueError(f"bias must be [{packed.n}] with unit stride, not {describe(bias)}")
+    compute(packed, plan, epilogue, m, vx.data, stride_x, vb.data, vy.data, stride_y)
+
+
+# ---- the call ---------------------------------------------------------------------------------------------------------
+
+# Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...).
+cdef enum:
+    BUCKETS = 96
+
+cdef int bucket_index(ptrdiff_t m) noexcept:
+    cdef int octave = 3
+    if m <= 8:
+        return <int> m
+    while m > <ptrdiff_t> 2 << octave:
+        octave += 1
+    return 8 + 2 * (octave - 3) + (1 if m <= <ptrdiff_t> 3 << (octave - 1) else 2)
+
+
+def bucket(ptrdiff_t m):
+    """The bucket of M: the smallest of 0..8, 12, 16, 24, 32, 48, 64, 96 ... that is not below it."""
+    cdef int i = bucket_index(m) - 9
+    return m if m <= 8 else (3 << (i // 2 + 2)) if i % 2 == 0 else (16 << (i // 2))
+
+
+# Why the engine does not answer a call.
+UNFIT = "unfit"          # it must go through torch: gradients, a mode that watches, another dtype or device
+PROFILED = "profiled"    # it should show up in the profile
+STALE = "stale"          # the weight is not packed, or changed since
+UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads
+
+cdef object is_grad_enabled = torch.is_grad_enabled
+cdef object get_default_dtype = torch.get_default_dtype
+cdef object empty = torch.empty
+cdef object forward_ad_module = forward_ad
+cdef object profiler_module = profiler
+cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
+    torch._C._is_any_autocast_enabled,
+    torch._C._functorch.maybe_current_level,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._get_tracing_state,
+)
+
+
+cdef bint watched() except -1:
+    for mode in modes:
+        level = mode()
+        if level is not None and level is not False and level != 0:
+            return True
+    return forward_ad_module._current_level >= 0
+
+
+# What nn.Module.__call__ looks at before it calls forward.
+cdef tuple own_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+cdef tuple global_hooks = tuple(getattr(torch.nn.modules.module, "_global" + name) for name in own_hooks)
+
+
+# None for a tensor made in inference mode, whose changes torch does not count.
+def version_of(tensor):
+    return None if tensor.is_inference() else tensor._version
+
+
+cdef class Engine:
+    """The hot path of one layer: looks at the module and the input, and runs the plan for this M; about 2 us.
+
+    It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
+    What it cannot answer goes to `module._slow(x, why)`, why being UNFIT, PROFILED, STALE or UNPLANNED.
+    """
+
+    cdef readonly Packed packed
+    cdef readonly Epilogue epilogue
+    cdef readonly bint transposed
+    cdef object weight, version
+    cdef float* weight_data
+    cdef dict plans           # threads -> plans by bucket index
+    cdef list current         # the plans for `threads`
+    cdef ptrdiff_t threads
+
+    def __init__(self, Epilogue epilogue not None, bint transposed=False):
+        self.epilogue = epilogue
+        self.transposed = transposed
+        self.drop()
+
+    def drop(self):
+        """Forgets the packed weight and the plans."""
+        self.packed = self.weight = None
+        self.plans = {}
+        self.threads = 0
+
+    def take(self, weight, Packed packed not None):
+        """Uses `packed`, which holds the parameter `weight` as it is now."""
+        cdef View v = need(weight, "weight")
+        self.drop()
+        self.weight, self.version, self.weight_data, self.packed = weight, version_of(weight), v.data, packed
+
+    def plan_for(self, ptrdiff_t m, ptrdiff_t threads, plan):
+        """Sets what runs for the bucket of m while torch has `threads` threads: a Plan, or (x, weight, bias) -> y."""
+        if isinstance(plan, Plan) and (<Plan> plan).layout != self.packed.layout:
+            raise ValueError(f"kernel {plan.kernel!r} does not read layout {self.packed.layout!r}")
+        self.plans.setdefault(threads, [None] * BUCKETS)[bucket_index(m)] = plan
+
+    def fresh(self, module):
+        """True while the packed weight is the module's."""
+        return self.holds((<dict> module.__dict__)["_parameters"].get("weight"))
+
+    # The identity of the parameter, the memory behind it and torch's count of its changes. `.data.copy_()` moves none of
+    # them; that is what refresh() is for.
+    cdef bint holds(self, object weight) except -1:
+        cdef View w
+        return (weight is not None and weight is self.weight and look_at(weight, &w) and w.data == self.weight_data
+                and (self.version is None or weight._version == self.version))
+
+    def __call__(self, module, x):
+        """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile()."""
+        cdef dict state = <dict> module.__dict__
+        if "forward" in state or "_compiled_call_impl" in state:
+            return None
+        for hooks in global_hooks:
+            if <dict> hooks:
+                return None
+        for name in own_hooks:
+            if <dict> state[name]:
+                return None
+        return self.forward(module, x)
+
+    def forward(self, module, x):
+        """`module.forward(x)`."""
+        why = UNFIT
+        if type(x) is Tensor and not watched():
+            if profiler_module._is_profiler_enabled:
+                return module._slow(x, PROFILED)
+            y = self.answer(<dict> module.__dict__, x)
+            if type(y) is not str:
+                return y
+            why = y
+        return module._slow(x, why)
+
+    def attempt(self, module, x):
+        """The output, or None where torch has to compute it; for callers that know that no mode watches."""
+        y = self.answer(<dict> module.__dict__, x)
+        return None if type(y) is str else y
+
+    # The output, or why there is none.
+    cdef object answer(self, dict state, object x):
+        cdef View v, w, b
+        cdef ptrdiff_t m, stride_x, threads
+        cdef dict params = <dict> state["_parameters"]
+        weight = params["weight"]
+        bias = params["bias"]
+        if state["training"] is True or is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
+            return UNFIT
+        if not self.holds(weight):
+            return STALE
+
+        if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != self.packed.k:
+            return UNFIT
+        if not as_rows(&v, &m, &stride_x):
+            x = x.contiguous()
+            if not look_at(x, &v) or not as_rows(&v, &m, &stride_x):
+                return UNFIT
+        if v.data == NULL and m * self.packed.k > 0:  # a tensor of zeros without memory
+            return UNFIT
+        b.data = NULL
+        if bias is not None and not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == self.packed.n
+                                     and (b.stride[0] == 1 or self.packed.n < 2)):
+            return UNFIT
+
+        threads = thread_pool().size()
+        if threads != self.threads:
+            self.current = self.plans.setdefault(threads, [None] * BUCKETS)
+            self.threads = threads
+        plan = self.current[bucket_index(m)]
+        if m > 0 and type(plan) is not Plan:
+            return UNPLANNED if plan is None else plan(x, weight, bias)
+
+        y = new_output(&v, self.packed.n)
+        if m > 0 and self.packed.n > 0:
+            look_at(y, &w)
+            compute(self.packed, <Plan> plan, self.epilogue, m, v.data, stride_x, b.data, w.data, self.packed.n)
+        return y
+
+
+# torch.empty is quickest with nothing but integers.
+cdef object new_output(View* x, ptrdiff_t n):
+    if get_default_dtype() is not float32:
+        return empty([x.shape[i] for i in range(x.ndim - 1)] + [n], dtype=float32)
+    if x.ndim == 2:
+        return empty(x.shape[0], n)
+    if x.ndim == 3:
+        return empty(x.shape[0], x.shape[1], n)
+    return empty([x.shape[i] for i in range(x.ndim - 1)] + [n])
+
+
+def evict(size_t address, size_t nbytes):
+    """Drops memory from every cache level, so that its next use is a cold one. The memory must exist."""
+    with nogil:
+        flush(<const char*> address, nbytes)

@@ -1,0 +1,260 @@
+"""Choose the fastest of several ways to do the same thing, on a noisy machine, within a time budget.
+
+Pure policy: the candidates and the clock are passed in; nothing here knows what is measured. The protocol:
+
+1. Warm-up. Every candidate runs once. These times calibrate and are discarded, unless calls are so long that the
+   budget allows hardly any others: then the slowest leave here, and no hot samples follow.
+2. Race. In each round every live candidate is sampled once, in shuffled order, so that drift hits all alike; candidates
+   are compared within rounds only. A sample is one cold call (the weights evicted from the caches) and a few hot ones,
+   a score their geometric mean: weights rarely stay in the caches of a real model, and tuning on hot data alone is how
+   Inductor comes to pick losers. Losers leave once that is certain, and the others have their time.
+3. Duel. The winner of a race is partly a lucky one, so the best challenger meets the baseline afresh, in ABBA pairs,
+   and is adopted only if it is faster with confidence.
+
+The race is that of gemma.cpp's MMAutoTune, but it ranks by an interquartile mean instead of the minimum: threads that
+are not pinned see "lucky shots" of 1.2x to 1.6x (highway's auto_tune.h), and frequencies with two modes.
+
+The promise, held by tests/test_autotune.py on simulated machines: at most 1 of 100 choices is truly more than 2 %
+slower than the best candidate, if the budget lasts for PASSES passes of (evict, cold call, hot call) over all
+candidates. With fewer the choice is a best guess: pass fewer candidates where calls are long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+_log = logging.getLogger("fastlinear")
+
+PASSES = 8  # what the promise asks of the caller's list of candidates
+BUDGET = 0.045  # seconds, of the 60 ms a new shape may cost with packing
+RACE_SHARE = 0.5  # of the budget; the duel has what the race leaves
+SAMPLE = 50e-6  # seconds of hot calls in a sample: about 500 times the resolution and the cost of perf_counter
+PAIRS = 20  # a duel does not end early before so many
+FEW_PAIRS = 3  # fewer than these cannot show a spike: they must show a CLEAR_LOSS of the baseline
+TOLERANCE = math.log(1.02)  # a choice this much slower than the best is no mistake
+CLEAR_LOSS = math.log(1.25)  # slower than that in both of the first two rounds: out
+ROUNDS_TO_JUDGE = 4  # smaller losses are judged after so many, when one spike or lucky shot no longer decides
+CERTAIN = 2.5  # standard errors: a race makes many comparisons, many times over
+CONFIDENT = 1.645  # standard errors of a one-sided 95 % bound
+PRIOR_NOISE, PRIOR_WEIGHT = 0.03, 2  # spread of a paired log ratio assumed beforehand, and the observations it is worth
+
+
+class Candidate(NamedTuple):
+    name: str
+    run: Callable[[], object]  # one call
+
+
+class Choice(NamedTuple):
+    name: str
+    table: tuple[tuple[str, float], ...]  # every candidate that ran and its milliseconds, best first
+    speedup: float  # baseline / chosen as the duel saw it; 1.0 where the baseline stays
+    decided: bool  # False: too noisy to tell, so the baseline stays; worth another try later
+    rounds: int
+    pairs: int
+    seconds: float
+
+
+class Estimate(NamedTuple):
+    centre: float
+    error: float  # standard error, widened as Student's t widens for few observations
+
+
+Score = tuple[float, ...]  # log seconds: hot, or hot and cold; or a difference of two such, a log ratio
+
+
+@dataclass(eq=False)
+class _Runner:
+    name: str
+    run: Callable[[], object]
+    call: float = math.inf  # seconds of its fastest call yet
+    cost: float = 0.0  # seconds that its next sample will take
+    scores: list[Score] = field(default_factory=list)  # one a round
+
+
+def _minus(a: Score, b: Score) -> Score:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+def _middle(values: Sequence[float]) -> Estimate:
+    """The interquartile mean and its error from the winsorised variance (Tukey and McLaughlin 1963).
+
+    As deaf to spikes as the median, yet useful where a frequency has two modes and the median jumps between them.
+    The prior noise keeps two values that agree by chance from passing for certainty.
+    """
+    n = len(values)
+    cut = (n + 1) // 4
+    kept = sorted(values)[cut : n - cut]
+    centre = sum(kept) / len(kept)
+    squares = sum((v - centre) ** 2 for v in kept) + cut * ((kept[0] - centre) ** 2 + (kept[-1] - centre) ** 2)
+    squares *= (n / len(kept)) ** 2
+    variance = (squares + PRIOR_WEIGHT * PRIOR_NOISE**2) / (n - 1 + PRIOR_WEIGHT)
+    widening = 1 + 1 / (len(kept) - 1 + PRIOR_WEIGHT)
+    return Estimate(centre, widening * math.sqrt(variance / n))
+
+
+def estimate(scores: Sequence[Score]) -> Estimate:
+    """The mean of the middles of hot and cold, each estimated alone so that a spike in one spoils only that one."""
+    parts = [_middle(column) for column in zip(*scores, strict=True)]
+    return Estimate(sum(p.centre for p in parts) / len(parts), math.hypot(*(p.error for p in parts)) / len(parts))
+
+
+def _behind(runner: _Runner, leader: _Runner) -> list[Score]:
+    """Log ratios runner / leader in the rounds that both ran."""
+    return [_minus(a, b) for a, b in zip(runner.scores, leader.scores, strict=False)]
+
+
+def _ranked(live: Sequence[_Runner]) -> list[_Runner]:
+    """Best first. Each round's median is subtracted first: one sweep of Tukey's median polish, against drift."""
+    rounds = zip(*(r.scores for r in live), strict=True)
+    levels = [tuple(sorted(column)[len(live) // 2] for column in zip(*row, strict=True)) for row in rounds]
+    return sorted(live, key=lambda r: estimate([_minus(s, v) for s, v in zip(r.scores, levels, strict=True)]).centre)
+
+
+def _has_lost(losses: Sequence[Score]) -> bool:
+    if len(losses) < 2:
+        return False
+    if min(sum(loss) / len(loss) for loss in losses) > CLEAR_LOSS:
+        return True
+    centre, error = estimate(losses)
+    return len(losses) >= ROUNDS_TO_JUDGE and centre > CERTAIN * error
+
+
+@dataclass
+class _Bench:
+    """What measures. A candidate that raises is out, the baseline excepted: its errors are the caller's."""
+
+    clock: Callable[[], float]
+    evict: Callable[[], object] | None
+    baseline: str
+    deadline: float
+    hot: bool = True
+
+    def _seconds(self, run: Callable[[], object], repeat: int) -> float:
+        began = self.clock()
+        for _ in range(repeat):
+            run()
+        return max(self.clock() - began, 1e-9) / repeat  # a coarse clock may see no time pass
+
+    def _survives(self, measure: Callable[[_Runner], None], runner: _Runner) -> bool:
+        try:
+            measure(runner)
+        except Exception as error:  # whatever it is, a candidate that fails is one not to choose
+            if runner.name == self.baseline:
+                raise
+            _log.warning("autotune: %s failed and is left out: %s: %s", runner.name, type(error).__name__, error)
+            return False
+        return True
+
+    def _calibrate(self, runner: _Runner) -> None:
+        runner.call = self._seconds(runner.run, 1)
+
+    def _sample(self, runner: _Runner) -> None:
+        began = self.clock()
+        score: Score = ()
+        if self.evict is not None:
+            self.evict()
+            score += (math.log(self._seconds(runner.run, 1)),)
+        if self.hot:  # after the cold call the data is there
+            seconds = self._seconds(runner.run, math.ceil(SAMPLE / runner.call))
+            runner.call = min(runner.call, seconds)
+            score += (math.log(seconds),)
+        runner.scores.append(score)
+        runner.cost = self.clock() - began
+
+    def warm_up(self, runners: Sequence[_Runner]) -> list[_Runner]:
+        """Those that run, fastest first.
+
+        Where not even half the PASSES fit, hot samples are dropped for more rounds: cold is what a model mostly sees.
+        """
+        live = sorted((r for r in runners if self._survives(self._calibrate, r)), key=lambda r: r.call)
+        self.hot = self.evict is None or PASSES / 2 * sum(2 * r.call for r in live) <= self.deadline - self.clock()
+        for r in live:
+            r.cost = r.call * (self.hot + (self.evict is not None))
+        return live
+
+    def _affordable(self, live: Sequence[_Runner], reserve: float) -> list[_Runner]:
+        """As many of the best as one more round has time for."""
+        ends = itertools.accumulate((r.cost for r in live), initial=self.clock() + reserve)
+        return [r for r, end in zip(live, itertools.islice(ends, 1, None), strict=True) if end <= self.deadline]
+
+    def race(self, live: list[_Runner], rng: random.Random, reserve: float) -> tuple[list[_Runner], int]:
+        """Who was never beaten, best first, and the number of rounds; keeps `reserve` seconds for the duel."""
+        rounds = 0
+        while len(affordable := self._affordable(live, reserve)) > 1:
+            live = _ranked([r for r in rng.sample(affordable, len(affordable)) if self._survives(self._sample, r)])
+            live = live[:1] + [r for r in live[1:] if not _has_lost(_behind(r, live[0]))]
+            rounds += 1
+        return live, rounds
+
+    def duel(self, challenger: _Runner, baseline: _Runner) -> list[Score]:
+        """Log ratios baseline / challenger of fresh ABBA pairs, at least one; none if the challenger failed."""
+        challenger, baseline = replace(challenger, scores=[]), replace(baseline, scores=[])
+        gains: list[Score] = []
+        while not gains or self.clock() + challenger.cost + baseline.cost <= self.deadline:
+            order = (challenger, baseline) if len(gains) % 2 else (baseline, challenger)
+            if not all(self._survives(self._sample, r) for r in order):
+                return []
+            gains = _behind(baseline, challenger)
+            if len(gains) >= PAIRS:
+                gain, error = estimate(gains)
+                if abs(gain) > CERTAIN * error:
+                    break
+        return gains
+
+
+def _table(runners: Sequence[_Runner], leader: _Runner) -> tuple[tuple[str, float], ...]:
+    """Milliseconds relative to the leader in the rounds that both ran, so that who left early is compared fairly."""
+
+    def milliseconds(runner: _Runner) -> float:
+        if not runner.scores:
+            return runner.call * 1e3
+        return math.exp(estimate(leader.scores).centre + estimate(_behind(runner, leader)).centre) * 1e3
+
+    return tuple(sorted(((r.name, milliseconds(r)) for r in runners), key=lambda row: row[1]))
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    baseline: str,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    evict: Callable[[], object] | None = None,
+    budget: float = BUDGET,
+    rng: random.Random | None = None,
+) -> Choice:
+    """The candidate to use: the baseline, or one that is faster with confidence.
+
+    `candidates` include the baseline. `evict`, common to all, takes the operands out of the caches; None where they
+    exceed the caches anyway. No measurement begins that is likely to end after `budget` seconds of `clock`, but every
+    candidate runs at least once, and the best challenger meets the baseline at least once more.
+
+    The challenger is adopted if the 95 % bound of its gain is above zero; the baseline stays, decided, if a gain of 2 %
+    is beyond the bound. Otherwise noise hides the answer: the baseline stays, undecided.
+
+    A candidate that raises is left out with a warning in the log; what the baseline raises is passed on.
+    """
+    if baseline not in [c.name for c in candidates]:
+        raise ValueError(f"baseline {baseline!r} is not among the candidates {[c.name for c in candidates]}")
+    began = clock()
+    bench = _Bench(clock, evict, baseline, began + budget)
+    runners = bench.warm_up([_Runner(c.name, c.run) for c in candidates])
+    live, rounds = bench.race(runners, rng or random.Random(0), (1 - RACE_SHARE) * budget)
+    base = next(r for r in runners if r.name == baseline)
+    challenger = next((r for r in live if r is not base), None)
+    gains = bench.duel(challenger, base) if challenger else []
+    table = _table(runners, live[0] if live else base)
+    name, speedup, decided = baseline, 1.0, challenger is None
+    if challenger and gains:
+        gain, error = estimate(gains)
+        if gain > (CONFIDENT * error if len(gains) >= FEW_PAIRS else CLEAR_LOSS):
+            name, speedup, decided = challenger.name, math.exp(gain), True
+        else:
+            decided = gain + CONFIDENT * error < TOLERANCE
+    return Choice(name, table, speedup, decided, rounds, len(gains), clock() - began)

@@ -1,0 +1,244 @@
+"""The swap of a model's linear layers for fast ones, and back.
+
+What can be refused is refused before the first layer changes, and what fails later is undone: no model is ever left
+half-converted.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear import fusion, linear
+from fastlinear.selection import REASON, Filter, Patterns, choose
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TUNE = ("lazy", "now", "off")
+# Attributes by which torch's fused encoder kernels bypass the layers below them, and the value that forbids it. With a
+# padding mask nn.TransformerEncoder hands on nested tensors, which nothing but those kernels needs.
+_BYPASSES: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+_SAVED = "_fastlinear_saved"  # on such a module: the attribute's own value
+
+_log = logging.getLogger("fastlinear")
+
+
+def convert(
+    model: Model,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    filter_fn: Filter | None = None,
+    fuse: bool = True,
+    inplace: bool = False,
+    tune: str = "lazy",
+    example_inputs: Any = None,
+) -> Model:
+    """A copy of `model` whose linear layers run on prepacked weights, with the activations that follow them fused.
+
+    The copy shares parameters and buffers with `model`, which stays as it is; `inplace=True` changes `model` itself.
+    State dict, hooks, training and gradients work as before. Converted are nn.Linear (`model` itself may be one) and
+    transformers' Conv1D; `report` names the layers that were left alone, and why.
+
+    include, exclude: dotted names, globs or module types, one or several; `exclude` wins. A name or type of a
+        container means all layers in it; a glob must match a whole dotted name ("encoder.*.fc1"), or the front of one
+        up to a dot, so "layers.1" never means "layers.10".
+    filter_fn: filter_fn(module, name) is asked about every layer that is left, and converts it by returning True.
+    fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
+        a module whose source says so. Hooks put on such a layer later see activated output, and a model in which it
+        is wrapped (by LoRA, say) or replaced later raises RuntimeError: do that first, or pass fuse=False.
+    tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
+        `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
+
+    nn.TransformerEncoder leaves torch's fused fast path, which would bypass the converted layers; as always without
+    that path, outputs at padded positions are arbitrary instead of zero.
+
+    Raises TypeError or ValueError for arguments of a wrong kind; warns (UserWarning) of a pattern that matches no
+    layer and of a model with nothing to convert.
+    """
+    _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace}, tune, example_inputs)
+    reasons = choose(model, include, exclude, filter_fn)
+    chosen = [layer for layer, reason in reasons.items() if reason is None]
+    pairs = fusion.find_pairs(model, set(chosen)) if fuse else []
+    activations = {pair.linear: pair.activation for pair in pairs}
+
+    result = model if inplace else _copy_sharing_tensors(model)
+    twin = dict(zip(model.modules(), result.modules(), strict=True))
+    names = {module: name for name, module in model.named_modules()}
+    with ExitStack() as undo:
+        for layer in chosen:
+            linear.adopt(twin[layer], activations.get(layer), "off" if tune == "off" else "lazy", names[layer])
+            undo.callback(linear.release, twin[layer])
+        for pair in pairs:
+            there = pair._replace(linear=twin[pair.linear], home=twin[pair.home], holder=twin[pair.holder])
+            fusion.absorb(there)
+            undo.callback(fusion.restore, there.holder, there.slot)
+        for module in _forbid_bypasses(result):
+            undo.callback(_allow_bypass, module)
+        if tune == "now":
+            _tune(result, example_inputs, None)
+        undo.pop_all()
+    for layer, reason in reasons.items():
+        if reason is not None and not linear.is_fast(layer):
+            vars(twin[layer])[REASON] = reason
+    _log.info("converted %d of %d linear layers, fused %d activations", len(chosen), len(reasons), len(pairs))
+    return result
+
+
+def unconvert(model: Model) -> Model:
+    """Undo `convert` in place, with activations and torch's encoder fast path, and return the model.
+
+    A FastLinear whose activation was not absorbed from within `model` stays, with a warning: nn.Linear has none.
+    """
+    _check_module("unconvert", model)
+    for module in list(model.modules()):
+        for slot, child in list(module._modules.items()):
+            if isinstance(child, fusion.Absorbed):
+                fusion.restore(module, slot)
+                if linear.is_fast(child.linear):
+                    linear.release(child.linear)
+    for name, module in model.named_modules():
+        vars(module).pop(REASON, None)
+        _allow_bypass(module)
+        if linear.is_fast(module) and module.activation is None:
+            linear.release(module)
+        elif linear.is_fast(module):
+            warnings.warn(
+                f"unconvert left {name!r} fast: its activation {module.activation.name!r} was not absorbed from a "
+                f"module within this {type(model).__name__}",
+                stacklevel=2,
+            )
+    return model
+
+
+def refresh(model: Model) -> Model:
+    """Drop all packed weights, so that the next call packs them anew, and return the model.
+
+    Needed only after a write that torch does not count, such as `weight.data.copy_(...)`.
+    """
+    _check_module("refresh", model)
+    for layer in _fast_layers(model):
+        linear.refresh(layer)
+    return model
+
+
+def tune(model: Model, example: Any, *, progress: bool | None = None) -> Model:
+    """Run `model` once without gradients, so that every fast layer chooses its kernels now, and return it.
+
+    example: what to call the model with: a tensor, a tuple of arguments, or a mapping of keyword arguments. Each batch
+        size is tuned for itself: call this once with every one that matters.
+    progress: show a bar over the layers, which needs tqdm; None shows it on a terminal where tqdm is installed.
+    """
+    _check_module("tune", model)
+    _check_example(example)
+    if progress and importlib.util.find_spec("tqdm") is None:
+        raise ImportError("tune(progress=True) needs the package tqdm, which is not installed")
+    _tune(model, example, progress)
+    return model
+
+
+def _tune(model: nn.Module, example: Any, progress: bool | None) -> None:
+    pending = set(_fast_layers(model))
+    if not pending:
+        warnings.warn(f"nothing to tune: {type(model).__name__} has no fast layer", stacklevel=3)
+    if any(layer.training for layer in pending):
+        warnings.warn(f"{type(model).__name__} is in training mode, where fast layers run as torch's do", stacklevel=3)
+    with ExitStack() as stack:
+        advance = _progress(stack, len(pending), progress)
+
+        def done(layer: nn.Module, *_: Any) -> None:
+            if layer in pending:
+                pending.discard(layer)
+                advance()
+
+        for layer in tuple(pending):
+            stack.callback(layer.register_forward_hook(done).remove)
+        stack.enter_context(torch.no_grad())
+        if isinstance(example, Mapping):
+            model(**example)
+        else:
+            model(*example) if isinstance(example, tuple) else model(example)
+    if pending:
+        _log.info("the example did not reach %d fast layers of %s", len(pending), type(model).__name__)
+
+
+def _progress(stack: ExitStack, total: int, wanted: bool | None) -> Callable[[], object]:
+    """What to call after each of `total` steps."""
+    if not (sys.stderr.isatty() if wanted is None else wanted) or importlib.util.find_spec("tqdm") is None:
+        return lambda: None
+    from tqdm import tqdm
+
+    update: Callable[[], object] = stack.enter_context(tqdm(total=total, desc="tuning", unit="layer")).update
+    return update
+
+
+def _copy_sharing_tensors(model: Model) -> Model:
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    shared = (*model.parameters(), *model.buffers(), *held)
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except Exception as error:  # whatever the model's own attributes raise when they are copied
+        raise TypeError(f"{type(model).__name__} cannot be copied ({error}): convert it with inplace=True") from error
+
+
+def _fast_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if linear.is_fast(module)]
+
+
+def _forbid_bypasses(model: nn.Module) -> list[nn.Module]:
+    """Close torch's fast path of encoders that contain a fast layer; returns those that were open."""
+    closed = []
+    for module in model.modules():
+        for cls, attribute, value in _BYPASSES:
+            if isinstance(module, cls) and getattr(module, attribute, value) != value and _fast_layers(module):
+                vars(module)[_SAVED] = {attribute: getattr(module, attribute)}
+                setattr(module, attribute, value)
+                closed.append(module)
+    return closed
+
+
+def _allow_bypass(module: nn.Module) -> None:
+    for attribute, value in vars(module).pop(_SAVED, {}).items():
+        setattr(module, attribute, value)
+
+
+def _check_arguments(model: object, filter_fn: object, flags: dict[str, Any], tune: object, example: object) -> None:
+    _check_module("convert", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of (module, name) or None, but is {filter_fn!r}")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, but is {flag!r}")
+    if tune not in _TUNE:
+        raise ValueError(f"tune must be one of {', '.join(map(repr, _TUNE))}, but is {tune!r}")
+    if tune == "now" and example is None:
+        raise ValueError("tune='now' runs the model, so it needs example_inputs")
+    if tune != "now" and example is not None:
+        raise ValueError(f"example_inputs are used by tune='now' alone, but tune is {tune!r}")
+    if example is not None:
+        _check_example(example)
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}() takes an nn.Module, but was given {type(model).__name__}")
+
+
+def _check_example(example: object) -> None:
+    if not isinstance(example, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            "the example must be a tensor, a tuple of arguments or a mapping of keyword arguments, "
+            f"but is of type {type(example).__name__}"
+        )

@@ -1,0 +1,140 @@
+"""What convert and the tuner decided, layer by layer, as data and as a plain table."""
+
+from __future__ import annotations
+
+import platform
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastlinear import _kernels, linear
+from fastlinear.activations import Activation
+from fastlinear.selection import linear_layers, why_skipped
+
+if TYPE_CHECKING:
+    from fastlinear.planner import Chosen
+
+_ROW = "{:<40} {:>3} {:>11} {:<16} {:>5} {:<23} {:>8} {:>7}"  # 120 columns
+_NAME, _OUTCOME = 40, 40  # the width of the name, and of the last three columns, over which a reason may spread
+_HEADER = _ROW.format("layer", "n", "in x out", "activation", "M", "runs on", "speed-up", "MiB")
+_SOURCES = {
+    "tuned": "measured in this process",
+    "cache": "from the tuning cache",
+    "heuristic": "by rule, not measured",
+    "override": "fixed by FASTLINEAR_KERNEL",
+}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer, by its first name in the model."""
+
+    name: str
+    in_features: int
+    out_features: int
+    dtype: str
+    activation: Activation | None
+    decision: (
+        str  # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "untuned"; "skipped"
+    )
+    buckets: tuple[Chosen, ...]  # what runs for each bucket of M so far, smallest first
+    pack_mib: float  # what the packed weight takes beyond the weight itself
+    reason: str | None = None  # why it was skipped
+
+
+class Report(tuple[LayerReport, ...]):
+    """The linear layers of a model, in its order; str() is a table that gives layers alike but in number one row."""
+
+    @property
+    def pack_mib(self) -> float:
+        """MiB of all packed weights together."""
+        return sum(layer.pack_mib for layer in self)
+
+    def __str__(self) -> str:
+        alike: dict[Any, list[LayerReport]] = {}
+        for layer in self:
+            alike.setdefault(_likeness(layer), []).append(layer)
+        rows = (line for layers in alike.values() for line in _lines(layers))
+        summary = (part for line in self._summary() for part in textwrap.wrap(line, len(_HEADER)))
+        return "\n".join((_HEADER, "-" * len(_HEADER), *rows, "", *summary))
+
+    def _summary(self) -> Iterator[str]:
+        decisions = Counter(layer.decision for layer in self)
+        sources = Counter(chosen.source for layer in self for chosen in layer.buckets)
+        info = _kernels.cpu_info()
+        yield f"layers: {', '.join(f'{n} {decision}' for decision, n in decisions.items()) or 'no linear ones'}"
+        yield f"plans: {', '.join(f'{n} {_SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
+        yield f"extra memory: {self.pack_mib:.1f} MiB of packed weights"
+        yield f"CPU: {info['model'] or platform.machine()}, {' '.join(info['isas'])}, {_kernels.num_threads()} threads"
+
+
+def report(model: nn.Module) -> Report:
+    """What became of each linear layer of `model`: kernel and speed-up for each batch size met so far, memory, or why
+    it was skipped. Raises TypeError for anything but an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
+    return Report(_describe(names[0], layer) for layer, names in linear_layers(model).items())
+
+
+def _describe(name: str, layer: Any) -> LayerReport:
+    fast = linear.is_fast(layer)
+    buckets = tuple(layer.plans[m] for m in sorted(layer.plans)) if fast else ()
+    features = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")  # Conv1D
+    return LayerReport(
+        name=name,
+        in_features=getattr(layer, features[0]),
+        out_features=getattr(layer, features[1]),
+        dtype=str(layer.weight.dtype).removeprefix("torch."),
+        activation=layer.activation if fast else None,
+        decision=_decision(buckets) if fast else "skipped",
+        buckets=buckets,
+        pack_mib=layer.pack_nbytes / 2**20 if fast else 0.0,
+        reason=None if fast else why_skipped(layer) or "convert was not called on it",
+    )
+
+
+def _decision(buckets: tuple[Chosen, ...]) -> str:
+    if not buckets:
+        return "untuned"
+    return "torch" if all(chosen.name.startswith("torch/") for chosen in buckets) else "fast"
+
+
+def _likeness(layer: LayerReport) -> tuple[Any, ...]:
+    """Equal for layers that share a row: those of repeated blocks."""
+    runs = tuple((chosen.bucket, chosen.name, chosen.speedup) for chosen in layer.buckets)
+    shape = (layer.in_features, layer.out_features, layer.dtype)
+    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason
+
+
+def _pattern(layer: LayerReport) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
+
+
+def _lines(layers: list[LayerReport]) -> Iterator[str]:
+    """The rows of layers alike: one for each M, or the reason why they were skipped, on several lines if need be."""
+    first = layers[0]
+    name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
+    name = name if len(name) <= _NAME else "..." + name[3 - _NAME :]
+    shape = f"{first.in_features}x{first.out_features}"
+    head = [name, str(len(layers)), shape, _text(first.activation)]
+    mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
+    for chosen in first.buckets:
+        speedup = "" if chosen.speedup is None else f"{chosen.speedup:.2f}x"
+        yield _ROW.format(*head, chosen.bucket, chosen.name, speedup, mib).rstrip()
+        head, mib = [""] * len(head), ""
+    outcome = f"skipped: {first.reason}" if first.reason else first.decision
+    for line in textwrap.wrap(outcome, _OUTCOME) if not first.buckets else ():
+        yield _ROW.format(*head, "", line, "", "").rstrip()
+        head = [""] * len(head)
+
+
+def _text(activation: Activation | None) -> str:
+    if activation is None:
+        return ""
+    params = ", ".join(f"{param:g}" for param in activation.params)
+    return f"{activation.name}({params})"[:16] if params else activation.name

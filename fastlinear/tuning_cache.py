@@ -1,0 +1,200 @@
+"""What was tuned, kept between runs: one JSON file per machine, written atomically, read with distrust.
+
+    {"machine": {"cpu": ..., "isas": [...], "fastlinear": ..., "torch": ...},
+     "entries": {key: {"name": "fp32/avx512/6x64", "numbers": {"threads": 2}, "table": [["torch/linear", 0.21]],
+                       "speedup": 1.3}}}
+
+A value is a registry name and small integers, and each is checked when read: a wrong file can slow things down but
+never break them. What is malformed, foreign or out of range is ignored, entry by entry, and the shape is tuned again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+_log = logging.getLogger("fastlinear")
+
+VARIABLE = "FASTLINEAR_CACHE_DIR"
+MAX_BYTES = 4 << 20  # some 8000 shapes; a larger file is not ours
+MAX_TEXT = 200  # characters of a key or a name
+MAX_ROWS = 256  # of a table
+SYNC_SECONDS = 1.0  # between two fsyncs of 8 ms: a crash of the process loses nothing, one of the machine this much
+PATIENCE = 1.0  # seconds to wait for another process's write, which takes some milliseconds
+
+
+class Machine(NamedTuple):
+    """Whom the measurements hold for; `isas` are those that may run, so FASTLINEAR_MAX_ISA has a file of its own."""
+
+    cpu: str
+    isas: tuple[str, ...]
+    fastlinear: str
+    torch: str
+
+
+class Tuned(NamedTuple):
+    name: str  # a kernel or "torch/..."
+    numbers: Mapping[str, int]  # the rest of the plan: threads, k_slices, ...
+    table: tuple[tuple[str, float], ...] = ()  # what was measured, milliseconds, for the report
+    speedup: float = 1.0
+
+
+def default_folder() -> Path | None:
+    """$FASTLINEAR_CACHE_DIR, else fastlinear in $XDG_CACHE_HOME or ~/.cache; None where there is no home either."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if shared.is_absolute():  # the XDG specification: a relative one is to be ignored
+        return shared / "fastlinear"
+    try:
+        return Path.home() / ".cache" / "fastlinear"
+    except RuntimeError:
+        return None
+
+
+def _read_own(path: Path) -> bytes:
+    """The bytes of a regular file of this user that nobody else may write; OSError or ValueError otherwise."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a FIFO must not hang us
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
+            raise ValueError("not a file of this user alone")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes")
+    return data
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
+
+
+def _is_measure(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+def _lock(handle: int) -> bool:
+    """Whether the lock came in time; it is released when the file is closed."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False  # the next put writes these entries too
+            time.sleep(1e-3)
+        else:
+            return True
+
+
+class TuningCache:
+    """`get`, `put` and `clear` by key. Never raises for what the disk holds or refuses.
+
+    `known(name)` says whether a registry name may run here; `limits` hold the allowed values of each number.
+    The file is read once, at the first `get`; every `put` writes.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        known: Callable[[str], bool],
+        limits: Mapping[str, range],
+        folder: Path | None = None,
+    ) -> None:
+        self._machine = {**machine._asdict(), "isas": list(machine.isas)}
+        self._known, self._limits = known, limits
+        self._own: dict[str, Tuned] = {}
+        self._found: dict[str, Tuned] | None = None
+        folder = folder or default_folder()
+        digest = hashlib.sha256(json.dumps(self._machine).encode()).hexdigest()[:16]
+        self.path = folder / f"tuning-{digest}.json" if folder else None
+        self._synced = -math.inf
+        self._refused = False
+
+    def get(self, key: str) -> Tuned | None:
+        if self._found is None:
+            self._found = self._read()
+        return self._own.get(key) or self._found.get(key)
+
+    def put(self, key: str, value: Tuned) -> None:
+        self._own[key] = value
+        # Merged with what is there by now, so that processes that tune at the same time lose nothing.
+        self._locked(lambda path: self._replace(path, {**self._read(), **self._own}))
+
+    def clear(self) -> None:
+        """Forget everything, on disk too."""
+        self._own, self._found = {}, {}
+        self._locked(lambda path: path.unlink(missing_ok=True))
+
+    def _locked(self, change: Callable[[Path], None]) -> None:
+        """Change the file, alone among threads and processes; after a first failure all stays in memory."""
+        if self.path is None or self._refused:
+            return
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(self.path.with_suffix(".lock"), "wb") as side:
+                if _lock(side.fileno()):
+                    change(self.path)
+        except OSError as error:
+            self._refused = True
+            _log.warning(
+                "the tuning cache cannot be written to %s (%s): what is tuned lasts for this process only; "
+                "%s may name a folder that is writable",
+                self.path.parent,
+                error.strerror or error,
+                VARIABLE,
+            )
+
+    def _replace(self, path: Path, entries: Mapping[str, Tuned]) -> None:
+        content = {"machine": self._machine, "entries": {key: value._asdict() for key, value in entries.items()}}
+        temporary = path.with_suffix(".tmp")  # one name will do under the lock, and leaves no litter after a crash
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(json.dumps(content))
+            file.flush()
+            if time.monotonic() > self._synced + SYNC_SECONDS:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
+        os.replace(temporary, path)
+
+    def _read(self) -> dict[str, Tuned]:
+        if self.path is None:
+            return {}
+        try:
+            content = json.loads(_read_own(self.path))
+        except (OSError, ValueError, RecursionError) as error:
+            if not isinstance(error, FileNotFoundError):
+                _log.info("tuning cache: %s is ignored: %s", self.path, error)
+            return {}
+        if not isinstance(content, dict) or content.get("machine") != self._machine:
+            return {}
+        entries = content.get("entries")
+        if not isinstance(entries, dict):
+            return {}
+        checked = {key: self._checked(raw) for key, raw in entries.items() if _is_text(key)}
+        return {key: value for key, value in checked.items() if value is not None}
+
+    def _checked(self, raw: object) -> Tuned | None:
+        if not isinstance(raw, dict) or raw.keys() != set(Tuned._fields):
+            return None
+        name, numbers, table, speedup = (raw[field] for field in Tuned._fields)
+        sound = (
+            _is_text(name)
+            and self._known(name)
+            and isinstance(numbers, dict)
+            and all(type(n) is int and n in self._limits.get(which, ()) for which, n in numbers.items())
+            and isinstance(table, list)
+            and len(table) <= MAX_ROWS
+            and all(isinstance(r, list) and len(r) == 2 and _is_text(r[0]) and _is_measure(r[1]) for r in table)
+            and _is_measure(speedup)
+        )
+        return Tuned(name, numbers, tuple((r[0], r[1]) for r in table), speedup) if sound else None

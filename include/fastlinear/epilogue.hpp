@@ -1,0 +1,42 @@
+// The contract of the epilogue: what happens to a tile of raw sums while it is in L1.
+//
+// An epilogue is a short program of steps. The first step adds the bias, every step applies one unary function, the
+// last step stores to y what is valid of the tile. All other steps work in place on the tile, whose rows are padded
+// and 64-byte aligned; y is neither, so a step writes exactly `rows` x `cols` elements of `out`.
+#pragma once
+
+#include <cstddef>
+
+#include "fastlinear/kernel.hpp"
+
+namespace fastlinear {
+
+inline constexpr std::size_t kMaxParams = 2;
+
+struct Activation {
+  const char* name;
+  std::size_t params;
+  float defaults[kMaxParams];
+};
+
+struct StepArgs {
+  const float* in;  // rows x cols, padded with readable floats to a multiple of 16 columns
+  std::ptrdiff_t ld_in;
+  float* out;       // may equal `in`
+  std::ptrdiff_t ld_out;
+  std::ptrdiff_t rows, cols;
+  const float* bias;    // one value a column, added before the function; padded like `in`; or null
+  const float* params;  // kMaxParams of them
+};
+
+using Step = void (*)(const StepArgs&);
+
+// What one ISA contributes to the library: its kernels, and its steps in the order of epilogues/all.hpp.
+struct IsaTable {
+  Isa isa;
+  const Kernel* kernels;
+  std::size_t kernel_count;
+  const Step* steps;
+};
+
+}  // namespace fastlinear

@@ -1,0 +1,43 @@
+// The activations of the library, in the order of the registry. To add one: a file, and a name in this list.
+#pragma once
+
+#include "fastlinear/epilogue.hpp"
+#include "fastlinear/epilogues/elu.hpp"
+#include "fastlinear/epilogues/gelu.hpp"
+#include "fastlinear/epilogues/gelu_tanh.hpp"
+#include "fastlinear/epilogues/hardsigmoid.hpp"
+#include "fastlinear/epilogues/hardswish.hpp"
+#include "fastlinear/epilogues/hardtanh.hpp"
+#include "fastlinear/epilogues/identity.hpp"
+#include "fastlinear/epilogues/leaky_relu.hpp"
+#include "fastlinear/epilogues/mish.hpp"
+#include "fastlinear/epilogues/relu.hpp"
+#include "fastlinear/epilogues/relu6.hpp"
+#include "fastlinear/epilogues/sigmoid.hpp"
+#include "fastlinear/epilogues/silu.hpp"
+#include "fastlinear/epilogues/softplus.hpp"
+#include "fastlinear/epilogues/step.hpp"
+#include "fastlinear/epilogues/tanh.hpp"
+
+namespace fastlinear {
+
+template <class... F>
+struct ActivationList {
+  static constexpr Activation table[] = {{F::name, F::params, {F::defaults[0], F::defaults[1]}}...};
+
+  template <class V>
+  static constexpr Step steps[] = {epilogues::step<V, F>...};
+};
+
+using Activations =
+    ActivationList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu, epilogues::GeluTanh,
+                   epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish, epilogues::Hardsigmoid,
+                   epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus, epilogues::Mish>;
+
+// What csrc/registry.cpp shows to the world, and what csrc/<isa>.cpp puts into its table.
+inline constexpr auto& kActivations = Activations::table;
+
+template <class V>
+inline constexpr auto& epilogue_steps = Activations::steps<V>;
+
+}  // namespace fastlinear

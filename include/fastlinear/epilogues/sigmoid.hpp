@@ -1,0 +1,24 @@
+// 1 / (1 + e^-x) = w / (1 + w) with w = e^x = p * 2^n.
+//
+// The clamp: above 25 the result is 1, below -104 it is 0.
+#pragma once
+
+#include "fastlinear/epilogue.hpp"
+#include "fastlinear/epilogues/math.hpp"
+
+namespace fastlinear::epilogues {
+
+struct Sigmoid {
+  static constexpr const char* name = "sigmoid";
+  static constexpr std::size_t params = 0;
+  static constexpr float defaults[kMaxParams] = {};
+
+  template <class V>
+  [[gnu::always_inline]] static V apply(V x, const float*) {
+    const Reduced<V> e = reduce(min(V::set(25.0f), max(V::set(-126.0f), x)));
+    const V p = exp_reduced(e.r);
+    return scale(p / (V::set(1.0f) + scale(p, e.n)), e.n);
+  }
+};
+
+}  // namespace fastlinear::epilogues

@@ -1,0 +1,26 @@
+// x * sigmoid(x), the product taken before the scale by 2^n (see sigmoid.hpp).
+//
+// The clamp: above 25 the result is x, below -109 it is 0.
+#pragma once
+
+#include "fastlinear/epilogue.hpp"
+#include "fastlinear/epilogues/math.hpp"
+
+namespace fastlinear::epilogues {
+
+struct Silu {
+  static constexpr const char* name = "silu";
+  static constexpr std::size_t params = 0;
+  static constexpr float defaults[kMaxParams] = {};
+
+  template <class V>
+  [[gnu::always_inline]] static V apply(V x, const float*) {
+    const V above = max(V::set(-126.0f), x);
+    const Reduced<V> e = reduce(min(V::set(25.0f), above));
+    const V p = exp_reduced(e.r);
+    const V q = p / (V::set(1.0f) + scale(p, e.n));
+    return nan_at_minus_infinity(x, scale(above * q, e.n));
+  }
+};
+
+}  // namespace fastlinear::epilogues

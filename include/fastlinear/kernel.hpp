@@ -1,0 +1,55 @@
+// The contract between the driver (gemm.hpp) and the micro-kernels (kernels/<isa>/<format>.hpp).
+//
+// A kernel computes one tile of raw sums: rows of A times packed panels of W. It never allocates, never threads,
+// never reads a byte outside its rows of A and its panels, and writes only its scratch tile. It knows nothing of
+// bias, activation, output type or edges of y: the driver clips, the epilogue finishes (epilogue.hpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlinear {
+
+enum class Format : std::uint8_t { fp32 };
+enum class Isa : std::uint8_t { scalar, avx2, avx512 };
+
+inline constexpr std::size_t kFormats = 1;
+inline constexpr std::size_t kIsas = 3;
+inline constexpr const char* kFormatNames[kFormats] = {"fp32"};
+inline constexpr const char* kIsaNames[kIsas] = {"scalar", "avx2", "avx512"};
+
+// How a weight [N, K] lies in memory: panels of nr output channels; in a panel, groups of kr consecutive k, each
+// holding its nr channels side by side. Kernels with equal layouts read the same packed bytes, so the tuner may swap
+// them without a second copy.
+struct Layout {
+  Format format;
+  std::ptrdiff_t nr, kr;
+  friend constexpr bool operator==(const Layout&, const Layout&) = default;
+};
+
+struct TileArgs {
+  const void* a;                 // first row of the tile, `rows` rows (1..mr) of k elements
+  std::ptrdiff_t lda;            // elements from one row of A to the next
+  std::ptrdiff_t rows;
+  const void* panel;             // first packed panel; `panels` of them (1..kernel.panels)
+  std::ptrdiff_t panel_stride;   // bytes from one panel to the next
+  std::ptrdiff_t panels;
+  std::ptrdiff_t k;
+  void* tile;                    // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
+  bool accumulate;               // add to the tile (a later block of K) instead of overwriting it
+  const char* prefetch;          // each k step brings prefetch + step * prefetch_stride towards L2; a prefetch
+  std::ptrdiff_t prefetch_stride;  // never faults, so the address may run past the end of the weight
+};
+
+struct Kernel {
+  const char* name;  // "fp32/avx512/6x64": format, ISA, rows x columns of the tile
+  Isa isa;
+  Format rows;       // the form of A it reads
+  Layout layout;
+  std::ptrdiff_t mr, panels;
+  void (*run)(const TileArgs&);
+
+  constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
+};
+
+}  // namespace fastlinear

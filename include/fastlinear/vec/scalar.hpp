@@ -1,0 +1,48 @@
+// One value at a time, for the epilogue, in plain C++ for the x86-64 baseline.
+//
+// The baseline has no FMA instruction and std::fma would be a slow call, but an SSE2 double costs what a float costs:
+// the value is held as a double from load to store, which covers everything the functions need an FMA for.
+//
+// The verbs, which mean the same in vec/avx2.hpp and vec/avx512.hpp, lane by lane:
+//   load, store    `width` floats at any address; store_n only the first n < width
+//   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
+//   select_gt      a > b ? x : y
+//   round          to the nearest integer, ties to even
+//   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlinear::scalar {
+
+struct F32 {
+  static constexpr std::ptrdiff_t width = 1;
+  double v;
+
+  static F32 set(float x) { return {x}; }
+  static F32 load(const float* p) { return {*p}; }
+  static void store(float* p, F32 x) { *p = static_cast<float>(x.v); }
+  static void store_n(float* p, F32 x, std::ptrdiff_t) { store(p, x); }
+};
+
+inline F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
+inline F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
+inline F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
+inline F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+inline F32 operator-(F32 a) { return {-a.v}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+inline F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+inline F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+inline F32 abs(F32 a) { return {__builtin_fabs(a.v)}; }
+inline F32 select_gt(F32 a, F32 b, F32 x, F32 y) { return {a.v > b.v ? x.v : y.v}; }
+
+// 1.5 * 2^52 has unit spacing: adding it rounds to an integer, and leaves that integer in the low bits.
+inline constexpr double kUnitSpacing = 0x1.8p52;
+inline F32 round(F32 a) { return {(a.v + kUnitSpacing) - kUnitSpacing}; }
+inline F32 scale(F32 x, F32 n) {
+  const auto bits = __builtin_bit_cast(std::uint64_t, n.v + (kUnitSpacing + 1023));
+  return {x.v * __builtin_bit_cast(double, bits << 52)};
+}
+
+}  // namespace fastlinear::scalar

@@ -1,0 +1,23 @@
+"""Every test starts from the same state: a private tuning cache, no overrides from outside, a seed, one thread."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Before fastlinear is imported by a test module. FASTLINEAR_MAX_ISA stays: it runs the suite as a smaller CPU would.
+for name in [name for name in os.environ if name.startswith("FASTLINEAR_") and name != "FASTLINEAR_MAX_ISA"]:
+    del os.environ[name]
+_cache = tempfile.TemporaryDirectory(prefix="fastlinear-tests-")
+os.environ["FASTLINEAR_CACHE_DIR"] = _cache.name
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Seeds torch and runs the test on one thread of torch's pool; a test that wants more says so itself."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)

@@ -1,0 +1,166 @@
+"""The house keeps its plan: who may include or import whom, how long a file may grow, and what may stand nowhere."""
+
+import ast
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = {path.stem for path in (ROOT / "csrc").glob("*.cpp")} - {"registry"}
+
+# Each C++ room, and the rooms it may include. Paths are relative to include/fastlinear; csrc/ stands beside them.
+CPP_ROOMS = {
+    "kernel.hpp": set(),
+    "target.hpp": set(),
+    "cpu.hpp": set(),
+    "parallel.hpp": set(),
+    "dlpack.hpp": set(),
+    "formats/*": {"kernel.hpp", "target.hpp"},
+    "pack.hpp": {"kernel.hpp", "target.hpp", "formats/*", "parallel.hpp"},
+    "vec/*": {"kernel.hpp", "target.hpp"},
+    "epilogue.hpp": {"kernel.hpp"},
+    "epilogues/*": {"kernel.hpp", "target.hpp", "vec/*", "epilogue.hpp", "epilogues/*"},
+    "rows.hpp": {"kernel.hpp", "target.hpp", "formats/*", "vec/*"},
+    "kernels/*": {"kernel.hpp", "target.hpp", "formats/*", "vec/*", "kernels/*"},
+    "registry.hpp": {"kernel.hpp", "epilogue.hpp", "cpu.hpp"},
+    "gemm.hpp": {"kernel.hpp", "epilogue.hpp", "formats/*", "pack.hpp", "rows.hpp", "parallel.hpp", "registry.hpp"},
+    "csrc/registry.cpp": {"registry.hpp", "kernel.hpp", "epilogue.hpp", "epilogues/*", "cpu.hpp"},
+    "csrc/*.cpp": {"kernel.hpp", "target.hpp", "formats/*", "vec/*", "epilogue.hpp", "epilogues/*", "kernels/*"},
+}
+
+# Each Python room, and the rooms it may import; the public face and the command line may import them all.
+PYTHON_ROOMS = {
+    "_kernels": set(),
+    "activations": set(),
+    "tuning_cache": set(),
+    "autotune": {"tuning_cache"},
+    "planner": {"_kernels", "activations", "autotune", "tuning_cache"},
+    "ops": {"_kernels", "activations"},
+    "linear": {"_kernels", "activations", "autotune", "tuning_cache", "planner", "ops"},
+    "fusion": {"activations", "linear"},
+    "selection": {"linear"},
+    "convert": {"activations", "linear", "fusion", "selection"},
+    "report": {"_kernels", "activations", "planner", "linear", "selection", "convert"},
+}
+PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
+
+MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 400, "*": 250}
+SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include", "csrc", "examples", "benchmarks"))]
+SUFFIXES = {".py", ".pyi", ".pyx", ".hpp", ".cpp"}
+
+# (what, in which paths, why not)
+FORBIDDEN = [
+    (r"-march=", "", "one library serves every CPU"),
+    (r"custom_op\(", "", "it costs 5 to 11 us a call; torch.library.Library costs 3"),
+    (r"(import|from) (pickle|marshal|shelve|dill)\b|torch\.load\(", "fastlinear/", "reading a file must not run code"),
+    (r"^\s*(import|from) torch\b", "setup.py", "the build needs no torch"),
+    (r"#\s*include\s*[<\"](torch|ATen|c10|omp)\b", "", "no libtorch, no second OpenMP"),
+    (r"^\s*#\s*define\b", r"(?!include/fastlinear/target\.hpp)", "macros stand in target.hpp only"),
+]
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """(path from the root, text) of every source file, without what the build generates."""
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.suffix in SUFFIXES and path.name != "_kernels.cpp":
+                yield path.relative_to(ROOT).as_posix(), path.read_text()
+
+
+def cpp_includes(text: str) -> list[str]:
+    return re.findall(r'#include "fastlinear/([^"]+)"', text)
+
+
+def python_imports(text: str) -> set[str]:
+    """The rooms of the package that a Python source imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "fastlinear"):
+            module = (node.module or "").removeprefix("fastlinear").lstrip(".")
+            found |= {module} if module else {alias.name for alias in node.names if alias.name in PYTHON_ROOMS}
+        if isinstance(node, ast.Import):
+            found |= {alias.name[11:] for alias in node.names if alias.name.startswith("fastlinear.")}
+    return found
+
+
+def room_of(path: str) -> str:
+    return next((room for room in CPP_ROOMS if fnmatch(path, room)), f"{path}, which has no room in the plan")
+
+
+def isa_of(path: str) -> set[str]:
+    return ISAS & set(re.split(r"[/.]", path))
+
+
+def cpp_trespasses(path: str, text: str) -> list[str]:
+    here = path.removeprefix("include/fastlinear/")
+    allowed = CPP_ROOMS.get(room_of(here), set())
+    return [
+        f"{path} includes {included}"
+        for included in cpp_includes(text)
+        if room_of(included) not in allowed or (isa_of(included) and isa_of(included) != isa_of(here))
+    ]
+
+
+def test_cpp_arrows() -> None:
+    """Every C++ include follows the plan, and no ISA reaches into another's folder."""
+    cpp = [(path, text) for path, text in sources() if path.endswith((".hpp", ".cpp"))]
+    assert len(cpp) > 20 and len(ISAS) > 2
+    assert [line for path, text in cpp for line in cpp_trespasses(path, text)] == []
+    assert [path for path, _ in cpp if "no room" in room_of(path.removeprefix("include/fastlinear/"))] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "included"),
+    [
+        ("include/fastlinear/kernels/avx2/fp32.hpp", "epilogue.hpp"),
+        ("include/fastlinear/kernels/avx2/fp32.hpp", "gemm.hpp"),
+        ("include/fastlinear/kernels/avx2/fp32.hpp", "vec/avx512.hpp"),
+        ("include/fastlinear/epilogues/relu.hpp", "formats/fp32.hpp"),
+        ("csrc/avx2.cpp", "kernels/avx512/fp32.hpp"),
+        ("include/fastlinear/cpu.hpp", "kernel.hpp"),
+    ],
+)
+def test_a_forbidden_arrow_is_seen(path: str, included: str) -> None:
+    """The check can fail: each of the plan's nevers is reported."""
+    assert cpp_trespasses(path, f'#include "fastlinear/{included}"\n')
+
+
+def test_python_arrows() -> None:
+    """Every import inside the package follows the plan."""
+    modules = {Path(path).stem: text for path, text in sources() if re.fullmatch(r"fastlinear/\w+\.py", path)}
+    assert modules.keys() <= PYTHON_ROOMS.keys(), "a module has no room in the plan"
+    trespasses = {name: python_imports(text) - PYTHON_ROOMS[name] for name, text in modules.items()}
+    assert {name: rooms for name, rooms in trespasses.items() if rooms} == {}
+    assert "linear" in python_imports("def f():\n    from .linear import FastLinear\n")
+    assert python_imports("from . import _kernels, x\nimport fastlinear.ops\nimport torch") == {"_kernels", "ops"}
+
+
+def test_files_stay_short() -> None:
+    """One idea a file: kernels about a page, everything else a few."""
+    lengths = {path: len(text.splitlines()) for path, text in sources()}
+    limits = {path: next(most for glob, most in MOST_LINES.items() if fnmatch(path, glob)) for path in lengths}
+    assert {path: lines for path, lines in lengths.items() if lines > limits[path]} == {}
+
+
+@pytest.mark.parametrize(("pattern", "where", "reason"), FORBIDDEN, ids=[reason for *_, reason in FORBIDDEN])
+def test_forbidden_things_are_absent(pattern: str, where: str, reason: str) -> None:
+    """What must not stand in the sources does not."""
+    searched = [(path, text) for path, text in sources() if re.match(where, path)]
+    assert searched
+    assert [path for path, text in searched if re.search(pattern, text, re.MULTILINE)] == [], reason
+
+
+def test_few_macros() -> None:
+    """target.hpp, the only header with macros, defines at most four."""
+    text = (ROOT / "include/fastlinear/target.hpp").read_text()
+    assert 1 <= len(set(re.findall(r"#\s*define\s+(\w+)", text))) <= 4
+
+
+def test_the_build_needs_setuptools_and_cython_only() -> None:
+    """pip's isolated build environment holds nothing else, least of all torch."""
+    project = (ROOT / "pyproject.toml").read_text()  # Python 3.10 has no tomllib
+    (requires,) = re.findall(r"^requires = \[(.*)\]$", project, re.MULTILINE)
+    assert set(re.findall(r'"(\w+)', requires)) == {"setuptools", "cython"}

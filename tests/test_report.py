@@ -1,0 +1,140 @@
+"""report: every linear layer is accounted for, in data and in a table that fits a terminal and a log."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from models import OFF, Model, mlp
+from torch import nn
+
+import fastlinear
+from fastlinear import _kernels, linear
+from fastlinear.activations import Activation
+from fastlinear.report import LayerReport, Report
+
+
+class Answer:
+    """The part of a Chosen that a report shows."""
+
+    def __init__(self, bucket: int, name: str, source: str, speedup: float | None = None) -> None:
+        self.bucket, self.name, self.source, self.speedup = bucket, name, source, speedup
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Answer) and vars(self) == vars(other)
+
+
+def entry(name: str, *buckets: Answer, **changes: object) -> LayerReport:
+    decision = "fast" if buckets else "untuned"
+    layer = LayerReport(name, 768, 3072, "float32", Activation("gelu"), decision, buckets, 9.0)  # type: ignore[arg-type]
+    return dataclasses.replace(layer, **changes)  # type: ignore[arg-type]
+
+
+def test_every_layer_has_its_line() -> None:
+    """Each linear layer is reported once, in order, with sizes, dtype, activation and decision; skips have reasons."""
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.LeakyReLU(0.1), nn.Linear(16, 8).double(), nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+    )
+    rows = fastlinear.report(OFF(model, exclude="4"))
+    assert [row.name for row in rows] == ["0", "2", "3.out_proj", "4"]
+    assert [row.decision for row in rows] == ["untuned", "skipped", "skipped", "skipped"]
+    assert (rows[0].in_features, rows[0].out_features, rows[0].dtype) == (8, 16, "float32")
+    assert rows[0].activation == Activation("leaky_relu", (0.1,)) and rows[0].reason is None
+    for row, reason in zip(
+        rows[1:], ("float64", "MultiheadAttention reads its weight", "excluded by '4'"), strict=True
+    ):
+        assert row.reason is not None and reason in row.reason
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rows[0].name = "x"  # type: ignore[misc]
+
+
+def test_reasons_survive_and_go() -> None:
+    """The reasons for a choice of the caller's stay with a copy of the model, and unconvert forgets them."""
+    model = OFF(Model(2), include="layers", filter_fn=lambda module, name: "fc1" in name)
+    reasons = {row.name: row.reason for row in fastlinear.report(OFF(model, inplace=True, include="layers.0.fc1"))}
+    assert reasons["head"] == "not among the included layers"
+    first = {row.name: row.reason for row in fastlinear.report(OFF(Model(2), filter_fn=lambda m, name: name == "head"))}
+    assert first["layers.0.fc1"] == "refused by filter_fn" and first["head"] is None
+    assert {row.reason for row in fastlinear.report(fastlinear.unconvert(model))} == {"convert was not called on it"}
+
+
+def test_plans_and_memory_after_calls() -> None:
+    """Buckets list what ran, smallest M first; the pack's memory is counted once it exists."""
+    fast = OFF(mlp(64, 64)).eval()
+    assert fastlinear.report(fast).pack_mib == 0
+    with torch.no_grad():
+        for rows in (100, 3):
+            fast(torch.randn(rows, 64))
+    (row,) = fastlinear.report(fast)
+    assert [chosen.bucket for chosen in row.buckets] == [3, _kernels.bucket(100)]
+    assert {chosen.source for chosen in row.buckets} == {"heuristic"}
+    assert row.decision == "fast" and row.pack_mib >= 64 * 64 * 4 / 2**20
+
+
+def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is "torch" where torch won every bucket, "fast" where a kernel won one."""
+    fast = OFF(mlp(8, 8))
+    plans: dict[int, Answer] = {}
+    monkeypatch.setattr(type(fast[0]), "plans", property(lambda self: plans))
+    for chosen, decision in (
+        (Answer(8, "torch/linear", "tuned"), "torch"),
+        (Answer(1, "torch/mkl", "cache"), "torch"),
+        (Answer(4, "fp32/avx2/4x16", "tuned"), "fast"),
+    ):
+        plans[chosen.bucket] = chosen
+        (row,) = fastlinear.report(fast)
+        assert row.decision == decision
+    assert [chosen.bucket for chosen in row.buckets] == [1, 4, 8]
+
+
+def test_table() -> None:
+    """Equal layers share a row that counts them; every M has a line; the footer tells memory, sources, CPU, threads."""
+    runs = Answer(1, "fp32/avx512/1x128", "cache", 1.5), Answer(32, "fp32/avx512/14x32", "tuned", 1.234)
+    table = Report(
+        [entry(f"layer.{i}.fc", *runs) for i in range(12)]
+        + [entry("head", Answer(32, "torch/mkl", "tuned"), activation=None, decision="torch")]
+    )
+    lines = str(table).splitlines()
+    assert lines[2].split() == ["layer.*.fc", "12", "768x3072", "gelu", "1", "fp32/avx512/1x128", "1.50x", "108.00"]
+    assert lines[3].split() == ["32", "fp32/avx512/14x32", "1.23x"]
+    assert lines[4].split() == ["head", "1", "768x3072", "32", "torch/mkl", "9.00"]
+    footer = "\n".join(lines[5:])
+    assert "12 fast, 1 torch" in footer and "117.0 MiB" in footer
+    assert "12 from the tuning cache, 13 measured in this process" in footer
+    info = _kernels.cpu_info()
+    assert info["model"] in footer and all(isa in footer for isa in info["isas"])
+    assert f"{_kernels.num_threads()} threads" in footer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        entry("a" * 200, Answer(16384, "int8/avx512_vnni/14x128", "tuned", 123.456)),
+        entry(".".join(["block"] * 40), in_features=100000, out_features=100000, pack_mib=38146.97),
+        entry("x", decision="skipped", reason="a long and winding reason " * 10),
+        entry("x", activation=Activation("softplus", (2.00000001, 20.12345678))),
+        entry(""),
+    ],
+)
+def test_table_fits(layer: LayerReport) -> None:
+    """No line is longer than 120 columns, none has control characters, and no word of a reason is lost."""
+    text = str(Report([layer]))
+    assert max(map(len, text.splitlines())) <= 120
+    assert re.fullmatch(r"[ -~\n]+", text)
+    assert " ".join(text.split()).count("winding") == (layer.reason or "").count("winding")
+
+
+def test_different_layers_do_not_share_a_row() -> None:
+    """Repeated blocks share a row only where shape, activation, plans and reason are equal."""
+    one, other = entry("layer.0.fc"), entry("layer.1.fc", out_features=768)
+    assert "layer.0.fc" in str(Report([one, other])) and "layer.1.fc" in str(Report([one, other]))
+    assert "layer.*.fc" in str(Report([one, entry("layer.7.fc")]))
+
+
+def test_empty_and_lone() -> None:
+    """A model without linear layers reports none; a lone layer has a line too; a stock model says what to do."""
+    assert "no linear ones" in str(fastlinear.report(nn.ReLU()))
+    (row,) = fastlinear.report(nn.Linear(2, 2))
+    assert row.reason == "convert was not called on it"
+    assert "(the model)" in str(fastlinear.report(OFF(nn.Linear(2, 2))))
+    assert linear.is_fast(OFF(nn.Linear(2, 2)))

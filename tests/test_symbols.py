@@ -1,0 +1,134 @@
+"""The built library, disassembled: wide registers stay inside their ISA, and inner loops stay inside registers."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+from fastlinear import _kernels
+
+ISAS = ("avx512", "avx2")  # widest first: a symbol that names both may use both
+
+# What AT&T syntax shows of an instruction set.
+AVX512_ONLY = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b|\{1to\d+\}")
+# tzcnt is not here: GCC writes bsf with a prefix that older CPUs ignore.
+AVX_OR_WIDER = re.compile(r"%ymm|^v[a-z]|^(andn|bextr|bls\w+|bzhi|lzcnt|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b")
+NOT_AVX = re.compile(r"^ver[rw]\b|^vm[a-z]+\b(?!.*%[xyz]mm)")  # v... mnemonics older than AVX
+
+SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
+INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(\S.*)$")
+JUMP = re.compile(r"^(?:bnd )?j[a-z]+\s+([0-9a-f]+)\b")
+# A function of an ISA's own namespace (a kernel), not a template that merely takes its vector type (an epilogue).
+KERNEL = re.compile(r"^(?:\w+ )?fastlinear::(avx2|avx512)::")
+
+Instructions = list[tuple[int, str]]
+
+
+@cache
+def functions() -> dict[str, Instructions]:
+    """Demangled symbol -> its (address, instruction) pairs."""
+    assert shutil.which("objdump"), "this test reads the library with objdump, which comes with the compiler's binutils"
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _kernels.__file__]
+    found: dict[str, Instructions] = {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if symbol := SYMBOL.match(line):
+            current = found.setdefault(symbol[1], [])
+        elif instruction := INSTRUCTION.match(line):
+            current.append((int(instruction[1], 16), instruction[2].split("#")[0].strip()))
+    return found
+
+
+def isa_of(symbol: str) -> str:
+    return next((isa for isa in ISAS if f"fastlinear::{isa}::" in symbol), "baseline")
+
+
+def isa_needed(instruction: str) -> str:
+    if AVX512_ONLY.search(instruction):
+        return "avx512"
+    if AVX_OR_WIDER.search(instruction) and not NOT_AVX.search(instruction):
+        return "avx2"
+    return "baseline"
+
+
+def loops_of_fma(instructions: Instructions) -> list[Instructions]:
+    """The innermost loops that multiply and add vectors."""
+    first = instructions[0][0]
+    spans = [
+        (int(jump[1], 16), address)
+        for address, text in instructions
+        if (jump := JUMP.match(text)) and first <= int(jump[1], 16) < address
+    ]
+    innermost = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    bodies = [[(a, text) for a, text in instructions if start <= a <= end] for start, end in innermost]
+    return [body for body in bodies if any("vfmadd" in text and "ps" in text for _, text in body)]
+
+
+def stack_traffic(instructions: Instructions, loop: Instructions) -> list[str]:
+    """Vector loads and stores of the stack in a loop; %rbp is the stack only where the function makes it so."""
+    frame = any(re.match(r"mov\s+%rsp,%rbp", text) for _, text in instructions)
+    stack = re.compile(r"\(%r(sp|bp)\b" if frame else r"\(%rsp\b")
+    return [text for _, text in loop if stack.search(text) and re.search(r"%[xyz]mm", text)]
+
+
+def test_wide_registers_stay_in_their_isa() -> None:
+    """No instruction of AVX or AVX-512 stands in a symbol that a lesser CPU may run."""
+    rank = ("baseline", "avx2", "avx512").index
+    leaks = {
+        symbol: text
+        for symbol, instructions in functions().items()
+        for _, text in instructions
+        if rank(isa_needed(text)) > rank(isa_of(symbol))
+    }
+    assert leaks == {}
+    for isa in ISAS:  # the search sees what it looks for
+        seen = sum(isa_needed(text) == isa for s, body in functions().items() if isa_of(s) == isa for _, text in body)
+        assert seen > 100, f"only {seen} instructions of {isa} in its own symbols: were the symbols stripped?"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "isa"),
+    [
+        ("vfmadd231ps (%rax),%zmm1,%zmm2", "avx512"),
+        ("vmovups %xmm17,(%rax)", "avx512"),
+        ("kmovw  %eax,%k1", "avx512"),
+        ("vaddps (%rax){1to8},%ymm1,%ymm2", "avx512"),
+        ("vaddps %ymm0,%ymm1,%ymm2", "avx2"),
+        ("vaddss %xmm0,%xmm1,%xmm2", "avx2"),
+        ("vzeroupper", "avx2"),
+        ("shlx   %rax,%rcx,%rdx", "avx2"),
+        ("addps  %xmm0,%xmm1", "baseline"),
+        ("verr   %ax", "baseline"),
+    ],
+)
+def test_instructions_are_told_apart(instruction: str, isa: str) -> None:
+    """The classification itself, on instructions whose ISA is known."""
+    assert isa_needed(instruction) == isa
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_inner_loops_do_not_spill(isa: str) -> None:
+    """The accumulators of every micro-kernel stay in registers: its innermost loop never touches the stack."""
+    kernels = {s: body for s, body in functions().items() if (own := KERNEL.match(s)) and own[1] == isa}
+    loops = {symbol: loops_of_fma(body) for symbol, body in kernels.items()}
+    tables = [kernel for kernel in _kernels.kernels() if kernel["isa"] == isa]
+    assert sum(bool(found) for found in loops.values()) >= len(tables) > 0
+    spills = {
+        s: traffic for s, found in loops.items() for loop in found if (traffic := stack_traffic(kernels[s], loop))
+    }
+    assert spills == {}
+
+
+def test_a_spill_is_seen() -> None:
+    """The search for stack traffic can fail."""
+    body = [
+        (0, "mov    %rsp,%rbp"),
+        (4, "vmovups -0x40(%rbp),%zmm0"),
+        (8, "vfmadd231ps (%rax),%zmm1,%zmm0"),
+        (12, "vmovups %zmm0,0x80(%rsp)"),
+        (16, "jne    4 <f+0x4>"),
+        (20, "vmovups %zmm0,0xc0(%rsp)"),
+    ]
+    (loop,) = loops_of_fma(body)
+    assert stack_traffic(body, loop) == [body[1][1], body[3][1]]
