@@ -20,15 +20,16 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
 # Flags given here come after the environment's, so an -O of the user's CFLAGS has to keep ours away.
 optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O2"]
 
-kernels = Extension(
-    "fastlinear._kernels",
-    sources=["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))],
-    depends=glob("include/**/*.hpp", recursive=True),
-    include_dirs=["include"],
-    language="c++",
-    extra_compile_args=["-std=c++20", "-fvisibility=hidden", *optimise],
-    libraries=["dl"],
-)
+common = {
+    "depends": glob("include/**/*.hpp", recursive=True),
+    "include_dirs": ["include"],
+    "language": "c++",
+    "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimise],
+}
+extensions = [
+    Extension("fastlinear._kernels", ["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))], libraries=["dl"], **common),
+    Extension("fastlinear._engine", ["fastlinear/_engine.pyx"], **common),
+]
 
 
 class ParallelBuild(build_ext):
@@ -46,4 +47,4 @@ class ParallelBuild(build_ext):
         super().build_extensions()
 
 
-setup(ext_modules=cythonize([kernels], language_level=3), cmdclass={"build_ext": ParallelBuild})
+setup(ext_modules=cythonize(extensions, language_level=3), cmdclass={"build_ext": ParallelBuild})

@@ -20,8 +20,7 @@ FL_TARGET_BEGIN("avx2,fma")
 namespace fastlinear {
 
 extern const IsaTable kAvx2Table;
-const IsaTable kAvx2Table{Isa::avx2, avx2::kFp32Kernels, std::size(avx2::kFp32Kernels),
-                         epilogue_steps<avx2::F32>};
+const IsaTable kAvx2Table{Isa::avx2, avx2::kFp32Kernels, std::size(avx2::kFp32Kernels), epilogue_steps<avx2::F32>};
 
 }  // namespace fastlinear
 

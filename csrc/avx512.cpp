@@ -21,7 +21,7 @@ namespace fastlinear {
 
 extern const IsaTable kAvx512Table;
 const IsaTable kAvx512Table{Isa::avx512, avx512::kFp32Kernels, std::size(avx512::kFp32Kernels),
-                         epilogue_steps<avx512::F32>};
+                            epilogue_steps<avx512::F32>};
 
 }  // namespace fastlinear
 

@@ -19,6 +19,6 @@ namespace fastlinear {
 
 extern const IsaTable kScalarTable;
 const IsaTable kScalarTable{Isa::scalar, scalar::kFp32Kernels, std::size(scalar::kFp32Kernels),
-                         epilogue_steps<scalar::F32>};
+                            epilogue_steps<scalar::F32>};
 
 }  // namespace fastlinear

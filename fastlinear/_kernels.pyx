@@ -7,125 +7,16 @@ No torch header is used. A tensor is read through the C table that torch.Tensor 
 """
 
 import os
+import weakref
 
 import torch
-from torch.autograd import forward_ad
-from torch.autograd import profiler
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 
 
-cdef extern from "fastlinear/dlpack.hpp" namespace "fastlinear" nogil:
-    ctypedef struct DlDevice:
-        int32_t device_type
-    ctypedef struct DlDataType:
-        uint8_t code
-        uint8_t bits
-    ctypedef struct DlTensor:
-        void* data
-        DlDevice device
-        int32_t ndim
-        DlDataType dtype
-        int64_t* shape
-        int64_t* strides
-        uint64_t byte_offset
-    ctypedef struct DlExchangeApi:
-        uint32_t major
-        int (*peek)(void*, DlTensor*)
-
-cdef extern from "fastlinear/cpu.hpp" namespace "fastlinear" nogil:
-    ctypedef struct CpuidRegisters:
-        uint32_t eax
-        uint32_t ebx
-        uint32_t ecx
-        uint32_t edx
-    ctypedef struct CpuSource:
-        CpuidRegisters (*cpuid)(uint32_t, uint32_t, void*) noexcept
-        uint64_t (*xcr0)(void*) noexcept
-        void* context
-    ctypedef struct Cpu:
-        char[13] vendor
-        char[49] model
-        cbool[3] isa
-        size_t[3] cache
-    Cpu detect_cpu(const CpuSource&)
-    CpuSource this_cpu()
-    void flush(const char*, size_t)
-
-cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
-    ctypedef int Format "fastlinear::Format"
-    ctypedef int Isa "fastlinear::Isa"
-    ctypedef struct Layout:
-        Format format
-        ptrdiff_t nr
-        ptrdiff_t kr
-    ctypedef struct Kernel:
-        const char* name
-        Isa isa
-        Format rows
-        Layout layout
-        ptrdiff_t mr
-        ptrdiff_t panels
-        ptrdiff_t columns()
-    size_t kIsas
-    const char** kIsaNames
-    const char** kFormatNames
-
-cdef extern from "fastlinear/registry.hpp" namespace "fastlinear" nogil:
-    ctypedef void (*Step)()
-    ctypedef struct Activation "fastlinear::Activation":
-        const char* name
-        size_t params
-        float* defaults
-    const Kernel* kernel_at(size_t)
-    const Kernel* find_kernel(const char*)
-    const Activation* activation_at(size_t)
-    Step find_step(Isa, size_t)
-
-cdef extern from "fastlinear/parallel.hpp" namespace "fastlinear" nogil:
-    cppclass ThreadPool:
-        cbool attach(const char*)
-        void stop_after_fork()
-        cbool forked()
-        ptrdiff_t size()
-    ThreadPool& thread_pool()
-
-cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
-    cppclass WeightView[T]:
-        T* data
-        ptrdiff_t n, k, stride_n, stride_k
-    ptrdiff_t packed_elements(const Layout&, ptrdiff_t, ptrdiff_t)
-    void pack_weight(const Layout&, const WeightView[const float]&, float*)
-    void unpack_weight(const Layout&, const float*, const WeightView[float]&)
-
-cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
-    ctypedef struct CPlan "fastlinear::Plan":
-        const Kernel* kernel
-        ptrdiff_t threads
-        ptrdiff_t k_slices
-    ctypedef struct Rows:
-        const float* data
-        ptrdiff_t stride
-    cppclass EpilogueProgram:
-        Step* steps
-        float** params
-        size_t count
-    ctypedef struct Problem:
-        ptrdiff_t m
-        ptrdiff_t n
-        ptrdiff_t k
-        Rows x
-        const char* packed
-        const float* bias
-        float* y
-        ptrdiff_t stride_y
-        EpilogueProgram epilogue
-    cbool gemm(const Problem&, const CPlan&)
-
-
-# ---- this machine -----------------------------------------------------------------------------------------------------
+# ---- this machine ----
 
 cdef Cpu cpu = detect_cpu(this_cpu())
 cdef size_t isa_limit = kIsas
@@ -188,9 +79,13 @@ def detect(machine: dict):
     return describe_cpu(c)
 
 
+cdef ptrdiff_t pool_size() noexcept:
+    return thread_pool().size()
+
+
 def num_threads():
     """Threads that a call may use: torch's own count, or 1 in a forked child."""
-    return thread_pool().size()
+    return pool_size()
 
 
 def _attach_pool():
@@ -213,7 +108,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------
+# ---- the table ----
 
 cdef str layout_name(const Layout& layout):
     return f"{kFormatNames[<size_t> layout.format].decode()}/{layout.nr}x{layout.kr}"
@@ -268,17 +163,7 @@ cdef const Kernel* kernel_of_layout(str layout) except NULL:
     raise ValueError(f"no kernel reads layout {layout!r}; there are {sorted({row['layout'] for row in kernels()})}")
 
 
-# ---- tensors ----------------------------------------------------------------------------------------------------------
-
-cdef enum:
-    MAX_DIMS = 8
-
-# A CPU fp32 tensor as the kernels see it.
-cdef struct View:
-    float* data
-    int ndim
-    int64_t[MAX_DIMS] shape
-    int64_t[MAX_DIMS] stride
+# ---- tensors ----
 
 cdef object Tensor = torch.Tensor
 cdef object float32 = torch.float32
@@ -367,7 +252,28 @@ cdef str describe(object value):
     return f"a {type(value).__name__}"
 
 
-# ---- weights, plans, epilogues ----------------------------------------------------------------------------------------
+# ---- weights, plans, epilogues ----
+
+# Packs lie one behind the other in chunks of 2 MB pages, since most are too small to fill one. A chunk is freed with
+# the last pack in it; `newest` is the pack that new ones are put behind while it lives.
+cdef enum:
+    CHUNK = 32 << 20
+
+newest = lambda: None  # noqa: E731 (a weak reference to nothing)
+
+
+cdef object place(size_t nbytes):
+    cdef size_t begin, end
+    last = newest()
+    if last is not None:
+        begin = last.data.storage_offset() + (last.data.nbytes + 63) // 64 * 64
+        if begin + nbytes <= last.data.untyped_storage().nbytes():
+            return torch.empty(0, dtype=torch.uint8).set_(last.data.untyped_storage(), begin, (nbytes,))
+    chunk = torch.empty(max(nbytes, CHUNK) + kHugePage, dtype=torch.uint8)
+    begin = <size_t> -<ptrdiff_t> <size_t> chunk.data_ptr() % kHugePage
+    advise_huge_pages(<void*> <size_t> chunk.data_ptr(), chunk.nbytes)
+    return chunk[begin : begin + nbytes]
+
 
 cdef class Packed:
     """A weight [n, k] in the panels of `layout`.
@@ -376,13 +282,6 @@ cdef class Packed:
     Raises TypeError or ValueError where the weight or the layout is not one the kernels read.
     """
 
-    cdef readonly ptrdiff_t n, k
-    cdef readonly str layout
-    cdef readonly object data
-    cdef Layout shape
-    cdef float* panels
-    cdef object __weakref__
-
     def __init__(self, weight, str layout):
         cdef View w = need(weight, "weight")
         if w.ndim != 2:
@@ -390,7 +289,9 @@ cdef class Packed:
         self.shape = kernel_of_layout(layout).layout
         self.layout = layout
         self.n, self.k = w.shape[0], w.shape[1]
-        self.data = torch.empty(packed_elements(self.shape, self.n, self.k) * sizeof(float), dtype=torch.uint8)
+        self.data = place(packed_elements(self.shape, self.n, self.k) * sizeof(float))
+        global newest
+        newest = weakref.ref(self)
         self.panels = <float*> <size_t> self.data.data_ptr()
         cdef WeightView[const float] source
         source.data, source.n, source.k = w.data, self.n, self.k
@@ -424,10 +325,6 @@ cdef class Packed:
 cdef class Plan:
     """How to run one product: the kernel by its name in the table, threads (at least 1), slices of K (at least 1)."""
 
-    cdef readonly str kernel
-    cdef CPlan plan
-    cdef str layout
-
     def __init__(self, str kernel, ptrdiff_t threads=1, ptrdiff_t k_slices=1):
         if threads < 1 or k_slices < 1 or threads > 4096 or k_slices > 4096:
             raise ValueError(f"a plan takes 1 to 4096 threads and K slices, not {threads} and {k_slices}")
@@ -450,9 +347,6 @@ cdef class Plan:
 
 cdef class Epilogue:
     """What happens to the sums: the bias is added, then each (activation name, parameters) is applied in turn."""
-
-    cdef EpilogueProgram[3] program  # one an ISA
-    cdef readonly tuple steps
 
     def __init__(self, steps=()):
         names = list(activations())
@@ -516,197 +410,6 @@ def run(Packed packed not None, Plan plan not None, Epilogue epilogue not None, 
         if vb.ndim != 1 or vb.shape[0] != packed.n or (vb.stride[0] != 1 and packed.n > 1):
             raise ValueError(f"bias must be [{packed.n}] with unit stride, not {describe(bias)}")
     compute(packed, plan, epilogue, m, vx.data, stride_x, vb.data, vy.data, stride_y)
-
-
-# ---- the call ---------------------------------------------------------------------------------------------------------
-
-# Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...).
-cdef enum:
-    BUCKETS = 96
-
-cdef int bucket_index(ptrdiff_t m) noexcept:
-    cdef int octave = 3
-    if m <= 8:
-        return <int> m
-    while m > <ptrdiff_t> 2 << octave:
-        octave += 1
-    return 8 + 2 * (octave - 3) + (1 if m <= <ptrdiff_t> 3 << (octave - 1) else 2)
-
-
-def bucket(ptrdiff_t m):
-    """The bucket of M: the smallest of 0..8, 12, 16, 24, 32, 48, 64, 96 ... that is not below it."""
-    cdef int i = bucket_index(m) - 9
-    return m if m <= 8 else (3 << (i // 2 + 2)) if i % 2 == 0 else (16 << (i // 2))
-
-
-# Why the engine does not answer a call.
-UNFIT = "unfit"          # it must go through torch: gradients, a mode that watches, another dtype or device
-PROFILED = "profiled"    # it should show up in the profile
-STALE = "stale"          # the weight is not packed, or changed since
-UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads
-
-cdef object is_grad_enabled = torch.is_grad_enabled
-cdef object get_default_dtype = torch.get_default_dtype
-cdef object empty = torch.empty
-cdef object forward_ad_module = forward_ad
-cdef object profiler_module = profiler
-cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
-    torch._C._is_any_autocast_enabled,
-    torch._C._functorch.maybe_current_level,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._get_tracing_state,
-)
-
-
-cdef bint watched() except -1:
-    for mode in modes:
-        level = mode()
-        if level is not None and level is not False and level != 0:
-            return True
-    return forward_ad_module._current_level >= 0
-
-
-# What nn.Module.__call__ looks at before it calls forward.
-cdef tuple own_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-cdef tuple global_hooks = tuple(getattr(torch.nn.modules.module, "_global" + name) for name in own_hooks)
-
-
-# None for a tensor made in inference mode, whose changes torch does not count.
-def version_of(tensor):
-    return None if tensor.is_inference() else tensor._version
-
-
-cdef class Engine:
-    """The hot path of one layer: looks at the module and the input, and runs the plan for this M; about 2 us.
-
-    It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
-    What it cannot answer goes to `module._slow(x, why)`, why being UNFIT, PROFILED, STALE or UNPLANNED.
-    """
-
-    cdef readonly Packed packed
-    cdef readonly Epilogue epilogue
-    cdef readonly bint transposed
-    cdef object weight, version
-    cdef float* weight_data
-    cdef dict plans           # threads -> plans by bucket index
-    cdef list current         # the plans for `threads`
-    cdef ptrdiff_t threads
-
-    def __init__(self, Epilogue epilogue not None, bint transposed=False):
-        self.epilogue = epilogue
-        self.transposed = transposed
-        self.drop()
-
-    def drop(self):
-        """Forgets the packed weight and the plans."""
-        self.packed = self.weight = None
-        self.plans = {}
-        self.threads = 0
-
-    def take(self, weight, Packed packed not None):
-        """Uses `packed`, which holds the parameter `weight` as it is now."""
-        cdef View v = need(weight, "weight")
-        self.drop()
-        self.weight, self.version, self.weight_data, self.packed = weight, version_of(weight), v.data, packed
-
-    def plan_for(self, ptrdiff_t m, ptrdiff_t threads, plan):
-        """Sets what runs for the bucket of m while torch has `threads` threads: a Plan, or (x, weight, bias) -> y."""
-        if isinstance(plan, Plan) and (<Plan> plan).layout != self.packed.layout:
-            raise ValueError(f"kernel {plan.kernel!r} does not read layout {self.packed.layout!r}")
-        self.plans.setdefault(threads, [None] * BUCKETS)[bucket_index(m)] = plan
-
-    def fresh(self, module):
-        """True while the packed weight is the module's."""
-        return self.holds((<dict> module.__dict__)["_parameters"].get("weight"))
-
-    # The identity of the parameter, the memory behind it and torch's count of its changes. `.data.copy_()` moves none of
-    # them; that is what refresh() is for.
-    cdef bint holds(self, object weight) except -1:
-        cdef View w
-        return (weight is not None and weight is self.weight and look_at(weight, &w) and w.data == self.weight_data
-                and (self.version is None or weight._version == self.version))
-
-    def __call__(self, module, x):
-        """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile()."""
-        cdef dict state = <dict> module.__dict__
-        if "forward" in state or "_compiled_call_impl" in state:
-            return None
-        for hooks in global_hooks:
-            if <dict> hooks:
-                return None
-        for name in own_hooks:
-            if <dict> state[name]:
-                return None
-        return self.forward(module, x)
-
-    def forward(self, module, x):
-        """`module.forward(x)`."""
-        why = UNFIT
-        if type(x) is Tensor and not watched():
-            if profiler_module._is_profiler_enabled:
-                return module._slow(x, PROFILED)
-            y = self.answer(<dict> module.__dict__, x)
-            if type(y) is not str:
-                return y
-            why = y
-        return module._slow(x, why)
-
-    def attempt(self, module, x):
-        """The output, or None where torch has to compute it; for callers that know that no mode watches."""
-        y = self.answer(<dict> module.__dict__, x)
-        return None if type(y) is str else y
-
-    # The output, or why there is none.
-    cdef object answer(self, dict state, object x):
-        cdef View v, w, b
-        cdef ptrdiff_t m, stride_x, threads
-        cdef dict params = <dict> state["_parameters"]
-        weight = params["weight"]
-        bias = params["bias"]
-        if state["training"] is True or is_grad_enabled() and (
-                x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
-            return UNFIT
-        if not self.holds(weight):
-            return STALE
-
-        if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != self.packed.k:
-            return UNFIT
-        if not as_rows(&v, &m, &stride_x):
-            x = x.contiguous()
-            if not look_at(x, &v) or not as_rows(&v, &m, &stride_x):
-                return UNFIT
-        if v.data == NULL and m * self.packed.k > 0:  # a tensor of zeros without memory
-            return UNFIT
-        b.data = NULL
-        if bias is not None and not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == self.packed.n
-                                     and (b.stride[0] == 1 or self.packed.n < 2)):
-            return UNFIT
-
-        threads = thread_pool().size()
-        if threads != self.threads:
-            self.current = self.plans.setdefault(threads, [None] * BUCKETS)
-            self.threads = threads
-        plan = self.current[bucket_index(m)]
-        if m > 0 and type(plan) is not Plan:
-            return UNPLANNED if plan is None else plan(x, weight, bias)
-
-        y = new_output(&v, self.packed.n)
-        if m > 0 and self.packed.n > 0:
-            look_at(y, &w)
-            compute(self.packed, <Plan> plan, self.epilogue, m, v.data, stride_x, b.data, w.data, self.packed.n)
-        return y
-
-
-# torch.empty is quickest with nothing but integers.
-cdef object new_output(View* x, ptrdiff_t n):
-    if get_default_dtype() is not float32:
-        return empty([x.shape[i] for i in range(x.ndim - 1)] + [n], dtype=float32)
-    if x.ndim == 2:
-        return empty(x.shape[0], n)
-    if x.ndim == 3:
-        return empty(x.shape[0], x.shape[1], n)
-    return empty([x.shape[i] for i in range(x.ndim - 1)] + [n])
 
 
 def evict(size_t address, size_t nbytes):

@@ -11,8 +11,8 @@ Pure policy: the candidates and the clock are passed in; nothing here knows what
 3. Duel. The winner of a race is partly a lucky one, so the best challenger meets the baseline afresh, in ABBA pairs,
    and is adopted only if it is faster with confidence.
 
-The race is that of gemma.cpp's MMAutoTune, but it ranks by an interquartile mean instead of the minimum: threads that
-are not pinned see "lucky shots" of 1.2x to 1.6x (highway's auto_tune.h), and frequencies with two modes.
+The race is that of gemma.cpp's MMAutoTune, but ranks by an interquartile mean, not by the minimum: threads that are not
+pinned see "lucky shots" of 1.2x to 1.6x (highway's auto_tune.h).
 
 The promise, held by tests/test_autotune.py on simulated machines: at most 1 of 100 choices is truly more than 2 %
 slower than the best candidate, if the budget lasts for PASSES passes of (evict, cold call, hot call) over all
@@ -37,9 +37,9 @@ BUDGET = 0.045  # seconds, of the 60 ms a new shape may cost with packing
 RACE_SHARE = 0.5  # of the budget; the duel has what the race leaves
 SAMPLE = 50e-6  # seconds of hot calls in a sample: about 500 times the resolution and the cost of perf_counter
 PAIRS = 20  # a duel does not end early before so many
-FEW_PAIRS = 3  # fewer than these cannot show a spike: they must show a CLEAR_LOSS of the baseline
+FEW_PAIRS = 3  # fewer than these cannot expose a spike: all must show a CLEAR_LOSS of the baseline
 TOLERANCE = math.log(1.02)  # a choice this much slower than the best is no mistake
-CLEAR_LOSS = math.log(1.25)  # slower than that in both of the first two rounds: out
+CLEAR_LOSS = math.log(1.25)  # slower than that in two rounds, and in all: out
 ROUNDS_TO_JUDGE = 4  # smaller losses are judged after so many, when one spike or lucky shot no longer decides
 CERTAIN = 2.5  # standard errors: a race makes many comparisons, many times over
 CONFIDENT = 1.645  # standard errors of a one-sided 95 % bound
@@ -61,12 +61,8 @@ class Choice(NamedTuple):
     seconds: float
 
 
-class Estimate(NamedTuple):
-    centre: float
-    error: float  # standard error, widened as Student's t widens for few observations
-
-
-Score = tuple[float, ...]  # log seconds: hot, or hot and cold; or a difference of two such, a log ratio
+Score = tuple[float, ...]  # log seconds, cold and hot or one of them; or the difference of two such, a log ratio
+Estimate = tuple[float, float]  # centre and standard error, widened as Student's t widens for few observations
 
 
 @dataclass(eq=False)
@@ -96,13 +92,13 @@ def _middle(values: Sequence[float]) -> Estimate:
     squares *= (n / len(kept)) ** 2
     variance = (squares + PRIOR_WEIGHT * PRIOR_NOISE**2) / (n - 1 + PRIOR_WEIGHT)
     widening = 1 + 1 / (len(kept) - 1 + PRIOR_WEIGHT)
-    return Estimate(centre, widening * math.sqrt(variance / n))
+    return centre, widening * math.sqrt(variance / n)
 
 
 def estimate(scores: Sequence[Score]) -> Estimate:
     """The mean of the middles of hot and cold, each estimated alone so that a spike in one spoils only that one."""
-    parts = [_middle(column) for column in zip(*scores, strict=True)]
-    return Estimate(sum(p.centre for p in parts) / len(parts), math.hypot(*(p.error for p in parts)) / len(parts))
+    centres, errors = zip(*(_middle(column) for column in zip(*scores, strict=True)), strict=True)
+    return sum(centres) / len(centres), math.hypot(*errors) / len(errors)
 
 
 def _behind(runner: _Runner, leader: _Runner) -> list[Score]:
@@ -114,16 +110,17 @@ def _ranked(live: Sequence[_Runner]) -> list[_Runner]:
     """Best first. Each round's median is subtracted first: one sweep of Tukey's median polish, against drift."""
     rounds = zip(*(r.scores for r in live), strict=True)
     levels = [tuple(sorted(column)[len(live) // 2] for column in zip(*row, strict=True)) for row in rounds]
-    return sorted(live, key=lambda r: estimate([_minus(s, v) for s, v in zip(r.scores, levels, strict=True)]).centre)
+    return sorted(live, key=lambda r: estimate([_minus(s, v) for s, v in zip(r.scores, levels, strict=True)]))
+
+
+def _clear(losses: Sequence[Score]) -> bool:
+    return all(sum(s) / len(s) > CLEAR_LOSS for s in losses)
 
 
 def _has_lost(losses: Sequence[Score]) -> bool:
-    if len(losses) < 2:
-        return False
-    if min(sum(loss) / len(loss) for loss in losses) > CLEAR_LOSS:
-        return True
     centre, error = estimate(losses)
-    return len(losses) >= ROUNDS_TO_JUDGE and centre > CERTAIN * error
+    certain = len(losses) >= ROUNDS_TO_JUDGE and centre > CERTAIN * error
+    return certain or (len(losses) >= 2 and _clear(losses))
 
 
 @dataclass
@@ -169,10 +166,7 @@ class _Bench:
         runner.cost = self.clock() - began
 
     def warm_up(self, runners: Sequence[_Runner]) -> list[_Runner]:
-        """Those that run, fastest first.
-
-        Where not even half the PASSES fit, hot samples are dropped for more rounds: cold is what a model mostly sees.
-        """
+        """Those that run, fastest first. Where not even half the PASSES fit, more rounds beat hot samples."""
         live = sorted((r for r in runners if self._survives(self._calibrate, r)), key=lambda r: r.call)
         self.hot = self.evict is None or PASSES / 2 * sum(2 * r.call for r in live) <= self.deadline - self.clock()
         for r in live:
@@ -181,8 +175,8 @@ class _Bench:
 
     def _affordable(self, live: Sequence[_Runner], reserve: float) -> list[_Runner]:
         """As many of the best as one more round has time for."""
-        ends = itertools.accumulate((r.cost for r in live), initial=self.clock() + reserve)
-        return [r for r, end in zip(live, itertools.islice(ends, 1, None), strict=True) if end <= self.deadline]
+        time_left = self.deadline - self.clock() - reserve
+        return [r for r, end in zip(live, itertools.accumulate(r.cost for r in live), strict=True) if end <= time_left]
 
     def race(self, live: list[_Runner], rng: random.Random, reserve: float) -> tuple[list[_Runner], int]:
         """Who was never beaten, best first, and the number of rounds; keeps `reserve` seconds for the duel."""
@@ -210,14 +204,12 @@ class _Bench:
 
 
 def _table(runners: Sequence[_Runner], leader: _Runner) -> tuple[tuple[str, float], ...]:
-    """Milliseconds relative to the leader in the rounds that both ran, so that who left early is compared fairly."""
+    """Seconds by way of the leader, in the rounds that both ran, so that who left early is compared fairly."""
 
-    def milliseconds(runner: _Runner) -> float:
-        if not runner.scores:
-            return runner.call * 1e3
-        return math.exp(estimate(leader.scores).centre + estimate(_behind(runner, leader)).centre) * 1e3
+    def seconds(r: _Runner) -> float:
+        return math.exp(estimate(leader.scores)[0] + estimate(_behind(r, leader))[0]) if r.scores else r.call
 
-    return tuple(sorted(((r.name, milliseconds(r)) for r in runners), key=lambda row: row[1]))
+    return tuple(sorted(((r.name, seconds(r) * 1e3) for r in runners), key=lambda row: row[1]))
 
 
 def choose(
@@ -233,10 +225,9 @@ def choose(
 
     `candidates` include the baseline. `evict`, common to all, takes the operands out of the caches; None where they
     exceed the caches anyway. No measurement begins that is likely to end after `budget` seconds of `clock`, but every
-    candidate runs at least once, and the best challenger meets the baseline at least once more.
-
-    The challenger is adopted if the 95 % bound of its gain is above zero; the baseline stays, decided, if a gain of 2 %
-    is beyond the bound. Otherwise noise hides the answer: the baseline stays, undecided.
+    candidate runs at least once, and the best challenger meets the baseline at least once more. The challenger is
+    adopted if the 95 % bound of its gain is above zero; the baseline stays, decided, if a gain of 2 % is beyond the
+    bound; otherwise noise hides the answer, and the baseline stays, undecided.
 
     A candidate that raises is left out with a warning in the log; what the baseline raises is passed on.
     """
@@ -253,8 +244,7 @@ def choose(
     name, speedup, decided = baseline, 1.0, challenger is None
     if challenger and gains:
         gain, error = estimate(gains)
-        if gain > (CONFIDENT * error if len(gains) >= FEW_PAIRS else CLEAR_LOSS):
+        decided = gain + CONFIDENT * error < TOLERANCE
+        if gain > CONFIDENT * error if len(gains) >= FEW_PAIRS else _clear(gains):
             name, speedup, decided = challenger.name, math.exp(gain), True
-        else:
-            decided = gain + CONFIDENT * error < TOLERANCE
     return Choice(name, table, speedup, decided, rounds, len(gains), clock() - began)

@@ -26,7 +26,7 @@ _HARMLESS = {"weight", "bias", "in_features", "out_features"}
 
 
 class Pair(NamedTuple):
-    """A linear layer, where it stands, and the slot (attribute name) of `holder` whose activation runs on its output."""
+    """A linear layer, where it stands, and the slot (attribute name) of `holder` with the activation of its output."""
 
     linear: nn.Module
     home: nn.Module

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, activations, planner
+from fastlinear import _engine, _kernels, activations, ops, planner
 from fastlinear.activations import Activation
 from fastlinear.planner import Chosen
 
@@ -26,7 +26,6 @@ _CONV1D = "transformers.pytorch_utils"  # where GPT-2's Conv1D lives; looked at 
 
 _lock = threading.RLock()  # packing and planning; a call that is packed and planned never takes it
 _packs: weakref.WeakValueDictionary[tuple[Any, ...], _kernels.Packed] = weakref.WeakValueDictionary()  # tied weights
-_owners: weakref.WeakValueDictionary[int, _Fast] = weakref.WeakValueDictionary()  # by the address of the weight
 if hasattr(os, "register_at_fork"):  # another thread may have held it
 
     def _new_lock() -> None:
@@ -41,7 +40,7 @@ class _Fast(nn.Module):
     """What FastLinear and its twin for transformers' Conv1D have in common; mixed in before the stock class."""
 
     _transposed = False  # True: the weight is [in, out]
-    _engine: _kernels.Engine
+    _engine: _engine.Engine
     activation: Activation | None
     in_features: int
     out_features: int
@@ -61,33 +60,34 @@ class _Fast(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_dynamo_compiling():
-            return self._traced(input)
+            return self._torch(input) if torch.compiler.is_exporting() else ops.linear(self, input)
         return self._engine.forward(self, input)
 
-    def _traced(self, x: Tensor) -> Tensor:
-        from fastlinear import ops  # ops knows the layers, so they cannot know it before they are called
-
-        return self._torch(x) if torch.compiler.is_exporting() else ops.linear(self, x)
-
     def _torch(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] != self.in_features):
-            raise RuntimeError(
-                f"{label(self)} takes inputs whose last dimension is in_features={self.in_features}, "
-                f"not a tensor of shape {tuple(x.shape)}"
-            )
-        return activations.apply(self.activation, super().forward(x))
+        try:
+            y = super().forward(x)
+        except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
+            if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] != self.in_features):
+                raise RuntimeError(
+                    f"{label(self)} takes inputs whose last dimension is in_features={self.in_features}, "
+                    f"not a tensor of shape {tuple(x.shape)}"
+                ) from error
+            raise
+        return activations.apply(self.activation, y)
 
     def _slow(self, x: Tensor, why: str) -> Tensor:
-        """Answers a call that the engine did not; `why` is one of _kernels.UNFIT, PROFILED, STALE, UNPLANNED."""
-        if why == _kernels.PROFILED:
-            from fastlinear import ops
-
+        """Answers a call that the engine did not; `why` is one of _engine.UNFIT, PROFILED, STALE, UNPLANNED."""
+        if why == _engine.PROFILED:
             return ops.linear(self, x)
-        ready = why != _kernels.UNFIT and x.dtype is torch.float32 and x.dim() > 0
-        if not ready or x.shape[-1] != self.in_features or not self._prepare(x.shape[:-1].numel()):
-            return self._torch(x)
-        y = self._engine.attempt(self, x)
+        y = None if why == _engine.UNFIT else self._native(x)
         return self._torch(x) if y is None else y
+
+    def _native(self, x: Tensor) -> Tensor | None:
+        """The engine's answer, packed and planned for if need be; None where torch has to compute it."""
+        fit = x.dtype is torch.float32 and x.dim() > 0 and x.shape[-1] == self.in_features
+        if not fit or not self._prepare(x.shape[:-1].numel()):
+            return None
+        return self._engine.attempt(self, x)
 
     def _prepare(self, m: int) -> bool:
         """Packs and plans what a call with m rows needs; False where torch has to run it."""
@@ -99,14 +99,13 @@ class _Fast(nn.Module):
                     return False
                 self._engine.take(self.weight, _pack(self.weight, self._transposed))
                 self._chosen.clear()
-                _owners[self.weight.data_ptr()] = self
             if m > 0:
                 self._plan(m)
         return True
 
     def _plan(self, m: int) -> None:
         threads, packed = _kernels.num_threads(), self._engine.packed
-        m = _kernels.bucket(m)
+        m = _engine.bucket(m)
         if (threads, m) in self._chosen:
             return
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
@@ -121,7 +120,8 @@ class _Fast(nn.Module):
 
     def _reset(self) -> None:
         steps = () if self.activation is None else (self.activation,)
-        vars(self).update(_engine=_kernels.Engine(_kernels.Epilogue(steps), self._transposed), _chosen={})
+        vars(self).update(_engine=_engine.Engine(_kernels.Epilogue(steps), self._transposed), _chosen={})
+        ops.register(self)
 
     @property
     def plans(self) -> dict[int, Chosen]:
@@ -188,7 +188,8 @@ class FastLinear(_Fast, nn.Linear):
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
         fast = cls.__new__(cls)
-        vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in vars(linear).items()})
+        state = vars(linear).items()
+        vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
         _become_fast(fast, resolved, "lazy", "")
         return fast
 
@@ -247,11 +248,6 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
-def owner_of(weight: Tensor) -> nn.Module | None:
-    """The fast layer that has packed the memory of `weight`, if it still lives."""
-    return _owners.get(weight.data_ptr())
-
-
 def label(module: nn.Module) -> str:
     """What messages call a layer: its class, and its name in the converted model if it has one."""
     name = vars(module).get("_name", "")
@@ -273,7 +269,7 @@ def _become_fast(module: nn.Module, activation: Activation | None, tune: str, na
 
 def _pack(weight: Tensor, transposed: bool) -> _kernels.Packed:
     layout = planner.layout()
-    key = (weight.data_ptr(), _kernels.version_of(weight), tuple(weight.shape), weight.stride(), transposed, layout)
+    key = (weight.data_ptr(), _engine.version_of(weight), tuple(weight.shape), weight.stride(), transposed, layout)
     packed = _packs.get(key)
     if packed is None:
         packed = _packs[key] = _kernels.Packed(weight.detach().t() if transposed else weight.detach(), layout)
@@ -293,7 +289,8 @@ def _twin(cls: type) -> type[_Fast] | None:
 
 @functools.cache
 def _conv1d_twin(stock: type[nn.Module]) -> type[_Fast]:
-    members = {"_transposed": True, "__module__": __name__, "__doc__": "Conv1D of transformers (GPT-2) as a fast layer."}
+    doc = "Conv1D of transformers (GPT-2) as a fast layer."
+    members = {"_transposed": True, "__module__": __name__, "__doc__": doc}
     return type("FastConv1D", (_Fast, stock), members)
 
 

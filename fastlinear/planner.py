@@ -10,32 +10,28 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlinear import _kernels, activations, autotune
+from fastlinear import _kernels, autotune, torch_plans
 from fastlinear.activations import Activation
 from fastlinear.tuning_cache import Machine, Tuned, TuningCache
 
 _log = logging.getLogger("fastlinear")
 
-BASELINE = "torch/linear"
 # Below the first number of multiply-adds, waking a second thread costs more than it saves; above the second it always
 # pays. In between both are candidates.
 _SERIAL_WORK, _PARALLEL_WORK = 100e3, 4e6
 _MIN_SLICE_K = 256
-# A tuning measures products of at most this many multiply-adds a thread (a call of 1 to 2 ms). A larger problem is tuned
-# on its first rows and columns: the kernels see the same K, panels and row tiles.
-_PROXY_WORK, _PROXY_ROWS, _PROXY_COLUMNS = 100e6, 96, 256
-# Weights beyond this are cold in any case.
-_ALWAYS_COLD = 96 << 20
-
-TorchPlan = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # (x, weight as the module holds it, bias) -> y
+# A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
+# fit its budget) and bytes of weight. A larger problem is tuned on its first rows and columns: the kernels see the same
+# K, panels and row tiles.
+_PROXY_WORK, _PROXY_BYTES = 20e6, 12 << 20
+_PROXY_ROWS, _PROXY_COLUMNS = 48, 128
 
 
 class Problem(NamedTuple):
@@ -50,7 +46,9 @@ class Problem(NamedTuple):
     threads: int
 
     def key(self) -> str:
-        epilogue = "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
+        epilogue = (
+            "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
+        )
         flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
         return f"fp32/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
 
@@ -76,53 +74,7 @@ class Operands(NamedTuple):
     packed: _kernels.Packed
 
 
-# ---- torch's own ways -------------------------------------------------------------------------------------------------
-
-
-def _linear(problem: Problem, weight: Tensor) -> TorchPlan:
-    activation, transposed = problem.activation, problem.transposed
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return activations.apply(activation, F.linear(x, weight.t() if transposed else weight, bias))
-
-    return run
-
-
-def _mkl(problem: Problem, weight: Tensor) -> TorchPlan:
-    """MKL's prepacked sgemm; the pack is for one M, another M falls back to plain sgemm inside the op."""
-    weight = weight.t().contiguous() if problem.transposed else weight
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, problem.m)
-    linear, activation = torch.ops.mkl._mkl_linear.default, problem.activation
-
-    def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        return activations.apply(activation, linear(x, packed, weight, bias, rows))
-
-    run.packed = packed  # type: ignore[attr-defined]
-    return run
-
-
-def _mkldnn(problem: Problem, weight: Tensor) -> TorchPlan:
-    """oneDNN's prepacked inner product."""
-    weight = weight.t().contiguous() if problem.transposed else weight
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, problem.m)
-    linear, activation = torch.ops.mkldnn._linear_pointwise.default, problem.activation
-
-    def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
-        return activations.apply(activation, linear(x, packed, bias, "none", [], ""))
-
-    run.packed = packed  # type: ignore[attr-defined]
-    return run
-
-
-TORCH_PLANS: dict[str, Callable[[Problem, Tensor], TorchPlan]] = {
-    BASELINE: _linear,
-    "torch/mkl": _mkl,
-    "torch/mkldnn": _mkldnn,
-}
-
-
-# ---- what the table offers --------------------------------------------------------------------------------------------
+# ---- what the table offers ----
 
 
 def _runnable() -> list[dict[str, Any]]:
@@ -132,7 +84,7 @@ def _runnable() -> list[dict[str, Any]]:
 def override() -> str | None:
     """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise."""
     name = os.environ.get("FASTLINEAR_KERNEL")
-    allowed = [*(row["name"] for row in _runnable()), *TORCH_PLANS]
+    allowed = [*(row["name"] for row in _runnable()), *torch_plans.NAMES]
     if name is not None and name not in allowed:
         raise ValueError(f"FASTLINEAR_KERNEL is {name!r}; on this CPU it may be one of {', '.join(allowed)}")
     return name
@@ -177,7 +129,7 @@ def heuristic(problem: Problem) -> Chosen:
     return best._replace(source="heuristic")
 
 
-# ---- deciding ---------------------------------------------------------------------------------------------------------
+# ---- deciding ----
 
 
 def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
@@ -191,10 +143,10 @@ def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
     return _remembered(problem) or _tuned(problem, operands)
 
 
-def executable(chosen: Chosen, problem: Problem, weight: Tensor) -> _kernels.Plan | TorchPlan:
+def executable(chosen: Chosen, problem: Problem, weight: Tensor) -> _kernels.Plan | Callable[..., Tensor]:
     """What an Engine runs for `chosen`. weight: as the module holds it."""
-    if chosen.name in TORCH_PLANS:
-        return TORCH_PLANS[chosen.name](problem, weight)
+    if chosen.name in torch_plans.NAMES:
+        return torch_plans.make(chosen.name, weight, problem.transposed, problem.activation, problem.m).run
     return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
 
 
@@ -203,7 +155,7 @@ def cache() -> TuningCache:
     """What was tuned on this machine, by `Problem.key()`."""
     info = _kernels.cpu_info()
     machine = Machine(info["model"], tuple(info["isas"]), version("fastlinear"), torch.__version__)
-    names = {row["name"] for row in _runnable()} | set(TORCH_PLANS)
+    names = {row["name"] for row in _runnable()} | set(torch_plans.NAMES)
     return TuningCache(machine, names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
 
 
@@ -221,16 +173,17 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
     natives = {_spell(c): c for c in native_candidates(problem)}
     runs = [autotune.Candidate(name, _call_native(c, small, tensors, x)) for name, c in natives.items()]
     weights = [tensors.weight, tensors.packed.data]
-    for name, make in TORCH_PLANS.items():
+    for name in torch_plans.NAMES:
         try:
-            plan = make(small, tensors.weight)
-        except (AttributeError, RuntimeError) as error:  # this torch lacks the op, or it refuses the shape
+            plan = torch_plans.make(name, tensors.weight, small.transposed, small.activation, small.m)
+        except (AttributeError, RuntimeError) as error:
             _log.debug("%s is no candidate: %s", name, error)
             continue
-        weights.append(getattr(plan, "packed", tensors.weight))
-        runs.append(autotune.Candidate(name, _call_torch(plan, tensors, x)))
+        weights += [] if plan.packed is None else [plan.packed]
+        runs.append(autotune.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias)))
+    blocks = [torch_plans.memory(w) for w in weights]
     with torch.inference_mode():
-        choice = autotune.choose(runs, BASELINE, evict=_evictor(weights))
+        choice = autotune.choose(runs, torch_plans.BASELINE, evict=lambda: [_kernels.evict(*block) for block in blocks])
     winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, choice.name, 1, 1, "tuned")
     winner = winner._replace(table=choice.table, speedup=choice.speedup)
     if choice.decided:
@@ -242,12 +195,12 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
 
 def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """The problem to measure instead of `problem`, and its tensors."""
-    budget = _PROXY_WORK * problem.threads / problem.k if problem.k else float("inf")
-    m, n = problem.m, problem.n
-    if m * n > budget:
-        m = min(m, max(_PROXY_ROWS, int(budget / n)))
-        n = min(n, max(_PROXY_COLUMNS, int(budget / m)))
     weight, bias, packed = operands
+    area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
+    m, n = problem.m, min(problem.n, max(_PROXY_COLUMNS, _PROXY_BYTES // (4 * max(problem.k, 1))))
+    if m * n > area:
+        m = min(m, max(_PROXY_ROWS, int(area / n)))
+        n = min(n, max(_PROXY_COLUMNS, int(area / m)))
     packed = packed.head(n)
     weight = weight[:, : packed.n].contiguous() if problem.transposed else weight[: packed.n]
     return problem._replace(m=m, n=packed.n), Operands(weight, None if bias is None else bias[: packed.n], packed)
@@ -261,28 +214,6 @@ def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor)
         _kernels.run(tensors.packed, plan, epilogue, x, tensors.bias, torch.empty(problem.m, problem.n))
 
     return call
-
-
-def _call_torch(plan: TorchPlan, tensors: Operands, x: Tensor) -> Callable[[], object]:
-    return lambda: plan(x, tensors.weight, tensors.bias)
-
-
-def _evictor(weights: Iterable[Tensor]) -> Callable[[], None] | None:
-    memory = {_memory(w) for w in weights}
-    if max(nbytes for _, nbytes in memory) > _ALWAYS_COLD:
-        return None
-
-    def evict() -> None:
-        for address, nbytes in memory:
-            _kernels.evict(address, nbytes)
-
-    return evict
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    if tensor.layout is torch.strided:
-        return tensor.data_ptr(), tensor.nbytes
-    return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
 
 
 def _spell(chosen: Chosen) -> str:

@@ -255,11 +255,7 @@ def test_restored_activation_follows_train_and_eval() -> None:
     assert not fastlinear.unconvert(fast)[1].training
 
 
-def _wrap(old: nn.Module) -> nn.Module:
-    return nn.Sequential(old)
-
-
-@pytest.mark.parametrize("change", [copy.deepcopy, _wrap], ids=["replaced", "wrapped"])
+@pytest.mark.parametrize("change", [lambda old: layer(), nn.Sequential], ids=["replaced", "wrapped"])
 def test_a_replaced_layer_is_noticed(change: Callable[[nn.Module], nn.Module]) -> None:
     """Where the absorbing layer was replaced or wrapped, its activation is not silently lost; unconvert heals that."""
     model, x = Mlp().eval(), torch.randn(3, 4)
@@ -268,9 +264,16 @@ def test_a_replaced_layer_is_noticed(change: Callable[[nn.Module], nn.Module]) -
     with torch.no_grad():
         with pytest.raises(RuntimeError, match=r"'fc1' of Mlp was replaced .* GELU.*unconvert"):
             fast(x)
-        healed = fastlinear.unconvert(fast)
-        healed.fc1 = _wrap(model.fc1) if change is copy.deepcopy else healed.fc1
-        torch.testing.assert_close(healed(x), model(x))
+        model.fc1 = fastlinear.unconvert(fast).fc1
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_compiled() -> None:
+    """torch.compile takes a fused model as one graph."""
+    model, x = Mlp().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        compiled = torch.compile(fastlinear.convert(model, tune="off"), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_gradients() -> None:

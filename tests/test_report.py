@@ -9,7 +9,7 @@ from models import OFF, Model, mlp
 from torch import nn
 
 import fastlinear
-from fastlinear import _kernels, linear
+from fastlinear import _engine, _kernels, linear
 from fastlinear.activations import Activation
 from fastlinear.report import LayerReport, Report
 
@@ -66,7 +66,7 @@ def test_plans_and_memory_after_calls() -> None:
         for rows in (100, 3):
             fast(torch.randn(rows, 64))
     (row,) = fastlinear.report(fast)
-    assert [chosen.bucket for chosen in row.buckets] == [3, _kernels.bucket(100)]
+    assert [chosen.bucket for chosen in row.buckets] == [3, _engine.bucket(100)]
     assert {chosen.source for chosen in row.buckets} == {"heuristic"}
     assert row.decision == "fast" and row.pack_mib >= 64 * 64 * 4 / 2**20
 

@@ -45,7 +45,7 @@ def test_selection(arguments: dict[str, Any], expected: set[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"include": "layer.1"}, r"include='layer.1' matches no linear layer of Model.*'layers.0.fc1'"),
+        ({"include": ["head", "layer.1"]}, r"include='layer.1' matches no linear layer of Model.*'layers.0.fc1'"),
         ({"exclude": ["head", "fc1"]}, r"exclude='fc1' matches no linear layer of Model"),
         ({"exclude": nn.LSTM}, r"exclude=LSTM matches no linear layer of Model"),
         ({"exclude": "layers.1."}, r"exclude='layers.1.' matches no"),

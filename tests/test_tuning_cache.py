@@ -5,10 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -290,26 +289,23 @@ def test_a_held_lock_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {key for key in "abc" if cache(tmp_path).get(key)} == set("abc")
 
 
-WRITER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_tuning_cache import VALUE, cache, tuning_cache
-tuning_cache.PATIENCE = 60  # what may be lost is tested here, not how long a busy machine makes it wait
-mine = cache(Path({folder!r}))
-sys.stdin.read()
-for i in range(10):
-    mine.put(f"{{sys.argv[1]}}/{{i}}", VALUE)
-"""
-
-
-def test_eight_processes_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_eight_processes_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight processes that write ten entries each, starting together, leave one valid file with all eighty."""
-    code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(i)], stdin=subprocess.PIPE) for i in range(8)]
+    monkeypatch.setattr(tuning_cache, "PATIENCE", 60.0)  # a busy machine may make it wait, but not lose
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(8)
+
+    def write(process: int) -> None:
+        mine = cache(tmp_path)
+        together.wait()
+        for i in range(10):
+            mine.put(f"{process}/{i}", VALUE)
+
+    writers = [fork.Process(target=write, args=(process,)) for process in range(8)]
     for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.close()
-    assert [writer.wait() for writer in writers] == [0] * 8
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 8
     found = cache(tmp_path)
     assert all(found.get(f"{process}/{i}") == VALUE for process in range(8) for i in range(10))

@@ -26,7 +26,7 @@ struct CpuSource {
 struct Cpu {
   char vendor[13];
   char model[49];
-  std::array<bool, 3> isa;          // in the order of enum Isa: scalar, avx2, avx512
+  std::array<bool, 3> isa;           // in the order of enum Isa: scalar, avx2, avx512
   std::array<std::size_t, 3> cache;  // L1d, L2, L3 in bytes; 0 where the CPU does not say
 };
 
@@ -40,14 +40,14 @@ struct Bit {
 };
 
 inline constexpr Bit kOsxsave{1, &CpuidRegisters::ecx, 27};
-inline constexpr std::array kAvx2{Bit{1, &CpuidRegisters::ecx, 12},   // FMA
-                                  Bit{1, &CpuidRegisters::ecx, 28},   // AVX
-                                  Bit{7, &CpuidRegisters::ebx, 5}};   // AVX2
-inline constexpr std::array kAvx512{Bit{7, &CpuidRegisters::ebx, 16},  // F
-                                    Bit{7, &CpuidRegisters::ebx, 17},  // DQ
-                                    Bit{7, &CpuidRegisters::ebx, 30},  // BW
+inline constexpr std::array kAvx2{Bit{1, &CpuidRegisters::ecx, 12},     // FMA
+                                  Bit{1, &CpuidRegisters::ecx, 28},     // AVX
+                                  Bit{7, &CpuidRegisters::ebx, 5}};     // AVX2
+inline constexpr std::array kAvx512{Bit{7, &CpuidRegisters::ebx, 16},   // F
+                                    Bit{7, &CpuidRegisters::ebx, 17},   // DQ
+                                    Bit{7, &CpuidRegisters::ebx, 30},   // BW
                                     Bit{7, &CpuidRegisters::ebx, 31}};  // VL
-inline constexpr std::uint64_t kYmmState = 0x06, kZmmState = 0xe6;  // XMM+YMM; and opmask, ZMM, high ZMM
+inline constexpr std::uint64_t kYmmState = 0x06, kZmmState = 0xe6;      // XMM+YMM; and opmask, ZMM, high ZMM
 
 template <std::size_t N>
 bool has_all(const CpuSource& source, const std::array<Bit, N>& bits) {

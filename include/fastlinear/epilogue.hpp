@@ -22,7 +22,7 @@ struct Activation {
 struct StepArgs {
   const float* in;  // rows x cols, padded with readable floats to a multiple of 16 columns
   std::ptrdiff_t ld_in;
-  float* out;       // may equal `in`
+  float* out;  // may equal `in`
   std::ptrdiff_t ld_out;
   std::ptrdiff_t rows, cols;
   const float* bias;    // one value a column, added before the function; padded like `in`; or null

@@ -28,23 +28,23 @@ struct Layout {
 };
 
 struct TileArgs {
-  const void* a;                 // first row of the tile, `rows` rows (1..mr) of k elements
-  std::ptrdiff_t lda;            // elements from one row of A to the next
+  const void* a;       // first row of the tile, `rows` rows (1..mr) of k elements
+  std::ptrdiff_t lda;  // elements from one row of A to the next
   std::ptrdiff_t rows;
-  const void* panel;             // first packed panel; `panels` of them (1..kernel.panels)
-  std::ptrdiff_t panel_stride;   // bytes from one panel to the next
+  const void* panel;            // first packed panel; `panels` of them (1..kernel.panels)
+  std::ptrdiff_t panel_stride;  // bytes from one panel to the next
   std::ptrdiff_t panels;
   std::ptrdiff_t k;
-  void* tile;                    // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
-  bool accumulate;               // add to the tile (a later block of K) instead of overwriting it
-  const char* prefetch;          // each k step brings prefetch + step * prefetch_stride towards L2; a prefetch
-  std::ptrdiff_t prefetch_stride;  // never faults, so the address may run past the end of the weight
+  void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
+  bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
+  const char* prefetch;            // each k step brings one line a panel from here towards L2, then moves on by
+  std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
 };
 
 struct Kernel {
   const char* name;  // "fp32/avx512/6x64": format, ISA, rows x columns of the tile
   Isa isa;
-  Format rows;       // the form of A it reads
+  Format rows;  // the form of A it reads
   Layout layout;
   std::ptrdiff_t mr, panels;
   void (*run)(const TileArgs&);

@@ -42,8 +42,8 @@ struct Rows {
 };
 
 // A kernel walks mr rows side by side, one line of each in L1 at a time. An L1 way holds 4096 bytes, so rows whose
-// stride shares a large power of two with 4096 land in few sets; past 6 lines a set (8 ways, two left for the panel) the
-// rows evict one another and every k step goes to L2.
+// stride shares a large power of two with 4096 land in few sets; past 6 lines a set (8 ways, two left for the panel)
+// the rows evict one another and every k step goes to L2.
 inline bool rows_collide(std::ptrdiff_t stride, std::ptrdiff_t mr) {
   constexpr std::ptrdiff_t kWay = 4096, kLine = 64, kWays = 6;
   const std::ptrdiff_t sets = kWay / std::max(kLine, std::gcd(stride * std::ptrdiff_t{sizeof(float)}, kWay));

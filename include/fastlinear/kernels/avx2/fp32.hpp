@@ -35,7 +35,8 @@ void fp32_tile(const TileArgs& t) {
       c[r][v] = t.accumulate ? _mm256_load_ps(tile + r * Columns + v * 8) : _mm256_setzero_ps();
 
   for (std::ptrdiff_t k = 0; k < t.k; ++k) {
-    _mm_prefetch(prefetch, _MM_HINT_T1);
+#pragma GCC unroll 4
+    for (std::ptrdiff_t p = 0; p < P; ++p) _mm_prefetch(prefetch + p * 64, _MM_HINT_T1);
     prefetch += t.prefetch_stride;
     if constexpr (R < V) {
       __m256 x[R];

@@ -1,0 +1,91 @@
+"""The roofline: the time that the machine itself needs for a product, measured beside the candidates.
+
+attainable seconds = max(2 M N K / FMA peak, bytes to read / read bandwidth of that working set)
+
+(Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009.) Bytes to read are the weight, x and the bias, each once.
+Both figures are sampled once a round, so a drifting frequency or a busy neighbour hits ceiling and candidates alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("roofline.cpp")
+# (streams read side by side, bytes prefetched ahead): which is fastest depends on the level of the memory.
+VARIANTS = ((1, 0), (4, 0), (1, 512), (1, 4096))
+_FMA_REPEATS = 20  # of 0.1 ms each
+# A pass over a small buffer is too short to be timed, and the threads of torch's pool spin for some ms after a call, so
+# at least so many bytes are read between two looks at the clock, and in one measurement.
+_BYTES_A_LOOK, _BYTES_A_SAMPLE = 2 << 20, 64 << 20
+
+
+class Roofline:
+    """Compiles the probes with $CXX (g++ if unset) and measures with them; `isa` is "avx2" or "avx512"."""
+
+    def __init__(self, isa: str) -> None:
+        self._isa = isa.encode()
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, "roofline.so")
+            compiler = os.environ.get("CXX", "g++").split()
+            flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
+            subprocess.run([*compiler, *flags, "-o", library, SOURCE], check=True)
+            loaded = ctypes.CDLL(str(library))
+        size = ctypes.c_size_t
+        self._fma, self._read = loaded.fma_peak, loaded.read_bandwidth
+        self._fma.restype = self._read.restype = ctypes.c_double
+        self._fma.argtypes = [ctypes.c_char_p, size, size]
+        self._read.argtypes = [ctypes.c_char_p, *[size] * 6]
+        if self.flops(1) == 0:
+            raise ValueError(f"the roofline knows avx2 and avx512, not {isa}")
+
+    def flops(self, threads: int) -> float:
+        """fp32 operations a second of so many threads, an FMA being two."""
+        return float(self._fma(self._isa, threads, _FMA_REPEATS))
+
+    def bandwidth(self, threads: int, nbytes: int, variant: tuple[int, int]) -> float:
+        """Bytes a second that so many threads read, each its share of `nbytes`, again and again."""
+        passes = max(1, _BYTES_A_LOOK // nbytes)
+        repeats = max(2, _BYTES_A_SAMPLE // (nbytes * passes))
+        return float(self._read(self._isa, threads, repeats, nbytes, passes, *variant))
+
+
+class Ceiling:
+    """What the machine can do while one cell of the grid is measured. Call it once a round."""
+
+    def __init__(self, roofline: Roofline, threads: int, working_set: int) -> None:
+        self._roofline, self._threads, self._working_set = roofline, threads, working_set
+        self._flops: list[float] = []
+        self._reads: dict[tuple[int, int], list[float]] = {variant: [] for variant in VARIANTS}
+
+    def __call__(self) -> None:
+        variant = VARIANTS[len(self._flops) % len(VARIANTS)]
+        self._flops.append(self._roofline.flops(self._threads))
+        self._reads[variant].append(self._roofline.bandwidth(self._threads, self._working_set, variant))
+
+    @property
+    def flops(self) -> float:
+        return upper_quartile(self._flops)
+
+    @property
+    def bandwidth(self) -> float:
+        """Of the variant that reads fastest here."""
+        return max(upper_quartile(rates) for rates in self._reads.values() if rates)
+
+
+def upper_quartile(rates: Sequence[float]) -> float:
+    """What the lower quartile is for times."""
+    return sorted(rates, reverse=True)[len(rates) // 4]
+
+
+def attainable(m: int, k: int, n: int, flops: float, bandwidth: float) -> float:
+    """Seconds that a product [m, k] x [n, k]^T + [n] in fp32 takes at least."""
+    return max(2 * m * n * k / flops, bytes_read(m, k, n) / bandwidth)
+
+
+def bytes_read(m: int, k: int, n: int) -> int:
+    return 4 * (n * k + m * k + n)

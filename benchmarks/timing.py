@@ -1,0 +1,72 @@
+"""Candidates in turn: A B C, B C A, ..., so that drift and noise hit all alike, and the lower quartile of each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Call = Callable[[Any], object]
+
+SAMPLE = 200e-6  # seconds that the calls of a sample last at least: 2000 times what reading the clock costs
+COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
+
+
+class Timing(NamedTuple):
+    """Seconds a call."""
+
+    quartile: float
+    median: float
+    rounds: int
+
+
+class Rotation:
+    """One candidate: a single call to repeat (hot), or one for each copy of the weights, used in turn (cold)."""
+
+    def __init__(self, calls: Sequence[Call], x: object) -> None:
+        self._next, self._x, self._hot = itertools.cycle(calls), x, len(calls) == 1
+        self._seconds(1)
+        once = self._seconds(2)
+        wanted = SAMPLE if self._hot else min(COLD_SAMPLE, once * len(calls))
+        self._count = math.ceil(max(wanted, SAMPLE) / once)
+        self.cost = once * (self._count + self._hot)  # seconds that one sample takes
+
+    def _seconds(self, count: int) -> float:
+        x, calls = self._x, itertools.islice(self._next, count)
+        start = time.perf_counter()
+        for call in calls:
+            call(x)
+        return (time.perf_counter() - start) / count
+
+    def sample(self) -> float:
+        """Seconds a call. What the other candidates left in the caches is not what a hot call starts from."""
+        if self._hot:
+            self._seconds(1)
+        return self._seconds(self._count)
+
+
+def race(
+    candidates: Mapping[str, Rotation], each_round: Callable[[], None], seconds: float, least: int, most: int
+) -> dict[str, Timing]:
+    """Samples every candidate once a round, for about so many seconds, but `least` to `most` rounds.
+
+    `each_round` is called before every round, and once before the first, which is not counted.
+    """
+    names = list(candidates)
+    start = time.perf_counter()
+    each_round()
+    cost = time.perf_counter() - start + sum(rotation.cost for rotation in candidates.values())
+    rounds = min(most, max(least, int(seconds / cost)))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        each_round()
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(candidates[name].sample())
+    return {
+        name: Timing(sorted(times)[len(times) // 4], statistics.median(times), rounds)
+        for name, times in samples.items()
+    }

@@ -1,0 +1,165 @@
+"""The dispatcher's view of a fast layer: the op fastlinear::linear.
+
+    linear(x, weight, bias, activation, params, transposed) = activation(F.linear(x, weight, bias))
+
+weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] and the output [..., N], contiguous, of
+the dtype of x. The packed weight is no argument but an accelerator behind the scenes: on the CPU, the layer whose
+parameters these are is looked up by their memory and its engine answers. So a graph that holds the op never holds
+packed bytes, goes where the parameters go, and is right for any other tensors too.
+
+Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and the profiler.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastlinear.activations import Activation, apply
+
+_IDENTITY = Activation("identity")  # what the op's string says for None
+
+
+class Layer(Protocol):
+    """What the op has to know of a fast layer."""
+
+    activation: Activation | None
+    in_features: int
+    training: bool
+    _transposed: bool
+
+    @property
+    def _parameters(self) -> Mapping[str, Tensor | None]: ...
+
+    def _native(self, x: Tensor) -> Tensor | None: ...
+
+    def _torch(self, x: Tensor) -> Tensor: ...
+
+
+_Key: TypeAlias = tuple[Any, ...]
+_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
+_found: weakref.WeakValueDictionary[_Key, Layer] = weakref.WeakValueDictionary()  # those that were looked up
+
+
+def register(layer: Layer) -> None:
+    """Lets the op find the layer by whatever parameters it has at the time."""
+    _layers[id(layer)] = layer
+
+
+def linear(layer: Layer, x: Tensor) -> Tensor:
+    """layer(x) as the op where that is what a fast layer would run natively, else as torch's own ops; traceable."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or layer.training or not _native_form(x, weight, bias) or x.shape[-1] != layer.in_features:
+        return layer._torch(x)
+    name, params = layer.activation or _IDENTITY
+    y: Tensor = _op(x, weight, bias, name, list(params), layer._transposed)
+    return y
+
+
+def _native_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    dense = all(t.dtype is torch.float32 and t.device.type == "cpu" and t.layout is torch.strided for t in operands)
+    plain = type(x) is Tensor and x.dim() > 0 and weight.dim() == 2 and not torch.is_autocast_enabled("cpu")
+    return dense and plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
+
+
+def _formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], transposed: bool
+) -> Tensor:
+    return _activated(F.linear(x, weight.t() if transposed else weight, bias), activation, params)
+
+
+def _activated(y: Tensor, activation: str, params: list[float]) -> Tensor:
+    return y if activation == _IDENTITY.name else apply(Activation(activation, tuple(params)), y)
+
+
+def _cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], transposed: bool
+) -> Tensor:
+    key = (weight.data_ptr(), activation, *params, transposed)
+    layer = _found.get(key)
+    if layer is None or not _is_of(layer, weight, bias):
+        alive = [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
+        layer = next((a for a in alive if _key_of(a) == key and _is_of(a, weight, bias)), None)
+        if layer is not None:
+            _found[key] = layer
+    y = None if layer is None else layer._native(x)
+    return _formula(x, weight, bias, activation, params, transposed).contiguous() if y is None else y
+
+
+def _key_of(layer: Layer) -> _Key:
+    name, params = layer.activation or _IDENTITY
+    weight = layer._parameters.get("weight")
+    return (None if weight is None else weight.data_ptr(), name, *params, layer._transposed)
+
+
+def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
+    own = layer._parameters
+    return _same(own.get("weight"), weight) and _same(own.get("bias"), bias)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], transposed: bool
+) -> Tensor:
+    n, k = reversed(weight.shape) if transposed else weight.shape
+    torch._check(x.dim() > 0 and x.shape[-1] == k, lambda: f"fastlinear::linear: x {x.shape} needs {k} columns")
+    torch._check(x.dtype == weight.dtype, lambda: f"fastlinear::linear: x is {x.dtype}, the weight {weight.dtype}")
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *epilogue: Any) -> Tensor:
+    """What is differentiated is made of torch's ops; anything else goes on below autograd."""
+    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if forward_ad._current_level >= 0 or (needs_grad and torch.is_grad_enabled()):
+        return _formula(x, weight, bias, *epilogue)
+    below = keyset & torch._C._after_autograd_keyset
+    y: Tensor = _op.redispatch(below, x, weight, bias, *epilogue)
+    return y
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    params: list[float],
+    transposed: bool,
+) -> tuple[Tensor, int]:
+    """A batch of inputs is more rows of x; a batch of parameters is a batched product."""
+    of_x, of_weight, of_bias, *_ = in_dims
+    x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
+    if of_weight is None and of_bias is None:
+        return _op(x, weight, bias, activation, params, transposed), 0
+    weight = weight if of_weight is None else weight.movedim(of_weight, 0)
+    y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ (weight if transposed else weight.mT)
+    if bias is not None:
+        y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1))
+    return _activated(y.reshape(*x.shape[:-1], y.shape[-1]), activation, params), 0
+
+
+_library = torch.library.Library("fastlinear", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_op = torch.ops.fastlinear.linear.default
+_library.impl("linear", _cpu, "CPU")
+_library.impl("linear", _formula, "CompositeExplicitAutograd")  # every other device
+_library.impl("linear", _formula, "AutocastCPU")  # F.linear and the activation as autocast has them
+_library.impl("linear", _autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
+torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)

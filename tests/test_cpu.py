@@ -1,0 +1,222 @@
+"""What may run where: recorded CPUIDs of machines we do not own, and this machine against /proc/cpuinfo."""
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlinear import _kernels
+
+Leaf = tuple[int, int, int, int]
+Machine = dict[Any, Any]
+
+# Bits of leaf 1 ecx and leaf 7 ebx.
+FMA, OSXSAVE, AVX = 1 << 12, 1 << 27, 1 << 28
+AVX2, F, DQ, BW, VL = 1 << 5, 1 << 16, 1 << 17, 1 << 30, 1 << 31
+SSE_ONLY, YMM, ZMM = 0x3, 0x7, 0xE7  # XCR0; bit 0 is x87, which is always set
+
+
+def text(words: str) -> dict[tuple[int, int], Leaf]:
+    """Leaves 0x80000002 to 4: the brand string."""
+    raw = words.encode().ljust(48, b"\0")
+    return {(0x80000002 + i, 0): struct.unpack_from("<4I", raw, 16 * i) for i in range(3)}
+
+
+def vendor(name: str, max_leaf: int) -> Leaf:
+    b, d, c = struct.unpack("<3I", name.encode())
+    return max_leaf, b, c, d
+
+
+def cache(level: int, kind: int, ways: int, line: int, sets: int) -> Leaf:
+    """A subleaf of leaf 4 or 0x8000001d; kind 1: data, 2: instructions, 3: both."""
+    return level << 5 | kind, (ways - 1) << 22 | (line - 1), sets - 1, 0
+
+
+def caches(leaf: int, *described: Leaf) -> dict[tuple[int, int], Leaf]:
+    return {(leaf, i): c for i, c in enumerate(described)}
+
+
+def machine(maker: str, name: str, leaf1: int, leaf7: int, xcr0: int, max_leaf: int, **extra: Any) -> Machine:
+    return {
+        (0, 0): vendor(maker, max_leaf),
+        (1, 0): (0, 0, leaf1, 0),
+        (7, 0): (0, leaf7, 0, 0),
+        (0x80000000, 0): (0x80000020, 0, 0, 0),
+        **text(name),
+        **extra.get("caches", {}),
+        "xcr0": xcr0,
+    }
+
+
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+# Registers as the machines report them (InstLatx64's dumps), reduced to the leaves that matter.
+LEAF1_INTEL, LEAF1_AMD = 0x7FFEFBFF, 0x7ED8320B
+SKX, ADL, SPR, ZEN2, ZEN4 = 0xD39FFFFB, 0x239CA7EB, 0xF3BFBFFF, 0x219C91A9, 0xF1BF97A9
+KB, MB = 1 << 10, 1 << 20
+
+SKX_CACHES = caches(
+    4, cache(1, 1, 8, 64, 64), cache(1, 2, 8, 64, 64), cache(2, 3, 16, 64, 1024), cache(3, 3, 11, 64, 28672)
+)
+ZEN2_CACHES = caches(
+    0x8000001D, cache(1, 1, 8, 64, 64), cache(1, 2, 8, 64, 64), cache(2, 3, 8, 64, 1024), cache(3, 3, 16, 64, 16384)
+)
+
+# name, machine, ISAs, (L1d, L2, L3)
+RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
+    (
+        "Zen 2: AVX2 alone, caches in AMD's leaf",
+        machine(AMD, "AMD EPYC 7702 64-Core Processor", LEAF1_AMD, ZEN2, YMM, 16, caches=ZEN2_CACHES),
+        ["scalar", "avx2"],
+        (32 * KB, 512 * KB, 16 * MB),
+    ),
+    (
+        "Zen 4",
+        machine(AMD, "AMD EPYC 9654 96-Core Processor", LEAF1_AMD, ZEN4, 0x2E7, 16),
+        ["scalar", "avx2", "avx512"],
+        (0, 0, 0),
+    ),
+    (
+        "Skylake-X, caches in Intel's leaf",
+        machine(INTEL, "Intel(R) Xeon(R) Platinum 8180 CPU @ 2.50GHz", LEAF1_INTEL, SKX, 0xFF, 22, caches=SKX_CACHES),
+        ["scalar", "avx2", "avx512"],
+        (32 * KB, 1 * MB, 19712 * KB),
+    ),
+    (
+        "Alder Lake: AVX-512 fused off",
+        machine(INTEL, "12th Gen Intel(R) Core(TM) i9-12900K", LEAF1_INTEL, ADL, 0x207, 32),
+        ["scalar", "avx2"],
+        (0, 0, 0),
+    ),
+    (
+        "Sapphire Rapids, AMX state enabled",
+        machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32),
+        ["scalar", "avx2", "avx512"],
+        (0, 0, 0),
+    ),
+    (
+        "Sandy Bridge: AVX without AVX2 and FMA",
+        machine(INTEL, "Intel(R) Core(TM) i7-2600K CPU @ 3.40GHz", LEAF1_INTEL & ~FMA, 0, YMM, 13),
+        ["scalar"],
+        (0, 0, 0),
+    ),
+    (
+        "Nehalem: no AVX",
+        machine(INTEL, "Intel(R) Core(TM) i7 CPU 920", 0x0098E3BD, 0, 0, 11),
+        ["scalar"],
+        (0, 0, 0),
+    ),
+    ("AVX2 without FMA", machine(AMD, "", LEAF1_AMD & ~FMA, ZEN2, YMM, 16), ["scalar"], (0, 0, 0)),
+    (
+        "a VM that shows AVX-512 and does not save its registers",
+        machine(INTEL, "Intel Xeon Processor (Skylake, IBRS)", LEAF1_INTEL, SKX, YMM, 22),
+        ["scalar", "avx2"],
+        (0, 0, 0),
+    ),
+    (
+        "a system that saves opmasks and not the upper ZMM registers",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SKX, 0x67, 22),
+        ["scalar", "avx2"],
+        (0, 0, 0),
+    ),
+    (
+        "a system that saves SSE registers alone",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SKX, SSE_ONLY, 22),
+        ["scalar"],
+        (0, 0, 0),
+    ),
+    (
+        "OSXSAVE off: XCR0 must not even be read",
+        machine(INTEL, "Xeon", LEAF1_INTEL & ~OSXSAVE, SKX, ZMM, 22),
+        ["scalar"],
+        (0, 0, 0),
+    ),
+    (
+        "highest leaf 6: what leaf 7 returns means nothing",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SKX, ZMM, 6),
+        ["scalar"],
+        (0, 0, 0),
+    ),
+    (
+        "Knights Landing: AVX-512 F without DQ, BW and VL",
+        machine(INTEL, "Intel(R) Xeon Phi(TM) CPU 7250 @ 1.40GHz", LEAF1_INTEL, SKX & ~(DQ | BW | VL), ZMM, 13),
+        ["scalar", "avx2"],
+        (0, 0, 0),
+    ),
+    ("nothing known", {}, ["scalar"], (0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("name", "described", "isas", "sizes"), RECORDED, ids=[row[0] for row in RECORDED])
+def test_recorded_machines(name: str, described: Machine, isas: list[str], sizes: tuple[int, int, int]) -> None:
+    """ISAs and cache sizes are those of the machine; an ISA needs the silicon and the system's consent."""
+    found = _kernels.detect(described)
+    assert found["isas"] == isas
+    assert (found["l1d"], found["l2"], found["l3"]) == sizes
+
+
+def test_names_are_read() -> None:
+    """Vendor and model are the strings of leaves 0 and 0x80000002 to 4."""
+    found = _kernels.detect(RECORDED[0][1])
+    assert (found["vendor"], found["model"]) == (AMD, "AMD EPYC 7702 64-Core Processor")
+    assert _kernels.detect({})["model"] == ""
+
+
+@pytest.mark.parametrize("missing", [FMA, AVX, OSXSAVE], ids=["FMA", "AVX", "OSXSAVE"])
+def test_each_bit_of_leaf_1_is_needed(missing: int) -> None:
+    """Without any one of them nothing but scalar code may run."""
+    assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL & ~missing, SKX, ZMM, 22))["isas"] == ["scalar"]
+
+
+@pytest.mark.parametrize("missing", [F, DQ, BW, VL], ids=["F", "DQ", "BW", "VL"])
+def test_each_bit_of_avx512_is_needed(missing: int) -> None:
+    """Without any one of them AVX2 is the best."""
+    assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL, SKX & ~missing, ZMM, 22))["isas"] == ["scalar", "avx2"]
+
+
+def test_no_avx2_means_no_avx512() -> None:
+    """An ISA is offered only with all below it."""
+    assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL, SKX & ~AVX2, ZMM, 22))["isas"] == ["scalar"]
+
+
+def test_an_endless_list_of_caches_ends() -> None:
+    """A CPU (or hypervisor) that never says "no more caches" does not hang the detection."""
+    endless = {(4, i): cache(1, 1, 8, 64, 64) for i in range(1000)}
+    assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL, SKX, ZMM, 22, caches=endless))["l1d"] == 32 * KB
+
+
+def test_this_machine_agrees_with_the_kernel() -> None:
+    """The flags of /proc/cpuinfo, which are those the system lets programs use, give the same ISAs and names."""
+    info = Path("/proc/cpuinfo").read_text()
+    flags = set(re.findall(r"^flags\s*:\s*(.*)$", info, re.M)[0].split())
+    needs = {
+        "scalar": set(),
+        "avx2": {"avx", "avx2", "fma"},
+        "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    }
+    found = _kernels.cpu_info()
+    allowed = [isa for isa, needed in needs.items() if needed <= flags]
+    assert found["isas"] == allowed[: len(found["isas"])] and found["isas"][0] == "scalar"
+    assert found["vendor"] == re.findall(r"^vendor_id\s*:\s*(.*)$", info, re.M)[0]
+    assert found["model"] == re.findall(r"^model name\s*:\s*(.*?)\s*$", info, re.M)[0]
+
+
+def test_runnable_kernels_are_those_of_the_isas() -> None:
+    """A row of the table is runnable exactly if its ISA is."""
+    isas = _kernels.cpu_info()["isas"]
+    assert all(row["runnable"] == (row["isa"] in isas) for row in _kernels.kernels())
+    assert any(row["runnable"] for row in _kernels.kernels())
+
+
+@pytest.mark.parametrize("which", ["l1d", "l2", "l3"])
+def test_cache_sizes_of_this_machine(which: str) -> None:
+    """The sizes are those of /sys where it tells, else 0 or plausible."""
+    level, kinds = {"l1d": ("1", {"Data"}), "l2": ("2", {"Unified"}), "l3": ("3", {"Unified"})}[which]
+    told = {}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        words = {name: (folder / name).read_text().strip() for name in ("level", "type", "size")}
+        told[words["level"], words["type"]] = int(words["size"].rstrip("K")) * KB
+    expected = [size for (at, kind), size in told.items() if at == level and kind in kinds]
+    found = _kernels.cpu_info()[which]
+    assert found == expected[0] if expected else found >= 0
