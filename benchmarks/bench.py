@@ -23,16 +23,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastlinear
 import once
 import peers
 import plot
 import shapes
 import summary
+import torch
 from roofline import Ceiling, Roofline, attainable, bytes_read
 from timing import Rotation, race
+
+import fastlinear
 
 RESULTS = Path(__file__).with_name("results")
 STATES = ("hot", "cold")

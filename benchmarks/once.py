@@ -79,9 +79,8 @@ def tiny_calls(shape: tuple[int, int, int]) -> dict[str, float]:
     fastlinear, nn.Linear: the whole call of a small layer with relu. no_op, nn.Linear no_op: with 0 rows, where all
     but the kernel runs.
     """
-    import torch
-
     import peers
+    import torch
     from timing import Rotation, race
 
     m, k, n = shape

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from timing import Call
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _engine, _kernels, linear, planner
-from timing import Call
+from fastlinear import _engine, linear, planner
 
 OURS = "fastlinear"
 

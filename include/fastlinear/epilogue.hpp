@@ -25,7 +25,7 @@ struct StepArgs {
   float* out;  // may equal `in`
   std::ptrdiff_t ld_out;
   std::ptrdiff_t rows, cols;
-  const float* bias;    // one value a column, added before the function; padded like `in`; or null
+  const float* bias;    // `cols` of them, added before the function; or null
   const float* params;  // kMaxParams of them
 };
 

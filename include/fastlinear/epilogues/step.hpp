@@ -7,12 +7,22 @@
 
 namespace fastlinear::epilogues {
 
+// The user's bias ends where it ends: its last, partial vector is copied before it is loaded.
+template <class V>
+[[gnu::always_inline]] inline V load_bias(const float* bias, std::ptrdiff_t c, std::ptrdiff_t valid) {
+  if (bias == nullptr) return V::set(0.0f);
+  if (valid >= V::width) return V::load(bias + c);
+  float last[V::width] = {};
+  for (std::ptrdiff_t i = 0; i < valid; ++i) last[i] = bias[c + i];
+  return V::load(last);
+}
+
 // All rows of the columns [c, c + V::width), of which the first `valid` (or more than V::width) exist in `out`. The
 // column of the bias stays in a register for all rows, as do F's constants.
 template <class V, class F>
 [[gnu::always_inline]] inline void step_columns(const StepArgs& s, const float* params, std::ptrdiff_t c,
                                                 std::ptrdiff_t valid) {
-  const V bias = s.bias ? V::load(s.bias + c) : V::set(0.0f);
+  const V bias = load_bias<V>(s.bias, c, valid);
   for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
     const V y = F::template apply<V>(V::load(s.in + r * s.ld_in + c) + bias, params);
     float* const out = s.out + r * s.ld_out + c;
