@@ -69,7 +69,8 @@ def arguments() -> argparse.Namespace:
     if not set(options.states) <= set(STATES):
         parser.error(f"--states are {' and '.join(STATES)}, not {','.join(options.states)}")
     if not (options.quick or options.shapes or options.ms):
-        suffix = f"-{options.isa}" if options.isa else ""
+        limit = options.isa or os.environ.get("FASTLINEAR_MAX_ISA")
+        suffix = f"-{limit}" if limit else ""
         default = RESULTS / f"{slug(fastlinear.cpu_info()['model'])}-fp32{suffix}.json"
         options.json = options.json or default
         options.plot = options.plot or options.json.with_suffix(".png")
@@ -106,14 +107,15 @@ def run_cell(
     n, k = layers[0].weight.shape
     x = torch.randn(m, k)
     chosen, tune_ms = fast.tune(x)
-    calls = {name: make(layers, m) for name, make in peers.PEERS.items()} | {peers.OURS: fast.modules}
+    calls = {name: make(layers, m) for name, make in peers.PEERS.items()}
+    calls[peers.OURS] = [*fast.modules]
     peers.check(calls, x)
     for state in options.states:
         used = {name: of_name if state == "cold" else of_name[:1] for name, of_name in calls.items()}
         if options.inductor and state == "hot":
             used["inductor"] = peers.inductor(layers, m)
         weights = len(layers) * 4 * n * k if state == "cold" else 4 * n * k
-        ceiling = Ceiling(roofline, threads, weights + 4 * (m * k + m * n + n))
+        ceiling = Ceiling(roofline, threads, weights + 4 * (m * k + m * n + n), state == "hot")
         timings = race({name: Rotation(of, x) for name, of in used.items()}, ceiling, *effort(options))
         least = attainable(m, k, n, ceiling.flops, ceiling.bandwidth)
         yield {
@@ -142,7 +144,7 @@ def effort(options: argparse.Namespace) -> tuple[float, int, int]:
 
 
 def cold_copies(k: int, n: int) -> int:
-    wanted = max(COLD_BYTES, COLD_CACHES * fastlinear.cpu_info()["l3"])
+    wanted = max(COLD_BYTES, COLD_CACHES * int(fastlinear.cpu_info()["l3"]))
     return max(2, -(-wanted // (4 * k * n)))
 
 
@@ -178,7 +180,7 @@ def about() -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, printing as it goes; what it returns is what the JSON holds."""
-    isa = fastlinear.cpu_info()["isas"][-1]
+    isa = next(row["isa"] for row in fastlinear.kernels() if row["runnable"])  # best first
     roofline = Roofline(isa)
     records = []
     for record in run_grid(options, roofline):

@@ -20,6 +20,7 @@ using std::size_t;
 
 constexpr size_t kChains = 12;      // two ports of latency 4 need 8; 12 and two operands fit the 16 registers of AVX2
 constexpr size_t kSteps = 1 << 15;  // about 0.1 ms
+constexpr size_t kPatience = 1 << 14;  // spins before a thread lets others run: the one it waits for may have no core
 constexpr size_t kLine = 64;
 constexpr size_t kGroup = 8 * kLine;  // what one step of a reading loop takes
 
@@ -100,7 +101,8 @@ double fastest(size_t threads, size_t repeats, const Work& work) {
   auto run = [&](size_t thread) {
     for (size_t i = 0; i < repeats; ++i) {
       ++arrived;
-      while (arrived < (i + 1) * threads) _mm_pause();
+      for (size_t spins = 0; arrived < (i + 1) * threads; ++spins)
+        spins < kPatience ? _mm_pause() : std::this_thread::yield();
       start[i * threads + thread] = now();
       work(thread);
       end[i * threads + thread] = now();

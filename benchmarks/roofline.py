@@ -18,9 +18,9 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("roofline.cpp")
 # (streams read side by side, bytes prefetched ahead): which is fastest depends on the level of the memory.
 VARIANTS = ((1, 0), (4, 0), (1, 512), (1, 4096))
-_FMA_REPEATS = 20  # of 0.1 ms each
-# A pass over a small buffer is too short to be timed, and the threads of torch's pool spin for some ms after a call, so
-# at least so many bytes are read between two looks at the clock, and in one measurement.
+_FMA_REPEATS = 40  # of 0.1 ms each: the threads of torch's pool spin for some ms after a call, this outlasts them
+# A pass over a small buffer is too short to be timed: at least so many bytes are read between two looks at the clock,
+# and in one measurement.
 _BYTES_A_LOOK, _BYTES_A_SAMPLE = 2 << 20, 64 << 20
 
 
@@ -47,25 +47,29 @@ class Roofline:
         """fp32 operations a second of so many threads, an FMA being two."""
         return float(self._fma(self._isa, threads, _FMA_REPEATS))
 
-    def bandwidth(self, threads: int, nbytes: int, variant: tuple[int, int]) -> float:
-        """Bytes a second that so many threads read, each its share of `nbytes`, again and again."""
-        passes = max(1, _BYTES_A_LOOK // nbytes)
-        repeats = max(2, _BYTES_A_SAMPLE // (nbytes * passes))
+    def bandwidth(self, threads: int, nbytes: int, variant: tuple[int, int], hot: bool) -> float:
+        """Bytes a second that so many threads read, each its share of `nbytes`: again and again, or once if not hot.
+
+        A second pass would find some of the bytes in the caches, even of a buffer that is larger than they are.
+        """
+        passes = max(1, _BYTES_A_LOOK // nbytes) if hot else 1
+        repeats = max(2, _BYTES_A_SAMPLE // (nbytes * passes)) if hot else 1
         return float(self._read(self._isa, threads, repeats, nbytes, passes, *variant))
 
 
 class Ceiling:
     """What the machine can do while one cell of the grid is measured. Call it once a round."""
 
-    def __init__(self, roofline: Roofline, threads: int, working_set: int) -> None:
-        self._roofline, self._threads, self._working_set = roofline, threads, working_set
+    def __init__(self, roofline: Roofline, threads: int, working_set: int, hot: bool) -> None:
+        self._roofline, self._threads, self._working_set, self._hot = roofline, threads, working_set, hot
         self._flops: list[float] = []
         self._reads: dict[tuple[int, int], list[float]] = {variant: [] for variant in VARIANTS}
 
     def __call__(self) -> None:
         variant = VARIANTS[len(self._flops) % len(VARIANTS)]
         self._flops.append(self._roofline.flops(self._threads))
-        self._reads[variant].append(self._roofline.bandwidth(self._threads, self._working_set, variant))
+        rate = self._roofline.bandwidth(self._threads, self._working_set, variant, self._hot)
+        self._reads[variant].append(rate)
 
     @property
     def flops(self) -> float:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 Call = Callable[[Any], object]
 
-SAMPLE = 200e-6  # seconds that the calls of a sample last at least: 2000 times what reading the clock costs
+SAMPLE = (
+    1e-3  # seconds that the calls of a sample last at least, so that caches and branch predictors are warm for most
+)
 COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
 
 
@@ -53,9 +55,10 @@ def race(
 ) -> dict[str, Timing]:
     """Samples every candidate once a round, for about so many seconds, but `least` to `most` rounds.
 
-    `each_round` is called before every round, and once before the first, which is not counted.
+    `each_round` is called before every round. The time of its very first call, which may allocate, says nothing.
     """
     names = list(candidates)
+    each_round()
     start = time.perf_counter()
     each_round()
     cost = time.perf_counter() - start + sum(rotation.cost for rotation in candidates.values())

@@ -56,7 +56,7 @@ cdef bint watched() except -1:
     return forward_ad_module._current_level >= 0
 
 
-# What nn.Module.__call__ looks at before it calls forward.
+# The dicts that nn.Module.__call__ looks at before it calls forward.
 cdef tuple own_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 cdef tuple global_hooks = tuple(getattr(torch.nn.modules.module, "_global" + name) for name in own_hooks)
 
@@ -121,25 +121,25 @@ cdef class Engine:
         cdef dict state = <dict> module.__dict__
         if "forward" in state or "_compiled_call_impl" in state:
             return None
-        for hooks in global_hooks:
-            if <dict> hooks:
-                return None
         for name in own_hooks:
             if <dict> state[name]:
                 return None
-        return self.forward(module, x)
+        for hooks in global_hooks:
+            if <dict> hooks:
+                return None
+        return self.guarded(module, state, x)
 
     def forward(self, module, x):
         """`module.forward(x)`."""
-        why = UNFIT
-        if type(x) is Tensor and not watched():
-            if profiler_module._is_profiler_enabled:
-                return module._slow(x, PROFILED)
-            y = self.answer(<dict> module.__dict__, x)
-            if type(y) is not str:
-                return y
-            why = y
-        return module._slow(x, why)
+        return self.guarded(module, <dict> module.__dict__, x)
+
+    cdef object guarded(self, module, dict state, x):
+        if type(x) is not Tensor or watched():
+            return module._slow(x, UNFIT)
+        if profiler_module._is_profiler_enabled:
+            return module._slow(x, PROFILED)
+        y = self.answer(state, x)
+        return module._slow(x, y) if type(y) is str else y
 
     def attempt(self, module, x):
         """The output, or None where torch has to compute it; for callers that know that no mode watches."""

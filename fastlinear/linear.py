@@ -15,6 +15,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlinear import _engine, _kernels, activations, ops, planner
@@ -41,6 +42,8 @@ class _Fast(nn.Module):
 
     _transposed = False  # True: the weight is [in, out]
     _engine: _engine.Engine
+    weight: Tensor
+    bias: Any  # Tensor or None; mypy takes the constructor's argument for it
     activation: Activation | None
     in_features: int
     out_features: int
@@ -65,7 +68,7 @@ class _Fast(nn.Module):
 
     def _torch(self, x: Tensor) -> Tensor:
         try:
-            y = super().forward(x)
+            y = F.linear(x, self.weight.t() if self._transposed else self.weight, self.bias)
         except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
             if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] != self.in_features):
                 raise RuntimeError(
@@ -97,7 +100,8 @@ class _Fast(nn.Module):
             if not self._engine.fresh(self):
                 if why_not(self) is not None:
                     return False
-                self._engine.take(self.weight, _pack(self.weight, self._transposed))
+                weight = self.weight  # read once: another thread may be setting it
+                self._engine.take(weight, _pack(weight, self._transposed))
                 self._chosen.clear()
             if m > 0:
                 self._plan(m)
@@ -106,7 +110,7 @@ class _Fast(nn.Module):
     def _plan(self, m: int) -> None:
         threads, packed = _kernels.num_threads(), self._engine.packed
         m = _engine.bucket(m)
-        if (threads, m) in self._chosen:
+        if packed is None or (threads, m) in self._chosen:
             return
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         problem = planner.Problem(m, packed.n, packed.k, bias is not None, self.activation, self._transposed, threads)
@@ -200,22 +204,25 @@ def adopt(module: nn.Module, activation: Activation | None = None, tune: str = "
     `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer. ValueError where
     `why_not(module)` has a reason.
     """
+    if tune not in TUNE_MODES:
+        raise ValueError(f"tune={tune!r} is unknown; allowed are {', '.join(TUNE_MODES)}")
     reason = why_not(module)
     if reason is not None:
         raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
-    module.__class__ = _twin(type(module))
+    module.__class__ = _twin(type(module)) or type(module)
     _become_fast(module, activation, tune, name)
 
 
 def release(module: nn.Module) -> None:
     """Turns a fast layer back into what it was; its activation is no longer applied."""
-    stock = next(cls for cls in type(module).__mro__ if not issubclass(cls, _Fast))
+    stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, _Fast))
+    ops.forget(module)
     for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
         vars(module).pop(key, None)
     module.__class__ = stock
 
 
-def refresh(module: nn.Module) -> None:
+def refresh(module: Any) -> None:
     """Forgets packed weight and plans; needed only after a change torch does not count, such as `.data.copy_()`."""
     module._reset()
 
@@ -258,9 +265,7 @@ _OWN = ("activation", "_engine", "_chosen", "_tune", "_name")
 _CONV_OWN = ("in_features", "out_features")
 
 
-def _become_fast(module: nn.Module, activation: Activation | None, tune: str, name: str) -> None:
-    if tune not in TUNE_MODES:
-        raise ValueError(f"tune={tune!r} is unknown; allowed are {', '.join(TUNE_MODES)}")
+def _become_fast(module: Any, activation: Activation | None, tune: str, name: str) -> None:
     vars(module).update(activation=activation, _tune=tune, _name=name)
     if module._transposed:
         vars(module).update(in_features=module.weight.shape[0], out_features=module.weight.shape[1])

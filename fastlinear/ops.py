@@ -19,7 +19,6 @@ from typing import Any, Protocol, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastlinear.activations import Activation, apply
 
@@ -50,6 +49,11 @@ _found: weakref.WeakValueDictionary[_Key, Layer] = weakref.WeakValueDictionary()
 def register(layer: Layer) -> None:
     """Lets the op find the layer by whatever parameters it has at the time."""
     _layers[id(layer)] = layer
+
+
+def forget(layer: object) -> None:
+    """Undoes `register`: the layer is no longer a fast one."""
+    _layers.pop(id(layer), None)
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ def _cpu(
 ) -> Tensor:
     key = (weight.data_ptr(), activation, *params, transposed)
     layer = _found.get(key)
-    if layer is None or not _is_of(layer, weight, bias):
+    if layer is None or id(layer) not in _layers or not _is_of(layer, weight, bias):
         alive = [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
         layer = next((a for a in alive if _key_of(a) == key and _is_of(a, weight, bias)), None)
         if layer is not None:
@@ -121,12 +125,16 @@ def _fake(
 
 def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *epilogue: Any) -> Tensor:
     """What is differentiated is made of torch's ops; anything else goes on below autograd."""
-    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if forward_ad._current_level >= 0 or (needs_grad and torch.is_grad_enabled()):
+    if _differentiable(x) or _differentiable(weight) or (bias is not None and _differentiable(bias)):
         return _formula(x, weight, bias, *epilogue)
     below = keyset & torch._C._after_autograd_keyset
     y: Tensor = _op.redispatch(below, x, weight, bias, *epilogue)
     return y
+
+
+def _differentiable(t: Tensor) -> bool:
+    # Dynamo enters forward_ad without its Python level, so the tensor is asked itself; there is but one level, 0.
+    return (t.requires_grad and torch.is_grad_enabled()) or torch._VF._unpack_dual(t, level=0)[1] is not None
 
 
 def _vmap(

@@ -182,8 +182,13 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
         weights += [] if plan.packed is None else [plan.packed]
         runs.append(autotune.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias)))
     blocks = [torch_plans.memory(w) for w in weights]
+
+    def evict() -> None:
+        for address, nbytes in blocks:
+            _kernels.evict(address, nbytes)
+
     with torch.inference_mode():
-        choice = autotune.choose(runs, torch_plans.BASELINE, evict=lambda: [_kernels.evict(*block) for block in blocks])
+        choice = autotune.choose(runs, torch_plans.BASELINE, evict=evict)
     winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, choice.name, 1, 1, "tuned")
     winner = winner._replace(table=choice.table, speedup=choice.speedup)
     if choice.decided:
@@ -221,7 +226,7 @@ def _spell(chosen: Chosen) -> str:
 
 
 def _tell(problem: Problem, choice: autotune.Choice) -> None:
-    """The table of a tuning, as Inductor's AUTOTUNE log prints it: on stderr if FASTLINEAR_VERBOSE=1, else at debug level."""
+    """The table of a tuning, like Inductor's AUTOTUNE log: on stderr if FASTLINEAR_VERBOSE=1, else at debug level."""
     best = choice.table[0][1] if choice.table else 0.0
     lines = [f"AUTOTUNE linear({problem.m}x{problem.k}, {problem.n}x{problem.k}) {problem.key()}"]
     lines += [f"  {name:<28} {ms:9.4f} ms {best / ms:6.1%}" for name, ms in choice.table]

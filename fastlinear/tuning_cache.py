@@ -125,6 +125,10 @@ class TuningCache:
             self._found = self._read()
         return self._own.get(key) or self._found.get(key)
 
+    def __len__(self) -> int:
+        """Entries in the file as it is now, and those it refused."""
+        return len(self._read() | self._own)
+
     def put(self, key: str, value: Tuned) -> None:
         self._own[key] = value
         # Merged with what is there by now, so that processes that tune at the same time lose nothing.

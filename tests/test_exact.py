@@ -1,7 +1,7 @@
 """What holds to the last bit: integer sums, repetition, any threads, any batch, and what algebra says of one kernel.
 
-The promise: the bits of an output depend on its row of x, its row of W, its bias, the kernel and the number of K slices,
-and on nothing else: not on threads, not on M, N or the place in the batch, not on the run.
+The promise: the bits of an output depend on its row of x, its row of W, its bias, the kernel and the number of K
+slices, and on nothing else: not on threads, not on M, N or the place in the batch, not on the run.
 """
 
 import itertools
@@ -24,7 +24,9 @@ quick = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 def test_sums_of_integers_are_exact(kernel: Kernel, k_slices: int) -> None:
     """Zero tolerance for every tile edge, any threads, any slices (150: more than K)."""
     nr, columns, mr = kernel["nr"], kernel["columns"], kernel["mr"]
-    shapes = itertools.product((1, mr - 1, mr, 2 * mr + 1), (1, nr - 1, nr + 1, columns, 2 * columns + 1), (1, 2, 31, 97))
+    shapes = itertools.product(
+        (1, mr - 1, mr, 2 * mr + 1), (1, nr - 1, nr + 1, columns, 2 * columns + 1), (1, 2, 31, 97)
+    )
     for (m, n, k), threads in zip(shapes, itertools.cycle(THREADS), strict=False):
         x, w, b = oracle.exact_case(m, n, k)
         y = native.run(kernel, x, w, b, [("relu", ())], threads=threads, k_slices=k_slices)
@@ -47,7 +49,7 @@ def test_same_bits_for_any_threads_and_every_run(kernel: Kernel, k_slices: int) 
 @pytest.mark.parametrize("k", [97, 9001])
 @every_kernel
 def test_a_row_of_a_batch_is_the_row_alone(kernel: Kernel, k: int, k_slices: int) -> None:
-    """The bits of an output do not depend on the batch, nor on the output channels beside it; K blocks change nothing."""
+    """The bits of an output do not depend on the rows and channels beside it, with one K block or with several."""
     m, n = 2 * kernel["mr"] + 1, kernel["columns"] + 3
     x, w, b = oracle.random_case(m, n, k)
     y = native.run(kernel, x, w, b, k_slices=k_slices)
@@ -73,7 +75,9 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 80), st.integers(1, 70))
 @every_kernel
 @hypothesis.given(shape=shapes, power=st.integers(-30, 30), k_slices=st.sampled_from(SLICES), seed=st.integers(0, 999))
 @quick
-def test_scaling_by_a_power_of_two(kernel: Kernel, shape: tuple[int, int, int], power: int, k_slices: int, seed: int) -> None:
+def test_scaling_by_a_power_of_two(
+    kernel: Kernel, shape: tuple[int, int, int], power: int, k_slices: int, seed: int
+) -> None:
     """f(2^p x, 2^p b) = 2^p f(x, b), bit for bit."""
     torch.manual_seed(seed)
     x, w, b = oracle.random_case(*shape)
@@ -98,7 +102,9 @@ def test_permuting_rows_and_channels(kernel: Kernel, shape: tuple[int, int, int]
 
 
 @every_kernel
-@hypothesis.given(m=st.integers(1, 40), k=st.integers(1, 80), k_slices=st.sampled_from(SLICES), seed=st.integers(0, 999))
+@hypothesis.given(
+    m=st.integers(1, 40), k=st.integers(1, 80), k_slices=st.sampled_from(SLICES), seed=st.integers(0, 999)
+)
 @quick
 def test_the_identity_returns_x(kernel: Kernel, m: int, k: int, k_slices: int, seed: int) -> None:
     """W = I without a bias gives x, for any finite floats, denormals included."""

@@ -1,4 +1,4 @@
-"""Bad input at the door to C++ is a TypeError or ValueError that names what was given and what is allowed; never a crash.
+"""Bad input at the door to C++ is a TypeError or ValueError that says what was given and what is allowed; no crash.
 
 Every case runs in a forked child, since a tensor without memory that gets through is a SIGSEGV.
 """
@@ -93,7 +93,8 @@ def test_the_valid_product_is_valid() -> None:
 def test_what_is_no_dense_fp32_cpu_tensor(given: str, what: str) -> None:
     """Other types, dtypes, devices and layouts, and tensors without memory, in every place."""
     if given == "None" and what == "bias":
-        return product(bias=None)
+        product(bias=None)
+        return
     shape = {"x": (M, K), "bias": (N,), "out": (M, N), "weight": (N, K)}[what]
     value = NOT_A_TENSOR[given](shape)
     act = (lambda: Packed(value, LAYOUT)) if what == "weight" else (lambda: product(**{what: value}))
@@ -156,8 +157,16 @@ UNKNOWN: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "activation": (ValueError, "'swoosh'.*relu", lambda: Epilogue([("swoosh", ())])),
     "activation that is no name": (ValueError, "None.*relu", lambda: Epilogue([(None, ())])),
     "parameters for relu": (ValueError, "'relu' takes 0 parameters, not 1", lambda: Epilogue([("relu", (1.0,))])),
-    "too few parameters": (ValueError, "'hardtanh' takes 2 parameters, not 1", lambda: Epilogue([("hardtanh", (1.0,))])),
-    "too many parameters": (ValueError, "'elu' takes 1 parameters, not 3", lambda: Epilogue([("elu", (1.0, 2.0, 3.0))])),
+    "too few parameters": (
+        ValueError,
+        "'hardtanh' takes 2 parameters, not 1",
+        lambda: Epilogue([("hardtanh", (1.0,))]),
+    ),
+    "too many parameters": (
+        ValueError,
+        "'elu' takes 1 parameters, not 3",
+        lambda: Epilogue([("elu", (1.0, 2.0, 3.0))]),
+    ),
     "parameter that is no number": (TypeError, "", lambda: Epilogue([("elu", ("steep",))])),
     "five steps": (ValueError, "at most 4 steps, not 5", lambda: Epilogue([("relu", ())] * 5)),
     "steps that are no pairs": (ValueError, "", lambda: Epilogue(["relu"])),

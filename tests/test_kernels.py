@@ -83,7 +83,7 @@ def test_adversarial_values(kernel: Kernel) -> None:
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 @every_kernel
 def test_a_special_value_stays_in_its_row(kernel: Kernel, value: float) -> None:
-    """inf or NaN at any (row, k) of x makes exactly the outputs non-finite that fp64 does; inf * 0 is NaN there only."""
+    """inf or NaN at any (row, k) of x makes exactly the outputs non-finite that fp64 does; inf * 0 is NaN."""
     m, n, k = kernel["mr"] + 2, kernel["nr"] + 1, 3
     x, w, b = oracle.random_case(m, n, k)
     w[1::3] = 0.0

@@ -81,7 +81,7 @@ def test_only_the_output_is_written(kernel: Kernel, size: str, k_slices: int) ->
 @pytest.mark.parametrize("size", SHAPES)
 @every_kernel
 def test_what_lies_around_x_never_leaks(kernel: Kernel, size: str) -> None:
-    """x in the middle of NaN, its gaps and the rows after it too, gives the bits of x alone; so does a bias amid NaN."""
+    """x in the middle of NaN, in its gaps and after its rows, gives the bits of x alone; so does a bias amid NaN."""
     m, n, k = shape(kernel, size)
     x, w, b = oracle.random_case(m, n, k)
     assert b is not None
@@ -102,7 +102,9 @@ def test_scratch_of_an_earlier_call_never_leaks(kernel: Kernel, k_slices: int) -
     expected = native.run(kernel, x, w, b, k_slices=k_slices)
     poison = torch.full((4 * m, 1024), torch.nan)
     for k_poison, slices in itertools.product((1024, 1, 0), (1, 3)):
-        native.run(kernel, poison[:, :k_poison], torch.ones(4 * n, k_poison), torch.full((4 * n,), torch.nan), k_slices=slices)
+        native.run(
+            kernel, poison[:, :k_poison], torch.ones(4 * n, k_poison), torch.full((4 * n,), torch.nan), k_slices=slices
+        )
         assert native.same_bits(native.run(kernel, x, w, b, k_slices=k_slices), expected)
 
 

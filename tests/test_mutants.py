@@ -43,17 +43,42 @@ TALL = "fp32/avx512/14x32"
 BROKEN = [
     Mutant("the last k is dropped", SCALAR, "k < t.k;", "k + 1 < t.k;"),
     Mutant("the last k is dropped, AVX2", AVX2, "k < t.k;", "k + 1 < t.k;", "fp32/avx2/6x16"),
-    Mutant("the first two rows are swapped", SCALAR, "a[r * t.lda + k]", "a[(t.rows > 1 && r < 2 ? 1 - r : r) * t.lda + k]"),
-    Mutant("the first two rows are swapped, AVX-512", AVX512, "a[r * t.lda + k]", "a[(R > 1 && r < 2 ? 1 - r : r) * t.lda + k]", TALL),
+    Mutant(
+        "the first two rows are swapped", SCALAR, "a[r * t.lda + k]", "a[(t.rows > 1 && r < 2 ? 1 - r : r) * t.lda + k]"
+    ),
+    Mutant(
+        "the first two rows are swapped, AVX-512",
+        AVX512,
+        "a[r * t.lda + k]",
+        "a[(R > 1 && r < 2 ? 1 - r : r) * t.lda + k]",
+        TALL,
+    ),
     Mutant("K blocks overwrite each other", SCALAR, "t.accumulate ? tile[r * Columns + j] : 0.0f", "0.0f"),
-    Mutant("K blocks overwrite each other, driver", DRIVER, "a.accumulate = block.begin > slice.begin", "a.accumulate = false"),
+    Mutant(
+        "K blocks overwrite each other, driver",
+        DRIVER,
+        "a.accumulate = block.begin > slice.begin",
+        "a.accumulate = false",
+    ),
     Mutant("the bias is skipped", DRIVER, "s.bias = i == 0 && p.bias != nullptr", "s.bias = false"),
     Mutant("the bias is added in every step", DRIVER, "i == 0 && p.bias", "p.bias"),
-    Mutant("a column too many is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"),
-    Mutant("a column too few is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column - 1)"),
+    Mutant(
+        "a column too many is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"
+    ),
+    Mutant(
+        "a column too few is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column - 1)"
+    ),
     Mutant("the second K slice is lost", DRIVER, "slice = 1; slice < ", "slice = 2; slice < "),
-    Mutant("K slices overlap", GRID, "std::min(k_, (u.slice + 1) * slice_k_)", "std::min(k_, (u.slice + 1) * slice_k_ + 1)"),
-    Mutant("copied rows are one k short", "include/fastlinear/rows.hpp", "<std::size_t>(k) *", "<std::size_t>(k - 1) *", TALL),
+    Mutant(
+        "K slices overlap", GRID, "std::min(k_, (u.slice + 1) * slice_k_)", "std::min(k_, (u.slice + 1) * slice_k_ + 1)"
+    ),
+    Mutant(
+        "copied rows are one k short",
+        "include/fastlinear/rows.hpp",
+        "<std::size_t>(k) *",
+        "<std::size_t>(k - 1) *",
+        TALL,
+    ),
 ]
 # Changes that may cost time and nothing else.
 HARMLESS = [
@@ -104,19 +129,21 @@ class Build:
         return library
 
     def mutated(self, mutant: Mutant) -> Path:
-        """The library with this one change."""
+        """The library with this one change; each has a name of its own, since dlopen knows libraries by their names."""
         tree = self.folder / "tree"
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(native.ROOT / "include", tree / "include")
         text = (tree / mutant.file).read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}: mutant is stale"
+        assert text.count(mutant.old) == 1, (
+            f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}: mutant is stale"
+        )
         (tree / mutant.file).write_text(text.replace(mutant.old, mutant.new))
         touched = Path(mutant.file).parent.name if "kernels/" in mutant.file else "product"
         objects = [
             self.compile(unit, tree, self.folder / "mutated.o") if unit.stem == touched else unmutated
             for unit, unmutated in zip(self.units, self.objects, strict=True)
         ]
-        return self.link("mutated", objects)
+        return self.link(mutant.name.replace(" ", "-"), objects)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +227,7 @@ def test_panels_are_not_left(build: Build, kernel: Kernel) -> None:
 
     def action(note: native.Note) -> None:
         for at in ("start", "end"):
-            run = product_of(library, lambda panels, at=at: guard.guarded(panels, at))
+            run = product_of(library, lambda panels, at=at: guard.guarded(panels.view(torch.float32), at))
             for n in (1, kernel["nr"], kernel["columns"], 2 * kernel["columns"] + 1):
                 for m, k, k_slices in [(1, 1, 1), (kernel["mr"] + 1, 23, 1), (2 * kernel["mr"], 23, 3)]:
                     note(f"panels at their {at}: {m} x {n} x {k}, {k_slices} slices")

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastlinear._kernels import Epilogue, Packed, Plan, run
 
-every_layout = pytest.mark.parametrize(("layout", "nr", "kr"), native.LAYOUTS, ids=[name for name, *_ in native.LAYOUTS])
+every_layout = pytest.mark.parametrize(
+    ("layout", "nr", "kr"), native.LAYOUTS, ids=[name for name, *_ in native.LAYOUTS]
+)
 
 
 def any_bits(*shape: int) -> Tensor:

@@ -1,0 +1,134 @@
+"""The command line does what it says, and tells in one sentence what it cannot do."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlinear
+from fastlinear import __main__ as cli
+
+MODEL = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(24, 40), nn.ReLU()).eval(), torch.zeros(3, 24)
+
+def no_model():
+    return torch.zeros(3), None
+"""
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder a user works in, with a module of theirs."""
+    (tmp_path / "users_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "users_model", raising=False)
+    return tmp_path
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is printed for arguments that cannot be served; exit code 2, whoever found it."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_module_and_script_are_the_same_command() -> None:
+    """`python -m fastlinear` runs main(), and pyproject.toml points the script at it."""
+    done = subprocess.run([sys.executable, "-m", "fastlinear", "info"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fastlinear:")
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    assert 'fastlinear = "fastlinear.__main__:main"' in project.read_text()
+
+
+def test_info_is_a_block_for_an_issue(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions, CPU, every kernel with what runs, the cache and the overrides in force."""
+    monkeypatch.setenv("FASTLINEAR_VERBOSE", "0")
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and fastlinear.cpu_info()["model"] in text
+    assert re.search(r"tuning cache: .*\.json, \d+ entries", text) and "FASTLINEAR_VERBOSE=0" in text
+    for row in fastlinear.kernels():
+        assert re.search(rf"^{row['name']} .* {'yes' if row['runnable'] else 'no'}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+def test_bench_prints_a_row_for_each_shape(activation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both times, their ratio and what runs; torch's number of threads is left as it was."""
+    assert cli.main(["bench", "--shapes", "1x16x24,3x8x8", "--threads", "2", "--activation", activation]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"\d+x\d+x\d+ ", line)]
+    assert [row[0] for row in rows] == ["1x16x24", "3x8x8"]
+    for _, before, after, ratio, name in rows:
+        assert float(ratio.rstrip("x")) == pytest.approx(float(before) / float(after), rel=0.1)
+        assert "/" in name
+    assert torch.get_num_threads() == 1
+
+
+def test_tune_reports_the_users_model(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """module:function is found in the working folder, converted and tuned."""
+    assert cli.main(["tune", "users_model:make"]) == 0
+    report = capsys.readouterr().out
+    assert "24x40" in report and "relu" in report and "untuned" not in report
+
+
+def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every runnable kernel, and every activation of its ISA, is listed and within its bound."""
+    assert cli.main(["check"]) == 0
+    text = capsys.readouterr().out
+    runnable = [row for row in fastlinear.kernels() if row["runnable"]]
+    assert all(row["name"] in text for row in runnable)
+    assert len(re.findall(" gelu ", text)) == len({row["isa"] for row in runnable})
+
+
+@pytest.mark.parametrize("damage", [lambda y: y * (1 + 1e-4), lambda y: y.flip(0), lambda y: y * torch.nan])
+def test_check_sees_a_wrong_kernel(
+    damage: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled, reordered and missing results fail it, with exit code 1."""
+    right = cli._run
+
+    def wrong(*arguments: object) -> Tensor:
+        return damage(right(*arguments))
+
+    monkeypatch.setattr(cli, "_run", wrong)
+    assert cli.main(["check"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["bench", "--shapes", "2x3"], "'2x3'"),
+        (["bench", "--shapes", "2x3x0"], "'0'"),
+        (["bench", "--threads", "none"], "'none'"),
+        (["bench", "--activation", "swish"], "'swish'"),
+        (["tune", "users_model"], "'users_model'"),
+        (["tune", "no_such_module:make"], "'no_such_module'"),
+        (["tune", "users_model:mke"], "'mke'"),
+        (["tune", "users_model:no_model"], "users_model:no_model"),
+        (["polish"], "'polish'"),
+    ],
+)
+def test_what_cannot_be_done_is_named(
+    arguments: list[str], named: str, user_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and a message with the value that was given, no traceback."""
+    assert named in refusal(arguments, capsys)
+
+
+def test_an_unknown_override_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTLINEAR_KERNEL with a typing error stops bench before it measures anything."""
+    monkeypatch.setenv("FASTLINEAR_KERNEL", "fp32/avx512/9x99")
+    message = refusal(["bench", "--shapes", "1x8x8"], capsys)
+    assert "FASTLINEAR_KERNEL" in message and "fp32/avx512/9x99" in message
