@@ -70,7 +70,7 @@ class _Fast(nn.Module):
         try:
             y = F.linear(x, self.weight.t() if self._transposed else self.weight, self.bias)
         except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
-            if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] != self.in_features):
+            if isinstance(x, Tensor) and not x.is_nested and (x.dim() == 0 or x.shape[-1] != self.in_features):
                 raise RuntimeError(
                     f"{label(self)} takes inputs whose last dimension is in_features={self.in_features}, "
                     f"not a tensor of shape {tuple(x.shape)}"
@@ -87,10 +87,11 @@ class _Fast(nn.Module):
 
     def _native(self, x: Tensor) -> Tensor | None:
         """The engine's answer, packed and planned for if need be; None where torch has to compute it."""
-        fit = x.dtype is torch.float32 and x.dim() > 0 and x.shape[-1] == self.in_features
-        if not fit or not self._prepare(x.shape[:-1].numel()):
-            return None
-        return self._engine.attempt(self, x)
+        y = self._engine.attempt(self, x)
+        fit = x.dtype is torch.float32 and not x.is_nested and x.dim() > 0
+        if y is None and fit and x.shape[-1] == self.in_features and self._prepare(x.shape[:-1].numel()):
+            y = self._engine.attempt(self, x)
+        return y
 
     def _prepare(self, m: int) -> bool:
         """Packs and plans what a call with m rows needs; False where torch has to run it."""

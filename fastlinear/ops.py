@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlinear.activations import Activation, apply
 
@@ -69,7 +69,13 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
 def _native_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     operands = (x, weight) if bias is None else (x, weight, bias)
     dense = all(t.dtype is torch.float32 and t.device.type == "cpu" and t.layout is torch.strided for t in operands)
-    plain = type(x) is Tensor and x.dim() > 0 and weight.dim() == 2 and not torch.is_autocast_enabled("cpu")
+    plain = (
+        type(x) is Tensor
+        and not x.is_nested
+        and x.dim() > 0
+        and weight.dim() == 2
+        and not torch.is_autocast_enabled("cpu")
+    )
     return dense and plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
 
 
@@ -100,7 +106,7 @@ def _cpu(
 def _key_of(layer: Layer) -> _Key:
     name, params = layer.activation or _IDENTITY
     weight = layer._parameters.get("weight")
-    return (None if weight is None else weight.data_ptr(), name, *params, layer._transposed)
+    return (_address(weight), name, *params, layer._transposed)
 
 
 def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
@@ -111,7 +117,16 @@ def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is b or a is None or b is None:
         return a is b
-    return a.data_ptr() == b.data_ptr() and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    address = _address(a)
+    same_memory = address is not None and address == _address(b)
+    return same_memory and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _address(t: Tensor | None) -> int | None:
+    """Where the memory of a plain CPU tensor begins; None for anything else, which may have none."""
+    if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.device.type != "cpu":
+        return None
+    return t.data_ptr()
 
 
 def _fake(

@@ -52,6 +52,7 @@ def test_a_row_of_a_batch_is_the_row_alone(kernel: Kernel, k: int, k_slices: int
     """The bits of an output do not depend on the rows and channels beside it, with one K block or with several."""
     m, n = 2 * kernel["mr"] + 1, kernel["columns"] + 3
     x, w, b = oracle.random_case(m, n, k)
+    assert b is not None
     y = native.run(kernel, x, w, b, k_slices=k_slices)
     for row in {0, kernel["mr"] - 1, m // 2, m - 1}:
         alone = native.run(kernel, x[row : row + 1], w, b, k_slices=k_slices)
@@ -121,5 +122,5 @@ def test_zeros_at_the_end_of_k(kernel: Kernel, shape: tuple[int, int, int], more
     torch.manual_seed(seed)
     m, n, k = shape
     x, w, b = oracle.random_case(m, n, k)
-    longer = [torch.cat([side, torch.zeros(len(side), more)], 1) for side in (x, w)]
-    assert native.same_bits(native.run(kernel, *longer, b), native.run(kernel, x, w, b))
+    longer_x, longer_w = (torch.cat([side, torch.zeros(len(side), more)], 1) for side in (x, w))
+    assert native.same_bits(native.run(kernel, longer_x, longer_w, b), native.run(kernel, x, w, b))

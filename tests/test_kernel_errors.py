@@ -40,7 +40,7 @@ def emptied(shape: tuple[int, ...]) -> Tensor:
 
 
 # Makes something of the right shape that is no dense fp32 CPU tensor.
-NOT_A_TENSOR: dict[str, Callable[[tuple[int, ...]], object]] = {
+NOT_A_TENSOR: dict[str, Callable[[tuple[int, ...]], Any]] = {
     "None": lambda shape: None,
     "int": lambda shape: 5,
     "list": lambda shape: torch.ones(shape).tolist(),

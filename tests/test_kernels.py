@@ -46,7 +46,8 @@ def held_to_the_bound(kernel: Kernel, case: Case) -> None:
     y = native.run(kernel, x, w, b, [(name, params)], threads=threads, k_slices=k_slices)
     torch.set_num_threads(1)
     result = oracle.check(y, x, w, b, None if name == IDENTITY else (name, *params))
-    assert result.compared == m * n and (not result.mistrusted or m * n < 20 or k * with_bias == 0)
+    assert result.compared == m * n
+    assert not result.mistrusted or min(m, n) < 10 or k == 0  # a few columns may all be negative before relu
 
 
 def covering(kernel: Kernel) -> list[Any]:
@@ -102,6 +103,7 @@ def test_a_special_weight_stays_in_its_channel(kernel: Kernel, value: float) -> 
     m, k = kernel["mr"] + 1, 3
     n = kernel["columns"] + 2
     x, w, b = oracle.random_case(m, n, k)
+    assert b is not None
     for column in range(n):
         special, bias = w.clone(), b.clone()
         special[column, column % k] = value

@@ -74,8 +74,8 @@ def same(fast: nn.Module, stock: nn.Module, x: Any) -> bool:
     if got.device.type == "meta":
         assert got.shape == expected.shape
     else:
-        dense = (t.to_dense() if t.layout is torch._mkldnn else t for t in (got, expected))
-        torch.testing.assert_close(*dense, equal_nan=True)
+        plain = [list(t.unbind()) if t.is_nested else t.to_dense() for t in (got, expected)]
+        torch.testing.assert_close(*plain, equal_nan=True)
     return True
 
 
@@ -131,6 +131,7 @@ OTHER_INPUTS: dict[str, Callable[[], Any]] = {
     "sparse rows": lambda: torch.randn(5, K).to_sparse_csr(),
     "mkldnn": lambda: torch.randn(5, K).to_mkldnn(),
     "quantized": lambda: torch.quantize_per_tensor(torch.randn(5, K), 0.1, 0, torch.qint8),
+    "nested, strided": lambda: torch.nested.nested_tensor([torch.randn(2, K), torch.randn(3, K)]),
     "nested": lambda: torch.nested.nested_tensor([torch.randn(2, K), torch.randn(3, K)], layout=torch.jagged),
     "subclass": lambda: torch.randn(5, K).as_subclass(Tagged),
     "list": lambda: [1.0] * K,

@@ -5,6 +5,7 @@ What may die runs in a forked child, so that an overrun is one failed test with 
 
 import itertools
 import math
+from typing import Literal
 
 import guard
 import native
@@ -15,7 +16,7 @@ from native import Kernel, Note, every_kernel
 from torch import Tensor
 
 SHAPES = ("one", "tile", "tile and one", "ragged")
-EDGES = ("start", "end")
+EDGES: tuple[Literal["start", "end"], ...] = ("start", "end")
 
 
 def shape(kernel: Kernel, name: str) -> tuple[int, int, int]:

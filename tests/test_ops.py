@@ -354,6 +354,17 @@ def test_profiles_show_the_op() -> None:
     assert "fastlinear::linear" not in {event.key for event in profile.key_averages()}
 
 
+def test_layers_without_memory_are_passed_over() -> None:
+    """Fast layers whose weights are fake, meta, sparse or no parameters do not hinder the search for another's."""
+    with FakeTensorMode():
+        odd: list[nn.Module] = [FastLinear(K, N)]
+    odd += [FastLinear(K, N).to("meta"), FastLinear(K, N), FastLinear(K, N)]
+    odd[2].weight = nn.Parameter(odd[2].weight.detach().to_sparse())
+    del odd[3].weight
+    x, weight = torch.randn(5, K), torch.randn(N, K)
+    torch.testing.assert_close(OP(x, weight, None, "relu", [], False), F.linear(x, weight).relu())
+
+
 def test_the_registry_keeps_nothing_alive() -> None:
     """Layers that were registered and looked up are freed with their last owner."""
     layer = FastLinear(K, N).eval().requires_grad_(False)

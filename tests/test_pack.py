@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Literal
 
 import guard
 import native
@@ -78,7 +79,8 @@ def test_packing_reads_the_weight_alone(layout: str, nr: int, kr: int) -> None:
     w = any_bits(nr + 1, 17 * kr + 1)
 
     def action(note: native.Note) -> None:
-        for at, gap, transposed in itertools.product(("start", "end"), (0, 5), (False, True)):
+        edges: tuple[Literal["start", "end"], ...] = ("start", "end")
+        for at, gap, transposed in itertools.product(edges, (0, 5), (False, True)):
             note(f"at its {at}, gap {gap}, transposed {transposed}")
             source = w.T.contiguous() if transposed else w
             near = guard.guarded(source, at, stride=source.shape[1] + gap)

@@ -116,7 +116,8 @@ class Worker {
         a.rows = rows.size();
         a.a = x_.data + (rows.begin - first_row_) * x_.stride + block.begin;
         a.tile = tile;
-        a.prefetch = tiles.size() > 1 ? next + (t - tiles.begin) * a.k * a.prefetch_stride : weights;
+        a.prefetch =
+            tiles.size() > 1 ? next + (t - tiles.begin) * a.k * a.prefetch_stride : reinterpret_cast<const char*>(a.a);
         kernel.run(a);
         if (last && job_.partial == nullptr) finish_tile(job_, tile, t, u.group);
       }

@@ -16,16 +16,19 @@ namespace fastlinear::avx2 {
 
 inline constexpr Layout kFp32Layout{Format::fp32, 16, 1};
 
-template <std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff_t Columns>
+// R of MR rows, P of Columns / 16 panels. Row tiles are balanced, so one with less than half of the rows is the only
+// one: it streams the panel, the hardware prefetches, and our own prefetches would only cost it bandwidth.
+template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
 void fp32_tile(const TileArgs& t) {
   constexpr std::ptrdiff_t V = 2 * P;
+  constexpr bool prefetches = MR > 1 && 2 * R >= MR;
   const float* a = static_cast<const float*>(t.a);
   const float* panel[P];
 #pragma GCC unroll 4
   for (std::ptrdiff_t p = 0; p < P; ++p)
     panel[p] = reinterpret_cast<const float*>(static_cast<const char*>(t.panel) + p * t.panel_stride);
   float* tile = static_cast<float*>(t.tile);
-  const char* prefetch = t.prefetch;
+  [[maybe_unused]] const char* prefetch = t.prefetch;
 
   __m256 c[R][V];
 #pragma GCC unroll 8
@@ -35,9 +38,11 @@ void fp32_tile(const TileArgs& t) {
       c[r][v] = t.accumulate ? _mm256_load_ps(tile + r * Columns + v * 8) : _mm256_setzero_ps();
 
   for (std::ptrdiff_t k = 0; k < t.k; ++k) {
+    if constexpr (prefetches) {
 #pragma GCC unroll 4
-    for (std::ptrdiff_t p = 0; p < P; ++p) _mm_prefetch(prefetch + p * 64, _MM_HINT_T1);
-    prefetch += t.prefetch_stride;
+      for (std::ptrdiff_t p = 0; p < P; ++p) _mm_prefetch(prefetch + p * 64, _MM_HINT_T1);
+      prefetch += t.prefetch_stride;
+    }
     if constexpr (R < V) {
       __m256 x[R];
 #pragma GCC unroll 8
@@ -72,7 +77,7 @@ using Run = void (*)(const TileArgs&);
 // One instance for each number of rows, so that tails run at full speed.
 template <std::ptrdiff_t P, std::ptrdiff_t Columns, std::ptrdiff_t... R>
 void fp32_rows(const TileArgs& t) {
-  static constexpr Run rows[] = {fp32_tile<R, P, Columns>...};
+  static constexpr Run rows[] = {fp32_tile<R, sizeof...(R), P, Columns>...};
   rows[t.rows - 1](t);
 }
 
@@ -84,7 +89,8 @@ inline void fp32_3x32(const TileArgs& t) {
 }
 
 inline void fp32_1x64(const TileArgs& t) {
-  static constexpr Run panels[] = {fp32_tile<1, 1, 64>, fp32_tile<1, 2, 64>, fp32_tile<1, 3, 64>, fp32_tile<1, 4, 64>};
+  static constexpr Run panels[] = {fp32_tile<1, 1, 1, 64>, fp32_tile<1, 1, 2, 64>, fp32_tile<1, 1, 3, 64>,
+                                   fp32_tile<1, 1, 4, 64>};
   panels[t.panels - 1](t);
 }
 
