@@ -27,7 +27,9 @@ common = {
     "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimise],
 }
 extensions = [
-    Extension("fastlinear._kernels", ["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))], libraries=["dl"], **common),
+    Extension(
+        "fastlinear._kernels", ["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))], libraries=["dl"], **common
+    ),
     Extension("fastlinear._engine", ["fastlinear/_engine.pyx"], **common),
 ]
 

@@ -10,7 +10,8 @@ from timing import Call
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _engine, linear, planner
+from fastlinear import _engine, planner
+from fastlinear.fast_module import pack
 
 OURS = "fastlinear"
 
@@ -91,7 +92,7 @@ class Fast:
         )
         for module in others:
             if not module.pack_nbytes:
-                module._engine.take(module.weight, linear._pack(module.weight, False))
+                module._engine.take(module.weight, module.weight._version, pack(module.weight))
             module._engine.plan_for(m, chosen.threads, planner.executable(chosen, problem, module.weight.detach()))
         return chosen, milliseconds
 

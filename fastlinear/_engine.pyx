@@ -93,11 +93,11 @@ cdef class Engine:
         self.plans = {}
         self.threads = 0
 
-    def take(self, weight, Packed packed not None):
-        """Uses `packed`, which holds the parameter `weight` as it is now."""
+    def take(self, weight, version, Packed packed not None):
+        """Uses `packed`, which holds the parameter `weight` as it was when `version_of(weight)` was `version`."""
         cdef View v = need(weight, "weight")
         self.drop()
-        self.weight, self.version, self.weight_data, self.packed = weight, version_of(weight), v.data, packed
+        self.weight, self.version, self.weight_data, self.packed = weight, version, v.data, packed
 
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, plan):
         """Sets what runs for the bucket of m while torch has `threads` threads: a Plan, or (x, weight, bias) -> y."""
@@ -151,25 +151,27 @@ cdef class Engine:
         cdef View v, w, b
         cdef ptrdiff_t m, stride_x, threads
         cdef dict params = <dict> state["_parameters"]
-        weight = params["weight"]
-        bias = params["bias"]
+        weight = params.get("weight")
+        bias = params.get("bias", UNFIT)
+        if weight is None or bias is UNFIT:  # computed by a parametrization or a hook
+            return UNFIT
         if state["training"] is True or is_grad_enabled() and (
                 x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
             return UNFIT
         if not self.holds(weight):
             return STALE
+        # Torch lets go of the GIL where it allocates or copies, and another thread may then give this engine another
+        # weight: whatever belongs to this one is held here.
+        cdef Packed packed = self.packed
 
-        if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != self.packed.k:
+        if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != packed.k or x.is_neg():
             return UNFIT
         if not as_rows(&v, &m, &stride_x):
-            x = x.contiguous()
-            if not look_at(x, &v) or not as_rows(&v, &m, &stride_x):
-                return UNFIT
-        if v.data == NULL and m * self.packed.k > 0:  # a tensor of zeros without memory
-            return UNFIT
+            dense = x.contiguous()
+            return UNFIT if dense is x else self.answer(state, dense)
         b.data = NULL
-        if bias is not None and not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == self.packed.n
-                                     and (b.stride[0] == 1 or self.packed.n < 2)):
+        if bias is not None and not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == packed.n
+                                     and (b.stride[0] == 1 or packed.n < 2)):
             return UNFIT
 
         threads = pool_size()
@@ -180,10 +182,10 @@ cdef class Engine:
         if m > 0 and type(plan) is not Plan:
             return UNPLANNED if plan is None else plan(x, weight, bias)
 
-        y = new_output(&v, self.packed.n)
-        if m > 0 and self.packed.n > 0:
+        y = new_output(&v, packed.n)
+        if m > 0 and packed.n > 0:
             look_at(y, &w)
-            compute(self.packed, <Plan> plan, self.epilogue, m, v.data, stride_x, b.data, w.data, self.packed.n)
+            compute(packed, <Plan> plan, self.epilogue, m, v.data, stride_x, b.data, w.data, packed.n)
         return y
 
 

@@ -146,7 +146,7 @@ def activations():
 
 cdef const Kernel* runnable_kernel(str name) except NULL:
     cdef const Kernel* kernel = find_kernel(name.encode())
-    if kernel == NULL or not runnable(kernel):
+    if kernel == NULL or kernel.name != name.encode() or not runnable(kernel):
         may = ", ".join(row["name"] for row in kernels() if row["runnable"])
         raise ValueError(f"no kernel {name!r} runs here; there are {may}")
     return kernel
@@ -180,11 +180,13 @@ cdef DlExchangeApi* find_exchange_api():
 cdef DlExchangeApi* exchange_api = find_exchange_api()
 
 
-# False where `tensor` is not a dense CPU fp32 tensor with real memory. `tensor` must be exactly a torch.Tensor or
-# nn.Parameter: subclasses may not mean what their storage says.
+# False where `tensor` is not a dense CPU fp32 tensor with memory behind it. It must be exactly a torch.Tensor or an
+# nn.Parameter, since subclasses may not mean what their storage says; a negative view does not either, and says so only
+# by is_neg().
 cdef bint look_at(object tensor, View* v):
     cdef DlTensor t
     cdef int i
+    cdef int64_t elements = 1
     if exchange_api == NULL:
         return look_at_slowly(tensor, v)
     try:
@@ -199,20 +201,21 @@ cdef bint look_at(object tensor, View* v):
     for i in range(t.ndim):
         v.shape[i] = t.shape[i]
         v.stride[i] = t.strides[i]
-    return True
+        elements *= t.shape[i]
+    return t.data != NULL or elements == 0
 
 
 cdef bint look_at_slowly(object tensor, View* v):
     cdef int i
     if (tensor.dtype is not float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided
-            or tensor.dim() > MAX_DIMS):
+            or tensor.is_nested or tensor.dim() > MAX_DIMS):
         return False
     v.data = <float*> <size_t> tensor.data_ptr()
     v.ndim = tensor.dim()
     for i in range(v.ndim):
         v.shape[i] = tensor.size(i)
         v.stride[i] = tensor.stride(i)
-    return True
+    return v.data != NULL or tensor.numel() == 0
 
 
 # Folds all dimensions but the last into rows a constant stride apart; False where the memory has no such form.
@@ -241,15 +244,15 @@ cdef bint as_rows(View* v, ptrdiff_t* rows, ptrdiff_t* stride) noexcept:
 
 cdef View need(object tensor, str what) except *:
     cdef View v
-    if not isinstance(tensor, Tensor) or not look_at(tensor, &v):
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or not look_at(tensor, &v) or tensor.is_neg():
         raise TypeError(f"{what} must be a dense fp32 CPU tensor, not {describe(tensor)}")
     return v
 
 
 cdef str describe(object value):
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} {value.layout} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"a {type(value).__name__}"
+    if not isinstance(value, Tensor) or value.is_nested:
+        return f"a {'nested tensor' if isinstance(value, Tensor) else type(value).__name__}"
+    return f"a {value.dtype} {value.layout} {type(value).__name__} of shape {tuple(value.shape)} on {value.device}"
 
 
 # ---- weights, plans, epilogues ----
@@ -282,7 +285,7 @@ cdef class Packed:
     Raises TypeError or ValueError where the weight or the layout is not one the kernels read.
     """
 
-    def __init__(self, weight, str layout):
+    def __init__(self, weight, str layout not None):
         cdef View w = need(weight, "weight")
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
@@ -325,7 +328,7 @@ cdef class Packed:
 cdef class Plan:
     """How to run one product: the kernel by its name in the table, threads (at least 1), slices of K (at least 1)."""
 
-    def __init__(self, str kernel, ptrdiff_t threads=1, ptrdiff_t k_slices=1):
+    def __init__(self, str kernel not None, ptrdiff_t threads=1, ptrdiff_t k_slices=1):
         if threads < 1 or k_slices < 1 or threads > 4096 or k_slices > 4096:
             raise ValueError(f"a plan takes 1 to 4096 threads and K slices, not {threads} and {k_slices}")
         self.kernel = kernel

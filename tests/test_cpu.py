@@ -51,7 +51,7 @@ def machine(maker: str, name: str, leaf1: int, leaf7: int, xcr0: int, max_leaf: 
 
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
-# Registers as the machines report them (InstLatx64's dumps), reduced to the leaves that matter.
+# Registers as such machines report them, reduced to the leaves and bits that matter.
 LEAF1_INTEL, LEAF1_AMD = 0x7FFEFBFF, 0x7ED8320B
 SKX, ADL, SPR, ZEN2, ZEN4 = 0xD39FFFFB, 0x239CA7EB, 0xF3BFBFFF, 0x219C91A9, 0xF1BF97A9
 KB, MB = 1 << 10, 1 << 20

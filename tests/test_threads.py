@@ -153,7 +153,7 @@ def test_same_bits_for_any_number_of_threads(kernel: str, k_slices: int) -> None
 SETUP = """
 import os, sys, time, threading, multiprocessing
 import torch
-from fastlinear import FastLinear, _kernels, linear
+from fastlinear import FastLinear, _kernels, fast_module
 
 def layer_of(n):
     layer = FastLinear(512, n, activation="relu").eval().requires_grad_(False)
@@ -196,7 +196,7 @@ print("after a parallel region:", forked())
 
 held, release = threading.Event(), threading.Event()
 def hold():
-    with linear._lock:
+    with fast_module._lock:
         held.set()
         release.wait()
 holder = threading.Thread(target=hold)
