@@ -7,6 +7,9 @@ from torch.autograd import forward_ad, profiler
 
 from fastlinear._kernels cimport Epilogue, Packed, Plan, View, as_rows, compute, look_at, need, pool_size
 
+cdef extern from "Python.h":
+    object PyObject_GenericGetDict(object, void*)
+
 # Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...).
 cdef enum:
     BUCKETS = 96
@@ -41,10 +44,10 @@ cdef object forward_ad_module = forward_ad
 cdef object profiler_module = profiler
 cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
     torch._C._is_any_autocast_enabled,
-    torch._C._functorch.maybe_current_level,
+    torch._C._functorch.peek_interpreter_stack,
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
-    torch._C._get_tracing_state,
+    torch._C._is_tracing,
 )
 
 
@@ -117,9 +120,10 @@ cdef class Engine:
                 and (self.version is None or weight._version == self.version))
 
     def __call__(self, module, x):
-        """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile()."""
-        cdef dict state = <dict> module.__dict__
-        if "forward" in state or "_compiled_call_impl" in state:
+        """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile(), an x
+        that is no plain tensor."""
+        cdef dict state = <dict> PyObject_GenericGetDict(module, NULL)
+        if type(x) is not Tensor or "forward" in state or "_compiled_call_impl" in state:
             return None
         for name in own_hooks:
             if <dict> state[name]:
@@ -131,7 +135,7 @@ cdef class Engine:
 
     def forward(self, module, x):
         """`module.forward(x)`."""
-        return self.guarded(module, <dict> module.__dict__, x)
+        return self.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x)
 
     cdef object guarded(self, module, dict state, x):
         if type(x) is not Tensor or watched():
@@ -143,7 +147,7 @@ cdef class Engine:
 
     def attempt(self, module, x):
         """The output, or None where torch has to compute it; for callers that know that no mode watches."""
-        y = self.answer(<dict> module.__dict__, x)
+        y = self.answer(<dict> PyObject_GenericGetDict(module, NULL), x)
         return None if type(y) is str else y
 
     # The output, or why there is none.

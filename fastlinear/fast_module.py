@@ -52,13 +52,13 @@ class FastModule(nn.Module):
         if "forward" in vars(cls):  # a user's own forward is to be called
             cls.__call__ = nn.Module.__call__  # type: ignore[method-assign]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, input: Tensor) -> Any:
         # nn.Module.__call__ costs as much as a small product; it is needed for hooks and for whoever traces.
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and not _is_dynamo_compiling():
-            y = self._engine(self, args[0])
+        if not _is_dynamo_compiling():
+            y = self._engine(self, input)
             if y is not None:
                 return y
-        return super().__call__(*args, **kwargs)
+        return super().__call__(input)
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_dynamo_compiling():
