@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 Call = Callable[[Any], object]
 
-SAMPLE = (
-    1e-3  # seconds that the calls of a sample last at least, so that caches and branch predictors are warm for most
-)
+SAMPLE = 1e-3  # seconds that the calls of a sample last at least
 COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
 
 
@@ -34,7 +32,10 @@ class Rotation:
         once = self._seconds(2)
         wanted = SAMPLE if self._hot else min(COLD_SAMPLE, once * len(calls))
         self._count = math.ceil(max(wanted, SAMPLE) / once)
-        self.cost = once * (self._count + self._hot)  # seconds that one sample takes
+        # Before a hot sample, as many untimed calls bring back what the other candidates evicted: the last-level cache
+        # takes in a weight of its own size only after several passes.
+        self._warm_up = self._count if self._hot else 0
+        self.cost = once * (self._count + self._warm_up)  # seconds that one sample takes
 
     def _seconds(self, count: int) -> float:
         x, calls = self._x, itertools.islice(self._next, count)
@@ -44,9 +45,9 @@ class Rotation:
         return (time.perf_counter() - start) / count
 
     def sample(self) -> float:
-        """Seconds a call. What the other candidates left in the caches is not what a hot call starts from."""
-        if self._hot:
-            self._seconds(1)
+        """Seconds a call."""
+        if self._warm_up:
+            self._seconds(self._warm_up)
         return self._seconds(self._count)
 
 

@@ -112,8 +112,8 @@ cdef class Engine:
         """True while the packed weight is the module's."""
         return self.holds((<dict> module.__dict__)["_parameters"].get("weight"))
 
-    # The identity of the parameter, the memory behind it and torch's count of its changes. `.data.copy_()` moves none of
-    # them; that is what refresh() is for.
+    # The identity of the parameter, the memory behind it and torch's count of its changes. `.data.copy_()` moves none
+    # of them; that is what refresh() is for.
     cdef bint holds(self, object weight) except -1:
         cdef View w
         return (weight is not None and weight is self.weight and look_at(weight, &w) and w.data == self.weight_data

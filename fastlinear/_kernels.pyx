@@ -7,6 +7,7 @@ No torch header is used. A tensor is read through the C table that torch.Tensor 
 """
 
 import os
+import threading
 import weakref
 
 import torch
@@ -100,6 +101,8 @@ def forked():
 
 
 def _after_fork():
+    global placing
+    placing = threading.Lock()  # another thread may have held it
     thread_pool().stop_after_fork()
 
 
@@ -262,12 +265,13 @@ cdef str describe(object value):
 cdef enum:
     CHUNK = 32 << 20
 
-newest = lambda: None  # noqa: E731 (a weak reference to nothing)
+newest = None  # a weak reference
+placing = threading.Lock()
 
 
 cdef object place(size_t nbytes):
-    cdef size_t begin, end
-    last = newest()
+    cdef size_t begin
+    last = None if newest is None else newest()
     if last is not None:
         begin = last.data.storage_offset() + (last.data.nbytes + 63) // 64 * 64
         if begin + nbytes <= last.data.untyped_storage().nbytes():
@@ -292,9 +296,10 @@ cdef class Packed:
         self.shape = kernel_of_layout(layout).layout
         self.layout = layout
         self.n, self.k = w.shape[0], w.shape[1]
-        self.data = place(packed_elements(self.shape, self.n, self.k) * sizeof(float))
         global newest
-        newest = weakref.ref(self)
+        with placing:
+            self.data = place(packed_elements(self.shape, self.n, self.k) * sizeof(float))
+            newest = weakref.ref(self)
         self.panels = <float*> <size_t> self.data.data_ptr()
         cdef WeightView[const float] source
         source.data, source.n, source.k = w.data, self.n, self.k
@@ -307,7 +312,7 @@ cdef class Packed:
         return self.data.nbytes
 
     def head(self, ptrdiff_t n):
-        """The first n output channels, in the same memory; n is rounded up to whole panels, and down to what there is."""
+        """The first n output channels, in the same memory. n is rounded up to whole panels, down to what there is."""
         cdef Packed part = Packed.__new__(Packed)
         n = min(self.n, (n + self.shape.nr - 1) // self.shape.nr * self.shape.nr)
         part.shape, part.layout, part.panels, part.k, part.n = self.shape, self.layout, self.panels, self.k, n

@@ -30,7 +30,7 @@ _MIN_SLICE_K = 256
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
 # fit its budget) and bytes of weight. A larger problem is tuned on its first rows and columns: the kernels see the same
 # K, panels and row tiles.
-_PROXY_WORK, _PROXY_BYTES = 20e6, 12 << 20
+_PROXY_WORK, _PROXY_BYTES = 20e6, 4 << 20
 _PROXY_ROWS, _PROXY_COLUMNS = 48, 128
 
 

@@ -28,7 +28,6 @@ VARIABLE = "FASTLINEAR_CACHE_DIR"
 MAX_BYTES = 4 << 20  # some 8000 shapes; a larger file is not ours
 MAX_TEXT = 200  # characters of a key or a name
 MAX_ROWS = 256  # of a table
-SYNC_SECONDS = 1.0  # between two fsyncs of 8 ms: a crash of the process loses nothing, one of the machine this much
 PATIENCE = 1.0  # seconds to wait for another process's write, which takes some milliseconds
 
 
@@ -117,7 +116,6 @@ class TuningCache:
         folder = folder or default_folder()
         digest = hashlib.sha256(json.dumps(self._machine).encode()).hexdigest()[:16]
         self.path = folder / f"tuning-{digest}.json" if folder else None
-        self._synced = -math.inf
         self._refused = False
 
     def get(self, key: str) -> Tuned | None:
@@ -164,10 +162,7 @@ class TuningCache:
         temporary.unlink(missing_ok=True)
         with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(json.dumps(content))
-            file.flush()
-            if time.monotonic() > self._synced + SYNC_SECONDS:
-                os.fsync(file.fileno())
-                self._synced = time.monotonic()
+        # No fsync, which takes 10 to 1000 ms: what a power failure leaves is read with distrust and tuned again.
         os.replace(temporary, path)
 
     def _read(self) -> dict[str, Tuned]:

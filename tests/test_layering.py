@@ -52,7 +52,7 @@ PYTHON_ROOMS = {
 }
 PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
 
-MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 430, "*": 250}
+MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 440, "*": 250}
 SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include", "csrc", "examples", "benchmarks"))]
 SUFFIXES = {".py", ".pyi", ".pyx", ".hpp", ".cpp"}
 

@@ -20,8 +20,6 @@ template <class Element>
 struct WeightView {
   Element* data;
   std::ptrdiff_t n, k, stride_n, stride_k;
-
-  Element& at(std::ptrdiff_t row, std::ptrdiff_t column) const { return data[row * stride_n + column * stride_k]; }
 };
 
 inline std::ptrdiff_t ceil_div(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b; }
@@ -34,24 +32,18 @@ inline std::ptrdiff_t packed_elements(const Layout& layout, std::ptrdiff_t n, st
   return ceil_div(n, layout.nr) * panel_elements(layout, k);
 }
 
-// Calls visit(packed element, row, column) for every element of panels [first, last), padding included, in an order
-// that keeps both sides within a few cache lines: 16 groups of k at a time read one line of every row and fill
-// contiguous memory.
+// Calls visit(cells, row, begin, end) for runs of [begin, end) in K of each row of panels [first, last), where element
+// k lies at cells(k); rows past n and elements past k are padding. Runs are a few cache lines long: a row is read as a
+// stream, and what is written of it stays in L1 until its neighbours have filled the lines.
 template <class Element, class Visit>
-void for_each_packed(const Layout& layout, std::ptrdiff_t k, Element* packed, std::ptrdiff_t first, std::ptrdiff_t last,
-                     Visit visit) {
-  constexpr std::ptrdiff_t kBlock = 16;
-  const std::ptrdiff_t groups = ceil_div(k, layout.kr), run = layout.nr * layout.kr;
-  for (std::ptrdiff_t p = first; p < last; ++p) {
-    Element* panel = packed + p * groups * run;
-    for (std::ptrdiff_t g0 = 0; g0 < groups; g0 += kBlock) {
-      const std::ptrdiff_t g1 = std::min(groups, g0 + kBlock);
+void for_each_run(const Layout& layout, std::ptrdiff_t k, Element* packed, std::ptrdiff_t first, std::ptrdiff_t last,
+                  const Visit& visit) {
+  const std::ptrdiff_t groups = ceil_div(k, layout.kr), step = layout.nr * layout.kr, block = ceil_div(64, layout.kr);
+  for (std::ptrdiff_t p = first; p < last; ++p)
+    for (std::ptrdiff_t g = 0; g < groups; g += block)
       for (std::ptrdiff_t j = 0; j < layout.nr; ++j)
-        for (std::ptrdiff_t g = g0; g < g1; ++g)
-          for (std::ptrdiff_t i = 0; i < layout.kr; ++i)
-            visit(panel[g * run + j * layout.kr + i], p * layout.nr + j, g * layout.kr + i);
-    }
-  }
+        visit(packed + (p * groups + g) * step + j * layout.kr, p * layout.nr + j, g * layout.kr,
+              std::min(groups, g + block) * layout.kr);
 }
 
 // Asks for 2 MB pages: a weight that comes from memory is read 1.5 times as fast with them (4 KB pages cost a TLB miss
@@ -74,18 +66,27 @@ void for_panels(const Layout& layout, std::ptrdiff_t n, const Work& work) {
 template <class Element>
 void pack_panels(const Layout& layout, const WeightView<const Element>& w, Element* packed, std::ptrdiff_t first,
                  std::ptrdiff_t last) {
-  for_each_packed(layout, w.k, packed, first, last, [&](Element& cell, std::ptrdiff_t row, std::ptrdiff_t column) {
-    cell = row < w.n && column < w.k ? w.at(row, column) : Element{};
-  });
+  const std::ptrdiff_t kr = layout.kr, step = layout.nr * kr;
+  for_each_run(layout, w.k, packed, first, last,
+               [&](Element* cells, std::ptrdiff_t row, std::ptrdiff_t begin, std::ptrdiff_t end) {
+                 const std::ptrdiff_t valid = row < w.n ? std::min(end, w.k) : begin;
+                 const Element* source = w.data + row * w.stride_n + begin * w.stride_k;
+                 for (std::ptrdiff_t g = 0; g < (end - begin) / kr; ++g)
+                   for (std::ptrdiff_t i = 0; i < kr; ++i)
+                     cells[g * step + i] = begin + g * kr + i < valid ? source[(g * kr + i) * w.stride_k] : Element{};
+               });
 }
 
 template <class Element>
 void unpack_panels(const Layout& layout, const Element* packed, const WeightView<Element>& w, std::ptrdiff_t first,
                    std::ptrdiff_t last) {
-  for_each_packed(layout, w.k, packed, first, last,
-                  [&](const Element& cell, std::ptrdiff_t row, std::ptrdiff_t column) {
-                    if (row < w.n && column < w.k) w.at(row, column) = cell;
-                  });
+  const std::ptrdiff_t kr = layout.kr, step = layout.nr * kr;
+  for_each_run(layout, w.k, packed, first, last,
+               [&](const Element* cells, std::ptrdiff_t row, std::ptrdiff_t begin, std::ptrdiff_t end) {
+                 const std::ptrdiff_t valid = row < w.n ? std::min(end, w.k) - begin : 0;
+                 Element* target = w.data + row * w.stride_n + begin * w.stride_k;
+                 for (std::ptrdiff_t i = 0; i < valid; ++i) target[i * w.stride_k] = cells[i / kr * step + i % kr];
+               });
 }
 
 // Whole weights, on torch's threads; the panels land in the pages of the threads that wrote them.
