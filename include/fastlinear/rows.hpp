@@ -2,6 +2,7 @@
 // their stride would make them fight for the same cache sets.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
