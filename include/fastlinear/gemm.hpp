@@ -1,4 +1,4 @@
-// The driver: y = epilogue(x W^T). Threads take units of the grid from a counter; for each, the kernel fills a scratch
+// The driver: y = epilogue(x W^T). Threads share the units of the grid; for each, the kernel fills a scratch
 // tile and the epilogue, while the tile is in L1, stores what is valid of it.
 //
 // Bits depend on the plan alone, never on which thread took what: every output is summed by one kernel in one order,
@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 #include <new>
+#include <vector>
 
 #include "fastlinear/epilogue.hpp"
 #include "fastlinear/grid.hpp"
@@ -149,17 +150,34 @@ inline void add_slices(const Job& job, const Unit& u) {
     finish_tile(job, sum + (t - tiles.begin) * job.tile_floats(), t, u.group);
 }
 
-// Threads take `chunk` of n things at a time from a counter. make() is called once a thread and gives what does one.
-// False when memory ran out.
+// Gives each thread a share of n things in a row, so that it prefetches what it will use itself and meets the same
+// panels in its L2 at the next call; whoever is done with its own share takes from the others'. make() is called once a
+// thread and gives what does one thing. False, or std::bad_alloc, when memory ran out.
 template <class Make>
-bool share_out(std::ptrdiff_t n, std::ptrdiff_t chunk, std::ptrdiff_t threads, const Make& make) {
-  std::atomic<std::ptrdiff_t> next{0};
+bool share_out(std::ptrdiff_t n, std::ptrdiff_t threads, const Make& make) {
+  struct alignas(64) Share {
+    std::atomic<std::ptrdiff_t> next;
+    std::ptrdiff_t end;
+  };
+  const std::ptrdiff_t workers = std::min(threads, n);
+  if (workers == 1) {
+    auto work = make();
+    for (std::ptrdiff_t i = 0; i < n; ++i) work(i);
+    return true;
+  }
   std::atomic<bool> failed{false};
-  thread_pool().run(std::min(threads, ceil_div(n, chunk)), [&](std::ptrdiff_t) {
+  std::vector<Share> shares(static_cast<std::size_t>(workers));
+  for (std::ptrdiff_t w = 0; w < workers; ++w) {
+    shares[static_cast<std::size_t>(w)].next = n * w / workers;
+    shares[static_cast<std::size_t>(w)].end = n * (w + 1) / workers;
+  }
+  thread_pool().run(workers, [&](std::ptrdiff_t me) {
     try {
       auto work = make();
-      for (std::ptrdiff_t i = next.fetch_add(chunk); i < n; i = next.fetch_add(chunk))
-        for (std::ptrdiff_t j = i; j < std::min(n, i + chunk); ++j) work(j);
+      for (std::ptrdiff_t w = 0; w < workers; ++w) {
+        Share& share = shares[static_cast<std::size_t>((me + w) % workers)];
+        for (std::ptrdiff_t i = share.next++; i < share.end; i = share.next++) work(i);
+      }
     } catch (const std::bad_alloc&) {
       failed = true;
     }
@@ -170,25 +188,22 @@ bool share_out(std::ptrdiff_t n, std::ptrdiff_t chunk, std::ptrdiff_t threads, c
 }  // namespace gemm_detail
 
 // False when memory for the scratch tiles ran out; y is then undefined.
-inline bool gemm(const Problem& p, const Plan& plan) {
+inline bool gemm(const Problem& p, const Plan& plan) try {
   using namespace gemm_detail;
   if (p.m == 0 || p.n == 0) return true;
   Job job{p, plan, Grid(plan, p.m, p.n, p.k), nullptr};
   Scratch slices;
-  if (plan.k_slices > 1) {
-    const std::ptrdiff_t tiles = plan.k_slices * job.grid.row_tiles * job.grid.groups;
-    try {
-      job.partial = slices.floats(tiles * job.tile_floats());
-    } catch (const std::bad_alloc&) {
-      return false;
-    }
-  }
-  const bool summed = share_out(job.grid.units, job.grid.chunk, plan.threads, [&] {
+  if (plan.k_slices > 1)
+    job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());
+
+  const bool summed = share_out(job.grid.units, plan.threads, [&] {
     return [&job, worker = Worker(job)](std::ptrdiff_t i) mutable { worker.run(job.grid.unit(i)); };
   });
   if (!summed || job.partial == nullptr) return summed;
-  return share_out(job.grid.units / plan.k_slices, 1, plan.threads,
+  return share_out(job.grid.units / plan.k_slices, plan.threads,
                    [&] { return [&job](std::ptrdiff_t i) { add_slices(job, job.grid.unit(i)); }; });
+} catch (const std::bad_alloc&) {
+  return false;
 }
 
 }  // namespace fastlinear

@@ -42,7 +42,6 @@ class Grid {
     row_blocks_ = ceil_div(row_tiles, std::max(one, row_block_bytes / row_tile_bytes));
     row_blocks_ = std::min(row_tiles, std::max(row_blocks_, ceil_div(wanted, groups * plan.k_slices)));
     units = plan.k_slices * row_blocks_ * groups;
-    chunk = std::max(one, units / wanted);
   }
 
   // Neighbours share their rows and read adjacent panels.
@@ -62,7 +61,7 @@ class Grid {
   bool one_k_block() const { return k_blocks_ == 1; }
 
   std::ptrdiff_t groups, row_tiles;
-  std::ptrdiff_t units, chunk;  // chunk: neighbouring units that a thread takes at once
+  std::ptrdiff_t units;
 
  private:
   // Half of the smallest L2 we meet (1 MB) for the K block of a group, so that it stays there beside the rows.
