@@ -126,7 +126,7 @@ def _twin(cls: type) -> type[FastModule] | None:
 @functools.cache
 def _conv1d_twin(stock: type[nn.Module]) -> type[FastModule]:
     doc = "Conv1D of transformers (GPT-2) as a fast layer."
-    members = {"_transposed": True, "__module__": __name__, "__doc__": doc}
+    members = {"_transposed": True, "__module__": __name__, "__doc__": doc, "__repr__": nn.Module.__repr__}
     return type("FastConv1D", (FastModule, stock), members)
 
 

@@ -78,7 +78,7 @@ def test_transformers(make: Callable[[Any], nn.Module], inputs: dict[str, Tensor
 
 
 def test_gpt2_converts_conv1d(tmp_path: Any) -> None:
-    """Conv1D layers run fast; save_pretrained writes the stock file, and the weights stay [in, out]."""
+    """Conv1D layers run fast and say so; save_pretrained writes the stock file, and the weights stay [in, out]."""
     transformers = pytest.importorskip("transformers", reason="transformers is an optional dependency")
     config = transformers.GPT2Config(
         vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1
@@ -87,6 +87,7 @@ def test_gpt2_converts_conv1d(tmp_path: Any) -> None:
     fast, ids = OFF(model), torch.arange(14).reshape(2, 7)
     assert len(fast_names(fast)) == 2 * 4 + 1
     assert fast.transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
+    assert repr(fast.transformer.h[0].mlp.c_fc).startswith("FastConv1D(in_features=32, out_features=128")
     assert fast.lm_head.weight is fast.transformer.wte.weight
     with torch.no_grad():
         torch.testing.assert_close(fast(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
