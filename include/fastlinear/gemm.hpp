@@ -67,6 +67,9 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
   }
 }
 
+// With more rows than this there is time between two lines of the panel to fetch a third.
+inline constexpr std::ptrdiff_t kStreamingRows = 6;
+
 // What one thread needs to work on units of a job.
 class Worker {
  public:
@@ -105,20 +108,19 @@ class Worker {
       a.k = block.size();
       a.panel = weights + block.begin * k_bytes;
       a.accumulate = block.begin > slice.begin;
-      // Each row tile brings its share of what comes next into L2: the next K block, or the next group. A single row
-      // tile streams, and the hardware's own prefetcher does that better.
-      const bool last = block.end == slice.end;
+      // Each row tile brings its share of what comes next into L2: the next K block, or the next group. A single tile
+      // of few rows only streams, and the hardware's own prefetcher does that better.
+      const bool last = block.end == slice.end, prefetches = tiles.size() > 1 || p.m > kStreamingRows;
       const char* next =
           last ? weights + kernel.panels * panel_bytes + slice.begin * k_bytes : weights + block.end * k_bytes;
-      a.prefetch_stride = tiles.size() > 1 ? k_bytes * kernel.panels / tiles.size() : 0;
+      a.prefetch_stride = prefetches ? k_bytes * kernel.panels / tiles.size() : 0;
       for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t) {
         const Range rows = job_.grid.rows_of(t);
         float* tile = memory + (keep ? t - tiles.begin : 0) * job_.tile_floats();
         a.rows = rows.size();
         a.a = x_.data + (rows.begin - first_row_) * x_.stride + block.begin;
         a.tile = tile;
-        a.prefetch =
-            tiles.size() > 1 ? next + (t - tiles.begin) * a.k * a.prefetch_stride : reinterpret_cast<const char*>(a.a);
+        a.prefetch = prefetches ? next + (t - tiles.begin) * a.k * a.prefetch_stride : static_cast<const char*>(a.a);
         kernel.run(a);
         if (last && job_.partial == nullptr) finish_tile(job_, tile, t, u.group);
       }

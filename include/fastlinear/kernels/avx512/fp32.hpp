@@ -45,8 +45,8 @@ void fp32_tile(const TileArgs& t) {
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < V; ++v) b[v] = _mm512_loadu_ps(panel[v / 2] + k * 32 + v % 2 * 16);
     if constexpr (prefetches) {
-#pragma GCC unroll 4
-      for (std::ptrdiff_t p = 0; p < P; ++p) _mm_prefetch(prefetch + p * 64, _MM_HINT_T1);
+      _mm_prefetch(prefetch, _MM_HINT_T1);
+      _mm_prefetch(prefetch + 64, _MM_HINT_T1);
       prefetch += t.prefetch_stride;
     }
 #pragma GCC unroll 16
