@@ -37,7 +37,7 @@ struct TileArgs {
   std::ptrdiff_t k;
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
-  const char* prefetch;            // each k step brings two lines from here towards L2, then moves on by
+  const char* prefetch;            // each k step brings a line or two from here towards L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
 };
 

@@ -39,8 +39,8 @@ void fp32_tile(const TileArgs& t) {
 
   for (std::ptrdiff_t k = 0; k < t.k; ++k) {
     if constexpr (prefetches) {
-      _mm_prefetch(prefetch, _MM_HINT_T1);
-      _mm_prefetch(prefetch + 64, _MM_HINT_T1);
+#pragma GCC unroll 4
+      for (std::ptrdiff_t p = 0; p < P; ++p) _mm_prefetch(prefetch + p * 64, _MM_HINT_T1);
       prefetch += t.prefetch_stride;
     }
     if constexpr (R < V) {
