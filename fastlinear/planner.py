@@ -98,12 +98,12 @@ def layout() -> str:
 
 def native_candidates(problem: Problem) -> list[Chosen]:
     """Every kernel that reads the layout, on one thread and on all, with K slices where the tiles are too few."""
-    work = problem.m * problem.n * problem.k
+    work, wanted = problem.m * problem.n * problem.k, layout()
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Chosen(problem.m, problem.threads, row["name"], threads, slices, "tuned")
         for row in _runnable()
-        if row["layout"] == layout()
+        if row["layout"] == wanted
         for threads in sorted(counts)
         for slices in _slices(problem, row, threads)
     ]
@@ -169,7 +169,8 @@ def _remembered(problem: Problem) -> Chosen | None:
 
 def _tuned(problem: Problem, operands: Operands) -> Chosen:
     small, tensors = _proxy(problem, operands)
-    x = torch.randn(small.m, small.k)
+    # A generator of its own: tuning must not move the user's random numbers, nor follow the default dtype.
+    x = torch.randn(small.m, small.k, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     natives = {_spell(c): c for c in native_candidates(problem)}
     runs = [autotune.Candidate(name, _call_native(c, small, tensors, x)) for name, c in natives.items()]
     weights = [tensors.weight, tensors.packed.data]
@@ -216,7 +217,7 @@ def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor)
     epilogue = _kernels.Epilogue(() if problem.activation is None else (problem.activation,))
 
     def call() -> None:
-        _kernels.run(tensors.packed, plan, epilogue, x, tensors.bias, torch.empty(problem.m, problem.n))
+        _kernels.run(tensors.packed, plan, epilogue, x, tensors.bias, torch.empty(x.shape[0], problem.n, dtype=x.dtype))
 
     return call
 

@@ -77,3 +77,18 @@ def test_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     fastlinear.tune(fast, inputs())
     with pytest.raises(ImportError, match="needs the package tqdm"):
         fastlinear.tune(fast, inputs(), progress=True)
+
+
+def test_tuning_leaves_the_random_numbers_alone() -> None:
+    """A first call that measures draws nothing from torch's generator, and works under another default dtype."""
+    layer, x = fastlinear.FastLinear(24, 40).eval().requires_grad_(False), torch.ones(3, 24)
+    before = torch.random.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    (chosen,) = layer.plans.values()
+    assert "tuned" in chosen.source
+    assert any(name.startswith("fp32/") for name, _ in chosen.table)
