@@ -27,6 +27,7 @@ common = {
     "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimise],
 }
 extensions = [
+    Extension("fastlinear._cpu", ["fastlinear/_cpu.pyx"], **common),
     Extension(
         "fastlinear._kernels", ["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))], libraries=["dl"], **common
     ),

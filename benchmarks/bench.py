@@ -1,6 +1,7 @@
 """FastLinear with relu against nn.Linear + ReLU, MKL and oneDNN on prepacked weights, and the machine's roofline.
 
-    python benchmarks/bench.py                    the whole grid, written to benchmarks/results/ (about 12 minutes)
+    python benchmarks/bench.py                    the whole grid, written to benchmarks/results/ (about 8 minutes)
+    python benchmarks/bench.py --dtype bfloat16   weights and inputs in bf16; the fp32 FastLinear stands beside them
     python benchmarks/bench.py --quick            a few shapes, nothing written
     python benchmarks/bench.py --isa avx2         all of it as on a CPU without AVX-512
 
@@ -29,15 +30,18 @@ import plot
 import shapes
 import summary
 import torch
-from roofline import Ceiling, Roofline, attainable, bytes_read
+from roofline import Ceiling, Roofline
+from shapes import FP32, OURS
 from timing import Rotation, race
 
 import fastlinear
+from fastlinear import _kernels
 
 RESULTS = Path(__file__).with_name("results")
 STATES = ("hot", "cold")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
 # Seconds, fewest and most rounds for one cell of the grid.
-FULL, QUICK = (1.5, 5, 40), (0.05, 3, 5)
+FULL, QUICK = (1.2, 5, 40), (0.05, 3, 5)
 COLD_CACHES = 2  # copies of the weights fill the last-level cache so many times: none survives one turn of the rotation
 COLD_BYTES = 64 << 20  # at least
 # --isa: what keeps this package and each rival from wider instructions; read when they are loaded.
@@ -54,6 +58,7 @@ LIMITS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, biases and inputs")
     parser.add_argument("--threads", type=shapes.parse_numbers, default=(1, 2), help="numbers of threads, as 1,2")
     parser.add_argument("--shapes", type=shapes.parse_shapes, help="KxN,KxN,...")
     parser.add_argument("--ms", type=shapes.parse_numbers, help="numbers of rows M, as 1,16,128")
@@ -65,13 +70,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--plot", type=Path, help="where the plot goes (PNG)")
     options = parser.parse_args()
+    options.dtype = DTYPES[options.dtype]
     options.states = tuple(options.states.split(","))
     if not set(options.states) <= set(STATES):
         parser.error(f"--states are {' and '.join(STATES)}, not {','.join(options.states)}")
     if not (options.quick or options.shapes or options.ms):
         limit = options.isa or os.environ.get("FASTLINEAR_MAX_ISA")
         suffix = f"-{limit}" if limit else ""
-        default = RESULTS / f"{slug(fastlinear.cpu_info()['model'])}-fp32{suffix}.json"
+        default = RESULTS / f"{slug(fastlinear.cpu_info()['model'])}-{_kernels.FORMATS[options.dtype]}{suffix}.json"
         options.json = options.json or default
         options.plot = options.plot or options.json.with_suffix(".png")
     options.shapes = options.shapes or (shapes.QUICK_SHAPES if options.quick else shapes.SHAPES)
@@ -83,59 +89,71 @@ def slug(cpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-") or "cpu"
 
 
-def run_grid(options: argparse.Namespace, roofline: Roofline) -> Iterator[dict[str, Any]]:
+def run_grid(options: argparse.Namespace, roofline: Roofline, makers: peers.Makers) -> Iterator[dict[str, Any]]:
     """The records of all cells (summary.py tells what is in one)."""
     for threads in options.threads:
         torch.set_num_threads(threads)
         for k, n in options.shapes:
-            count = cold_copies(k, n) if "cold" in options.states else 1
-            layers = peers.copies(k, n, count)
-            fast = peers.Fast(layers)
+            layer = torch.nn.Linear(k, n, dtype=options.dtype)
+            layers = copies(options, layer, options.dtype)
+            fast = {OURS: peers.Fast(layers)}
+            if options.dtype is not torch.float32:
+                fast[FP32] = peers.Fast(copies(options, layer, torch.float32))
             for m in options.ms:
                 with torch.inference_mode():
-                    yield from run_cell(options, roofline, threads, m, layers, fast)
+                    yield from run_cell(options, roofline, makers, threads, m, layers, fast)
+
+
+def copies(options: argparse.Namespace, layer: torch.nn.Linear, dtype: torch.dtype) -> list[torch.nn.Linear]:
+    """As many as no cache holds, where cold weights are to be measured."""
+    wanted = max(COLD_BYTES, COLD_CACHES * int(fastlinear.cpu_info()["l3"]))
+    enough = max(2, -(-wanted // (dtype.itemsize * layer.weight.numel())))
+    return peers.copies(layer, enough if "cold" in options.states else 1, dtype)
 
 
 def run_cell(
     options: argparse.Namespace,
     roofline: Roofline,
+    makers: peers.Makers,
     threads: int,
     m: int,
     layers: list[torch.nn.Linear],
-    fast: peers.Fast,
+    fast: dict[str, peers.Fast],
 ) -> Iterator[dict[str, Any]]:
     n, k = layers[0].weight.shape
-    x = torch.randn(m, k)
-    chosen, tune_ms = fast.tune(x)
-    calls = {name: make(layers, m) for name, make in peers.PEERS.items()}
-    calls[peers.OURS] = [*fast.modules]
-    peers.check(calls, x)
+    x = torch.randn(m, k).to(options.dtype)
+    tuned = {name: of_name.tune(x) for name, of_name in fast.items()}
+    _, chosen, tune_ms = tuned[OURS]
+    candidates = {name: peers.Candidate(make(layers, m), x) for name, make in makers.items()}
+    candidates |= {name: candidate for name, (candidate, *_) in tuned.items()}
+    if options.inductor and "hot" in options.states:
+        candidates["inductor"] = peers.Candidate(peers.inductor(layers, m), x)
+    peers.check(candidates, layers[0], x)
     for state in options.states:
-        used = {name: of_name if state == "cold" else of_name[:1] for name, of_name in calls.items()}
-        if options.inductor and state == "hot":
-            used["inductor"] = peers.inductor(layers, m)
-        weights = len(layers) * 4 * n * k if state == "cold" else 4 * n * k
-        ceiling = Ceiling(roofline, threads, weights + 4 * (m * k + m * n + n), state == "hot")
-        timings = race({name: Rotation(of, x) for name, of in used.items()}, ceiling, *effort(options))
-        least = attainable(m, k, n, ceiling.flops, ceiling.bandwidth)
+        hot, size = state == "hot", x.itemsize
+        rotations = {
+            name: Rotation(calls[:1] if hot else calls, its_x)
+            for name, (calls, its_x) in candidates.items()
+            if hot or name != "inductor"
+        }
+        used = 1 if hot else len(layers)
+        ceiling = Ceiling(roofline, threads, size * (used * n * k + m * k + m * n + n), hot)
+        timings = race(rotations, ceiling, *effort(options))
         yield {
             "threads": threads,
             "state": state,
             "m": m,
             "k": k,
             "n": n,
-            "copies": len(layers) if state == "cold" else 1,
+            "copies": used,
             "us": {name: 1e6 * timing.quartile for name, timing in timings.items()},
             "median_us": {name: 1e6 * timing.median for name, timing in timings.items()},
-            "rounds": timings[peers.OURS].rounds,
+            "rounds": timings[OURS].rounds,
             "plan": f"{chosen.name} t{chosen.plan_threads} k/{chosen.k_slices}",
             "source": chosen.source,
             "tune_ms": tune_ms,
-            "bytes": bytes_read(m, k, n),
-            "fma_gflops": ceiling.flops / 1e9,
-            "read_gbs": ceiling.bandwidth / 1e9,
-            "attainable_us": 1e6 * least,
-            "fraction": least / timings[peers.OURS].quartile,
+            "beyond_l2": not hot or size * n * k > threads * int(fastlinear.cpu_info()["l2"]),
+            **ceiling.figures(m, k, n, size, timings[OURS].quartile),
         }
 
 
@@ -143,16 +161,19 @@ def effort(options: argparse.Namespace) -> tuple[float, int, int]:
     return QUICK if options.quick else FULL
 
 
-def cold_copies(k: int, n: int) -> int:
-    wanted = max(COLD_BYTES, COLD_CACHES * int(fastlinear.cpu_info()["l3"]))
-    return max(2, -(-wanted // (4 * k * n)))
+def isas(form: str) -> tuple[str, str | None]:
+    """The ISA of the fp32 FMA, and the one that multiplies this format itself and sums up in fp32, if it runs here."""
+    rows = [row for row in fastlinear.kernels() if row["runnable"] and row["accumulate"] == "fp32"]  # best first
+    own = (row["isa"] for row in rows if row["rows"] == form != "fp32")
+    return next(row["isa"] for row in rows if row["format"] == "fp32"), next(own, None)
 
 
 def line(record: dict[str, Any]) -> str:
     shape, us = f"{record['m']}x{record['k']}x{record['n']}", record["us"]
     times = " ".join(f"{name} {time:9.1f}" for name, time in us.items())
+    own = f" (native {record['native_fraction']:4.0%})" if "native_fraction" in record else ""
     return (
-        f"t{record['threads']} {record['state']:<4} {shape:<14} {times} us  roofline {record['fraction']:4.0%}  "
+        f"t{record['threads']} {record['state']:<4} {shape:<14} {times} us  roofline {record['fraction']:4.0%}{own}  "
         f"over best {summary.over_best(record):5.2f}x  {record['plan']}"
     )
 
@@ -180,22 +201,27 @@ def about() -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, printing as it goes; what it returns is what the JSON holds."""
-    isa = next(row["isa"] for row in fastlinear.kernels() if row["runnable"])  # best first
-    roofline = Roofline(isa)
+    form = _kernels.FORMATS[options.dtype]
+    isa, native_isa = isas(form)
+    roofline = Roofline(isa, native_isa)
+    makers, refused = peers.willing(options.dtype)
     records = []
-    for record in run_grid(options, roofline):
+    for record in run_grid(options, roofline, makers):
         records.append(record)
         print(line(record), flush=True)
     torch.set_num_threads(1)
     document = {
         "format": 1,
         "about": about(),
+        "dtype": form,
         "isa": isa,
+        "native_isa": roofline.native,
+        "refused": refused,
         "records": records,
-        "tiny_calls": once.tiny_calls(shapes.SMALL),
+        "tiny_calls": once.tiny_calls(shapes.SMALL, options.dtype),
         "tuning": once.tuning(records),
-        "once": once.once(1 if options.quick else 5),
-        "summary": summary.summarise(records, isa),
+        "once": once.once(1 if options.quick else 5, str(options.dtype).removeprefix("torch.")),
+        "summary": summary.summarise(records, isa, form),
     }
     print(summary.text(document["summary"]), summary.extras(document), sep="\n")
     return document

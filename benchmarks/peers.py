@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timing import Call
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _engine, planner
-from fastlinear.fast_module import pack
+from fastlinear import _engine, _kernels, planner
+from fastlinear.packs import pack
 
-OURS = "fastlinear"
+Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
 
 
-def copies(k: int, n: int, count: int) -> list[nn.Linear]:
+class Candidate(NamedTuple):
+    calls: Sequence[Call]  # one for each copy of the layer
+    x: Tensor  # what they are called with
+
+
+def copies(layer: nn.Linear, count: int, dtype: torch.dtype) -> list[nn.Linear]:
     """Layers of equal content, each with memory of its own."""
-    first = nn.Linear(k, n).eval()
-    layers = [first] + [nn.Linear(k, n, device="meta").to_empty(device="cpu").eval() for _ in range(count - 1)]
-    for layer in layers[1:]:
-        layer.load_state_dict(first.state_dict())
-    return layers
+    return [copy.deepcopy(layer).to(dtype).eval() for _ in range(count)]
 
 
 def eager(layers: Sequence[nn.Linear], m: int) -> list[Call]:
@@ -66,40 +70,70 @@ def inductor(layers: Sequence[nn.Linear], m: int) -> list[Call]:
     return [torch.compile(nn.Sequential(layers[0], nn.ReLU()).eval(), mode="max-autotune", dynamic=False)]
 
 
-PEERS: dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]] = {
+PEERS: Makers = {
     "nn.Linear": eager,
     **({"mkl": mkl} if torch.backends.mkl.is_available() else {}),
     **({"onednn": onednn} if torch.backends.mkldnn.is_available() else {}),
 }
 
 
+def willing(dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
+    """The peers that run in this dtype on this CPU, and what the others say to it."""
+    makers, refused = {}, {}
+    layer, x = nn.Linear(64, 64, dtype=dtype), torch.randn(16, 64).to(dtype)
+    for name, make in PEERS.items():
+        try:
+            with torch.inference_mode():
+                make([layer], len(x))[0](x)
+        except RuntimeError as error:
+            refused[name] = str(error).splitlines()[0]
+        else:
+            makers[name] = make
+    return makers, refused
+
+
 class Fast:
-    """The FastLinear of each layer; packed once, tuned once for each M, all copies on the same plan."""
+    """The FastLinear of each layer, for x of its dtype; packed once, tuned once for each M, all on the same plan."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.modules = [fastlinear.FastLinear.from_linear(layer, activation="relu") for layer in layers]
 
-    def tune(self, x: Tensor) -> tuple[planner.Chosen, float]:
-        """Lets the first layer choose its plan for x and gives it to the others; the choice, and its milliseconds."""
+    def tune(self, x: Tensor) -> tuple[Candidate, planner.Chosen, float]:
+        """Lets the first layer choose its plan for x, in the layers' dtype, and gives it to the others; the modules to
+        call, the choice, and its milliseconds."""
         first, *others = self.modules
+        x = x.to(first.weight.dtype)
         start = time.perf_counter()
         first(x)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        m = _engine.bucket(len(x))
-        chosen = first.plans[m]
+        m, form = _engine.bucket(len(x)), _kernels.FORMATS[x.dtype]
+        (chosen,) = (plan for plan in first.plans if plan.bucket == m)
         problem = planner.Problem(
-            m, first.out_features, first.in_features, True, first.activation, False, chosen.threads
+            m=m,
+            n=first.out_features,
+            k=first.in_features,
+            x=form,
+            packed=form,
+            held=form,
+            accumulate="fp32",
+            bias=True,
+            activation=first.activation,
+            transposed=False,
+            threads=chosen.threads,
         )
         for module in others:
             if not module.pack_nbytes:
-                module._engine.take(module.weight, module.weight._version, pack(module.weight))
-            module._engine.plan_for(m, chosen.threads, planner.executable(chosen, problem, module.weight.detach()))
-        return chosen, milliseconds
+                module._engine.take(module.weight, module.weight._version, pack(module.weight, x.dtype))
+            plan = planner.executable(chosen, problem, module.weight.detach())
+            module._engine.plan_for(m, chosen.threads, x.dtype, plan)
+        return Candidate(self.modules, x), chosen, milliseconds
 
 
-def check(calls: dict[str, list[Call]], x: Tensor) -> None:
-    """All candidates compute the same; AssertionError naming the one that does not."""
-    want = calls["nn.Linear"][0](x)
-    for name, of_name in calls.items():
-        if not torch.allclose(of_name[-1](x), want, rtol=1e-3, atol=1e-3):  # type: ignore[arg-type]
-            raise AssertionError(f"{name} does not compute relu(linear(x)) for x of shape {tuple(x.shape)}")
+def check(candidates: dict[str, Candidate], layer: nn.Linear, x: Tensor) -> None:
+    """All candidates compute relu(layer(x)), as it is in fp32; AssertionError naming the one that does not."""
+    want = torch.relu(F.linear(x.float(), layer.weight.float(), layer.bias.float()))
+    tolerance = 1e-3 + 4 * torch.finfo(x.dtype).eps
+    for name, candidate in candidates.items():
+        y: Tensor = candidate.calls[-1](candidate.x)  # type: ignore[assignment]
+        if not torch.allclose(y.float(), want, rtol=tolerance, atol=tolerance):
+            raise AssertionError(f"{name} does not compute relu(linear(x)) for {x.dtype} x of shape {tuple(x.shape)}")

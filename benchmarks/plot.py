@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """One panel for each number of threads (rows) and state (columns), one line for each (K, N)."""
+    """One panel for each number of threads (rows) and state (columns), one line for each (K, N).
+
+    1 is the roofline of fp32 FMA; a dotted line marks the peak of the dtype's own instruction, where the CPU has one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,6 +23,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
     threads, states = sorted({r["threads"] for r in records}), sorted({r["state"] for r in records}, reverse=True)
     layers = sorted({(r["k"], r["n"]) for r in records}, key=lambda layer: (layer[0] * layer[1], layer))
     ms = sorted({r["m"] for r in records})
+    peaks = [r["native_gflops"] / r["fma_gflops"] for r in records if "native_gflops" in r]
+    native = statistics.median(peaks) if peaks else 0.0
+    top = max(native, *(r["fraction"] for r in records))
     colours = pyplot.colormaps["viridis"]
     size = (6.5 * len(states), 4.2 * len(threads) + 0.8)
     figure, axes = pyplot.subplots(len(threads), len(states), sharex=True, sharey=True, squeeze=False, figsize=size)
@@ -30,11 +37,13 @@ def draw(document: dict[str, Any], path: Path) -> None:
                 colour = colours(0.95 * i / max(1, len(layers) - 1))
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=f"{k} x {n}")
             panel.axhline(1, color="black", linewidth=0.8)
+            if native:
+                panel.axhline(native, color="black", linewidth=0.8, linestyle=":", label=document["native_isa"])
             panel.set_title(f"{count} thread{'s' * (count > 1)}, {state} weights")
             panel.set_xscale("log", base=2)
             panel.set_xticks(ms, [str(m) for m in ms])
             panel.grid(alpha=0.3)
-            panel.set_ylim(0, max(1.1, 1.05 * max(r["fraction"] for r in records)))
+            panel.set_ylim(0, max(1.1, 1.05 * top))
     for panel in axes[-1]:
         panel.set_xlabel("M (rows)")
     for panel in axes[:, 0]:
@@ -42,7 +51,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     axes[-1][-1].legend(title="K x N", fontsize="small", ncols=2, loc="lower right")
     about = document["about"]
     versions = ", ".join(f"{name} {of}" for name, of in about["versions"].items())
-    figure.suptitle(f"FastLinear fp32 with relu, {document['isa']}: {about['cpu']['model']}\n{versions}")
+    of = f"{document.get('dtype', 'fp32')} with relu, {document['isa']}"  # runs before 16-bit weights name no dtype
+    figure.suptitle(f"FastLinear {of}: {about['cpu']['model']}\n{versions}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

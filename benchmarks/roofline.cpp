@@ -1,4 +1,5 @@
-// What the machine can do at most: fp32 multiply-adds a second, and bytes read a second from a buffer of a given size.
+// What the machine can do at most: multiply-adds a second, in fp32 and where it has them of bf16 pairs, and bytes read
+// a second from a buffer of a given size.
 //
 // benchmarks/roofline.py compiles this, loads it and picks what to measure. Every figure is the best of several
 // repetitions, each from the first thread's start to the last one's end, so that it is hard to beat.
@@ -40,6 +41,15 @@ constexpr size_t kGroup = 8 * kLine;  // what one step of a reading loop takes
   for (__m512& s : sum) asm volatile("" : : "v"(s));
 }
 
+[[gnu::target("avx512f,avx512bf16")]] void multiply_add_avx512_bf16() {
+  __m512 sum[kChains];
+  const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3f003f00), b = a;  // pairs of 0.5
+  for (__m512& s : sum) s = _mm512_setzero_ps();
+  for (size_t i = 0; i < kSteps; ++i)
+    for (__m512& s : sum) s = _mm512_dpbf16_ps(s, a, b);
+  for (__m512& s : sum) asm volatile("" : : "v"(s));
+}
+
 // Reads `streams` parts of [data, data + bytes) side by side, as a kernel reads its panels; `ahead` bytes are
 // prefetched, 0 for none. Two registers a line on AVX2, one on AVX-512.
 template <size_t kStreams>
@@ -74,19 +84,25 @@ template <size_t kStreams>
 
 struct Probe {
   std::string_view isa;
+  bool runs;     // here
   double flops;  // of one multiply_add()
   void (*multiply_add)();
   void (*read_one)(const char* data, size_t bytes, size_t ahead);
   void (*read_four)(const char* data, size_t bytes, size_t ahead);
 };
 
-constexpr Probe kProbes[] = {
-    {"avx2", 2.0 * 8 * kChains * kSteps, multiply_add_avx2, read_avx2<1>, read_avx2<4>},
-    {"avx512", 2.0 * 16 * kChains * kSteps, multiply_add_avx512, read_avx512<1>, read_avx512<4>},
+const Probe kProbes[] = {
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), 2.0 * 8 * kChains * kSteps,
+     multiply_add_avx2, read_avx2<1>, read_avx2<4>},
+    {"avx512", __builtin_cpu_supports("avx512f") != 0, 2.0 * 16 * kChains * kSteps, multiply_add_avx512, read_avx512<1>,
+     read_avx512<4>},
+    {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, 2.0 * 32 * kChains * kSteps, multiply_add_avx512_bf16,
+     read_avx512<1>, read_avx512<4>},
 };
 
 const Probe* find(const char* isa) {
-  const Probe* probe = std::find_if(std::begin(kProbes), std::end(kProbes), [&](auto& p) { return p.isa == isa; });
+  auto wanted = [&](const Probe& probe) { return probe.isa == isa && probe.runs; };
+  const Probe* probe = std::find_if(std::begin(kProbes), std::end(kProbes), wanted);
   return probe == std::end(kProbes) ? nullptr : probe;
 }
 
@@ -138,7 +154,7 @@ const char* buffer(size_t bytes) {
 
 }  // namespace
 
-// fp32 operations a second of all threads, an FMA being two; 0 for an ISA that is not in the table.
+// Operations a second of all threads, an FMA being two; 0 for an ISA that is not in the table or does not run here.
 extern "C" double fma_peak(const char* isa, size_t threads, size_t repeats) {
   const Probe* probe = find(isa);
   if (!probe) return 0;
@@ -147,7 +163,7 @@ extern "C" double fma_peak(const char* isa, size_t threads, size_t repeats) {
 }
 
 // Bytes a second that all threads read, each `passes` times its share of a buffer of about `bytes`; 0 for an ISA that
-// is not in the table or where there is no memory.
+// is not in the table or does not run here, or where there is no memory.
 extern "C" double read_bandwidth(const char* isa, size_t threads, size_t repeats, size_t bytes, size_t passes,
                                  size_t streams, size_t ahead) {
   const Probe* probe = find(isa);

@@ -3,7 +3,9 @@
 attainable seconds = max(2 M N K / FMA peak, bytes to read / read bandwidth of that working set)
 
 (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009.) Bytes to read are the weight, x and the bias, each once.
-Both figures are sampled once a round, so a drifting frequency or a busy neighbour hits ceiling and candidates alike.
+The FMA peak is that of fp32 for every dtype; where the CPU multiplies the dtype itself, the peak of that instruction
+is measured too, as the "native" one. All figures are sampled once a round, so a drifting frequency or a busy neighbour
+hits ceiling and candidates alike.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ _BYTES_A_LOOK, _BYTES_A_SAMPLE = 2 << 20, 64 << 20
 
 
 class Roofline:
-    """Compiles the probes with $CXX (g++ if unset) and measures with them; `isa` is "avx2" or "avx512"."""
+    """Compiles the probes with $CXX (g++ if unset) and measures with them.
 
-    def __init__(self, isa: str) -> None:
-        self._isa = isa.encode()
+    isa: of the fp32 FMA and the reads, "avx2" or "avx512". native: whose multiply-adds are measured beside them, as
+    "avx512_bf16"; `native` is None where that is not to be had.
+    """
+
+    def __init__(self, isa: str, native: str | None = None) -> None:
+        self._isa = isa
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "roofline.so")
             compiler = os.environ.get("CXX", "g++").split()
@@ -41,11 +47,12 @@ class Roofline:
         self._fma.argtypes = [ctypes.c_char_p, size, size]
         self._read.argtypes = [ctypes.c_char_p, *[size] * 6]
         if self.flops(1) == 0:
-            raise ValueError(f"the roofline knows avx2 and avx512, not {isa}")
+            raise ValueError(f"the roofline knows avx2 and avx512, where the CPU has them, not {isa}")
+        self.native = native if native and self.flops(1, native) else None
 
-    def flops(self, threads: int) -> float:
-        """fp32 operations a second of so many threads, an FMA being two."""
-        return float(self._fma(self._isa, threads, _FMA_REPEATS))
+    def flops(self, threads: int, isa: str | None = None) -> float:
+        """Operations a second of so many threads, an FMA being two: of fp32 FMAs, or of what `isa` stands for."""
+        return float(self._fma((isa or self._isa).encode(), threads, _FMA_REPEATS))
 
     def bandwidth(self, threads: int, nbytes: int, variant: tuple[int, int], hot: bool) -> float:
         """Bytes a second that so many threads read, each its share of `nbytes`: again and again, or once if not hot.
@@ -54,7 +61,7 @@ class Roofline:
         """
         passes = max(1, _BYTES_A_LOOK // nbytes) if hot else 1
         repeats = max(2, _BYTES_A_SAMPLE // (nbytes * passes)) if hot else 1
-        return float(self._read(self._isa, threads, repeats, nbytes, passes, *variant))
+        return float(self._read(self._isa.encode(), threads, repeats, nbytes, passes, *variant))
 
 
 class Ceiling:
@@ -63,11 +70,14 @@ class Ceiling:
     def __init__(self, roofline: Roofline, threads: int, working_set: int, hot: bool) -> None:
         self._roofline, self._threads, self._working_set, self._hot = roofline, threads, working_set, hot
         self._flops: list[float] = []
+        self._native: list[float] = []
         self._reads: dict[tuple[int, int], list[float]] = {variant: [] for variant in VARIANTS}
 
     def __call__(self) -> None:
         variant = VARIANTS[len(self._flops) % len(VARIANTS)]
         self._flops.append(self._roofline.flops(self._threads))
+        if self._roofline.native:
+            self._native.append(self._roofline.flops(self._threads, self._roofline.native))
         rate = self._roofline.bandwidth(self._threads, self._working_set, variant, self._hot)
         self._reads[variant].append(rate)
 
@@ -80,16 +90,36 @@ class Ceiling:
         """Of the variant that reads fastest here."""
         return max(upper_quartile(rates) for rates in self._reads.values() if rates)
 
+    def figures(self, m: int, k: int, n: int, itemsize: int, seconds: float) -> dict[str, float]:
+        """What a record says of the roofline, and of the native one if there is one; `seconds` is FastLinear's time."""
+        least = attainable(m, k, n, self.flops, self.bandwidth, itemsize)
+        figures = {
+            "bytes": bytes_read(m, k, n, itemsize),
+            "fma_gflops": self.flops / 1e9,
+            "read_gbs": self.bandwidth / 1e9,
+            "attainable_us": 1e6 * least,
+            "fraction": least / seconds,
+        }
+        if self._native:
+            flops = upper_quartile(self._native)
+            least = attainable(m, k, n, flops, self.bandwidth, itemsize)
+            figures |= {
+                "native_gflops": flops / 1e9,
+                "native_attainable_us": 1e6 * least,
+                "native_fraction": least / seconds,
+            }
+        return figures
+
 
 def upper_quartile(rates: Sequence[float]) -> float:
     """What the lower quartile is for times."""
     return sorted(rates, reverse=True)[len(rates) // 4]
 
 
-def attainable(m: int, k: int, n: int, flops: float, bandwidth: float) -> float:
-    """Seconds that a product [m, k] x [n, k]^T + [n] in fp32 takes at least."""
-    return max(2 * m * n * k / flops, bytes_read(m, k, n) / bandwidth)
+def attainable(m: int, k: int, n: int, flops: float, bandwidth: float, itemsize: int = 4) -> float:
+    """Seconds that a product [m, k] x [n, k]^T + [n], all elements of so many bytes, takes at least."""
+    return max(2 * m * n * k / flops, bytes_read(m, k, n, itemsize) / bandwidth)
 
 
-def bytes_read(m: int, k: int, n: int) -> int:
-    return 4 * (n * k + m * k + n)
+def bytes_read(m: int, k: int, n: int, itemsize: int = 4) -> int:
+    return itemsize * (n * k + m * k + n)

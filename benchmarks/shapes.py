@@ -12,6 +12,10 @@ QUICK_SHAPES = ((384, 384), (768, 768))
 SMALL = (64, 16, 32)  # M, K, N of a layer so small that the call around the kernel decides
 
 
+OURS, LINEAR, FP32 = "fastlinear", "nn.Linear", "fp32"  # the last: the fp32 FastLinear beside a 16-bit one
+RIVALS = (LINEAR, "mkl", "onednn")  # "the best of them"; Inductor and fp32 are shown beside
+
+
 class Band(NamedTuple):
     """A range of M and the share of the roofline that is wanted there, by ISA; an ISA not named has no target."""
 
@@ -21,13 +25,57 @@ class Band(NamedTuple):
     targets: dict[str, float]
 
 
-BANDS = (
-    Band("M = 1", 1, 1, {"avx512": 0.90}),
-    Band("M = 2..16", 2, 16, {"avx512": 0.85}),
-    Band("M >= 32", 32, math.inf, {"avx512": 0.90, "avx2": 0.88}),
-)
-NEVER_UNDER = 0.98  # of the best peer, on any shape
-MEAN_OVER_LINEAR, MEAN_OVER_BEST = 1.4, 1.08  # geometric means
+class Goal(NamedTuple):
+    """How many times as fast as a rival, or as the best of several, FastLinear is to be."""
+
+    name: str
+    rivals: tuple[str, ...]
+    wanted: float
+    everywhere: bool  # on every shape; else by geometric mean
+    least: int = 1  # M
+    most: float = math.inf
+    beyond_l2: bool = False  # only where the weight is larger than the L2 of all threads, or cold
+
+
+class Targets(NamedTuple):
+    bands: tuple[Band, ...]
+    goals: tuple[Goal, ...]
+
+
+def _sixteen_bit(small: float, medium: float, large: float, over_linear: float) -> Targets:
+    return Targets(
+        (
+            Band("M = 1", 1, 1, {"avx512": 0.88}),
+            Band("M = 2..3", 2, 3, {}),
+            Band("M = 4..16", 4, 16, {"avx512": small}),
+            Band("M = 32..64", 32, 64, {"avx512": medium, "avx2": 0.80}),
+            Band("M >= 128", 128, math.inf, {"avx512": large, "avx2": 0.80}),
+        ),
+        (
+            Goal("nn.Linear", (LINEAR,), over_linear, everywhere=False),
+            Goal("onednn on every shape", ("onednn",), 1.0, everywhere=True),
+            Goal("fp32 on every shape beyond L2, M = 1", (FP32,), 1.8, everywhere=True, most=1, beyond_l2=True),
+            Goal("inductor, M >= 16", ("inductor",), 3.0, everywhere=False, least=16),
+        ),
+    )
+
+
+TARGETS = {
+    "fp32": Targets(
+        (
+            Band("M = 1", 1, 1, {"avx512": 0.90}),
+            Band("M = 2..16", 2, 16, {"avx512": 0.85}),
+            Band("M >= 32", 32, math.inf, {"avx512": 0.90, "avx2": 0.88}),
+        ),
+        (
+            Goal("nn.Linear", (LINEAR,), 1.4, everywhere=False),
+            Goal("the best", RIVALS, 1.08, everywhere=False),
+            Goal("the best on every shape", RIVALS, 0.98, everywhere=True),
+        ),
+    ),
+    "bf16": _sixteen_bit(0.80, 0.88, 0.92, over_linear=5.0),
+    "fp16": _sixteen_bit(0.75, 0.85, 0.90, over_linear=9.0),
+}
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:

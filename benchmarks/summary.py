@@ -2,7 +2,10 @@
 
 {"threads": 1, "state": "hot", "m": 16, "k": 768, "n": 3072, "us": {"fastlinear": 520.1, "nn.Linear": 990.2, ...},
  "median_us": {...}, "rounds": 40, "plan": "fp32/avx512/14x32 t1", "source": "tuned", "tune_ms": 45.2,
- "fma_gflops": 183.1, "read_gbs": 31.2, "attainable_us": 412.3, "fraction": 0.79}
+ "beyond_l2": True, "fma_gflops": 183.1, "read_gbs": 31.2, "attainable_us": 412.3, "fraction": 0.79}
+
+Where the CPU multiplies the 16-bit format itself there are also "native_gflops", and "native_attainable_us" and
+"native_fraction" under that peak; "fraction" is then above 1 where FastLinear beats what fp32 FMA could do.
 """
 
 from __future__ import annotations
@@ -14,9 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import shapes
-
-OURS, LINEAR = "fastlinear", "nn.Linear"
-RIVALS = (LINEAR, "mkl", "onednn")  # "the best of them" in the targets; Inductor is shown beside
+from shapes import LINEAR, OURS, RIVALS
 
 Record = dict[str, Any]
 
@@ -29,35 +30,61 @@ def speedup(record: Record, rival: str) -> float:
     return float(record["us"][rival] / record["us"][OURS])
 
 
-def over_best(record: Record) -> float:
-    """Time of the best rival over ours."""
-    return min(speedup(record, rival) for rival in RIVALS if rival in record["us"])
+def over_best(record: Record, rivals: Iterable[str] = RIVALS) -> float:
+    """Time of the best of the rivals over ours."""
+    return min(speedup(record, rival) for rival in rivals if rival in record["us"])
 
 
 def shape_of(record: Record) -> str:
     return f"{record['m']}x{record['k']}x{record['n']}"
 
 
-def summarise(records: list[Record], isa: str) -> list[dict[str, Any]]:
-    """One entry for each number of threads and state, with the figures the targets speak of."""
+def summarise(records: list[Record], isa: str, dtype: str = "fp32") -> list[dict[str, Any]]:
+    """One entry for each number of threads and state, with the figures the targets of this ISA and dtype speak of."""
     entries = []
+    targets = shapes.TARGETS[dtype]
     for (threads, state), group in _groups(records):
-        worst = min(group, key=over_best)
         rivals = [name for name in group[0]["us"] if name != OURS]
         entries.append(
             {
                 "threads": threads,
                 "state": state,
                 "cells": len(group),
-                "geomean_over": {rival: geometric_mean(speedup(r, rival) for r in group) for rival in rivals},
-                "geomean_over_best": geometric_mean(map(over_best, group)),
-                "worst_over_best": over_best(worst),
-                "worst_shape": shape_of(worst),
-                "slower": [[shape_of(r), over_best(r)] for r in group if over_best(r) < shapes.NEVER_UNDER],
-                "bands": [entry for band in shapes.BANDS if (entry := _band(group, band, isa)) is not None],
+                "over": {
+                    **{rival: _speed(group, (rival,)) for rival in rivals},
+                    "the best": _speed(group, RIVALS),
+                },
+                "goals": [_goal(group, goal) for goal in targets.goals],
+                "bands": [entry for band in targets.bands if (entry := _band(group, band, isa)) is not None],
             }
         )
     return entries
+
+
+def _speed(group: list[Record], rivals: tuple[str, ...]) -> dict[str, Any]:
+    speeds = [(over_best(record, rivals), shape_of(record)) for record in group]
+    worst, shape = min(speeds)
+    return {"geomean": geometric_mean(speed for speed, _ in speeds), "worst": worst, "worst_shape": shape}
+
+
+def _goal(group: list[Record], goal: shapes.Goal) -> dict[str, Any]:
+    """The figure that is to reach what is wanted, None where no cell has it, and the shapes that miss it."""
+    inside = [
+        record
+        for record in group
+        if goal.least <= record["m"] <= goal.most
+        and (record["beyond_l2"] or not goal.beyond_l2)
+        and any(rival in record["us"] for rival in goal.rivals)
+    ]
+    speed = _speed(inside, goal.rivals) if inside else {}
+    speeds = [[shape_of(record), over_best(record, goal.rivals)] for record in inside if goal.everywhere]
+    return {
+        "over": goal.name,
+        "wanted": goal.wanted,
+        "cells": len(inside),
+        "figure": speed.get("worst" if goal.everywhere else "geomean"),
+        "misses": [[shape, value] for shape, value in speeds if value < goal.wanted],
+    }
 
 
 def _groups(records: list[Record]) -> Iterator[tuple[tuple[int, str], list[Record]]]:
@@ -73,12 +100,14 @@ def _band(group: list[Record], band: shapes.Band, isa: str) -> dict[str, Any] | 
     if not inside:
         return None
     fractions = [record["fraction"] for record in inside]
+    native = [record["native_fraction"] for record in inside if "native_fraction" in record]
     target = band.targets.get(isa)
     return {
         "band": band.name,
         "target": target,
         "min": min(fractions),
         "median": statistics.median(fractions),
+        **({"native_min": min(native), "native_median": statistics.median(native)} if native else {}),
         "misses": [[shape_of(r), r["fraction"]] for r in inside if target is not None and r["fraction"] < target],
     }
 
@@ -89,21 +118,25 @@ def text(summary: list[dict[str, Any]]) -> str:
 
 def _lines(entry: dict[str, Any]) -> Iterator[str]:
     yield f"\n{entry['threads']} thread(s), {entry['state']}, {entry['cells']} shapes (MxKxN), speed against"
-    for rival, mean in entry["geomean_over"].items():
-        yield f"  {rival:<12} {mean:5.2f}x by geometric mean{_wanted(rival)}"
-    yield (
-        f"  {'the best':<12} {entry['geomean_over_best']:5.2f}x by geometric mean (wanted {shapes.MEAN_OVER_BEST}), "
-        f"at worst {entry['worst_over_best']:.2f}x on {entry['worst_shape']} (wanted {shapes.NEVER_UNDER})"
-    )
-    yield from _list("slower than the best", entry["slower"], "x")
+    for rival, speed in entry["over"].items():
+        yield (
+            f"  {rival:<12} {speed['geomean']:6.2f}x by geometric mean, "
+            f"at worst {speed['worst']:.2f}x on {speed['worst_shape']}"
+        )
+    yield f"  {'':<43} wanted  reached"
+    for goal in entry["goals"]:
+        reached = "not measured" if goal["figure"] is None else f"{goal['figure']:.2f}x"
+        yield f"  over {goal['over']:<38} {goal['wanted']:5.2f}x  {reached}"
+        yield from _list("below", goal["misses"], "x")
     for band in entry["bands"]:
-        wanted = "" if band["target"] is None else f" (wanted {band['target']:.0%})"
-        yield f"  roofline, {band['band']:<9} min {band['min']:.0%}, median {band['median']:.0%}{wanted}"
+        wanted = "-" if band["target"] is None else f"{band['target']:.0%}"
+        native = (
+            f" (of the native peak: min {band['native_min']:.0%}, median {band['native_median']:.0%})"
+            if "native_min" in band
+            else ""
+        )
+        yield f"  roofline, {band['band']:<33} {wanted:>6}  min {band['min']:.0%}, median {band['median']:.0%}{native}"
         yield from _list("below", band["misses"], "")
-
-
-def _wanted(rival: str) -> str:
-    return f" (wanted {shapes.MEAN_OVER_LINEAR})" if rival == LINEAR else ""
 
 
 def _list(title: str, cells: list[list[Any]], unit: str) -> Iterator[str]:
@@ -128,8 +161,10 @@ def extras(document: dict[str, Any]) -> str:
         ("packed over original weights of MiniLM", once.get("pack_ratio"), "", "at most 1"),
         ("growth of the process over these weights", once.get("rss_ratio"), "", "about 1"),
     ]
-    return "\n" + "\n".join(
+    figures = [
         f"{what:<44} {value:8.2f}{unit}" + (f" (wanted: {wanted})" if wanted else "")
         for what, value, unit, wanted in rows
         if value is not None
-    )
+    ]
+    refused = [f"{name} is left out, it refuses this dtype: {why}" for name, why in document["refused"].items()]
+    return "\n".join(("", *figures, *refused))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 Call = Callable[[Any], object]
 
 SAMPLE = 1e-3  # seconds that the calls of a sample last at least
+SLOW = 0.25  # a call that takes longer is sampled as it is: next to that, what the others evicted is read in no time
 COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
 
 
@@ -28,13 +29,14 @@ class Rotation:
 
     def __init__(self, calls: Sequence[Call], x: object) -> None:
         self._next, self._x, self._hot = itertools.cycle(calls), x, len(calls) == 1
-        self._seconds(1)
-        once = self._seconds(2)
+        once = self._seconds(1)
+        if once < SLOW:
+            once = self._seconds(2)
         wanted = SAMPLE if self._hot else min(COLD_SAMPLE, once * len(calls))
         self._count = math.ceil(max(wanted, SAMPLE) / once)
         # Before a hot sample, as many untimed calls bring back what the other candidates evicted: the last-level cache
         # takes in a weight of its own size only after several passes.
-        self._warm_up = self._count if self._hot else 0
+        self._warm_up = self._count if self._hot and once < SLOW else 0
         self.cost = once * (self._count + self._warm_up)  # seconds that one sample takes
 
     def _seconds(self, count: int) -> float:

@@ -1,26 +1,33 @@
-// The avx2 rows of the library: kernels and epilogue steps.
+// The avx2 rows of the library: kernels, epilogue steps and conversions.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <utility>
 
-#include "fastlinear/epilogue.hpp"
 #include "fastlinear/kernel.hpp"
+#include "fastlinear/registry.hpp"
 #include "fastlinear/target.hpp"
 
-FL_TARGET_BEGIN("avx2,fma")
+FL_TARGET_BEGIN("avx2,fma,f16c")
 
 // clang-format off: the vector type comes first
 #include "fastlinear/vec/avx2.hpp"
+#include "fastlinear/vec/convert.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/kernels/avx2/fp32.hpp"
+#include "fastlinear/kernels/avx2/bf16.hpp"
+#include "fastlinear/kernels/avx2/fp16.hpp"
 // clang-format on
 
 namespace fastlinear {
 
 extern const IsaTable kAvx2Table;
-const IsaTable kAvx2Table{Isa::avx2, avx2::kFp32Kernels, std::size(avx2::kFp32Kernels), epilogue_steps<avx2::F32>};
+const IsaTable kAvx2Table{Isa::avx2,
+                          {avx2::kFp32Kernels, avx2::kBf16Kernels, avx2::kFp16Kernels},
+                          epilogue_steps<avx2::F32>,
+                          conversions<avx2::F32>};
 
 }  // namespace fastlinear
 

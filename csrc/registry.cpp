@@ -8,19 +8,28 @@
 
 namespace fastlinear {
 
-extern const IsaTable kAvx512Table, kAvx2Table, kScalarTable;
+extern const IsaTable kAvx512Fp16Table, kAvx512Bf16Table, kAvx512Table, kAvx2Table, kScalarTable;
 
 namespace {
 
-const IsaTable* const kTables[] = {&kAvx512Table, &kAvx2Table, &kScalarTable};
+// Best first.
+const IsaTable* const kTables[] = {&kAvx512Fp16Table, &kAvx512Bf16Table, &kAvx512Table, &kAvx2Table, &kScalarTable};
+
+// The table of `isa`, or of the next lower one that has its own vector type.
+const IsaTable& with_vectors(Isa isa) {
+  for (const IsaTable* table : kTables)
+    if (table->isa <= isa && table->steps != nullptr) return *table;
+  return kScalarTable;
+}
 
 }  // namespace
 
 const Kernel* kernel_at(std::size_t i) {
-  for (const IsaTable* table : kTables) {
-    if (i < table->kernel_count) return table->kernels + i;
-    i -= table->kernel_count;
-  }
+  for (const IsaTable* table : kTables)
+    for (const KernelList& list : table->kernels) {
+      if (i < list.count) return list.first + i;
+      i -= list.count;
+    }
   return nullptr;
 }
 
@@ -32,10 +41,8 @@ const Kernel* find_kernel(const char* name) {
 
 const Activation* activation_at(std::size_t i) { return i < std::size(kActivations) ? kActivations + i : nullptr; }
 
-Step find_step(Isa isa, std::size_t i) {
-  for (const IsaTable* table : kTables)
-    if (table->isa == isa) return table->steps[i];
-  return nullptr;
-}
+Step find_step(Isa isa, std::size_t i) { return with_vectors(isa).steps[i]; }
+
+const Conversion* find_conversions(Isa isa) { return with_vectors(isa).conversions; }
 
 }  // namespace fastlinear

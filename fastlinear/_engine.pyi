@@ -1,10 +1,12 @@
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from fastlinear._kernels import Epilogue, Packed, Plan
 
 UNFIT: str
+AUTOCAST: str
 PROFILED: str
 STALE: str
 UNPLANNED: str
@@ -19,8 +21,9 @@ class Engine:
     def __init__(self, epilogue: Epilogue, transposed: bool = False) -> None: ...
     def drop(self) -> None: ...
     def take(self, weight: Tensor, version: int | None, packed: Packed) -> None: ...
+    def hold(self, packed: Packed) -> None: ...
     def plan_for(
-        self, m: int, threads: int, plan: Plan | Callable[[Tensor, Tensor, Tensor | None], Tensor]
+        self, m: int, threads: int, dtype: torch.dtype, plan: Plan | Callable[[Tensor, Tensor, Tensor | None], Tensor]
     ) -> None: ...
     def fresh(self, module: nn.Module) -> bool: ...
     def attempt(self, module: nn.Module, x: Tensor) -> Tensor | None: ...

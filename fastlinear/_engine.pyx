@@ -5,7 +5,10 @@
 import torch
 from torch.autograd import forward_ad, profiler
 
-from fastlinear._kernels cimport Epilogue, Packed, Plan, View, as_rows, compute, look_at, need, pool_size
+from fastlinear._kernels cimport (
+    Bias, Epilogue, Format, Matrix, Packed, Plan, View, answers, as_rows, compute, look_at, need, pool_size
+)
+from fastlinear._kernels import FORMATS
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
@@ -31,19 +34,17 @@ def bucket(ptrdiff_t m):
 
 # Why the engine does not answer a call.
 UNFIT = "unfit"          # it must go through torch: gradients, a mode that watches, another dtype or device
+AUTOCAST = "autocast"    # some autocast is on, and nothing else watches
 PROFILED = "profiled"    # it should show up in the profile
 STALE = "stale"          # the weight is not packed, or changed since
 UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads
 
 cdef object Tensor = torch.Tensor
-cdef object float32 = torch.float32
 cdef object is_grad_enabled = torch.is_grad_enabled
-cdef object get_default_dtype = torch.get_default_dtype
-cdef object empty = torch.empty
+cdef object is_autocast_enabled = torch._C._is_any_autocast_enabled
 cdef object forward_ad_module = forward_ad
 cdef object profiler_module = profiler
 cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
-    torch._C._is_any_autocast_enabled,
     torch._C._functorch.peek_interpreter_stack,
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
@@ -69,21 +70,27 @@ def version_of(tensor):
     return None if tensor.is_inference() else tensor._version
 
 
+cdef enum:
+    FP32 = 0  # Format::fp32
+
+
 cdef class Engine:
     """The hot path of one layer: looks at the module and the input, and runs the plan for this M; about 2 us.
 
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
-    What it cannot answer goes to `module._slow(x, why)`, why being UNFIT, PROFILED, STALE or UNPLANNED.
+    `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for 16 bits. What the
+    engine cannot answer goes to `module._slow(x, why)`, why being UNFIT, AUTOCAST, PROFILED, STALE or UNPLANNED.
     """
 
     cdef readonly Packed packed
     cdef readonly Epilogue epilogue
     cdef readonly bint transposed
-    cdef object weight, version
-    cdef float* weight_data
-    cdef dict plans           # threads -> plans by bucket index
-    cdef list current         # the plans for `threads`
+    cdef object weight, version  # of the parameter that was packed; both None where there is none: a frozen layer
+    cdef void* weight_data
+    cdef dict plans           # (threads, format of x) -> plans by bucket index
+    cdef list current         # the plans for `threads` and `x_format`
     cdef ptrdiff_t threads
+    cdef Format x_format
 
     def __init__(self, Epilogue epilogue not None, bint transposed=False):
         self.epilogue = epilogue
@@ -102,11 +109,19 @@ cdef class Engine:
         self.drop()
         self.weight, self.version, self.weight_data, self.packed = weight, version, v.data, packed
 
-    def plan_for(self, ptrdiff_t m, ptrdiff_t threads, plan):
-        """Sets what runs for the bucket of m while torch has `threads` threads: a Plan, or (x, weight, bias) -> y."""
-        if isinstance(plan, Plan) and (<Plan> plan).layout != self.packed.layout:
-            raise ValueError(f"kernel {plan.kernel!r} does not read layout {self.packed.layout!r}")
-        self.plans.setdefault(threads, [None] * BUCKETS)[bucket_index(m)] = plan
+    def hold(self, Packed packed not None):
+        """Uses `packed` for a module without a parameter "weight", a frozen one."""
+        self.drop()
+        self.packed = packed
+
+    def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
+        """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan, or
+        (x, weight, bias) -> y."""
+        cdef int index = list(FORMATS).index(dtype)
+        cdef Format x_format = <Format> index
+        if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, x_format):
+            raise ValueError(f"kernel {plan.kernel!r} does not take x of {dtype} and layout {self.packed.layout!r}")
+        plans_of(self.plans, threads, x_format)[bucket_index(m)] = plan
 
     def fresh(self, module):
         """True while the packed weight is the module's."""
@@ -116,7 +131,9 @@ cdef class Engine:
     # of them; that is what refresh() is for.
     cdef bint holds(self, object weight) except -1:
         cdef View w
-        return (weight is not None and weight is self.weight and look_at(weight, &w) and w.data == self.weight_data
+        if weight is None:
+            return self.weight is None and self.packed is not None
+        return (weight is self.weight and look_at(weight, &w) and w.data == self.weight_data
                 and (self.version is None or weight._version == self.version))
 
     def __call__(self, module, x):
@@ -142,6 +159,8 @@ cdef class Engine:
             return module._slow(x, UNFIT)
         if profiler_module._is_profiler_enabled:
             return module._slow(x, PROFILED)
+        if is_autocast_enabled():
+            return module._slow(x, AUTOCAST)
         y = self.answer(state, x)
         return module._slow(x, y) if type(y) is str else y
 
@@ -153,52 +172,68 @@ cdef class Engine:
     # The output, or why there is none.
     cdef object answer(self, dict state, object x):
         cdef View v, w, b
-        cdef ptrdiff_t m, stride_x, threads
+        cdef Matrix rows, out
+        cdef Bias added
+        cdef ptrdiff_t threads
         cdef dict params = <dict> state["_parameters"]
         weight = params.get("weight")
         bias = params.get("bias", UNFIT)
-        if weight is None or bias is UNFIT:  # computed by a parametrization or a hook
-            return UNFIT
+        if bias is UNFIT or weight is None and (self.weight is not None or self.packed is None):
+            return UNFIT  # a parametrization or a hook computes it
         if state["training"] is True or is_grad_enabled() and (
-                x.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
+                x.requires_grad or weight is not None and weight.requires_grad
+                or bias is not None and bias.requires_grad):
             return UNFIT
         if not self.holds(weight):
             return STALE
         # Torch lets go of the GIL where it allocates or copies, and another thread may then give this engine another
-        # weight: whatever belongs to this one is held here.
+        # weight, even of another format: whatever belongs to this one is held here.
         cdef Packed packed = self.packed
+        cdef dict plans = self.plans
+        cdef list current
 
         if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != packed.k or x.is_neg():
             return UNFIT
-        if not as_rows(&v, &m, &stride_x):
+        if v.format != packed.shape.format and <int> packed.shape.format == FP32:
+            return UNFIT
+        if not as_rows(&v, &rows):
             dense = x.contiguous()
             return UNFIT if dense is x else self.answer(state, dense)
-        b.data = NULL
-        if bias is not None and not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == packed.n
-                                     and (b.stride[0] == 1 or packed.n < 2)):
-            return UNFIT
+        added.data = NULL
+        if bias is not None:
+            if not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == packed.n
+                    and (b.stride[0] == 1 or packed.n < 2)
+                    and (<int> b.format == FP32 or <int> packed.shape.format != FP32)):
+                return UNFIT
+            added.data, added.format = b.data, b.format
 
         threads = pool_size()
-        if threads != self.threads:
-            self.current = self.plans.setdefault(threads, [None] * BUCKETS)
-            self.threads = threads
-        plan = self.current[bucket_index(m)]
-        if m > 0 and type(plan) is not Plan:
+        if plans is self.plans and threads == self.threads and v.format == self.x_format:
+            current = self.current
+        else:
+            current = plans_of(plans, threads, v.format)
+            if plans is self.plans:
+                self.current, self.threads, self.x_format = current, threads, v.format
+        plan = current[bucket_index(rows.m)]
+        if rows.m > 0 and type(plan) is not Plan:
             return UNPLANNED if plan is None else plan(x, weight, bias)
 
-        y = new_output(&v, packed.n)
-        if m > 0 and packed.n > 0:
+        y = new_output(x, &v, packed.n)
+        if rows.m > 0 and packed.n > 0:
             look_at(y, &w)
-            compute(packed, <Plan> plan, self.epilogue, m, v.data, stride_x, b.data, w.data, packed.n)
+            out.data, out.format, out.m, out.stride = w.data, w.format, rows.m, packed.n
+            compute(packed, <Plan> plan, self.epilogue, &rows, added, &out)
         return y
 
 
-# torch.empty is quickest with nothing but integers.
-cdef object new_output(View* x, ptrdiff_t n):
-    if get_default_dtype() is not float32:
-        return empty([x.shape[i] for i in range(x.ndim - 1)] + [n], dtype=float32)
-    if x.ndim == 2:
-        return empty(x.shape[0], n)
-    if x.ndim == 3:
-        return empty(x.shape[0], x.shape[1], n)
-    return empty([x.shape[i] for i in range(x.ndim - 1)] + [n])
+cdef list plans_of(dict plans, ptrdiff_t threads, Format x_format):
+    return plans.setdefault((threads, <int> x_format), [None] * BUCKETS)
+
+
+# new_empty is quickest with nothing but integers.
+cdef object new_output(object x, View* v, ptrdiff_t n):
+    if v.ndim == 2:
+        return x.new_empty(v.shape[0], n)
+    if v.ndim == 3:
+        return x.new_empty(v.shape[0], v.shape[1], n)
+    return x.new_empty([v.shape[i] for i in range(v.ndim - 1)] + [n])

@@ -22,25 +22,6 @@ cdef extern from "fastlinear/dlpack.hpp" namespace "fastlinear" nogil:
         uint32_t major
         int (*peek)(void*, DlTensor*)
 
-cdef extern from "fastlinear/cpu.hpp" namespace "fastlinear" nogil:
-    ctypedef struct CpuidRegisters:
-        uint32_t eax
-        uint32_t ebx
-        uint32_t ecx
-        uint32_t edx
-    ctypedef struct CpuSource:
-        CpuidRegisters (*cpuid)(uint32_t, uint32_t, void*) noexcept
-        uint64_t (*xcr0)(void*) noexcept
-        void* context
-    ctypedef struct Cpu:
-        char[13] vendor
-        char[49] model
-        cbool[3] isa
-        size_t[3] cache
-    Cpu detect_cpu(const CpuSource&)
-    CpuSource this_cpu()
-    void flush(const char*, size_t)
-
 cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
     ctypedef int Format "fastlinear::Format"
     ctypedef int Isa "fastlinear::Isa"
@@ -55,10 +36,14 @@ cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
         Layout layout
         ptrdiff_t mr
         ptrdiff_t panels
+        Format accumulate
         ptrdiff_t columns()
+        cbool reads(const Layout&)
+    size_t kFormats
     size_t kIsas
     const char** kIsaNames
     const char** kFormatNames
+    ptrdiff_t element_bytes(Format)
 
 cdef extern from "fastlinear/registry.hpp" namespace "fastlinear" nogil:
     ctypedef void (*Step)()
@@ -80,14 +65,17 @@ cdef extern from "fastlinear/parallel.hpp" namespace "fastlinear" nogil:
     ThreadPool& thread_pool()
 
 cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
-    cppclass WeightView[T]:
-        T* data
-        ptrdiff_t n, k, stride_n, stride_k
+    ctypedef struct WeightView "fastlinear::WeightView<void>":
+        void* data
+        ptrdiff_t n
+        ptrdiff_t k
+        ptrdiff_t stride_n
+        ptrdiff_t stride_k
     size_t kHugePage
     void advise_huge_pages(void*, size_t)
-    ptrdiff_t packed_elements(const Layout&, ptrdiff_t, ptrdiff_t)
-    void pack_weight(const Layout&, const WeightView[const float]&, float*)
-    void unpack_weight(const Layout&, const float*, const WeightView[float]&)
+    ptrdiff_t packed_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
+    void pack_weight(const Layout&, const WeightView&, void*)
+    void unpack_weight(const Layout&, const void*, const WeightView&)
 
 cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
     ctypedef struct CPlan "fastlinear::Plan":
@@ -95,8 +83,19 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
         ptrdiff_t threads
         ptrdiff_t k_slices
     ctypedef struct Rows:
-        const float* data
+        const char* data
         ptrdiff_t stride
+        Format format
+    ctypedef struct Weight:
+        const char* panels
+        Layout layout
+    ctypedef struct Bias:
+        const void* data
+        Format format
+    ctypedef struct Output:
+        char* data
+        ptrdiff_t stride
+        Format format
     cppclass EpilogueProgram:
         Step* steps
         float** params
@@ -106,10 +105,9 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
         ptrdiff_t n
         ptrdiff_t k
         Rows x
-        const char* packed
-        const float* bias
-        float* y
-        ptrdiff_t stride_y
+        Weight weight
+        Bias bias
+        Output y
         EpilogueProgram epilogue
     cbool gemm(const Problem&, const CPlan&)
 
@@ -117,24 +115,32 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
 cdef enum:
     MAX_DIMS = 8
 
-# A dense fp32 tensor in this machine's memory, as the kernels see it; strides in elements.
+# A dense tensor of one of our formats in this machine's memory, as the kernels see it; strides in elements.
 cdef struct View:
-    float* data
+    char* data
+    Format format
     int ndim
     int64_t[MAX_DIMS] shape
     int64_t[MAX_DIMS] stride
 
+# The rows of a tensor: `m` of them, `stride` elements apart.
+cdef struct Matrix:
+    char* data
+    Format format
+    ptrdiff_t m
+    ptrdiff_t stride
+
 cdef ptrdiff_t pool_size() noexcept
 cdef bint look_at(object tensor, View* v)
-cdef bint as_rows(View* v, ptrdiff_t* rows, ptrdiff_t* stride) noexcept
+cdef bint as_rows(View* v, Matrix* rows) noexcept
 cdef View need(object tensor, str what) except *
 
 cdef class Packed:
     cdef readonly ptrdiff_t n, k
-    cdef readonly str layout
-    cdef readonly object data
+    cdef readonly str layout, format
+    cdef readonly object data, dtype
     cdef Layout shape
-    cdef float* panels
+    cdef char* panels
     cdef object __weakref__
 
 cdef class Plan:
@@ -142,8 +148,8 @@ cdef class Plan:
     cdef CPlan plan
 
 cdef class Epilogue:
-    cdef EpilogueProgram[3] program  # one an ISA
+    cdef EpilogueProgram[5] program  # one an ISA
     cdef readonly tuple steps
 
-cdef int compute(Packed w, Plan plan, Epilogue epilogue, ptrdiff_t m, const float* x, ptrdiff_t stride_x,
-                 const float* bias, float* y, ptrdiff_t stride_y) except -1
+cdef bint answers(Plan plan, Packed w, Format x) noexcept
+cdef int compute(Packed w, Plan plan, Epilogue epilogue, Matrix* x, Bias bias, Matrix* y) except -1

@@ -1,25 +1,34 @@
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-pool_attached: bool
+from fastlinear._cpu import cpu_info as cpu_info
+from fastlinear._cpu import detect as detect
+from fastlinear._cpu import evict as evict
 
-def cpu_info() -> dict[str, Any]: ...
-def detect(machine: Mapping[Any, Any]) -> dict[str, Any]: ...
+pool_attached: bool
+FORMATS: dict[torch.dtype, str]
+
 def kernels() -> list[dict[str, Any]]: ...
 def activations() -> dict[str, tuple[float, ...]]: ...
 def num_threads() -> int: ...
 def forked() -> bool: ...
-def evict(address: int, nbytes: int) -> None: ...
+
+def packed_nbytes(layout: str, n: int, k: int) -> int: ...
 
 class Packed:
     n: int
     k: int
     layout: str
+    format: str
+    dtype: torch.dtype
     data: Tensor
     nbytes: int
     def __init__(self, weight: Tensor, layout: str) -> None: ...
+    @staticmethod
+    def over(data: Tensor, layout: str, n: int, k: int) -> Packed: ...
     def head(self, n: int) -> Packed: ...
     def unpack(self) -> Tensor: ...
 

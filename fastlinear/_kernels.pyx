@@ -13,72 +13,14 @@ import weakref
 import torch
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
 
-
-# ---- this machine ----
-
-cdef Cpu cpu = detect_cpu(this_cpu())
-cdef size_t isa_limit = kIsas
+from fastlinear._cpu cimport isa_allowed
+from fastlinear._cpu import cpu_info, detect, evict  # no-cython-lint
 
 
-def _read_isa_limit():
-    global isa_limit
-    wanted = os.environ.get("FASTLINEAR_MAX_ISA")
-    if wanted is None:
-        return
-    names = [kIsaNames[i].decode() for i in range(kIsas)]
-    if wanted not in names:
-        raise ValueError(f"FASTLINEAR_MAX_ISA is {wanted!r}; it may be one of {', '.join(names)}")
-    isa_limit = <size_t> names.index(wanted) + 1
-
-
-_read_isa_limit()
-
-
-cdef bint runnable(const Kernel* kernel) noexcept:
-    cdef size_t isa = <size_t> kernel.isa
-    return isa < isa_limit and cpu.isa[isa]
-
-
-cdef dict describe_cpu(Cpu& c):
-    return {
-        "vendor": (<bytes> (<const char*> c.vendor)).decode(errors="replace"),
-        "model": (<bytes> (<const char*> c.model)).decode(errors="replace").strip(),
-        "isas": [kIsaNames[i].decode() for i in range(kIsas) if c.isa[i]],
-        "l1d": c.cache[0],
-        "l2": c.cache[1],
-        "l3": c.cache[2],
-    }
-
-
-def cpu_info():
-    """What this CPU is: vendor, model, the ISAs that may run (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
-    info = describe_cpu(cpu)
-    info["isas"] = [name for i, name in enumerate(info["isas"]) if i < isa_limit]
-    return info
-
-
-cdef CpuidRegisters fake_cpuid(uint32_t leaf, uint32_t subleaf, void* context) noexcept with gil:
-    cdef CpuidRegisters r
-    r.eax, r.ebx, r.ecx, r.edx = (<dict> context).get((leaf, subleaf), (0, 0, 0, 0))
-    return r
-
-
-cdef uint64_t fake_xcr0(void* context) noexcept with gil:
-    return (<dict> context).get("xcr0", 0)
-
-
-def detect(machine: dict):
-    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}."""
-    cdef CpuSource source
-    source.cpuid = fake_cpuid
-    source.xcr0 = fake_xcr0
-    source.context = <void*> machine
-    cdef Cpu c = detect_cpu(source)
-    return describe_cpu(c)
-
+# ---- threads ----
 
 cdef ptrdiff_t pool_size() noexcept:
     return thread_pool().size()
@@ -113,13 +55,29 @@ if hasattr(os, "register_at_fork"):
 
 # ---- the table ----
 
+cdef bint runnable(const Kernel* kernel) noexcept:
+    return isa_allowed(<size_t> kernel.isa)
+
+
 cdef str layout_name(const Layout& layout):
     return f"{kFormatNames[<size_t> layout.format].decode()}/{layout.nr}x{layout.kr}"
 
 
+cdef tuple reads(const Kernel* kernel):
+    names = {layout_name(kernel.layout): None}  # a dict, to keep the order
+    cdef size_t i = 0
+    cdef const Kernel* k = kernel_at(0)
+    while k != NULL:
+        if kernel.reads(k.layout):
+            names[layout_name(k.layout)] = None
+        i += 1
+        k = kernel_at(i)
+    return tuple(names)
+
+
 def kernels():
-    """The kernel table, best ISA first: one dict a kernel, with `runnable` telling whether this CPU (and
-    FASTLINEAR_MAX_ISA) allows it."""
+    """The kernel table, best ISA first: one dict a kernel. `runnable` tells whether this CPU (and FASTLINEAR_MAX_ISA)
+    allows it, `reads` which layouts it runs on: its own, and those that are widened to it panel by panel."""
     rows = []
     cdef size_t i = 0
     cdef const Kernel* k = kernel_at(0)
@@ -128,7 +86,8 @@ def kernels():
             "name": k.name.decode(), "isa": kIsaNames[<size_t> k.isa].decode(),
             "format": kFormatNames[<size_t> k.layout.format].decode(), "rows": kFormatNames[<size_t> k.rows].decode(),
             "layout": layout_name(k.layout), "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
-            "columns": k.columns(), "runnable": runnable(k),
+            "columns": k.columns(), "accumulate": kFormatNames[<size_t> k.accumulate].decode(), "reads": reads(k),
+            "runnable": runnable(k),
         })
         i += 1
         k = kernel_at(i)
@@ -169,7 +128,15 @@ cdef const Kernel* kernel_of_layout(str layout) except NULL:
 # ---- tensors ----
 
 cdef object Tensor = torch.Tensor
-cdef object float32 = torch.float32
+cdef tuple dtypes = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum Format
+FORMATS = {dtype: kFormatNames[i].decode() for i, dtype in enumerate(dtypes)}
+
+
+# DLPack's codes: 2 is IEEE floating point, 4 is bfloat. Negative for what no kernel reads.
+cdef inline int format_of(DlDataType t) noexcept:
+    if t.code == 2:
+        return 0 if t.bits == 32 else 2 if t.bits == 16 else -1
+    return 1 if t.code == 4 and t.bits == 16 else -1
 
 
 cdef DlExchangeApi* find_exchange_api():
@@ -183,9 +150,9 @@ cdef DlExchangeApi* find_exchange_api():
 cdef DlExchangeApi* exchange_api = find_exchange_api()
 
 
-# False where `tensor` is not a dense CPU fp32 tensor with memory behind it. It must be exactly a torch.Tensor or an
-# nn.Parameter, since subclasses may not mean what their storage says; a negative view does not either, and says so only
-# by is_neg().
+# False where `tensor` is not a dense CPU tensor of one of our formats with memory behind it. It must be exactly a
+# torch.Tensor or an nn.Parameter, since subclasses may not mean what their storage says; a negative view does not
+# either, and says so only by is_neg().
 cdef bint look_at(object tensor, View* v):
     cdef DlTensor t
     cdef int i
@@ -197,9 +164,11 @@ cdef bint look_at(object tensor, View* v):
             raise
     except Exception:  # sparse, quantised, functorch-wrapped, meta ...: whatever DLPack refuses
         return False
-    if t.device.device_type != 1 or t.dtype.code != 2 or t.dtype.bits != 32 or t.ndim > MAX_DIMS:
+    cdef int format = format_of(t.dtype)
+    if t.device.device_type != 1 or format < 0 or t.ndim > MAX_DIMS:
         return False
-    v.data = <float*> (<char*> t.data + t.byte_offset)
+    v.data = <char*> t.data + t.byte_offset
+    v.format = <Format> format
     v.ndim = t.ndim
     for i in range(t.ndim):
         v.shape[i] = t.shape[i]
@@ -210,10 +179,12 @@ cdef bint look_at(object tensor, View* v):
 
 cdef bint look_at_slowly(object tensor, View* v):
     cdef int i
-    if (tensor.dtype is not float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided
+    if (tensor.dtype not in dtypes or tensor.device.type != "cpu" or tensor.layout is not torch.strided
             or tensor.is_nested or tensor.dim() > MAX_DIMS):
         return False
-    v.data = <float*> <size_t> tensor.data_ptr()
+    v.data = <char*> <size_t> tensor.data_ptr()
+    i = dtypes.index(tensor.dtype)
+    v.format = <Format> i
     v.ndim = tensor.dim()
     for i in range(v.ndim):
         v.shape[i] = tensor.size(i)
@@ -222,14 +193,13 @@ cdef bint look_at_slowly(object tensor, View* v):
 
 
 # Folds all dimensions but the last into rows a constant stride apart; False where the memory has no such form.
-cdef bint as_rows(View* v, ptrdiff_t* rows, ptrdiff_t* stride) noexcept:
+cdef bint as_rows(View* v, Matrix* rows) noexcept:
     cdef int i
     cdef int last = v.ndim - 1
-    rows[0] = 1
-    stride[0] = v.shape[last]
+    rows.data, rows.format, rows.m, rows.stride = v.data, v.format, 1, v.shape[last]
     for i in range(last):
-        rows[0] *= v.shape[i]
-    if rows[0] == 0 or v.shape[last] == 0:
+        rows.m *= v.shape[i]
+    if rows.m == 0 or v.shape[last] == 0:
         return True
     if v.stride[last] != 1:
         return False
@@ -238,7 +208,7 @@ cdef bint as_rows(View* v, ptrdiff_t* rows, ptrdiff_t* stride) noexcept:
         if v.shape[i] == 1:
             continue
         if expected == -1:
-            stride[0] = v.stride[i]
+            rows.stride = v.stride[i]
         elif v.stride[i] != expected:
             return False
         expected = v.stride[i] * v.shape[i]
@@ -248,7 +218,8 @@ cdef bint as_rows(View* v, ptrdiff_t* rows, ptrdiff_t* stride) noexcept:
 cdef View need(object tensor, str what) except *:
     cdef View v
     if type(tensor) not in (Tensor, torch.nn.Parameter) or not look_at(tensor, &v) or tensor.is_neg():
-        raise TypeError(f"{what} must be a dense fp32 CPU tensor, not {describe(tensor)}")
+        allowed = " or ".join(FORMATS.values())
+        raise TypeError(f"{what} must be a dense {allowed} CPU tensor, not {describe(tensor)}")
     return v
 
 
@@ -282,11 +253,25 @@ cdef object place(size_t nbytes):
     return chunk[begin : begin + nbytes]
 
 
+def packed_nbytes(str layout not None, ptrdiff_t n, ptrdiff_t k):
+    """Bytes of a weight [n, k] in the panels of `layout`; ValueError for a size that no memory holds."""
+    cdef Layout shape = kernel_of_layout(layout).layout
+    if n < 0 or k < 0 or n >= 1 << 40 or k >= 1 << 40 or int(n + shape.nr) * int(k + shape.kr) >= 1 << 60:
+        raise ValueError(f"a weight of {n} x {k} has no packed form")
+    return packed_bytes(shape, n, k)
+
+
+cdef WeightView as_weight(View* v) noexcept:
+    cdef WeightView w
+    w.data, w.n, w.k, w.stride_n, w.stride_k = v.data, v.shape[0], v.shape[1], v.stride[0], v.stride[1]
+    return w
+
+
 cdef class Packed:
     """A weight [n, k] in the panels of `layout`.
 
-    weight: fp32 CPU tensor of shape [n, k], any strides. `data` is the 1-D uint8 tensor that holds the panels.
-    Raises TypeError or ValueError where the weight or the layout is not one the kernels read.
+    weight: CPU tensor of shape [n, k] and of the layout's format, any strides. `data` is the 1-D uint8 tensor that
+    holds the panels. Raises TypeError or ValueError where the weight or the layout is not one the kernels read.
     """
 
     def __init__(self, weight, str layout not None):
@@ -294,18 +279,38 @@ cdef class Packed:
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
         self.shape = kernel_of_layout(layout).layout
-        self.layout = layout
+        self.dtype = dtypes[<size_t> self.shape.format]
+        if w.format != self.shape.format:
+            raise TypeError(f"layout {layout!r} holds {self.dtype}, the weight is {weight.dtype}")
+        self.layout, self.format = layout, FORMATS[self.dtype]
         self.n, self.k = w.shape[0], w.shape[1]
         global newest
         with placing:
-            self.data = place(packed_elements(self.shape, self.n, self.k) * sizeof(float))
+            self.data = place(packed_bytes(self.shape, self.n, self.k))
             newest = weakref.ref(self)
-        self.panels = <float*> <size_t> self.data.data_ptr()
-        cdef WeightView[const float] source
-        source.data, source.n, source.k = w.data, self.n, self.k
-        source.stride_n, source.stride_k = w.stride[0], w.stride[1]
+        self.panels = <char*> <size_t> self.data.data_ptr()
+        cdef WeightView source = as_weight(&w)
         with nogil:
             pack_weight(self.shape, source, self.panels)
+
+    @staticmethod
+    def over(data, str layout not None, ptrdiff_t n, ptrdiff_t k):
+        """The weight [n, k] whose panels `data` holds, a file's mapping, say: 1-D uint8 CPU tensor of exactly
+        `packed_nbytes(layout, n, k)` bytes at a multiple of 64. It is kept alive, not copied and never written.
+
+        Raises ValueError where it is not of that form.
+        """
+        cdef Packed packed = Packed.__new__(Packed)
+        cdef size_t nbytes = packed_nbytes(layout, n, k)
+        fit = data.dtype is torch.uint8 and data.dim() == 1 and data.device.type == "cpu" and data.is_contiguous()
+        if not fit or <size_t> data.numel() != nbytes or data.data_ptr() % 64:
+            raise ValueError(f"panels of [{n}, {k}] in {layout!r} are {nbytes} bytes of uint8 at a multiple of 64, not "
+                             f"{describe(data)} at {data.data_ptr() % 64} beyond one")
+        packed.shape = kernel_of_layout(layout).layout
+        packed.dtype = dtypes[<size_t> packed.shape.format]
+        packed.layout, packed.format, packed.n, packed.k = layout, FORMATS[packed.dtype], n, k
+        packed.data, packed.panels = data, <char*> <size_t> data.data_ptr()
+        return packed
 
     @property
     def nbytes(self):
@@ -316,15 +321,15 @@ cdef class Packed:
         cdef Packed part = Packed.__new__(Packed)
         n = min(self.n, (n + self.shape.nr - 1) // self.shape.nr * self.shape.nr)
         part.shape, part.layout, part.panels, part.k, part.n = self.shape, self.layout, self.panels, self.k, n
-        part.data = self.data[: packed_elements(self.shape, n, self.k) * sizeof(float)]
+        part.format, part.dtype = self.format, self.dtype
+        part.data = self.data[: packed_bytes(self.shape, n, self.k)]
         return part
 
     def unpack(self):
         """The weight [n, k], bit for bit as it was packed."""
-        weight = torch.empty((self.n, self.k), dtype=torch.float32)
-        cdef WeightView[float] target
-        target.data, target.n, target.k = <float*> <size_t> weight.data_ptr(), self.n, self.k
-        target.stride_n, target.stride_k = self.k, 1
+        weight = torch.empty((self.n, self.k), dtype=self.dtype)
+        cdef View w = need(weight, "weight")
+        cdef WeightView target = as_weight(&w)
         with nogil:
             unpack_weight(self.shape, self.panels, target)
         return weight
@@ -376,51 +381,58 @@ cdef class Epilogue:
                     self.program[isa].params[i][j] = params[j]
 
 
+# Whether the plan's kernel reads this weight, and x or what x can be widened to.
+cdef bint answers(Plan plan, Packed w, Format x) noexcept:
+    cdef const Kernel* kernel = plan.plan.kernel
+    return kernel.reads(w.shape) and (<int> kernel.rows == 0 or kernel.rows == x)
+
+
 # One product. Large ones release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
-cdef int compute(Packed w, Plan plan, Epilogue epilogue, ptrdiff_t m, const float* x, ptrdiff_t stride_x,
-                 const float* bias, float* y, ptrdiff_t stride_y) except -1:
+cdef int compute(Packed w, Plan plan, Epilogue epilogue, Matrix* x, Bias bias, Matrix* y) except -1:
     cdef Problem p
-    p.m, p.n, p.k = m, w.n, w.k
-    p.x.data, p.x.stride = x, stride_x
-    p.packed, p.bias, p.y, p.stride_y = <const char*> w.panels, bias, y, stride_y
+    p.m, p.n, p.k = x.m, w.n, w.k
+    p.x.data, p.x.stride, p.x.format = x.data, x.stride, x.format
+    p.weight.panels, p.weight.layout = w.panels, w.shape
+    p.bias = bias
+    p.y.data, p.y.stride, p.y.format = y.data, y.stride, y.format
     p.epilogue = epilogue.program[<size_t> plan.plan.kernel.isa]
     cdef CPlan c = plan.plan
     cdef cbool done
-    if m * w.n * w.k > 2000000:
+    if x.m * w.n * w.k > 2000000:
         with nogil:
             done = gemm(p, c)
     else:
         done = gemm(p, c)
     if not done:
-        raise MemoryError(f"no memory for the scratch tiles of a product with M={m}, N={w.n}, K={w.k}")
+        raise MemoryError(f"no memory for the scratch tiles of a product with M={x.m}, N={w.n}, K={w.k}")
     return 0
 
 
 def run(Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out):
     """out = epilogue(x @ weight.T + bias).
 
-    x: fp32 [M, K]; bias: fp32 [N] or None; out: fp32 [M, N], written in place. Rows may have any stride, elements of a
-    row must be side by side. Raises TypeError or ValueError where a tensor is not of that form.
+    x: [M, K]; bias: [N] or None; out: [M, N], written in place; each fp32, bf16 or fp16, but x fp32 where the weight
+    is, and of the rows' format for a kernel that reads 16-bit rows. Rows may have any stride, elements of a row must be
+    side by side. Raises TypeError or ValueError where a tensor is not of that form.
     """
     cdef View vx = need(x, "x")
     cdef View vy = need(out, "out")
     cdef View vb
-    cdef ptrdiff_t m = 0, stride_x = 0, m_y = 0, stride_y = 0
-    if packed.layout != plan.layout:
-        raise ValueError(f"kernel {plan.kernel!r} reads layout {plan.layout!r}, the weight is in {packed.layout!r}")
-    if vx.ndim != 2 or vx.shape[1] != packed.k or not as_rows(&vx, &m, &stride_x):
+    cdef Matrix rows_x, rows_y
+    cdef Bias b
+    if not plan.plan.kernel.reads(packed.shape):
+        raise ValueError(f"kernel {plan.kernel!r} reads {' or '.join(reads(plan.plan.kernel))}, "
+                         f"the weight is in {packed.layout!r}")
+    if not answers(plan, packed, vx.format) or (packed.shape.format != vx.format and packed.format == "fp32"):
+        raise ValueError(f"kernel {plan.kernel!r} on a weight in {packed.layout!r} does not take x of {x.dtype}")
+    if vx.ndim != 2 or vx.shape[1] != packed.k or not as_rows(&vx, &rows_x):
         raise ValueError(f"x must be [M, {packed.k}] with unit stride in a row, not {describe(x)}")
-    if vy.ndim != 2 or vy.shape[0] != m or vy.shape[1] != packed.n or not as_rows(&vy, &m_y, &stride_y):
-        raise ValueError(f"out must be [{m}, {packed.n}] with unit stride in a row, not {describe(out)}")
-    vb.data = NULL
+    if vy.ndim != 2 or vy.shape[0] != rows_x.m or vy.shape[1] != packed.n or not as_rows(&vy, &rows_y):
+        raise ValueError(f"out must be [{rows_x.m}, {packed.n}] with unit stride in a row, not {describe(out)}")
+    b.data = NULL
     if bias is not None:
         vb = need(bias, "bias")
         if vb.ndim != 1 or vb.shape[0] != packed.n or (vb.stride[0] != 1 and packed.n > 1):
             raise ValueError(f"bias must be [{packed.n}] with unit stride, not {describe(bias)}")
-    compute(packed, plan, epilogue, m, vx.data, stride_x, vb.data, vy.data, stride_y)
-
-
-def evict(size_t address, size_t nbytes):
-    """Drops memory from every cache level, so that its next use is a cold one. The memory must exist."""
-    with nogil:
-        flush(<const char*> address, nbytes)
+        b.data, b.format = vb.data, vb.format
+    compute(packed, plan, epilogue, &rows_x, b, &rows_y)

@@ -19,19 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear import fusion, linear
+from fastlinear.bypass import allow_bypass, forbid_bypasses
 from fastlinear.selection import REASON, Filter, Patterns, choose
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _TUNE = ("lazy", "now", "off")
-# Attributes by which torch's fused encoder kernels bypass the layers below them, and the value that forbids it. With a
-# padding mask nn.TransformerEncoder hands on nested tensors, which nothing but those kernels needs.
-_BYPASSES: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-_SAVED = "_fastlinear_saved"  # on such a module: the attribute's own value
-
 _log = logging.getLogger("fastlinear")
 
 
@@ -41,6 +34,8 @@ def convert(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     filter_fn: Filter | None = None,
+    dtype: torch.dtype | None = None,
+    accumulate: str = "fp32",
     fuse: bool = True,
     inplace: bool = False,
     tune: str = "lazy",
@@ -56,11 +51,17 @@ def convert(
         container means all layers in it; a glob must match a whole dotted name ("encoder.*.fc1"), or the front of one
         up to a dot, so "layers.1" never means "layers.10".
     filter_fn: filter_fn(module, name) is asked about every layer that is left, and converts it by returning True.
+    dtype: torch.bfloat16 or torch.float16 packs the weights in 16 bits; parameters and activations keep their dtypes.
+        As this is lossy for a parameter of another dtype, an `lm_head`, and a layer whose weight has a second use (an
+        embedding's, say), are then left alone unless `include` matches them.
+    accumulate: "fp16" admits kernels that sum up to 64 products in fp16 before they go on in fp32.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
         a module whose source says so. Hooks put on such a layer later see activated output, and a model in which it
         is wrapped (by LoRA, say) or replaced later raises RuntimeError: do that first, or pass fuse=False.
     tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
+
+    Layers that are fast already stay as they are, unless `dtype` or `accumulate` is given: then they take both.
 
     nn.TransformerEncoder leaves torch's fused fast path, which would bypass the converted layers; as always without
     that path, outputs at padded positions are arbitrary instead of zero.
@@ -69,8 +70,10 @@ def convert(
     layer and of a model with nothing to convert.
     """
     _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace}, tune, example_inputs)
-    reasons = choose(model, include, exclude, filter_fn)
-    chosen = [layer for layer, reason in reasons.items() if reason is None]
+    linear.check_precision(dtype, accumulate)
+    reasons = choose(model, include, exclude, filter_fn, dtype, accumulate)
+    chosen = [layer for layer, reason in reasons.items() if reason is None and not linear.is_fast(layer)]
+    fast = [layer for layer, reason in reasons.items() if reason is None and linear.is_fast(layer)]
     pairs = fusion.find_pairs(model, set(chosen)) if fuse else []
     activations = {pair.linear: pair.activation for pair in pairs}
 
@@ -79,14 +82,18 @@ def convert(
     names = {module: name for name, module in model.named_modules()}
     with ExitStack() as undo:
         for layer in chosen:
-            linear.adopt(twin[layer], activations.get(layer), "off" if tune == "off" else "lazy", names[layer])
+            mode = "off" if tune == "off" else "lazy"
+            linear.adopt(twin[layer], activations.get(layer), mode, names[layer], dtype, accumulate)
             undo.callback(linear.release, twin[layer])
+        for layer in fast:
+            undo.callback(linear.set_precision, twin[layer], *linear.precision(layer))
+            linear.set_precision(twin[layer], dtype or linear.precision(layer)[0], accumulate)
         for pair in pairs:
             there = pair._replace(linear=twin[pair.linear], home=twin[pair.home], holder=twin[pair.holder])
             fusion.absorb(there)
             undo.callback(fusion.restore, there.holder, there.slot)
-        for module in _forbid_bypasses(result):
-            undo.callback(_allow_bypass, module)
+        for module in forbid_bypasses(result):
+            undo.callback(allow_bypass, module)
         if tune == "now":
             _tune(result, example_inputs, None)
         undo.pop_all()
@@ -111,7 +118,7 @@ def unconvert(model: Model) -> Model:
                     linear.release(child.linear)
     for name, module in model.named_modules():
         vars(module).pop(REASON, None)
-        _allow_bypass(module)
+        allow_bypass(module)
         if linear.is_fast(module) and module.activation is None:
             linear.release(module)
         elif linear.is_fast(module):
@@ -195,23 +202,6 @@ def _copy_sharing_tensors(model: Model) -> Model:
 
 def _fast_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if linear.is_fast(module)]
-
-
-def _forbid_bypasses(model: nn.Module) -> list[nn.Module]:
-    """Close torch's fast path of encoders that contain a fast layer; returns those that were open."""
-    closed = []
-    for module in model.modules():
-        for cls, attribute, value in _BYPASSES:
-            if isinstance(module, cls) and getattr(module, attribute, value) != value and _fast_layers(module):
-                vars(module)[_SAVED] = {attribute: getattr(module, attribute)}
-                setattr(module, attribute, value)
-                closed.append(module)
-    return closed
-
-
-def _allow_bypass(module: nn.Module) -> None:
-    for attribute, value in vars(module).pop(_SAVED, {}).items():
-        setattr(module, attribute, value)
 
 
 def _check_arguments(model: object, filter_fn: object, flags: dict[str, Any], tune: object, example: object) -> None:

@@ -1,28 +1,30 @@
-"""What makes a linear layer fast, as a mixin: the engine in its __dict__, and the way round it.
+"""What makes a linear layer fast, as a mixin: the engines in its __dict__, and the way round them.
 
-The engine (guards, packed weight, plans) and the record of what was chosen for each bucket of M are never saved,
-pickled or copied; a copy makes its own at its first call.
+An engine (guards, packed weight, plans) is for one dtype of the packed weight: the layer has its own, and gets another
+for each dtype that autocast asks for. They and the record of what was chosen are never saved, pickled or copied; a copy
+makes its own at its first call.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlinear import _engine, _kernels, activations, ops, planner
+from fastlinear._engine import Engine
 from fastlinear.activations import Activation
-from fastlinear.planner import Chosen
+from fastlinear.candidates import Chosen, Problem
+from fastlinear.packs import is_pairing, odd_dtype, pack, why_unfit
+
+_UNSAVED = ("_engine", "_casting", "_chosen")
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _lock = threading.RLock()  # packing and planning; a call that is packed and planned never takes it
-_packs = WeakIdKeyDictionary()  # parameter -> what it was when it was packed, and its pack: tied layers share one
 
 
 def _new_lock() -> None:
@@ -38,8 +40,11 @@ class FastModule(nn.Module):
     """What FastLinear and its twin for transformers' Conv1D have in common; mixed in before the stock class."""
 
     _transposed = False  # True: the weight is [in, out]
-    _engine: _engine.Engine
-    _chosen: dict[tuple[int, int], Chosen]  # by threads and bucket of M
+    _pack_dtype: torch.dtype | None = None  # what the weight is packed in; None: its own dtype
+    _accumulate = "fp32"  # the format of the least exact sums that are welcome
+    _engine: Engine
+    _casting: dict[torch.dtype, Engine]  # those for autocast, by the dtype of their packs
+    _chosen: dict[tuple[Engine, int, str, int], Chosen]  # by engine, threads, format of x and bucket of M
     _tune: str
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
@@ -66,8 +71,12 @@ class FastModule(nn.Module):
         return self._engine.forward(self, input)
 
     def _torch(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        mixed = isinstance(x, Tensor) and any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
+        if mixed and self._takes(x):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         try:
-            y = F.linear(x, self.weight.t() if self._transposed else self.weight, self.bias)
+            y = F.linear(x, weight.t() if self._transposed else weight, bias)
         except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
             if isinstance(x, Tensor) and not x.is_nested and (x.dim() == 0 or x.shape[-1] != self.in_features):
                 raise RuntimeError(
@@ -78,71 +87,124 @@ class FastModule(nn.Module):
         return activations.apply(self.activation, y)
 
     def _slow(self, x: Tensor, why: str) -> Tensor:
-        """Answers a call that the engine did not; `why` is one of _engine.UNFIT, PROFILED, STALE, UNPLANNED."""
+        """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
         if why == _engine.PROFILED:
             return ops.linear(self, x)
-        y = None if why == _engine.UNFIT else self._native(x)
+        if why == _engine.AUTOCAST:
+            y = self._under_autocast(x)
+        else:
+            y = None if why == _engine.UNFIT else self._native(x, self.pack_dtype)
         return self._torch(x) if y is None else y
 
-    def _native(self, x: Tensor) -> Tensor | None:
-        """The engine's answer, packed and planned for if need be; None where torch has to compute it."""
-        y = self._engine.attempt(self, x)
-        fit = x.dtype is torch.float32 and not x.is_nested and x.dim() > 0
-        if y is None and fit and x.shape[-1] == self.in_features and self._prepare(x.shape[:-1].numel()):
-            y = self._engine.attempt(self, x)
+    def _under_autocast(self, x: Tensor) -> Tensor | None:
+        """What stock autocast makes of the call: x and the weight are cast to its dtype."""
+        if not torch.is_autocast_enabled("cpu"):  # another device's is
+            return self._native(x, self.pack_dtype)
+        dtype = torch.get_autocast_dtype("cpu")
+        if x.dtype not in _kernels.FORMATS or dtype not in _kernels.FORMATS or self._differentiated(x):
+            return None
+        return self._native(x.to(dtype), dtype)
+
+    def _differentiated(self, x: Tensor) -> bool:
+        operands = (x, self.weight, self.bias)
+        return self.training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands))
+
+    @property
+    def pack_dtype(self) -> torch.dtype:
+        """What the weight is packed in."""
+        return self._pack_dtype or self.weight.dtype
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"."""
+        return " as ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (self.weight.dtype, self.pack_dtype)))
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether there are kernels for the dtypes of x, weight, bias and pack."""
+        return is_pairing(x.dtype, self.pack_dtype) and odd_dtype(self.weight, self.bias) is None
+
+    def _native(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The answer of the engine with a pack of `dtype`, packed and planned for if need be; None where torch has to
+        compute it."""
+        engine = self._engine if dtype is self.pack_dtype else self._casting.get(dtype)
+        if engine is None:
+            engine = self._casting.setdefault(dtype, self._new_engine())
+        y = engine.attempt(self, x)
+        fit = is_pairing(x.dtype, dtype) and not x.is_nested and x.dim() > 0 and x.shape[-1] == self.in_features
+        if y is None and fit and not self._differentiated(x) and self._prepare(engine, dtype, x):
+            y = engine.attempt(self, x)
         return y
 
-    def _prepare(self, m: int) -> bool:
-        """Packs and plans what a call with m rows needs; False where torch has to run it."""
+    def _prepare(self, engine: Engine, dtype: torch.dtype, x: Tensor) -> bool:
+        """Packs and plans what a call with x needs; False where torch has to run it."""
         if os.environ.get("FASTLINEAR_DISABLE", "0") != "0":
             return False
         with _lock:
-            if not self._engine.fresh(self):
+            if not engine.fresh(self):
                 if why_unfit(self) is not None:
                     return False
-                weight = self.weight  # read once: another thread may be setting it
+                weight = self.weight  # read once: another thread may be setting it, to one of another dtype
                 version = _engine.version_of(weight)
-                self._engine.take(weight, version, pack(weight, self._transposed))
-                self._chosen.clear()
+                if engine is self._engine:
+                    dtype = self._pack_dtype or weight.dtype
+                engine.take(weight, version, pack(weight, dtype, self._transposed))
+                for key in [key for key in self._chosen if key[0] is engine]:
+                    del self._chosen[key]
+            m = x.shape[:-1].numel()
             if m > 0:
-                self._plan(m)
+                self._plan(engine, _engine.bucket(m), x.dtype)
         return True
 
-    def _plan(self, m: int) -> None:
-        threads, packed = _kernels.num_threads(), self._engine.packed
-        m = _engine.bucket(m)
-        if packed is None or (threads, m) in self._chosen:
+    def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
+        threads, packed, form = _kernels.num_threads(), engine.packed, _kernels.FORMATS[x]
+        if packed is None or not is_pairing(x, packed.dtype) or (engine, threads, form, m) in self._chosen:
             return
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        problem = planner.Problem(m, packed.n, packed.k, bias is not None, self.activation, self._transposed, threads)
+        problem = Problem(
+            m=m,
+            n=packed.n,
+            k=packed.k,
+            x=form,
+            packed=packed.format,
+            held=_kernels.FORMATS[weight.dtype],
+            accumulate=self._accumulate,
+            bias=bias is not None,
+            activation=self.activation,
+            transposed=self._transposed,
+            threads=threads,
+        )
         operands = planner.Operands(weight, bias, packed)
         chosen = planner.decide(problem, operands, measure=self._tune == "lazy")
-        self._engine.plan_for(m, threads, planner.executable(chosen, problem, weight))
-        self._chosen[threads, m] = chosen
+        engine.plan_for(m, threads, x, planner.executable(chosen, problem, weight))
+        self._chosen[engine, threads, form, m] = chosen
+
+    def _new_engine(self) -> Engine:
+        steps = () if self.activation is None else (self.activation,)
+        return Engine(_kernels.Epilogue(steps), self._transposed)
 
     def _reset(self) -> None:
-        steps = () if self.activation is None else (self.activation,)
-        vars(self).update(_engine=_engine.Engine(_kernels.Epilogue(steps), self._transposed), _chosen={})
+        vars(self).update(_engine=self._new_engine(), _casting={}, _chosen={})
         ops.register(self)
 
     @property
-    def plans(self) -> dict[int, Chosen]:
-        """What runs for each bucket of M met so far, under torch's present number of threads."""
+    def plans(self) -> tuple[Chosen, ...]:
+        """What runs for each format of x and bucket of M met so far, under torch's present number of threads."""
         threads = _kernels.num_threads()
-        return {m: chosen for (t, m), chosen in sorted(self._chosen.items()) if t == threads}
+        chosen = [chosen for (_, t, *_), chosen in list(self._chosen.items()) if t == threads]
+        return tuple(sorted(chosen, key=lambda c: (c.x, c.bucket)))
 
     @property
     def pack_nbytes(self) -> int:
-        """Bytes of the packed weight; 0 before the first call."""
-        packed = self._engine.packed
-        return 0 if packed is None else packed.nbytes
+        """Bytes of the packed weight, in all dtypes; 0 before the first call."""
+        packs = [engine.packed for engine in (self._engine, *self._casting.values())]
+        return sum(packed.nbytes for packed in packs if packed is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._reset()  # to(), half(), share_memory() ...: the weight is about to be another one
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_engine", "_chosen")}
+        return {key: value for key, value in vars(self).items() if key not in _UNSAVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -150,50 +212,15 @@ class FastModule(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        if self.dtypes != "float32":
+            parts.append(f"dtype={self.dtypes}")
         if self.activation is not None:
             parts.append(f"activation={_spell(self.activation)}")
-        names = sorted({chosen.name for chosen in self.plans.values()})
+        names = sorted({chosen.name for chosen in self.plans})
         parts.append(f"kernel={' | '.join(names) or 'untuned'}")
         if self.pack_nbytes:
             parts.append(f"packed={self.pack_nbytes / 2**20:.2f} MiB")
         return ", ".join(parts)
-
-
-def why_unfit(module: nn.Module) -> str | None:
-    """Why the kernels cannot read a module's parameters, in a few words; None if they can."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed by a hook or parametrization"
-    bias = module._parameters.get("bias")
-    if bias is None and getattr(module, "bias", None) is not None:
-        return "its bias is computed by a hook or parametrization"
-    if weight.dim() != 2:
-        return f"its weight has {weight.dim()} dimensions, not 2"
-    for what, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
-            return f"its {what} is a {type(tensor).__name__}"
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"its {what} is on device {tensor.device}"
-        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.layout is not torch.strided):
-            return f"its {what} is {tensor.dtype} {tensor.layout}, not dense torch.float32"
-    return None
-
-
-def pack(weight: Tensor, transposed: bool = False) -> _kernels.Packed:
-    """The weight [n, k], or [k, n] if transposed, in the layout of this machine."""
-    state = (weight.data_ptr(), _engine.version_of(weight), transposed, planner.layout())
-    known, shared = _packs.get(weight, (None, None))
-    packed = shared() if shared is not None and known == state else None
-    if packed is None:
-        dense = weight.detach()
-        packed = _kernels.Packed(dense.t() if transposed else dense, planner.layout())
-        _packs[weight] = state, weakref.ref(packed)
-    return packed
-
-
-def forget_pack(weight: Tensor) -> None:
-    """The next `pack` of this parameter packs anew, even where torch saw no change."""
-    _packs.pop(weight, None)
 
 
 def label(module: nn.Module) -> str:

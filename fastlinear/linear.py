@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlinear import activations, ops
+from fastlinear import _kernels, activations, ops
 from fastlinear.activations import Activation
-from fastlinear.fast_module import FastModule, forget_pack, why_unfit
+from fastlinear.fast_module import FastModule
+from fastlinear.packs import forget_pack, why_unfit
 
 TUNE_MODES = ("lazy", "off")
 _CONV1D = "transformers.pytorch_utils"  # where GPT-2's Conv1D lives; looked at only if the user has imported it
@@ -25,9 +26,10 @@ class FastLinear(FastModule, nn.Linear):
     """Drop-in for nn.Linear followed by an activation: y = activation(x W^T + b).
 
     Takes what nn.Linear takes, and `activation`: a name ("gelu"), a name with torch's parameters (("leaky_relu", 0.1)),
-    an nn module or a torch function; ValueError for one that cannot be fused. Input [..., in_features], output
-    [..., out_features]. The first call with a new number of rows measures the kernels for it (about 50 ms, kept in a
-    cache file); training, gradients, other dtypes and devices run nn.Linear's own code.
+    an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
+    sum up to 64 products in fp16. Input [..., in_features], output [..., out_features] of the input's dtype: fp32, with
+    a 16-bit weight also bf16 or fp16. The first call with a new number of rows measures the kernels for it (about 50
+    ms, kept in a cache file); training, gradients, other dtypes and devices run nn.Linear's own code.
     """
 
     def __init__(
@@ -39,29 +41,49 @@ class FastLinear(FastModule, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         activation: object = None,
+        accumulate: str = "fp32",
     ) -> None:
         resolved = activations.resolve(activation)
+        check_precision(None, accumulate)
         super().__init__(in_features, out_features, bias, device, dtype)
-        _become_fast(self, resolved, "lazy", "")
+        _become_fast(self, resolved, "lazy", "", None, accumulate)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, activation: object = None) -> FastLinear:
-        """A FastLinear that shares the parameters of `linear`; ValueError where it cannot be one (see `why_not`)."""
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        activation: object = None,
+        *,
+        dtype: torch.dtype | None = None,
+        accumulate: str = "fp32",
+    ) -> FastLinear:
+        """A FastLinear that shares the parameters of `linear`; ValueError where it cannot be one (see `why_not`).
+
+        `dtype` (torch.bfloat16 or torch.float16) packs the weight in 16 bits, whatever the parameter's dtype is.
+        """
+        check_precision(dtype, accumulate)
         resolved, reason = activations.resolve(activation), why_not(linear)
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
         fast = cls.__new__(cls)
         state = vars(linear).items()
         vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
-        _become_fast(fast, resolved, "lazy", "")
+        _become_fast(fast, resolved, "lazy", "", dtype, accumulate)
         return fast
 
 
-def adopt(module: nn.Module, activation: Activation | None = None, tune: str = "lazy", name: str = "") -> None:
+def adopt(
+    module: nn.Module,
+    activation: Activation | None = None,
+    tune: str = "lazy",
+    name: str = "",
+    dtype: torch.dtype | None = None,
+    accumulate: str = "fp32",
+) -> None:
     """Turns an nn.Linear or a transformers Conv1D into its fast twin in place: same object, parameters and hooks.
 
-    `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer. ValueError where
-    `why_not(module)` has a reason.
+    `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer; `dtype` is what its
+    weight is packed in, None for its own. ValueError where `why_not(module)` has a reason.
     """
     if tune not in TUNE_MODES:
         raise ValueError(f"tune={tune!r} is unknown; allowed are {', '.join(TUNE_MODES)}")
@@ -69,7 +91,18 @@ def adopt(module: nn.Module, activation: Activation | None = None, tune: str = "
     if reason is not None:
         raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
     module.__class__ = _twin(type(module)) or type(module)
-    _become_fast(module, activation, tune, name)
+    _become_fast(module, activation, tune, name, dtype, accumulate)
+
+
+def precision(module: Any) -> tuple[torch.dtype | None, str]:
+    """What a fast layer was told to pack its weight in (None: its own dtype), and to sum in."""
+    return module._pack_dtype, module._accumulate
+
+
+def set_precision(module: Any, dtype: torch.dtype | None, accumulate: str) -> None:
+    """Tells a fast layer what to pack its weight in, and to sum in."""
+    vars(module).update(_pack_dtype=dtype, _accumulate=accumulate)
+    module._reset()
 
 
 def release(module: nn.Module) -> None:
@@ -105,12 +138,25 @@ def why_not(module: nn.Module) -> str | None:
     return why_unfit(module)
 
 
-_OWN = ("activation", "_engine", "_chosen", "_tune", "_name")
+def check_precision(dtype: object, accumulate: object) -> None:
+    """TypeError or ValueError where weights cannot be packed in `dtype`, or `accumulate` is no format of sums."""
+    narrow = [dtype for dtype in _kernels.FORMATS if dtype is not torch.float32]
+    if dtype is not None and not any(dtype is allowed for allowed in narrow):
+        error = ValueError if isinstance(dtype, torch.dtype) else TypeError
+        raise error(f"dtype must be None, {' or '.join(map(str, narrow))}, but is {dtype!r}")
+    sums = sorted({row["accumulate"] for row in _kernels.kernels()} | {"fp32"}, reverse=True)
+    if accumulate not in sums:
+        raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
+
+
+_OWN = ("activation", "_engine", "_casting", "_chosen", "_tune", "_name", "_pack_dtype", "_accumulate")
 _CONV_OWN = ("in_features", "out_features")
 
 
-def _become_fast(module: Any, activation: Activation | None, tune: str, name: str) -> None:
-    vars(module).update(activation=activation, _tune=tune, _name=name)
+def _become_fast(
+    module: Any, activation: Activation | None, tune: str, name: str, dtype: torch.dtype | None, accumulate: str
+) -> None:
+    vars(module).update(activation=activation, _tune=tune, _name=name, _pack_dtype=dtype, _accumulate=accumulate)
     if module._transposed:
         vars(module).update(in_features=module.weight.shape[0], out_features=module.weight.shape[1])
     module._reset()

@@ -1,11 +1,12 @@
 """The dispatcher's view of a fast layer: the op fastlinear::linear.
 
-    linear(x, weight, bias, activation, params, transposed) = activation(F.linear(x, weight, bias))
+    linear(x, weight, bias, activation, params, transposed, packed, accumulate) = activation(F.linear(x, weight, bias))
 
 weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] and the output [..., N], contiguous, of
-the dtype of x. The packed weight is no argument but an accelerator behind the scenes: on the CPU, the layer whose
-parameters these are is looked up by their memory and its engine answers. So a graph that holds the op never holds
-packed bytes, goes where the parameters go, and is right for any other tensors too.
+the dtype of x, to which weight and bias are cast. The packed weight is no argument but an accelerator behind the
+scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph
+that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
+`packed` and `accumulate` are what the accelerator may round to: the dtype of its weight, and the format of its sums.
 
 Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and the profiler.
 """
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlinear.activations import Activation, apply
+from fastlinear import _kernels, activations
+from fastlinear.activations import Activation
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _IDENTITY = Activation("identity")  # what the op's string says for None
 
 
@@ -32,13 +34,32 @@ class Layer(Protocol):
     in_features: int
     training: bool
     _transposed: bool
+    _accumulate: str
 
     @property
     def _parameters(self) -> Mapping[str, Tensor | None]: ...
 
-    def _native(self, x: Tensor) -> Tensor | None: ...
+    @property
+    def pack_dtype(self) -> torch.dtype: ...
+
+    def _takes(self, x: Tensor) -> bool: ...
+
+    def _native(self, x: Tensor, dtype: torch.dtype) -> Tensor | None: ...
 
     def _torch(self, x: Tensor) -> Tensor: ...
+
+
+class _Form(NamedTuple):
+    """The op's arguments behind the tensors; the dispatcher leaves out those that have their default values."""
+
+    activation: str
+    params: list[float]
+    transposed: bool
+    packed: torch.dtype | None = None
+    accumulate: str = "fp32"
+
+    def fused(self) -> Activation | None:
+        return None if self.activation == _IDENTITY.name else Activation(self.activation, tuple(self.params))
 
 
 _Key: TypeAlias = tuple[Any, ...]
@@ -59,54 +80,47 @@ def forget(layer: object) -> None:
 def linear(layer: Layer, x: Tensor) -> Tensor:
     """layer(x) as the op where that is what a fast layer would run natively, else as torch's own ops; traceable."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if weight is None or layer.training or not _native_form(x, weight, bias) or x.shape[-1] != layer.in_features:
+    if weight is None or layer.training or not _native_form(layer, x, weight, bias):
         return layer._torch(x)
     name, params = layer.activation or _IDENTITY
-    y: Tensor = _op(x, weight, bias, name, list(params), layer._transposed)
+    y: Tensor = _op(x, weight, bias, name, list(params), layer._transposed, layer.pack_dtype, layer._accumulate)
     return y
 
 
-def _native_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _native_form(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if type(x) is not Tensor or x.is_nested or x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != layer.in_features:
+        return False
     operands = (x, weight) if bias is None else (x, weight, bias)
-    dense = all(t.dtype is torch.float32 and t.device.type == "cpu" and t.layout is torch.strided for t in operands)
-    plain = (
-        type(x) is Tensor
-        and not x.is_nested
-        and x.dim() > 0
-        and weight.dim() == 2
-        and not torch.is_autocast_enabled("cpu")
-    )
-    return dense and plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
+    dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in operands)
+    fit = all(t.dtype in _kernels.FORMATS for t in operands) if torch.is_autocast_enabled("cpu") else layer._takes(x)
+    return dense and fit and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
 
 
-def _formula(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], transposed: bool
-) -> Tensor:
-    return _activated(F.linear(x, weight.t() if transposed else weight, bias), activation, params)
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    form = _Form(*arguments)
+    return activations.linear(x, weight.t() if form.transposed else weight, bias, form.fused())
 
 
-def _activated(y: Tensor, activation: str, params: list[float]) -> Tensor:
-    return y if activation == _IDENTITY.name else apply(Activation(activation, tuple(params)), y)
-
-
-def _cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], transposed: bool
-) -> Tensor:
-    key = (weight.data_ptr(), activation, *params, transposed)
-    layer = _found.get(key)
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    form = _Form(*arguments)
+    packed = form.packed or weight.dtype
+    key = (weight.data_ptr(), form.activation, *form.params, form.transposed, form.accumulate)
+    slot = (*key, packed)
+    layer = _found.get(slot)
     if layer is None or id(layer) not in _layers or not _is_of(layer, weight, bias):
         alive = [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
-        layer = next((a for a in alive if _key_of(a) == key and _is_of(a, weight, bias)), None)
+        able = [layer for layer in alive if _key_of(layer) == key and _is_of(layer, weight, bias)]
+        layer = max(able, key=lambda layer: layer.pack_dtype is packed, default=None)
         if layer is not None:
-            _found[key] = layer
-    y = None if layer is None else layer._native(x)
-    return _formula(x, weight, bias, activation, params, transposed).contiguous() if y is None else y
+            _found[slot] = layer
+    y = None if layer is None else layer._native(x, packed)
+    return _formula(x, weight, bias, *arguments).contiguous() if y is None else y
 
 
 def _key_of(layer: Layer) -> _Key:
     name, params = layer.activation or _IDENTITY
     weight = layer._parameters.get("weight")
-    return (_address(weight), name, *params, layer._transposed)
+    return (_address(weight), name, *params, layer._transposed, layer._accumulate)
 
 
 def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
@@ -129,21 +143,28 @@ def _address(t: Tensor | None) -> int | None:
     return t.data_ptr()
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, params: list[float], transposed: bool
-) -> Tensor:
-    n, k = reversed(weight.shape) if transposed else weight.shape
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    n, k = reversed(weight.shape) if _Form(*arguments).transposed else weight.shape
     torch._check(x.dim() > 0 and x.shape[-1] == k, lambda: f"fastlinear::linear: x {x.shape} needs {k} columns")
-    torch._check(x.dtype == weight.dtype, lambda: f"fastlinear::linear: x is {x.dtype}, the weight {weight.dtype}")
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *epilogue: Any) -> Tensor:
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """F.linear under autocast: x is cast, and the weight packed as it is cast."""
+    if x.dtype not in _kernels.FORMATS:  # autocast leaves fp64 alone
+        return _formula(x, weight, bias, *arguments)
+    form = _Form(*arguments)._replace(packed=torch.get_autocast_dtype("cpu"))
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        y: Tensor = _op(x.to(form.packed), weight, bias, *form)
+    return y
+
+
+def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     """What is differentiated is made of torch's ops; anything else goes on below autograd."""
     if _differentiable(x) or _differentiable(weight) or (bias is not None and _differentiable(bias)):
-        return _formula(x, weight, bias, *epilogue)
+        return _formula(x, weight, bias, *arguments)
     below = keyset & torch._C._after_autograd_keyset
-    y: Tensor = _op.redispatch(below, x, weight, bias, *epilogue)
+    y: Tensor = _op.redispatch(below, x, weight, bias, *arguments)
     return y
 
 
@@ -153,36 +174,31 @@ def _differentiable(t: Tensor) -> bool:
 
 
 def _vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    params: list[float],
-    transposed: bool,
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, int]:
     """A batch of inputs is more rows of x; a batch of parameters is a batched product."""
     of_x, of_weight, of_bias, *_ = in_dims
     x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
     if of_weight is None and of_bias is None:
-        return _op(x, weight, bias, activation, params, transposed), 0
-    weight = weight if of_weight is None else weight.movedim(of_weight, 0)
-    y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ (weight if transposed else weight.mT)
+        return _op(x, weight, bias, *arguments), 0
+    form = _Form(*arguments)
+    weight = (weight if of_weight is None else weight.movedim(of_weight, 0)).to(x.dtype)
+    y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ (weight if form.transposed else weight.mT)
     if bias is not None:
-        y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1))
-    return _activated(y.reshape(*x.shape[:-1], y.shape[-1]), activation, params), 0
+        y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(x.dtype)
+    return activations.apply(form.fused(), y.reshape(*x.shape[:-1], y.shape[-1])), 0
 
 
 _library = torch.library.Library("fastlinear", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
+    "ScalarType? packed=None, str accumulate='fp32') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _op = torch.ops.fastlinear.linear.default
 _library.impl("linear", _cpu, "CPU")
 _library.impl("linear", _formula, "CompositeExplicitAutograd")  # every other device
-_library.impl("linear", _formula, "AutocastCPU")  # F.linear and the activation as autocast has them
+_library.impl("linear", _autocast, "AutocastCPU")
 _library.impl("linear", _autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
 torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)

@@ -1,7 +1,7 @@
-"""From a problem (shape, epilogue, threads) to what runs it: an override, the cache, a tuning or a heuristic.
+"""From a problem (shape, formats, epilogue, threads) to what runs it: an override, the cache, a tuning or a heuristic.
 
-The candidates are the kernels of the table that may run here, in a few splits, and torch's own ways to do the same.
-autotune decides between them; this module knows what they are, how to call them and how to make their weights cold.
+autotune decides between the candidates, kernels of the table and torch's own ways to do the same; this module knows how
+to call them and how to make their weights cold.
 """
 
 from __future__ import annotations
@@ -12,58 +12,26 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlinear import _kernels, autotune, torch_plans
-from fastlinear.activations import Activation
+from fastlinear.candidates import Chosen, Problem, able, heuristic, layout, native_candidates, override, runnable
 from fastlinear.tuning_cache import Machine, Tuned, TuningCache
+
+__all__ = ["Chosen", "Operands", "Problem", "cache", "decide", "executable", "layout", "override"]
 
 _log = logging.getLogger("fastlinear")
 
-# Below the first number of multiply-adds, waking a second thread costs more than it saves; above the second it always
-# pays. In between both are candidates.
-_SERIAL_WORK, _PARALLEL_WORK = 100e3, 4e6
-_MIN_SLICE_K = 256
+_DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
 # fit its budget) and bytes of weight. A larger problem is tuned on its first rows and columns: the kernels see the same
 # K, panels and row tiles.
 _PROXY_WORK, _PROXY_BYTES = 20e6, 4 << 20
 _PROXY_ROWS, _PROXY_COLUMNS = 48, 128
-
-
-class Problem(NamedTuple):
-    """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n]."""
-
-    m: int
-    n: int
-    k: int
-    bias: bool
-    activation: Activation | None
-    transposed: bool
-    threads: int
-
-    def key(self) -> str:
-        epilogue = (
-            "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
-        )
-        flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
-        return f"fp32/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
-
-
-class Chosen(NamedTuple):
-    """What runs for one bucket of M, and how it came to that."""
-
-    bucket: int
-    threads: int  # torch's number of threads that the choice is for
-    name: str  # a kernel of the table, or "torch/linear", "torch/mkl", "torch/mkldnn"
-    plan_threads: int
-    k_slices: int
-    source: str  # "tuned", "cache", "heuristic" or "override"
-    table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
-    speedup: float | None = None  # time of torch/linear over that of the choice, where measured
 
 
 class Operands(NamedTuple):
@@ -74,69 +42,11 @@ class Operands(NamedTuple):
     packed: _kernels.Packed
 
 
-# ---- what the table offers ----
-
-
-def _runnable() -> list[dict[str, Any]]:
-    return [row for row in _kernels.kernels() if row["runnable"]]
-
-
-def override() -> str | None:
-    """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise."""
-    name = os.environ.get("FASTLINEAR_KERNEL")
-    allowed = [*(row["name"] for row in _runnable()), *torch_plans.NAMES]
-    if name is not None and name not in allowed:
-        raise ValueError(f"FASTLINEAR_KERNEL is {name!r}; on this CPU it may be one of {', '.join(allowed)}")
-    return name
-
-
-def layout() -> str:
-    """The layout to pack weights in: that of the kernel FASTLINEAR_KERNEL names, else of the best that runs here."""
-    rows, name = _runnable(), override()
-    return str(next((row for row in rows if row["name"] == name), rows[0])["layout"])
-
-
-def native_candidates(problem: Problem) -> list[Chosen]:
-    """Every kernel that reads the layout, on one thread and on all, with K slices where the tiles are too few."""
-    work, wanted = problem.m * problem.n * problem.k, layout()
-    counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
-    return [
-        Chosen(problem.m, problem.threads, row["name"], threads, slices, "tuned")
-        for row in _runnable()
-        if row["layout"] == wanted
-        for threads in sorted(counts)
-        for slices in _slices(problem, row, threads)
-    ]
-
-
-def _slices(problem: Problem, row: dict[str, Any], threads: int) -> list[int]:
-    tiles = -(-max(problem.m, 1) // row["mr"]) * -(-max(problem.n, 1) // row["columns"])
-    slices = -(-threads // tiles)
-    return [1, slices] if slices > 1 and problem.k // slices >= _MIN_SLICE_K else [1]
-
-
-def heuristic(problem: Problem) -> Chosen:
-    """A good plan without measuring: the kernel that passes over each panel least often (the wider tile where equal),
-    on all threads unless the product is small."""
-    rows = {row["name"]: row for row in _runnable()}
-    threads = 1 if problem.m * problem.n * problem.k < _PARALLEL_WORK else problem.threads
-
-    def rank(c: Chosen) -> tuple[int, int, int]:
-        row = rows[c.name]
-        return -(-max(problem.m, 1) // row["mr"]), -row["columns"], -c.k_slices
-
-    best = min((c for c in native_candidates(problem) if c.plan_threads == threads), key=rank)
-    return best._replace(source="heuristic")
-
-
-# ---- deciding ----
-
-
 def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
-    """What to run: FASTLINEAR_KERNEL's word, else the cache's, else a tuning's (if `measure` and FASTLINEAR_AUTOTUNE
-    allow), else the heuristic's."""
+    """What to run: what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if `measure` and
+    FASTLINEAR_AUTOTUNE allow), else the heuristic's."""
     name = override()
-    if name is not None:
+    if name is not None and _applies(name, problem, operands.weight):
         return heuristic(problem)._replace(name=name, k_slices=1, source="override")
     if not measure or _kernels.forked() or os.environ.get("FASTLINEAR_AUTOTUNE", "1") == "0":
         return heuristic(problem)
@@ -145,9 +55,27 @@ def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
 
 def executable(chosen: Chosen, problem: Problem, weight: Tensor) -> _kernels.Plan | Callable[..., Tensor]:
     """What an Engine runs for `chosen`. weight: as the module holds it."""
-    if chosen.name in torch_plans.NAMES:
-        return torch_plans.make(chosen.name, weight, problem.transposed, problem.activation, problem.m).run
-    return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
+    if chosen.name not in torch_plans.NAMES:
+        return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
+    names = (chosen.name, torch_plans.BASELINE)  # a tampered cache may name a way that torch refuses
+    return next(plan for name in names if (plan := _torch_plan(name, problem, weight))).run
+
+
+def _applies(name: str, problem: Problem, weight: Tensor) -> bool:
+    if name in torch_plans.NAMES:
+        return _torch_plan(name, problem, weight) is not None
+    return any(row["name"] == name for row in able(problem))
+
+
+def _torch_plan(name: str, problem: Problem, weight: Tensor) -> torch_plans.TorchPlan | None:
+    """torch's way `name`, or None where it would keep yet another pack of the weight, or torch refuses."""
+    if name != torch_plans.BASELINE and not problem.x == problem.packed == problem.held:
+        return None
+    try:
+        return torch_plans.make(name, weight, problem.transposed, problem.activation, problem.m)
+    except (AttributeError, RuntimeError) as error:
+        _log.debug("%s is no candidate: %s", name, error)
+        return None
 
 
 @functools.cache
@@ -155,30 +83,30 @@ def cache() -> TuningCache:
     """What was tuned on this machine, by `Problem.key()`."""
     info = _kernels.cpu_info()
     machine = Machine(info["model"], tuple(info["isas"]), version("fastlinear"), torch.__version__)
-    names = {row["name"] for row in _runnable()} | set(torch_plans.NAMES)
+    names = {row["name"] for row in runnable()} | set(torch_plans.NAMES)
     return TuningCache(machine, names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
 
 
 def _remembered(problem: Problem) -> Chosen | None:
     tuned = cache().get(problem.key())
-    if tuned is None:
+    if tuned is None or tuned.name not in {*(c.name for c in native_candidates(problem)), *torch_plans.NAMES}:
         return None
     threads, slices = (tuned.numbers.get(key, 1) for key in ("threads", "k_slices"))
-    return Chosen(problem.m, problem.threads, tuned.name, threads, slices, "cache", tuned.table, tuned.speedup)
+    return Chosen(
+        problem.m, problem.threads, problem.x, tuned.name, threads, slices, "cache", tuned.table, tuned.speedup
+    )
 
 
 def _tuned(problem: Problem, operands: Operands) -> Chosen:
     small, tensors = _proxy(problem, operands)
-    # A generator of its own: tuning must not move the user's random numbers, nor follow the default dtype.
-    x = torch.randn(small.m, small.k, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    # A generator of its own: tuning must not move the user's random numbers.
+    x = torch.randn(small.m, small.k, generator=torch.Generator().manual_seed(0), dtype=_DTYPES[problem.x])
     natives = {_spell(c): c for c in native_candidates(problem)}
     runs = [autotune.Candidate(name, _call_native(c, small, tensors, x)) for name, c in natives.items()]
     weights = [tensors.weight, tensors.packed.data]
     for name in torch_plans.NAMES:
-        try:
-            plan = torch_plans.make(name, tensors.weight, small.transposed, small.activation, small.m)
-        except (AttributeError, RuntimeError) as error:
-            _log.debug("%s is no candidate: %s", name, error)
+        plan = _torch_plan(name, small, tensors.weight)
+        if plan is None:
             continue
         weights += [] if plan.packed is None else [plan.packed]
         runs.append(autotune.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias)))
@@ -190,7 +118,7 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
 
     with torch.inference_mode():
         choice = autotune.choose(runs, torch_plans.BASELINE, evict=evict)
-    winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, choice.name, 1, 1, "tuned")
+    winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
     winner = winner._replace(table=choice.table, speedup=choice.speedup)
     if choice.decided:
         numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
@@ -203,7 +131,8 @@ def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """The problem to measure instead of `problem`, and its tensors."""
     weight, bias, packed = operands
     area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
-    m, n = problem.m, min(problem.n, max(_PROXY_COLUMNS, _PROXY_BYTES // (4 * max(problem.k, 1))))
+    row_bytes = packed.dtype.itemsize * max(problem.k, 1)
+    m, n = problem.m, min(problem.n, max(_PROXY_COLUMNS, _PROXY_BYTES // row_bytes))
     if m * n > area:
         m = min(m, max(_PROXY_ROWS, int(area / n)))
         n = min(n, max(_PROXY_COLUMNS, int(area / m)))

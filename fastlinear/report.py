@@ -17,17 +17,20 @@ from fastlinear.activations import Activation
 from fastlinear.selection import linear_layers, why_skipped
 
 if TYPE_CHECKING:
-    from fastlinear.planner import Chosen
+    from fastlinear.candidates import Chosen
 
-_ROW = "{:<40} {:>3} {:>11} {:<16} {:>5} {:<23} {:>8} {:>7}"  # 120 columns
-_NAME, _OUTCOME = 40, 40  # the width of the name, and of the last three columns, over which a reason may spread
-_HEADER = _ROW.format("layer", "n", "in x out", "activation", "M", "runs on", "speed-up", "MiB")
+_HEADER = ("layer", "n", "in x out", "weight", "activation", "M", "x", "runs on", "speed-up", "MiB")
+_SIDES = "<>><<><<>>"
+_TAIL = _HEADER.index("runs on")  # over the columns from here on the reason for a skip may spread
+_WIDTH, _TAIL_WIDTH = 120, 40
 _SOURCES = {
     "tuned": "measured in this process",
     "cache": "from the tuning cache",
     "heuristic": "by rule, not measured",
     "override": "fixed by FASTLINEAR_KERNEL",
 }
+
+_FORMATS = {str(dtype).removeprefix("torch."): name for dtype, name in _kernels.FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class LayerReport:
     name: str
     in_features: int
     out_features: int
-    dtype: str
+    dtype: str  # of the parameter and, where it is another one, of its pack: "float32 as bfloat16"
     activation: Activation | None
     decision: (
         str  # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "untuned"; "skipped"
     )
-    buckets: tuple[Chosen, ...]  # what runs for each bucket of M so far, smallest first
+    buckets: tuple[Chosen, ...]  # what runs for each format of x and bucket of M so far, smallest first
     pack_mib: float  # what the packed weight takes beyond the weight itself
     reason: str | None = None  # why it was skipped
 
@@ -59,9 +62,9 @@ class Report(tuple[LayerReport, ...]):
         alike: dict[Any, list[LayerReport]] = {}
         for layer in self:
             alike.setdefault(_likeness(layer), []).append(layer)
-        rows = (line for layers in alike.values() for line in _lines(layers))
-        summary = (part for line in self._summary() for part in textwrap.wrap(line, len(_HEADER)))
-        return "\n".join((_HEADER, "-" * len(_HEADER), *rows, "", *summary))
+        rows = _aligned([_HEADER, *(row for layers in alike.values() for row in _rows(layers))])
+        summary = (part for line in self._summary() for part in textwrap.wrap(line, _WIDTH))
+        return "\n".join((rows[0], "-" * max(map(len, rows)), *rows[1:], "", *summary))
 
     def _summary(self) -> Iterator[str]:
         decisions = Counter(layer.decision for layer in self)
@@ -83,13 +86,13 @@ def report(model: nn.Module) -> Report:
 
 def _describe(name: str, layer: Any) -> LayerReport:
     fast = linear.is_fast(layer)
-    buckets = tuple(layer.plans[m] for m in sorted(layer.plans)) if fast else ()
+    buckets = layer.plans if fast else ()
     features = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")  # Conv1D
     return LayerReport(
         name=name,
         in_features=getattr(layer, features[0]),
         out_features=getattr(layer, features[1]),
-        dtype=str(layer.weight.dtype).removeprefix("torch."),
+        dtype=layer.dtypes if fast else str(layer.weight.dtype).removeprefix("torch."),
         activation=layer.activation if fast else None,
         decision=_decision(buckets) if fast else "skipped",
         buckets=buckets,
@@ -106,7 +109,7 @@ def _decision(buckets: tuple[Chosen, ...]) -> str:
 
 def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     """Equal for layers that share a row: those of repeated blocks."""
-    runs = tuple((chosen.bucket, chosen.name, chosen.speedup) for chosen in layer.buckets)
+    runs = tuple((chosen.x, chosen.bucket, chosen.name, chosen.speedup) for chosen in layer.buckets)
     shape = (layer.in_features, layer.out_features, layer.dtype)
     return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason
 
@@ -115,22 +118,32 @@ def _pattern(layer: LayerReport) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
 
 
-def _lines(layers: list[LayerReport]) -> Iterator[str]:
-    """The rows of layers alike: one for each M, or the reason why they were skipped, on several lines if need be."""
+def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
+    """The rows of layers alike: one for each x and M, or why they were skipped, on several rows if need be."""
     first = layers[0]
     name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
-    name = name if len(name) <= _NAME else "..." + name[3 - _NAME :]
-    shape = f"{first.in_features}x{first.out_features}"
-    head = [name, str(len(layers)), shape, _text(first.activation)]
+    dtype = " ".join(_FORMATS.get(word, word) for word in first.dtype.split())
+    head = (name, str(len(layers)), f"{first.in_features}x{first.out_features}", dtype, _text(first.activation))
     mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
     for chosen in first.buckets:
         speedup = "" if chosen.speedup is None else f"{chosen.speedup:.2f}x"
-        yield _ROW.format(*head, chosen.bucket, chosen.name, speedup, mib).rstrip()
-        head, mib = [""] * len(head), ""
+        yield (*head, str(chosen.bucket), chosen.x, chosen.name, speedup, mib)
+        head, mib = ("",) * 5, ""
     outcome = f"skipped: {first.reason}" if first.reason else first.decision
-    for line in textwrap.wrap(outcome, _OUTCOME) if not first.buckets else ():
-        yield _ROW.format(*head, "", line, "", "").rstrip()
-        head = [""] * len(head)
+    for line in textwrap.wrap(outcome, _TAIL_WIDTH) if not first.buckets else ():
+        yield (*head, "", "", line)
+        head = ("",) * 5
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as their contents, but that of the names, which has what is left."""
+    whole = [row for row in rows if len(row) == len(_HEADER)]
+    widths = [max(len(row[i]) for row in (rows if i < _TAIL else whole)) for i in range(len(_HEADER))]
+    tail = max(_TAIL_WIDTH, len(" ".join("-" * width for width in widths[_TAIL:])))
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:_TAIL]) - _TAIL - tail)
+    names = [row[0] if len(row[0]) <= widths[0] else "..." + row[0][3 - widths[0] :] for row in rows]
+    lines = [zip((name, *row[1:]), _SIDES, widths, strict=False) for name, row in zip(names, rows, strict=True)]
+    return [" ".join(f"{cell:{side}{width}}" for cell, side, width in line).rstrip() for line in lines]
 
 
 def _text(activation: Activation | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -39,7 +40,12 @@ def why_skipped(layer: nn.Module) -> str | None:
 
 
 def choose(
-    model: nn.Module, include: Patterns | None, exclude: Patterns | None, filter_fn: Filter | None
+    model: nn.Module,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    filter_fn: Filter | None,
+    dtype: torch.dtype | None = None,
+    accumulate: str = "fp32",
 ) -> dict[nn.Module, str | None]:
     """For every linear layer the reason to leave it alone, or None to convert it (arguments as in `convert`).
 
@@ -49,9 +55,13 @@ def choose(
     layers = linear_layers(model)
     included = _hits(model, layers, "include", included_by or [])
     excluded = _hits(model, layers, "exclude", excluded_by or [])
+    as_before = dtype is None and accumulate == "fp32"
+    uses: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(parameter, []).append(name)
 
     def reason(layer: nn.Module, name: str) -> str | None:
-        if linear.is_fast(layer):
+        if linear.is_fast(layer) and (as_before or linear.precision(layer) == (dtype, accumulate)):
             return "already fast"
         if layer in excluded:
             return f"excluded by {excluded[layer]}"
@@ -59,6 +69,12 @@ def choose(
             return "not among the included layers"
         if (obstacle := _obstacle(layer)) is not None:
             return obstacle
+        if dtype not in (None, layer.weight.dtype) and layer not in included:
+            if name.split(".")[-1] == "lm_head":
+                return f"packing an lm_head as {dtype} is lossy: name it in include to have it"
+            if len(uses[layer.weight]) > 1:
+                names = " and ".join(uses[layer.weight])
+                return f"packing a shared weight ({names}) as {dtype} is lossy: name the layer in include to have it"
         return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
 
     reasons = {layer: reason(layer, names[0]) for layer, names in layers.items()}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlinear import activations
@@ -24,7 +23,7 @@ class TorchPlan(NamedTuple):
 
 def _linear(weight: Tensor, transposed: bool, activation: Activation | None, m: int) -> TorchPlan:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return activations.apply(activation, F.linear(x, weight.t() if transposed else weight, bias))
+        return activations.linear(x, weight.t() if transposed else weight, bias, activation)
 
     return TorchPlan(run)
 

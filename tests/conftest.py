@@ -1,6 +1,7 @@
 """Every test starts from the same state: a private tuning cache, no overrides from outside, a seed, one thread."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -21,3 +22,16 @@ def same_start() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How every row of the kernel table was executed; none is left out in silence."""
+    native = sys.modules.get("native")
+    if native is None:
+        return
+    terminalreporter.section("kernels")
+    width = max(len(kernel["id"]) for kernel in native.ALL)
+    for kernel in native.ALL:
+        count = native.products[kernel["id"]]
+        ran = kernel["way"] if "skipped" in kernel["way"] else f"{kernel['way']}, {count} products"
+        terminalreporter.line(f"{kernel['id']:<{width}}  {ran}")

@@ -17,7 +17,7 @@ from torch import Tensor
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 MAP_NORESERVE = 0x4000  # Linux; the mmap module has a name for it only from Python 3.13 on
-CANARY = -1.7e33  # finite, so that arithmetic on it goes unnoticed only if nothing reads it
+CANARY = -17280.0  # a number of every format; far from all results, so that arithmetic on it shows
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -56,9 +56,11 @@ def guarded(values: Tensor, at: Literal["start", "end"], *, stride: int | None =
     return operand
 
 
-def canaried(rows: int, columns: int, stride: int, margin: int = 16) -> tuple[Tensor, Callable[[], bool]]:
+def canaried(
+    rows: int, columns: int, stride: int, dtype: torch.dtype = torch.float32, margin: int = 16
+) -> tuple[Tensor, Callable[[], bool]]:
     """An output [rows, columns] with CANARY before, after and in the gaps, and a function: are they all intact?"""
-    flat = torch.full((margin + rows * stride + margin,), CANARY)
+    flat = torch.full((margin + rows * stride + margin,), CANARY, dtype=dtype)
     outside = torch.ones(flat.shape, dtype=torch.bool)
     outside.as_strided((rows, columns), (stride, 1), margin).fill_(False)
     output = flat.as_strided((rows, columns), (stride, 1), margin)

@@ -2,12 +2,33 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import linear
+from fastlinear import _kernels, linear
+
+
+class Pairing(NamedTuple):
+    """Dtypes of the input, of the parameter and of its pack."""
+
+    x: torch.dtype
+    held: torch.dtype
+    packed: torch.dtype
+
+    @property
+    def id(self) -> str:
+        x, held, packed = (_kernels.FORMATS[dtype] for dtype in self)
+        return f"{x} x {packed}" if held == packed else f"{x} x {held} as {packed}"
+
+
+# All that the kernels take: a weight packed in 16 bits, by x of any dtype; a weight in fp32, by x in fp32.
+_PAIRINGS = [Pairing(*dtypes) for dtypes in itertools.product(_kernels.FORMATS, repeat=3)]
+_FP32 = Pairing(torch.float32, torch.float32, torch.float32)
+PAIRINGS = [pytest.param(p, id=p.id) for p in _PAIRINGS if p == _FP32 or p.packed != torch.float32]
 
 OFF = functools.partial(fastlinear.convert, tune="off")  # for tests that are not about choosing kernels
 

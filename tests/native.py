@@ -1,4 +1,4 @@
-"""The kernel table as test parameters, and one product on one kernel of it."""
+"""The kernel table as test parameters, and one product on one row of it, whichever way that kernel runs here."""
 
 import faulthandler
 import os
@@ -6,35 +6,78 @@ import random
 import re
 import resource
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
+import library
+import oracle
 import pytest
 import torch
+from library import ROOT, Steps
+from oracle import Dtypes, Result, Sums
 from torch import Tensor
 
 from fastlinear import _kernels
 
-ROOT = Path(__file__).resolve().parent.parent
 Kernel = dict[str, Any]
 Note = Callable[[str], object]
-Steps = Iterable[tuple[str, tuple[float, ...]]]
+
+DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+FP16_BLOCK = 64  # products that a kernel which accumulates in fp16 may add before it promotes the sum
 
 
-def _parameter(kernel: Kernel) -> Any:
-    reason = f"{kernel['name']}: this CPU, or FASTLINEAR_MAX_ISA, does not allow {kernel['isa']}"
-    return pytest.param(kernel, id=kernel["name"], marks=[] if kernel["runnable"] else pytest.mark.skip(reason=reason))
+def on(kernel: Kernel, layout: str) -> Kernel:
+    """A kernel of the table on weights in `layout`: its own, or one that the driver widens for it.
+
+    The table's own fields, but `format`, `layout` and `kr` are those of the weight, and beside them: `id`, the name as
+    tests show it; `way`, how it runs here; `own`, the format that it reads unwidened; `of_x` and `of_bias`, the formats
+    that these may have; `dtypes`, a few combinations in which each of them appears; `sums`, how it adds up.
+    """
+    format, shape = layout.split("/")
+    weight = DTYPES[format]
+    of_x = [DTYPES[kernel["rows"]]]
+    if kernel["rows"] == "fp32" and weight != torch.float32:
+        of_x = list(DTYPES.values())
+    of_bias = list(dict.fromkeys((weight, torch.float32)))
+    return kernel | {
+        "id": kernel["name"] if layout == kernel["reads"][0] else f"{kernel['name']} on {layout}",
+        "way": library.way(kernel["isa"]),
+        "own": kernel["name"].split("/")[0],
+        "format": format,
+        "layout": layout,
+        "kr": int(shape.split("x")[1]),
+        "dtypes": [Dtypes(x, weight, bias) for x, bias in together(of_x, of_bias)],
+        "of_x": of_x,
+        "of_bias": of_bias,
+        "sums": Sums(FP16_BLOCK if kernel["accumulate"] == "fp16" else 0, flushes=kernel["isa"] == "avx512_bf16"),
+    }
 
 
-TABLE = [_parameter(kernel) for kernel in _kernels.kernels()]
-RUNNABLE = [kernel for kernel in _kernels.kernels() if kernel["runnable"]]
-LAYOUTS = sorted({(kernel["layout"], kernel["nr"], kernel["kr"]) for kernel in _kernels.kernels()})
+def together(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """As few rows of one value a factor as have every value of each."""
+    return [tuple(factor[i % len(factor)] for factor in factors) for i in range(max(map(len, factors)))]
+
+
+ALL = [on(kernel, layout) for kernel in _kernels.kernels() for layout in kernel["reads"]]
+TABLE = [kernel for kernel in ALL if kernel["id"] == kernel["name"]]
+RUNNABLE = [kernel for kernel in ALL if kernel["runnable"]]
+EXECUTED = [kernel for kernel in ALL if "skipped" not in kernel["way"]]
+LAYOUTS = list(dict.fromkeys((k["layout"], DTYPES[k["format"]], k["nr"], k["kr"]) for k in ALL))
 ACTIVATIONS = [*_kernels.activations().items()]
 
-# `for every kernel of the table`: a kernel that cannot run here is a skip with its name and the reason.
-every_kernel = pytest.mark.parametrize("kernel", TABLE)
+
+def parameter(kernel: Kernel, *more: Any, id: str = "") -> Any:
+    """A pytest parameter that is skipped, with the kernel's name and the reason, where the kernel cannot run."""
+    skip = pytest.mark.skip(reason=f"{kernel['name']} {kernel['way']}")
+    return pytest.param(kernel, *more, id=id or kernel["id"], marks=[] if kernel in EXECUTED else [skip])
+
+
+# `for every kernel of the table, on every layout that it reads`.
+every_kernel = pytest.mark.parametrize("kernel", [parameter(kernel) for kernel in ALL])
+
+products: Counter[str] = Counter()  # how many were computed on each row, for the report at the end
 
 
 def run(
@@ -48,21 +91,63 @@ def run(
     k_slices: int = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """steps(x [M, K] @ w [N, K].T + b [N]) on this kernel. `out` [M, N] is written if given, else a tensor of NaN."""
-    y = torch.full((x.shape[0], w.shape[0]), torch.nan) if out is None else out
-    plan = _kernels.Plan(kernel["name"], threads, k_slices)
-    _kernels.run(_kernels.Packed(w, kernel["layout"]), plan, _kernels.Epilogue(steps), x, b, y)
-    return y
+    """steps(x [M, K] @ w [N, K].T + b [N]) on this kernel. `out` [M, N] is written if given, else a NaN tensor as x."""
+    y = torch.full((x.shape[0], w.shape[0]), torch.nan, dtype=x.dtype) if out is None else out
+    products[kernel["id"]] += 1
+    return product(kernel, _kernels.Packed(w, kernel["layout"]), x, b, steps, threads, k_slices, y)
+
+
+def product(
+    kernel: Kernel,
+    packed: _kernels.Packed,
+    x: Tensor,
+    b: Tensor | None,
+    steps: Steps,
+    threads: int,
+    k_slices: int,
+    out: Tensor,
+) -> Tensor:
+    """`run` on a packed weight, into `out`."""
+    if not kernel["runnable"]:
+        return library.product()(kernel, packed, x, b, steps, threads, k_slices, out)
+    _kernels.run(packed, _kernels.Plan(kernel["name"], threads, k_slices), _kernels.Epilogue(steps), x, b, out)
+    return out
+
+
+def check(
+    kernel: Kernel, y: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, activation: object = None, **how: bool
+) -> Result:
+    """`oracle.check` for the way this kernel adds up."""
+    return oracle.check(y, x, w, b, activation, sums=kernel["sums"], **how)
+
+
+def exact_case(kernel: Kernel, m: int, n: int, k: int, dtypes: Dtypes) -> tuple[Tensor, Tensor, Tensor]:
+    """`oracle.exact_case` for the way this kernel adds up."""
+    x, w, b = oracle.exact_case(m, n, k, dtypes, sums=kernel["sums"])
+    assert b is not None
+    return x, w, b
+
+
+def random_case(m: int, n: int, k: int, dtypes: Dtypes) -> tuple[Tensor, Tensor, Tensor]:
+    """`oracle.random_case` with a bias."""
+    x, w, b = oracle.random_case(m, n, k, dtypes)
+    assert b is not None
+    return x, w, b
 
 
 def bits(values: Tensor) -> Tensor:
-    """The bit patterns of fp32 values, so that NaN equals itself and -0 differs from 0."""
-    return values.contiguous().view(torch.int32)
+    """The bit patterns of values, so that NaN equals itself and -0 differs from 0."""
+    return values.contiguous().view({2: torch.int16, 4: torch.int32}[values.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit; NaN payloads and the sign of zero count."""
-    return torch.equal(bits(a), bits(b))
+    """Equal format, equal to the last bit; NaN payloads and the sign of zero count."""
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of a format that have these bit patterns (any integers, of which the last bits count)."""
+    return patterns.to({2: torch.int16, 4: torch.int32}[dtype.itemsize]).view(dtype)
 
 
 def driver_constant(name: str) -> int:

@@ -1,12 +1,13 @@
-"""What a linear layer may return: the fp64 value, and how far from it an honest fp32 kernel can land.
+"""What a linear layer may return: the fp64 value, and how far from it an honest kernel can land.
 
-For sums of K products and a bias accumulated in fp32 in any order, with or without FMA (Higham, Accuracy and Stability
-of Numerical Algorithms, section 3.1), with u = 2^-24 and gamma_n = n u / (1 - n u):
+Inputs of any format are taken as stored. For sums of K products and a bias accumulated in fp32 in any order, with or
+without FMA (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), u = 2^-24, gamma_n = n u / (1 - n u):
 
-    |c - c*| <= E = gamma_{K+2} (sum |x_k w_k| + |b|) + (K+1) 2^-149 + u_out |c*|
+    |c - c*| <= E = gamma_{K+2} (sum |x_k w_k| + |b|) + (K+1) 2^-149
 
-where the second term is what products lose to underflow and u_out is 0 for fp32 outputs, 2^-11 for fp16, 2^-8 for bf16.
-An activation f widens that to |y - f(c*)| <= L E + max(4 ulp, 1e-6 relative), L being its Lipschitz constant.
+where the second term is what products lose to underflow. `Sums` has what other kernels lose beyond that. An activation
+f, computed in fp32, widens it to |f(c) - f(c*)| <= L E + max(4 ulp, 1e-6 relative), L being its Lipschitz constant; and
+a 16-bit output is off by half of its own spacing more, denormals included, or infinite where the value is that large.
 """
 
 import math
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from fastlinear import activations
 
-UNIT = 2.0**-24
+UNIT, UNIT_FP16 = 2.0**-24, 2.0**-11
 MAX = torch.finfo(torch.float32).max
-OUTPUT_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 VACUOUS = 0.9  # a check of which more than this share would pass for an output of zeros proves little
 
 # The steepest slope of each activation, given its parameters; tests/test_oracle.py measures them.
@@ -48,6 +48,46 @@ STABLE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Dtypes(NamedTuple):
+    """Of the operands of a product; the output has that of x."""
+
+    x: torch.dtype = torch.float32
+    weight: torch.dtype = torch.float32
+    bias: torch.dtype = torch.float32
+
+
+class Sums(NamedTuple):
+    """How a kernel adds up, where that is not plain fp32."""
+
+    block: int = 0  # products that are added in fp16 before the sum goes on in fp32
+    flushes: bool = False  # denormal inputs are taken as zeros, denormal products and sums become zeros
+
+    def flushed(self, values: Tensor) -> Tensor:
+        """fp64 inputs as the kernel takes them."""
+        return torch.where(values.abs() < 2.0**-126, 0.0, values) if self.flushes else values
+
+    def relative(self, k: int) -> float:
+        """The error of a sum of k products and a bias, over the sum of their absolute values."""
+        return gamma(k + 2, UNIT) + (1 + gamma(k + 2, UNIT)) * gamma(min(k, self.block), UNIT_FP16)
+
+    def absolute(self, k: int) -> float:
+        """What underflow may take from it: half a spacing, or a flushed number, for each product and each sum."""
+        lost = 2.0**-149 + (2.0**-24 if self.block else 0.0) + (2.0**-125 if self.flushes else 0.0)
+        return (k + 1) * lost
+
+    @property
+    def largest(self) -> float:
+        """Sums beyond this may be infinite."""
+        return torch.finfo(torch.float16 if self.block else torch.float32).max
+
+
+FP32, FP32_SUMS = Dtypes(), Sums()
+
+
+def gamma(n: int, unit: float) -> float:
+    return n * unit / (1 - n * unit)
+
+
 class Result(NamedTuple):
     """What a passed check has seen."""
 
@@ -70,51 +110,84 @@ def activate(activation: activations.Activation | None, c: Tensor) -> Tensor:
 
 
 def check(
-    y: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, activation: object = None, *, exact: bool = False
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    activation: object = None,
+    *,
+    sums: Sums = FP32_SUMS,
+    exact: bool = False,
 ) -> Result:
     """Holds y [..., N] to activation(x [..., K] @ w [N, K].T + b [N]), inputs taken as stored; AssertionError if not.
 
-    `exact` demands the sums to the last bit, for inputs whose every partial sum is representable (`exact_case`).
+    `exact` demands the sums to the last bit, for inputs whose every partial sum is representable (`exact_case`), and
+    the output to be the nearest of its format.
     """
     act = activations.resolve(activation)
     n, k = w.shape
     assert y.shape == (*x.shape[:-1], n), f"shape {tuple(y.shape)}, not {(*x.shape[:-1], n)}"
     m = math.prod(x.shape[:-1])
-    x2, w2 = x.detach().double().reshape(m, k), w.detach().double()
+    x2, w2 = sums.flushed(x.detach().double().reshape(m, k)), sums.flushed(w.detach().double())
     bias = torch.zeros(n, dtype=torch.float64) if b is None else b.detach().double()
     got = y.detach().double().reshape(m, n)
 
     c = x2 @ w2.T + bias
     gauge = _finite(x2).abs() @ _finite(w2).abs().T + _finite(bias).abs()
-    gamma = (k + 2) * UNIT / (1 - (k + 2) * UNIT)
-    error = torch.zeros_like(c) if exact else gamma * gauge + (k + 1) * 2.0**-149 + OUTPUT_ROUNDING[y.dtype] * c.abs()
+    relative = sums.relative(k)
+    error = torch.zeros_like(c) if exact else relative * gauge + sums.absolute(k)
 
-    may_overflow = ~c.isnan() & (gauge * (1 + gamma) >= MAX)
-    one_sign = c.isfinite() & (gauge * (1 - gamma) <= c.abs())  # then partial sums only grow, in every order
-    must_overflow = may_overflow & one_sign & (c.abs() * (1 - gamma) > MAX)
+    may_overflow = ~c.isnan() & (gauge * (1 + relative) >= sums.largest)
+    one_sign = c.isfinite() & (gauge * (1 - relative) <= c.abs())  # then partial sums only grow, in every order
+    must_overflow = may_overflow & one_sign & (c.abs() * (1 - relative) > MAX)
     c = torch.where(must_overflow, c.sign() * math.inf, c)
     want = activate(act, c)
     tolerance = _through_activation(act, c, want, error)
+    if exact:
+        want = want.float().to(y.dtype).double()
+    may_be_infinite, must_be_infinite = _beyond(y.dtype, want, tolerance)
+    tolerance = tolerance + (0.0 if exact else half_spacing(want.abs() + tolerance, y.dtype))
 
+    close = (got == want) | ((got - want).abs() <= tolerance) | (may_be_infinite & (got == want.sign() * math.inf))
     special = ~c.isfinite()
     unjudged = may_overflow & ~must_overflow
-    compared = ~special & ~unjudged
-    wrong = torch.where(compared, ~((got - want).abs() <= tolerance), ~_same_special(act, got, c, want)) & ~unjudged
+    wrong = ~torch.where(special, _same_special(act, got, c, want, y.dtype), close) & ~unjudged
     if wrong.any():
         raise AssertionError(
-            f"{_explain(wrong, got, want, tolerance, c)}; x {tuple(x.shape)} stride {x.stride()}, w {tuple(w.shape)} "
-            f"stride {w.stride()}, bias {'none' if b is None else tuple(b.shape)}, activation {act}"
+            f"{_explain(wrong, got, want, tolerance, c)}; x {_describe(x)}, w {_describe(w)}, "
+            f"bias {'none' if b is None else _describe(b)}, y {y.dtype}, activation {act}"
         )
-    ratio = torch.where(compared, (got - want).abs() / tolerance.clamp_min(2.0**-1000), 0.0)
+    compared = ~special & ~unjudged & ~must_be_infinite
+    ratio = torch.where(compared & got.isfinite(), (got - want).abs() / tolerance.clamp_min(2.0**-1000), 0.0)
     vacuous = int((want.abs() <= tolerance)[compared].sum())
     count = int(compared.sum())
     return Result(
         worst=float(ratio.max()) if ratio.numel() else 0.0,
         compared=count,
-        nonfinite=int(special.sum()),
+        nonfinite=int((special | must_be_infinite).sum()),
         unjudged=int(unjudged.sum()),
         mistrusted=vacuous > VACUOUS * count,
     )
+
+
+def half_spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance of the numbers of a 16-bit format at fp64 values >= 0; 0 for fp32, which results come in."""
+    if dtype == torch.float32:
+        return torch.zeros_like(values)
+    format = torch.finfo(dtype)
+    exponent = torch.frexp(values.clamp(format.tiny, format.max)).exponent.double() - 1
+    return torch.exp2(exponent) * format.eps / 2
+
+
+def _beyond(dtype: torch.dtype, want: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a 16-bit output may, and where it must, round to an infinity: from half a spacing past the largest on."""
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float64)
+    limit = math.inf if dtype == torch.float32 else largest + half_spacing(largest, dtype)
+    return want.abs() + tolerance >= limit, want.isfinite() & (want.abs() - tolerance >= limit)
+
+
+def _describe(values: Tensor) -> str:
+    return f"{values.dtype} {tuple(values.shape)} stride {values.stride()}"
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -134,10 +207,13 @@ def _through_activation(act: activations.Activation | None, c: Tensor, want: Ten
     return spread + torch.maximum(4 * ulp, 1e-6 * largest)
 
 
-def _same_special(act: activations.Activation | None, got: Tensor, c: Tensor, want: Tensor) -> Tensor:
+def _same_special(
+    act: activations.Activation | None, got: Tensor, c: Tensor, want: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Where c is no number: NaN for NaN; for an infinity the limit of the activation, or what torch itself returns."""
     torchs = activations.apply(act, c)
-    close = (got == want) | (want.isfinite() & ((got - want).abs() <= 1e-6 * want.abs()))
+    tolerance = 1e-6 * want.abs() + half_spacing(want.abs(), dtype)
+    close = (got == want) | (want.isfinite() & ((got - want).abs() <= tolerance))
     return torch.where(c.isnan(), got.isnan(), close | (torchs.isnan() & got.isnan()))
 
 
@@ -150,38 +226,65 @@ def _explain(wrong: Tensor, got: Tensor, want: Tensor, tolerance: Tensor, c: Ten
     )
 
 
-def random_case(m: int, n: int, k: int, *, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+def random_case(
+    m: int, n: int, k: int, dtypes: Dtypes = FP32, *, bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [m, k], w [n, k], b [n] as in a trained layer: normal, with sums of about unit variance."""
-    return torch.randn(m, k), torch.randn(n, k) / math.sqrt(max(k, 1)), torch.randn(n) if bias else None
+    return stored(dtypes, torch.randn(m, k), torch.randn(n, k) / math.sqrt(max(k, 1)), torch.randn(n) if bias else None)
 
 
-def exact_case(m: int, n: int, k: int, *, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Small non-zero integers with sum |x w| + |b| <= 2^24, so that every order of summation gives the same bits."""
+def stored(dtypes: Dtypes, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in these formats."""
+    return x.to(dtypes.x), w.to(dtypes.weight), None if b is None else b.to(dtypes.bias)
+
+
+def exact_case(
+    m: int, n: int, k: int, dtypes: Dtypes = FP32, *, sums: Sums = FP32_SUMS, bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Small non-zero integers whose partial sums are all exact, so that every order of summation gives the same bits.
+
+    In fp32 that is sum |x w| + |b| <= 2^24, in fp16 2^11 for the products of a block.
+    """
     limit = min(8, math.isqrt(2**24 // (k + 1)))
+    if sums.block:
+        limit = min(limit, math.isqrt(2**11 // sums.block))
     assert limit >= 1, f"K = {k} is too long for sums of integers to stay exact in fp32"
 
     def integers(*shape: int) -> Tensor:
         return (torch.randint(1, limit + 1, shape) * (torch.randint(0, 2, shape) * 2 - 1)).float()
 
-    return integers(m, k), integers(n, k), integers(n) if bias else None
+    return stored(dtypes, integers(m, k), integers(n, k), integers(n) if bias else None)
 
 
-def adversarial_cases(k: int, m: int = 5, n: int = 7) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """(name, x [m, k], w [n, k], b [n] or None) that break careless summation, masking or padding; needs k >= 1."""
+def adversarial_cases(
+    k: int, m: int = 5, n: int = 7, dtypes: Dtypes = FP32
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """(name, x [m, k], w [n, k], b [n] or None) that break careless summation, masking or padding; needs k >= 1.
+
+    What is tiny or huge is so for the format of x and for that of w.
+    """
+    for name, x, w, b in _adversarial(k, m, n, torch.finfo(dtypes.x), torch.finfo(dtypes.weight)):
+        yield name, *stored(dtypes, x, w, b)
+
+
+def _adversarial(
+    k: int, m: int, n: int, of_x: torch.finfo, of_w: torch.finfo
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     x, w, b = random_case(m, n, k)
     sign = torch.ones(k)
     sign[1::2] = -1
     pairs = x.repeat_interleave(2, 1)[:, :k] * sign
-    yield "cancellation", pairs, w.repeat_interleave(2, 1)[:, :k] * (1 + 2.0**-20 * torch.rand(n, k)), None
+    yield "cancellation", pairs, w.repeat_interleave(2, 1)[:, :k] * (1 + 8 * of_w.eps * torch.rand(n, k)), None
     huge = 1e-3 * x
-    huge[:, k // 2] = 1e6
+    huge[:, k // 2] = min(1e6, of_x.max / 4)
     yield "one huge, many tiny", huge, w, b
     yield "alternating signs", x.abs() * sign, w.abs(), b
-    yield "denormals", x * 1e-40, w, b * 1e-40
-    yield "products underflow", x * 1e-22, w * 1e-22, None
+    yield "denormals", x * of_x.tiny * 0.01, w, b * of_x.tiny * 0.01
+    yield "denormal weights", x, w * of_w.tiny * 0.1, b * of_w.tiny * 0.1
+    yield "products underflow", x * of_x.tiny**0.5 * 1e-3, w * of_w.tiny**0.5 * 1e-3, None
     yield "signed zeros", x * 0.0, w, -b * 0.0
-    yield "overflow", x.abs() * 1e30, w.abs() * 1e30, b
-    yield "overflow in the middle", x.abs().clamp_max(3) * sign * 1e38, w.abs() * 8, b
+    yield "overflow", x.abs() * of_x.max**0.8, w.abs() * of_w.max**0.8, b
+    yield "overflow in the middle", x.abs().clamp_max(3) * sign * (of_x.max / 3.4), w.abs() * 8, b
     # Weights with zeros turn an infinity into NaN in exactly those columns, and nowhere else.
     holed = w.clone()
     holed[::3] = 0.0

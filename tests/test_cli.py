@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastlinear
 from fastlinear import __main__ as cli
+from fastlinear import selfcheck
 
 MODEL = """
 import torch
@@ -75,6 +76,14 @@ def test_bench_prints_a_row_for_each_shape(activation: str, capsys: pytest.Captu
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bench_in_16_bits(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--dtype is that of weights and inputs, and the head of the table says so."""
+    assert cli.main(["bench", "--shapes", "3x8x8", "--dtype", dtype]) == 0
+    text = capsys.readouterr().out
+    assert f" {dtype}, activation relu" in text and re.search(r"^3x8x8 .* (torch|bf16|fp16)/", text, re.MULTILINE)
+
+
 def test_tune_reports_the_users_model(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """module:function is found in the working folder, converted and tuned."""
     assert cli.main(["tune", "users_model:make"]) == 0
@@ -83,11 +92,12 @@ def test_tune_reports_the_users_model(user_folder: Path, capsys: pytest.CaptureF
 
 
 def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every runnable kernel, and every activation of its ISA, is listed and within its bound."""
+    """Every runnable kernel on all that it reads, and every activation of its ISA, is listed and within its bound."""
     assert cli.main(["check"]) == 0
     text = capsys.readouterr().out
     runnable = [row for row in fastlinear.kernels() if row["runnable"]]
-    assert all(row["name"] in text for row in runnable)
+    for row in runnable:
+        assert len(re.findall(rf"^{row['name']} +sums", text, re.MULTILINE)) == len(row["reads"])
     assert len(re.findall(" gelu ", text)) == len({row["isa"] for row in runnable})
 
 
@@ -96,14 +106,16 @@ def test_check_sees_a_wrong_kernel(
     damage: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scaled, reordered and missing results fail it, with exit code 1."""
-    right = cli._run
+    right = selfcheck._run
 
     def wrong(*arguments: object) -> Tensor:
         return damage(right(*arguments))
 
-    monkeypatch.setattr(cli, "_run", wrong)
+    monkeypatch.setattr(selfcheck, "_run", wrong)
     assert cli.main(["check"]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
+    for kernel in [row["name"] for row in fastlinear.kernels() if row["runnable"]]:
+        assert any(line.startswith(f"{kernel} ") for line in failed)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +125,7 @@ def test_check_sees_a_wrong_kernel(
         (["bench", "--shapes", "2x3x0"], "'0'"),
         (["bench", "--threads", "none"], "'none'"),
         (["bench", "--activation", "swish"], "'swish'"),
+        (["bench", "--dtype", "float64"], "'float64'"),
         (["tune", "users_model"], "'users_model'"),
         (["tune", "no_such_module:make"], "'no_such_module'"),
         (["tune", "users_model:mke"], "'mke'"),

@@ -12,9 +12,11 @@ from fastlinear import _kernels
 Leaf = tuple[int, int, int, int]
 Machine = dict[Any, Any]
 
-# Bits of leaf 1 ecx and leaf 7 ebx.
-FMA, OSXSAVE, AVX = 1 << 12, 1 << 27, 1 << 28
+# Bits of leaf 1 ecx; of leaf 7 ebx; of leaf 7 edx; of leaf 7, subleaf 1, eax.
+FMA, OSXSAVE, AVX, F16C = 1 << 12, 1 << 27, 1 << 28, 1 << 29
 AVX2, F, DQ, BW, VL = 1 << 5, 1 << 16, 1 << 17, 1 << 30, 1 << 31
+FP16 = 1 << 23
+BF16 = 1 << 5
 SSE_ONLY, YMM, ZMM = 0x3, 0x7, 0xE7  # XCR0; bit 0 is x87, which is always set
 
 
@@ -39,10 +41,12 @@ def caches(leaf: int, *described: Leaf) -> dict[tuple[int, int], Leaf]:
 
 
 def machine(maker: str, name: str, leaf1: int, leaf7: int, xcr0: int, max_leaf: int, **extra: Any) -> Machine:
+    """`extra`: caches; edx, of leaf 7; and subleaves and eax1, the highest subleaf of leaf 7 and eax of its first."""
     return {
         (0, 0): vendor(maker, max_leaf),
         (1, 0): (0, 0, leaf1, 0),
-        (7, 0): (0, leaf7, 0, 0),
+        (7, 0): (extra.get("subleaves", 1), leaf7, 0, extra.get("edx", 0)),
+        (7, 1): (extra.get("eax1", 0), 0, 0, 0),
         (0x80000000, 0): (0x80000020, 0, 0, 0),
         **text(name),
         **extra.get("caches", {}),
@@ -54,6 +58,7 @@ INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 # Registers as such machines report them, reduced to the leaves and bits that matter.
 LEAF1_INTEL, LEAF1_AMD = 0x7FFEFBFF, 0x7ED8320B
 SKX, ADL, SPR, ZEN2, ZEN4 = 0xD39FFFFB, 0x239CA7EB, 0xF3BFBFFF, 0x219C91A9, 0xF1BF97A9
+SPR_EDX, SPR_EAX1 = 0xFFDD4412, 0x1C30
 KB, MB = 1 << 10, 1 << 20
 
 SKX_CACHES = caches(
@@ -73,8 +78,8 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
     ),
     (
         "Zen 4",
-        machine(AMD, "AMD EPYC 9654 96-Core Processor", LEAF1_AMD, ZEN4, 0x2E7, 16),
-        ["scalar", "avx2", "avx512"],
+        machine(AMD, "AMD EPYC 9654 96-Core Processor", LEAF1_AMD, ZEN4, 0x2E7, 16, edx=SPR_EDX & ~FP16, eax1=BF16),
+        ["scalar", "avx2", "avx512", "avx512_bf16"],
         (0, 0, 0),
     ),
     (
@@ -90,9 +95,45 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
         (0, 0, 0),
     ),
     (
-        "Sapphire Rapids, AMX state enabled",
-        machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32),
+        "Cooper Lake: BF16 without FP16",
+        machine(INTEL, "Intel(R) Xeon(R) Platinum 8380H CPU @ 2.90GHz", LEAF1_INTEL, SKX, 0xE7, 22, eax1=0x20),
+        ["scalar", "avx2", "avx512", "avx512_bf16"],
+        (0, 0, 0),
+    ),
+    (
+        "Ice Lake: neither",
+        machine(INTEL, "Intel(R) Xeon(R) Platinum 8380 CPU @ 2.30GHz", LEAF1_INTEL, SPR, 0xE7, 27, subleaves=0),
         ["scalar", "avx2", "avx512"],
+        (0, 0, 0),
+    ),
+    (
+        "Sapphire Rapids, AMX state enabled",
+        machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32, edx=SPR_EDX, eax1=SPR_EAX1),
+        ["scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16"],
+        (0, 0, 0),
+    ),
+    (
+        "a VM on it that hides BF16 and FP16",
+        machine(INTEL, "Intel(R) Xeon(R) Processor", LEAF1_INTEL, SPR, 0xE7, 32, edx=SPR_EDX & ~FP16),
+        ["scalar", "avx2", "avx512"],
+        (0, 0, 0),
+    ),
+    (
+        "a VM on it that hides BF16 alone",
+        machine(INTEL, "Intel(R) Xeon(R) Processor", LEAF1_INTEL, SPR, 0xE7, 32, edx=SPR_EDX),
+        ["scalar", "avx2", "avx512", "avx512_fp16"],
+        (0, 0, 0),
+    ),
+    (
+        "highest subleaf 0: what subleaf 1 returns means nothing",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SPR, 0xE7, 32, subleaves=0, eax1=SPR_EAX1),
+        ["scalar", "avx2", "avx512"],
+        (0, 0, 0),
+    ),
+    (
+        "FP16 and BF16 on a system that does not save ZMM registers",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SPR, YMM, 32, edx=SPR_EDX, eax1=SPR_EAX1),
+        ["scalar", "avx2"],
         (0, 0, 0),
     ),
     (
@@ -108,6 +149,7 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
         (0, 0, 0),
     ),
     ("AVX2 without FMA", machine(AMD, "", LEAF1_AMD & ~FMA, ZEN2, YMM, 16), ["scalar"], (0, 0, 0)),
+    ("AVX2 without F16C", machine(AMD, "", LEAF1_AMD & ~F16C, ZEN2, YMM, 16), ["scalar"], (0, 0, 0)),
     (
         "a VM that shows AVX-512 and does not save its registers",
         machine(INTEL, "Intel Xeon Processor (Skylake, IBRS)", LEAF1_INTEL, SKX, YMM, 22),
@@ -163,7 +205,7 @@ def test_names_are_read() -> None:
     assert _kernels.detect({})["model"] == ""
 
 
-@pytest.mark.parametrize("missing", [FMA, AVX, OSXSAVE], ids=["FMA", "AVX", "OSXSAVE"])
+@pytest.mark.parametrize("missing", [FMA, AVX, F16C, OSXSAVE], ids=["FMA", "AVX", "F16C", "OSXSAVE"])
 def test_each_bit_of_leaf_1_is_needed(missing: int) -> None:
     """Without any one of them nothing but scalar code may run."""
     assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL & ~missing, SKX, ZMM, 22))["isas"] == ["scalar"]
@@ -171,8 +213,9 @@ def test_each_bit_of_leaf_1_is_needed(missing: int) -> None:
 
 @pytest.mark.parametrize("missing", [F, DQ, BW, VL], ids=["F", "DQ", "BW", "VL"])
 def test_each_bit_of_avx512_is_needed(missing: int) -> None:
-    """Without any one of them AVX2 is the best."""
-    assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL, SKX & ~missing, ZMM, 22))["isas"] == ["scalar", "avx2"]
+    """Without any one of them AVX2 is the best, whatever is built on it."""
+    described = machine(INTEL, "", LEAF1_INTEL, SPR & ~missing, ZMM, 32, edx=SPR_EDX, eax1=SPR_EAX1)
+    assert _kernels.detect(described)["isas"] == ["scalar", "avx2"]
 
 
 def test_no_avx2_means_no_avx512() -> None:
@@ -192,9 +235,10 @@ def test_this_machine_agrees_with_the_kernel() -> None:
     flags = set(re.findall(r"^flags\s*:\s*(.*)$", info, re.M)[0].split())
     needs = {
         "scalar": set(),
-        "avx2": {"avx", "avx2", "fma"},
-        "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
+        "avx2": {"avx", "avx2", "fma", "f16c"},
+        "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
     }
+    needs |= {isa: needs["avx512"] | {isa} for isa in ("avx512_bf16", "avx512_fp16")}
     found = _kernels.cpu_info()
     allowed = [isa for isa, needed in needs.items() if needed <= flags]
     assert found["isas"] == allowed[: len(found["isas"])] and found["isas"][0] == "scalar"

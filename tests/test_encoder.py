@@ -24,17 +24,21 @@ def count_calls(model: nn.Module, run: Callable[[], Any], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_encoder_uses_the_converted_layers(padded: bool, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoder_uses_the_converted_layers(
+    padded: bool, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TransformerEncoder in eval calls every converted layer, with and without padding, and unconvert restores it."""
     stock = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True)
-    encoder = nn.TransformerEncoder(stock, 3).eval()
-    fast, x = OFF(encoder), torch.randn(2, 5, 16)
+    encoder = nn.TransformerEncoder(stock, 3).eval().to(dtype)
+    fast, x = OFF(encoder), torch.randn(2, 5, 16).to(dtype)
+    close = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
     with torch.no_grad():
         expected, actual = encoder(x, src_key_padding_mask=mask), fast(x, src_key_padding_mask=mask)
         assert count_calls(fast, lambda: fast(x, src_key_padding_mask=mask), monkeypatch) == 6
         valid = slice(None) if mask is None else ~mask
-        torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[valid], expected[valid], rtol=close, atol=close)
         assert fast.layers[0].linear1.activation.name == activation
         fastlinear.unconvert(fast)
         assert torch.equal(fast(x, src_key_padding_mask=mask), expected)  # torch's fast path, bit for bit

@@ -9,40 +9,44 @@ import itertools
 import hypothesis
 import hypothesis.strategies as st
 import native
-import oracle
 import pytest
 import torch
 from native import Kernel, every_kernel
+from oracle import Dtypes
+from torch import Tensor
 
 SLICES = (1, 2, 3, 7)
 THREADS = (1, 2, 3, 8)
 quick = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize("k_slices", [*SLICES, 150])
+@pytest.mark.parametrize("k_slices", [1, 3, 150])
 @every_kernel
 def test_sums_of_integers_are_exact(kernel: Kernel, k_slices: int) -> None:
-    """Zero tolerance for every tile edge, any threads, any slices (150: more than K)."""
+    """Zero tolerance for every tile edge, any formats, any threads, any slices (150: more than K)."""
     nr, columns, mr = kernel["nr"], kernel["columns"], kernel["mr"]
     shapes = itertools.product(
         (1, mr - 1, mr, 2 * mr + 1), (1, nr - 1, nr + 1, columns, 2 * columns + 1), (1, 2, 31, 97)
     )
-    for (m, n, k), threads in zip(shapes, itertools.cycle(THREADS), strict=False):
-        x, w, b = oracle.exact_case(m, n, k)
+    others = itertools.cycle(itertools.product(THREADS, kernel["dtypes"]))
+    for (m, n, k), (threads, dtypes) in zip(shapes, others, strict=False):
+        x, w, b = native.exact_case(kernel, m, n, k, dtypes)
         y = native.run(kernel, x, w, b, [("relu", ())], threads=threads, k_slices=k_slices)
-        oracle.check(y, x, w, b, "relu", exact=True)
+        native.check(kernel, y, x, w, b, "relu", exact=True)
 
 
 @pytest.mark.parametrize("k_slices", SLICES)
 @every_kernel
 def test_same_bits_for_any_threads_and_every_run(kernel: Kernel, k_slices: int) -> None:
     """Random data, so that another order of summation would show: 1, 2, 3 and 8 threads, three times each."""
-    x, w, b = oracle.random_case(3 * kernel["mr"] + 1, 3 * kernel["columns"] + 5, 331)
-    expected = native.run(kernel, x, w, b, [("gelu", ())], k_slices=k_slices)
-    torch.set_num_threads(2)
-    for threads, _ in itertools.product(THREADS, range(3)):
-        y = native.run(kernel, x, w, b, [("gelu", ())], threads=threads, k_slices=k_slices)
-        assert native.same_bits(y, expected)
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(3 * kernel["mr"] + 1, 3 * kernel["columns"] + 5, 331, dtypes)
+        expected = native.run(kernel, x, w, b, [("gelu", ())], k_slices=k_slices)
+        torch.set_num_threads(2)
+        for threads, _ in itertools.product(THREADS, range(3)):
+            y = native.run(kernel, x, w, b, [("gelu", ())], threads=threads, k_slices=k_slices)
+            assert native.same_bits(y, expected)
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("k_slices", SLICES)
@@ -51,8 +55,7 @@ def test_same_bits_for_any_threads_and_every_run(kernel: Kernel, k_slices: int) 
 def test_a_row_of_a_batch_is_the_row_alone(kernel: Kernel, k: int, k_slices: int) -> None:
     """The bits of an output do not depend on the rows and channels beside it, with one K block or with several."""
     m, n = 2 * kernel["mr"] + 1, kernel["columns"] + 3
-    x, w, b = oracle.random_case(m, n, k)
-    assert b is not None
+    x, w, b = native.random_case(m, n, k, kernel["dtypes"][k_slices % len(kernel["dtypes"])])
     y = native.run(kernel, x, w, b, k_slices=k_slices)
     for row in {0, kernel["mr"] - 1, m // 2, m - 1}:
         alone = native.run(kernel, x[row : row + 1], w, b, k_slices=k_slices)
@@ -62,40 +65,59 @@ def test_a_row_of_a_batch_is_the_row_alone(kernel: Kernel, k: int, k_slices: int
         assert native.same_bits(alone, y[:, column : column + 1])
 
 
-def test_random_data_shows_another_order() -> None:
+@every_kernel
+def test_random_data_shows_another_order(kernel: Kernel) -> None:
     """The data of the tests above really tells two orders of summation apart: slices change its bits."""
-    kernel = native.RUNNABLE[0]
-    x, w, b = oracle.random_case(3, 5, 331)
-    one, seven = (native.run(kernel, x, w, b, k_slices=slices) for slices in (1, 7))
+    x, w, b = native.random_case(3, 5, 331, kernel["dtypes"][0])
+    one, seven = torch.empty(2, 3, 5)
+    native.run(kernel, x, w, b, out=one)
+    native.run(kernel, x, w, b, k_slices=7, out=seven)
     assert not native.same_bits(one, seven)
 
 
+# Hypothesis draws before it knows the kernel: `which` becomes one of its combinations of formats.
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 80), st.integers(1, 70))
+which = st.integers(0, 11)
+
+
+def formats(kernel: Kernel, which: int) -> Dtypes:
+    return kernel["dtypes"][which % len(kernel["dtypes"])]
+
+
+def middling(values: Tensor) -> Tensor:
+    """The same signs, with absolute values from 1/2 to 1: products, sums and what powers of two make of them are as
+    far from the ends of fp16 as numbers can be."""
+    return values.sign() * (0.5 + values.abs() % 0.5)
 
 
 @every_kernel
-@hypothesis.given(shape=shapes, power=st.integers(-30, 30), k_slices=st.sampled_from(SLICES), seed=st.integers(0, 999))
+@hypothesis.given(
+    shape=shapes, power=st.integers(-30, 30), k_slices=st.sampled_from(SLICES), which=which, seed=st.integers(0, 999)
+)
 @quick
 def test_scaling_by_a_power_of_two(
-    kernel: Kernel, shape: tuple[int, int, int], power: int, k_slices: int, seed: int
+    kernel: Kernel, shape: tuple[int, int, int], power: int, k_slices: int, which: int, seed: int
 ) -> None:
-    """f(2^p x, 2^p b) = 2^p f(x, b), bit for bit."""
+    """f(2^p x, 2^p b) = 2^p f(x, b), bit for bit, before the output is rounded."""
     torch.manual_seed(seed)
-    x, w, b = oracle.random_case(*shape)
-    assert b is not None
-    y = native.run(kernel, x, w, b, [("relu", ())], k_slices=k_slices)
-    scaled = native.run(kernel, x * 2.0**power, w, b * 2.0**power, [("relu", ())], k_slices=k_slices)
-    assert native.same_bits(scaled, y * 2.0**power)
+    dtypes = formats(kernel, which)
+    x, w, b = map(middling, native.random_case(*shape, dtypes))
+    factor = 2.0 ** (power % 7 if torch.float16 in dtypes else power)
+    y, scaled = torch.empty(2, len(x), len(w))
+    native.run(kernel, x, w, b, [("relu", ())], k_slices=k_slices, out=y)
+    native.run(kernel, x * factor, w, b * factor, [("relu", ())], k_slices=k_slices, out=scaled)
+    assert native.same_bits(scaled, y * factor)
 
 
 @every_kernel
-@hypothesis.given(shape=shapes, k_slices=st.sampled_from(SLICES), seed=st.integers(0, 999))
+@hypothesis.given(shape=shapes, k_slices=st.sampled_from(SLICES), which=which, seed=st.integers(0, 999))
 @quick
-def test_permuting_rows_and_channels(kernel: Kernel, shape: tuple[int, int, int], k_slices: int, seed: int) -> None:
+def test_permuting_rows_and_channels(
+    kernel: Kernel, shape: tuple[int, int, int], k_slices: int, which: int, seed: int
+) -> None:
     """Permuted rows of x and permuted output channels permute the bits of y."""
     torch.manual_seed(seed)
-    x, w, b = oracle.random_case(*shape)
-    assert b is not None
+    x, w, b = native.random_case(*shape, formats(kernel, which))
     rows, channels = torch.randperm(shape[0]), torch.randperm(shape[1])
     y = native.run(kernel, x, w, b, k_slices=k_slices)
     permuted = native.run(kernel, x[rows], w[channels], b[channels], k_slices=k_slices)
@@ -104,23 +126,24 @@ def test_permuting_rows_and_channels(kernel: Kernel, shape: tuple[int, int, int]
 
 @every_kernel
 @hypothesis.given(
-    m=st.integers(1, 40), k=st.integers(1, 80), k_slices=st.sampled_from(SLICES), seed=st.integers(0, 999)
+    m=st.integers(1, 40), k=st.integers(1, 80), k_slices=st.sampled_from(SLICES), which=which, seed=st.integers(0, 999)
 )
 @quick
-def test_the_identity_returns_x(kernel: Kernel, m: int, k: int, k_slices: int, seed: int) -> None:
-    """W = I without a bias gives x, for any finite floats, denormals included."""
-    x = torch.empty(m, k, dtype=torch.int32).random_(generator=torch.Generator().manual_seed(seed)).view(torch.float32)
-    x = torch.where(x.isfinite(), x, torch.ones(())) * torch.randn(1, k).sign()
-    assert torch.equal(native.run(kernel, x, torch.eye(k), k_slices=k_slices), x)
+def test_the_identity_returns_x(kernel: Kernel, m: int, k: int, k_slices: int, which: int, seed: int) -> None:
+    """W = I without a bias gives x, for any finite numbers, denormals included where the kernel does not flush them."""
+    dtypes, generator = formats(kernel, which), torch.Generator().manual_seed(seed)
+    x = native.of_bits(torch.empty(m, k, dtype=torch.int32).random_(generator=generator), dtypes.x)
+    x = torch.where(x.isfinite(), x, torch.ones((), dtype=dtypes.x)) * torch.randn(1, k).sign().to(dtypes.x)
+    y = native.run(kernel, x, torch.eye(k, dtype=dtypes.weight), k_slices=k_slices)
+    assert y.dtype == x.dtype and torch.equal(y.double(), kernel["sums"].flushed(x.double()))
 
 
 @every_kernel
-@hypothesis.given(shape=shapes, more=st.integers(1, 40), seed=st.integers(0, 999))
+@hypothesis.given(shape=shapes, more=st.integers(1, 40), which=which, seed=st.integers(0, 999))
 @quick
-def test_zeros_at_the_end_of_k(kernel: Kernel, shape: tuple[int, int, int], more: int, seed: int) -> None:
+def test_zeros_at_the_end_of_k(kernel: Kernel, shape: tuple[int, int, int], more: int, which: int, seed: int) -> None:
     """Zeros appended to K, in x and in W, change nothing within one slice."""
     torch.manual_seed(seed)
-    m, n, k = shape
-    x, w, b = oracle.random_case(m, n, k)
-    longer_x, longer_w = (torch.cat([side, torch.zeros(len(side), more)], 1) for side in (x, w))
+    x, w, b = native.random_case(*shape, formats(kernel, which))
+    longer_x, longer_w = (torch.cat([side, torch.zeros(len(side), more, dtype=side.dtype)], 1) for side in (x, w))
     assert native.same_bits(native.run(kernel, longer_x, longer_w, b), native.run(kernel, x, w, b))

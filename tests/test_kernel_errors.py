@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlinear._kernels import Epilogue, Packed, Plan, run
 
-KERNEL = native.RUNNABLE[0]
+KERNEL = next(kernel for kernel in native.RUNNABLE if kernel["own"] == "fp32")
 NAME, LAYOUT = KERNEL["name"], KERNEL["layout"]
 M, N, K = 5, 37, 10
 
@@ -39,15 +39,15 @@ def emptied(shape: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-# Makes something of the right shape that is no dense fp32 CPU tensor.
+# Makes something of the right shape that is no dense CPU tensor of one of the formats.
 NOT_A_TENSOR: dict[str, Callable[[tuple[int, ...]], Any]] = {
     "None": lambda shape: None,
     "int": lambda shape: 5,
     "list": lambda shape: torch.ones(shape).tolist(),
     "ndarray": lambda shape: np.ones(shape, np.float32),
     "float64": lambda shape: torch.ones(shape, dtype=torch.float64),
-    "float16": lambda shape: torch.ones(shape, dtype=torch.float16),
-    "bfloat16": lambda shape: torch.ones(shape, dtype=torch.bfloat16),
+    "float8": lambda shape: torch.ones(shape).to(torch.float8_e4m3fn),
+    "int16": lambda shape: torch.ones(shape, dtype=torch.int16),
     "int32": lambda shape: torch.ones(shape, dtype=torch.int32),
     "complex64": lambda shape: torch.ones(shape, dtype=torch.complex64),
     "bool": lambda shape: torch.ones(shape, dtype=torch.bool),
@@ -90,7 +90,7 @@ def test_the_valid_product_is_valid() -> None:
 @pytest.mark.filterwarnings("ignore")  # torch's own, about sparse and nested tensors
 @pytest.mark.parametrize("what", ["x", "bias", "out", "weight"])
 @pytest.mark.parametrize("given", NOT_A_TENSOR)
-def test_what_is_no_dense_fp32_cpu_tensor(given: str, what: str) -> None:
+def test_what_is_no_dense_cpu_tensor_of_a_format(given: str, what: str) -> None:
     """Other types, dtypes, devices and layouts, and tensors without memory, in every place."""
     if given == "None" and what == "bias":
         product(bias=None)
@@ -98,7 +98,7 @@ def test_what_is_no_dense_fp32_cpu_tensor(given: str, what: str) -> None:
     shape = {"x": (M, K), "bias": (N,), "out": (M, N), "weight": (N, K)}[what]
     value = NOT_A_TENSOR[given](shape)
     act = (lambda: Packed(value, LAYOUT)) if what == "weight" else (lambda: product(**{what: value}))
-    refused(TypeError, f"{what} must be a dense fp32 CPU tensor, not a", act)
+    refused(TypeError, f"{what} must be a dense fp32 or bf16 or fp16 CPU tensor, not a", act)
 
 
 SHAPES: dict[str, tuple[str, Callable[[], Any], str]] = {
@@ -134,12 +134,41 @@ def test_a_weight_has_two_dimensions(dims: int) -> None:
     refused(ValueError, f"weight must have 2 dimensions, not {dims}", lambda: Packed(torch.ones((2,) * dims), LAYOUT))
 
 
-def test_layouts_must_match() -> None:
-    """A kernel does not read another layout's panels: the message names both."""
-    other = next((layout for layout, *_ in native.LAYOUTS if layout != LAYOUT), None)
-    if other is None:
-        pytest.skip("the table has one layout")
-    refused(ValueError, f"{NAME}.*{LAYOUT}.*{other}", lambda: product(packed=Packed(torch.ones(N, K), other)))
+@pytest.mark.parametrize("kernel", [k for k in native.TABLE if k["runnable"]], ids=lambda kernel: kernel["name"])
+def test_a_kernel_reads_its_layouts_alone(kernel: native.Kernel) -> None:
+    """Every other layout is refused: the message names the kernel, what it reads and what was given."""
+    for layout, dtype, *_ in native.LAYOUTS:
+        if layout not in kernel["reads"]:
+            given: dict[str, Any] = {
+                "packed": Packed(torch.ones(N, K, dtype=dtype), layout),
+                "plan": Plan(kernel["name"]),
+            }
+            given["x"] = torch.ones(M, K, dtype=native.DTYPES[kernel["rows"]])
+            message = f"{kernel['name']}.*{kernel['layout']}.*{layout}"
+            refused(ValueError, message, lambda given=given: product(**given))
+
+
+@pytest.mark.parametrize("kernel", native.RUNNABLE, ids=lambda kernel: kernel["id"])
+def test_a_kernel_takes_its_formats_of_x_alone(kernel: native.Kernel) -> None:
+    """16-bit rows where the kernel reads others, or the weight is fp32: the message names kernel, layout and format."""
+    weight = torch.ones(N, K, dtype=native.DTYPES[kernel["format"]])
+    given: dict[str, Any] = {"packed": Packed(weight, kernel["layout"]), "plan": Plan(kernel["name"])}
+    for dtype in native.DTYPES.values():
+        x = torch.ones(M, K, dtype=dtype)
+        if dtype in kernel["of_x"]:
+            product(**given, x=x)
+        else:
+            message = f"{kernel['name']}.*{kernel['layout']}.*x of {dtype}"
+            refused(ValueError, message, lambda x=x: product(**given, x=x))
+
+
+def test_a_weight_is_of_its_layouts_format() -> None:
+    """No layout holds another format: the message names the layout, its format and the weight's."""
+    for layout, of_layout, *_ in native.LAYOUTS:
+        for dtype in native.DTYPES.values():
+            if dtype != of_layout:
+                weight = torch.ones(N, K, dtype=dtype)
+                refused(TypeError, f"{layout}.*{of_layout}.*{dtype}", lambda w=weight, to=layout: Packed(w, to))
 
 
 UNKNOWN: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
@@ -186,7 +215,7 @@ def test_unknown_names_and_numbers(case: str) -> None:
     refused(*UNKNOWN[case])
 
 
-@pytest.mark.parametrize("kernel", [row for row in native.TABLE if not row.values[0]["runnable"]])
+@pytest.mark.parametrize("kernel", [k for k in native.TABLE if not k["runnable"]], ids=lambda kernel: kernel["name"])
 def test_a_kernel_of_another_cpu_is_refused(kernel: native.Kernel) -> None:
     """A row of the table that may not run here cannot be planned."""
     refused(ValueError, f"{kernel['name']}.*runs here", lambda: Plan(kernel["name"]))

@@ -2,14 +2,19 @@
 
 import itertools
 import math
+import os
 from typing import Any
 
+import library
 import native
 import oracle
 import pytest
 import torch
 from native import Kernel, every_kernel
+from oracle import Dtypes
 from torch import Tensor
+
+from fastlinear import _kernels
 
 SLICES = (1, 2, 3, 7)
 THREADS = (1, 2)
@@ -22,50 +27,69 @@ def around(*tiles: int) -> list[int]:
     return sorted({0, 1, 7, 97, 1000} | near)
 
 
+Form = tuple[str, torch.dtype, torch.dtype | None]
+
+
+def forms(name: str) -> list[Form]:
+    """(layout, format of x, format of the bias or None) of all products that a kernel of the table computes."""
+    rows = [kernel for kernel in native.ALL if kernel["name"] == name]
+    return [(kernel["layout"], x, b) for kernel in rows for x in kernel["of_x"] for b in (*kernel["of_bias"], None)]
+
+
 def factors(kernel: Kernel) -> list[list[Any]]:
-    """The values of M, N, K, activation, bias, threads and K slices that a kernel is tested with."""
+    """The values of M, N, K, activation, form, threads and K slices that a kernel of the table is tested with.
+
+    Activations are steps of the ISA, whatever the formats: its fp32 kernels meet all of them, the others a few.
+    """
     return [
         around(kernel["mr"], 2 * kernel["mr"]),
         around(kernel["nr"], kernel["columns"]),
-        around(kernel["kr"]),
-        [name for name, _ in native.ACTIVATIONS],
-        [True, False],
+        around(1, 2),
+        [name for name, _ in native.ACTIVATIONS][:: 1 if kernel["own"] == "fp32" else 4],
+        forms(kernel["name"]),
         list(THREADS),
         list(SLICES),
     ]
 
 
-Case = tuple[int, int, int, str, bool, int, int]
+Case = tuple[int, int, int, str, Form, int, int]
 
 
 def held_to_the_bound(kernel: Kernel, case: Case) -> None:
-    m, n, k, name, with_bias, threads, k_slices = case
+    m, n, k, name, (layout, of_x, of_bias), threads, k_slices = case
     params = dict(native.ACTIVATIONS)[name]
     torch.set_num_threads(threads)
-    x, w, b = oracle.random_case(m, n, k, bias=with_bias)
-    y = native.run(kernel, x, w, b, [(name, params)], threads=threads, k_slices=k_slices)
+    dtypes = Dtypes(of_x, native.DTYPES[layout.split("/")[0]], of_bias or torch.float32)
+    x, w, b = oracle.random_case(m, n, k, dtypes, bias=of_bias is not None)
+    y = native.run(native.on(kernel, layout), x, w, b, [(name, params)], threads=threads, k_slices=k_slices)
     torch.set_num_threads(1)
-    result = oracle.check(y, x, w, b, None if name == IDENTITY else (name, *params))
+    result = native.check(kernel, y, x, w, b, None if name == IDENTITY else (name, *params))
     assert result.compared == m * n
-    assert not result.mistrusted or min(m, n) < 10 or k == 0  # a few columns may all be negative before relu
+    few = min(m, n) < 10 or k == 0  # columns may all be negative before relu
+    assert not result.mistrusted or few or kernel["sums"].block  # long sums in fp16 may be as wrong as they are large
+
+
+def name_of(case: Case) -> str:
+    m, n, k, name, (layout, of_x, of_bias), threads, k_slices = case
+    b = "none" if of_bias is None else _kernels.FORMATS[of_bias]
+    return f"{layout}-{m}-{n}-{k}-{name}-{_kernels.FORMATS[of_x]}-{b}-{threads}-{k_slices}"
 
 
 def covering(kernel: Kernel) -> list[Any]:
-    marks = [] if kernel["runnable"] else [pytest.mark.skip(reason=f"{kernel['isa']} does not run here")]
-    cases = native.pairwise(*factors(kernel)) if kernel["runnable"] else [()]
-    return [pytest.param(kernel, c, id="-".join(map(str, (kernel["name"], *c))), marks=marks) for c in cases]
+    cases = native.pairwise(*factors(kernel)) if kernel in native.EXECUTED else [()]
+    return [native.parameter(kernel, c, id=f"{kernel['id']} on {name_of(c)}" if c else "") for c in cases]
 
 
-@pytest.mark.parametrize(("kernel", "case"), [case for param in native.TABLE for case in covering(param.values[0])])
+@pytest.mark.parametrize(("kernel", "case"), [case for kernel in native.TABLE for case in covering(kernel)])
 def test_edges_of_the_tile(kernel: Kernel, case: Case) -> None:
-    """Every two of (M, N, K, activation, bias, threads, K slices) meet on every kernel; K slices may outnumber K."""
+    """Every two of (M, N, K, activation, form, threads, K slices) meet on every kernel; slices may outnumber K."""
     held_to_the_bound(kernel, case)
 
 
 @pytest.mark.exhaustive
-@every_kernel
+@pytest.mark.parametrize("kernel", [native.parameter(kernel) for kernel in native.TABLE])
 def test_the_whole_product_of_edges(kernel: Kernel) -> None:
-    """All combinations of M, N, K, bias, threads and K slices; the activations take turns."""
+    """All combinations of M, N, K, formats, threads and K slices; the activations take turns."""
     choices = factors(kernel)
     turns = itertools.cycle(choices.pop(3))
     for m, n, k, *rest in itertools.product(*choices):
@@ -75,10 +99,10 @@ def test_the_whole_product_of_edges(kernel: Kernel) -> None:
 @every_kernel
 def test_adversarial_values(kernel: Kernel) -> None:
     """Cancellation, overflow, underflow, denormals, signed zeros, infinities and NaN, in one and in three K slices."""
-    for k in (1, 24, 97):
-        for _, x, w, b in oracle.adversarial_cases(k, m=kernel["mr"] + 1, n=kernel["nr"] + 3):
+    for k, dtypes in itertools.product((1, 24, 97), kernel["dtypes"]):
+        for _, x, w, b in oracle.adversarial_cases(k, m=kernel["mr"] + 1, n=kernel["nr"] + 3, dtypes=dtypes):
             for k_slices in (1, 3):
-                oracle.check(native.run(kernel, x, w, b, k_slices=k_slices), x, w, b)
+                native.check(kernel, native.run(kernel, x, w, b, k_slices=k_slices), x, w, b)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
@@ -86,14 +110,15 @@ def test_adversarial_values(kernel: Kernel) -> None:
 def test_a_special_value_stays_in_its_row(kernel: Kernel, value: float) -> None:
     """inf or NaN at any (row, k) of x makes exactly the outputs non-finite that fp64 does; inf * 0 is NaN."""
     m, n, k = kernel["mr"] + 2, kernel["nr"] + 1, 3
-    x, w, b = oracle.random_case(m, n, k)
-    w[1::3] = 0.0
-    for row, column in itertools.product(range(m), range(k)):
-        special = x.clone()
-        special[row, column] = value
-        y = native.run(kernel, special, w, b)
-        assert oracle.check(y, special, w, b).nonfinite == n
-        assert y[torch.arange(m) != row].isfinite().all()
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(m, n, k, dtypes)
+        w[1::3] = 0.0
+        for row, column in itertools.product(range(m), range(k)):
+            special = x.clone()
+            special[row, column] = value
+            y = native.run(kernel, special, w, b)
+            assert native.check(kernel, y, special, w, b).nonfinite == n
+            assert y[torch.arange(m) != row].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
@@ -102,52 +127,60 @@ def test_a_special_weight_stays_in_its_channel(kernel: Kernel, value: float) -> 
     """inf or NaN in any output channel of the weight, or of the bias, reaches that column only."""
     m, k = kernel["mr"] + 1, 3
     n = kernel["columns"] + 2
-    x, w, b = oracle.random_case(m, n, k)
-    assert b is not None
-    for column in range(n):
-        special, bias = w.clone(), b.clone()
-        special[column, column % k] = value
-        bias[(column + 1) % n] = value
-        y = native.run(kernel, x, special, bias)
-        assert oracle.check(y, x, special, bias).nonfinite == 2 * m
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(m, n, k, dtypes)
+        for column in range(n):
+            special, bias = w.clone(), b.clone()
+            special[column, column % k] = value
+            bias[(column + 1) % n] = value
+            y = native.run(kernel, x, special, bias)
+            assert native.check(kernel, y, x, special, bias).nonfinite == 2 * m
 
 
-@pytest.mark.parametrize("value", [-0.0, 1e-45, -3e-39, 2.0**-126, 3.4e38], ids=str)
 @every_kernel
-def test_tiny_and_huge_values_survive(kernel: Kernel, value: float) -> None:
-    """W = I returns denormals and the largest floats as they are, on every thread: nothing is flushed to zero."""
+def test_tiny_and_huge_values_survive(kernel: Kernel) -> None:
+    """W = I returns denormals and the largest numbers of every format as they are, on every thread.
+
+    Nothing is flushed to zero, but by the kernels that say so.
+    """
     k = kernel["columns"] + 1
-    x = torch.full((kernel["mr"] + 1, k), value)
     torch.set_num_threads(2)
-    for k_slices in SLICES:
-        assert torch.equal(native.run(kernel, x, torch.eye(k), threads=2, k_slices=k_slices), x)
+    for dtypes, k_slices in itertools.product(kernel["dtypes"], SLICES):
+        of_x = torch.finfo(dtypes.x)
+        smallest = of_x.tiny * of_x.eps
+        for value in (-0.0, smallest, -3 * smallest, of_x.tiny - smallest, of_x.tiny, of_x.max):
+            x = torch.full((kernel["mr"] + 1, k), value, dtype=dtypes.x)
+            y = native.run(kernel, x, torch.eye(k, dtype=dtypes.weight), threads=2, k_slices=k_slices)
+            assert torch.equal(y.double(), kernel["sums"].flushed(x.double())), value
 
 
 @pytest.mark.parametrize("k_slices", [1, 3])
 @every_kernel
 def test_blocks_of_k_and_of_rows(kernel: Kernel, k_slices: int) -> None:
     """K so long that the driver cuts it into three blocks, M so large that it cuts the rows, with rows that collide."""
-    k_block = native.driver_constant("panel_block_bytes") // (4 * kernel["columns"])
+    row_bytes, weight_bytes = (native.DTYPES[kernel[form]].itemsize for form in ("rows", "own"))
+    k_block = native.driver_constant("panel_block_bytes") // (weight_bytes * kernel["columns"])
     k = (2 * k_block + 1024) * k_slices
-    rows_a_block = native.driver_constant("row_block_bytes") // (4 * k)
+    rows_a_block = native.driver_constant("row_block_bytes") // (row_bytes * k)
     m, n = 2 * rows_a_block + kernel["mr"] + 1, kernel["nr"] + 1
-    x, w, b = oracle.exact_case(m, n, k)
-    for threads in THREADS:
+    for threads, dtypes in zip(THREADS, (kernel["dtypes"][0], kernel["dtypes"][-1]), strict=True):
+        x, w, b = native.exact_case(kernel, m, n, k, dtypes)
         torch.set_num_threads(threads)
         y = native.run(kernel, x, w, b, [("relu", ())], threads=threads, k_slices=k_slices)
         torch.set_num_threads(1)
-        oracle.check(y, x, w, b, "relu", exact=True)
+        native.check(kernel, y, x, w, b, "relu", exact=True)
 
 
 @pytest.mark.parametrize("k", [512, 1024, 4096])
 @every_kernel
 def test_rows_that_collide_in_the_cache(kernel: Kernel, k: int) -> None:
     """Rows a multiple of 4096 bytes apart are copied for tall tiles: the same bits as for rows that are not."""
-    x, w, b = oracle.random_case(2 * kernel["mr"] + 1, kernel["columns"] + 1, k)
-    y = native.run(kernel, x, w, b)
-    oracle.check(y, x, w, b)
-    apart = torch.empty(len(x), k + 17)[:, :k].copy_(x)
-    assert native.same_bits(native.run(kernel, apart, w, b), y)
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(2 * kernel["mr"] + 1, kernel["columns"] + 1, k, dtypes)
+        y = native.run(kernel, x, w, b)
+        native.check(kernel, y, x, w, b)
+        apart = torch.empty(len(x), k + 17, dtype=dtypes.x)[:, :k].copy_(x)
+        assert native.same_bits(native.run(kernel, apart, w, b), y)
 
 
 CHAINS: list[list[tuple[str, tuple[float, ...]]]] = [
@@ -160,18 +193,72 @@ CHAINS: list[list[tuple[str, tuple[float, ...]]]] = [
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(name for name, _ in chain))
 @every_kernel
 def test_chains_of_steps(kernel: Kernel, chain: list[tuple[str, tuple[float, ...]]]) -> None:
-    """A chain gives the bits of its steps one after another, the bias being added once, before the first."""
+    """A chain gives the values of its steps one after another, the bias being added once, before the first."""
     for (m, n, k), k_slices in itertools.product([(1, 1, 5), (kernel["mr"] + 1, kernel["columns"] + 3, 97)], (1, 3)):
-        x, w, b = oracle.random_case(m, n, k)
-        expected = native.run(kernel, x, w, b, chain[:1], k_slices=k_slices)
+        x, w, b = native.random_case(m, n, k, kernel["dtypes"][0])
+        whole, expected = torch.empty(m, n), torch.empty(m, n)
+        native.run(kernel, x, w, b, chain, k_slices=k_slices, out=whole)
+        native.run(kernel, x, w, b, chain[:1], k_slices=k_slices, out=expected)
         for step in chain[1:]:
             expected = pointwise(kernel, step, expected)
-        assert native.same_bits(native.run(kernel, x, w, b, chain, k_slices=k_slices), expected)
+        assert torch.equal(whole, expected)
 
 
 def pointwise(kernel: Kernel, step: tuple[str, tuple[float, ...]], values: Tensor) -> Tensor:
-    """One step alone: the values are the weight of a product with K = 1 and x = 1."""
-    return native.run(kernel, torch.ones(1, 1), values.reshape(-1, 1), None, [step]).reshape(values.shape)
+    """One step alone, of fp32 values: they are the bias of a product with zeros."""
+    of_x, of_weight, _ = kernel["dtypes"][0]
+    w, out = torch.zeros(values.numel(), 1, dtype=of_weight), torch.empty(1, values.numel())
+    native.run(kernel, torch.zeros(1, 1, dtype=of_x), w, values.flatten(), [step], out=out)
+    return out.reshape(values.shape)
+
+
+@every_kernel
+def test_every_row_is_executed(kernel: Kernel) -> None:
+    """An exact product on every kernel and layout, by the way that the report at the end of the tests shows."""
+    before = native.products[kernel["id"]]
+    x, w, b = native.exact_case(kernel, 3, 5, 7, kernel["dtypes"][0])
+    native.check(kernel, native.run(kernel, x, w, b), x, w, b, exact=True)
+    assert native.products[kernel["id"]] == before + 1
+
+
+def test_no_row_is_skipped_on_an_avx512_machine() -> None:
+    """What CPUID hides is run natively or emulated; elsewhere, or below FASTLINEAR_MAX_ISA, a skip has its reason."""
+    if "avx512" in _kernels.cpu_info()["isas"] and "FASTLINEAR_MAX_ISA" not in os.environ:
+        assert native.EXECUTED == native.ALL
+    for kernel in native.ALL:
+        assert kernel["way"] in (library.NATIVELY, library.HIDDEN, library.EMULATED) or "skipped: " in kernel["way"]
+        assert (kernel["way"] == library.NATIVELY) == kernel["runnable"]
+
+
+def test_the_probe_tells_instructions_apart() -> None:
+    """Bytes that return do, an undefined instruction does not, and what CPUID shows is executed."""
+    assert library.executes(bytes.fromhex("c3"))
+    assert not library.executes(bytes.fromhex("0f0b c3"))  # ud2
+    assert all(library.executes(code) for isa, code in library.PROBES.items() if isa in _kernels.cpu_info()["isas"])
+
+
+@pytest.mark.parametrize(
+    ("isa", "known", "executed", "way"),
+    [
+        ("avx512_fp16", ["avx512", "avx512_fp16"], True, library.NATIVELY),
+        ("avx512_fp16", ["avx512"], True, library.HIDDEN),
+        ("avx512_fp16", ["avx512"], False, library.EMULATED),
+        ("avx512_fp16", ["avx2"], False, "skipped: this CPU has no avx512_fp16"),
+        ("avx512_bf16", ["avx512"], False, "skipped: this CPU has no avx512_bf16"),
+        ("avx512", ["avx2"], True, "skipped: this CPU has no avx512"),
+    ],
+)
+def test_how_an_isa_is_executed(
+    isa: str, known: list[str], executed: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CPUID shows, else what a probe executes, else what can be emulated, else nothing, with the reason."""
+    monkeypatch.setattr(_kernels, "cpu_info", lambda: {"isas": ["scalar", *known]})
+    monkeypatch.setattr(library, "executes", lambda code: executed)
+    monkeypatch.delenv("FASTLINEAR_MAX_ISA", raising=False)
+    assert library.way.__wrapped__(isa) == way
+    if isa not in known:
+        monkeypatch.setenv("FASTLINEAR_MAX_ISA", "avx2")
+        assert library.way.__wrapped__(isa) == "skipped: FASTLINEAR_MAX_ISA is avx2"
 
 
 def test_the_covering_covers() -> None:

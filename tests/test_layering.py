@@ -18,37 +18,43 @@ CPP_ROOMS = {
     "cpu.hpp": set(),
     "parallel.hpp": set(),
     "dlpack.hpp": set(),
-    "formats/*": {"kernel.hpp", "target.hpp"},
-    "pack.hpp": {"kernel.hpp", "target.hpp", "formats/*", "parallel.hpp"},
-    "vec/*": {"kernel.hpp", "target.hpp"},
-    "epilogue.hpp": {"kernel.hpp"},
-    "epilogues/*": {"kernel.hpp", "target.hpp", "vec/*", "epilogue.hpp", "epilogues/*"},
-    "rows.hpp": {"kernel.hpp", "target.hpp", "formats/*", "vec/*"},
-    "kernels/*": {"kernel.hpp", "target.hpp", "formats/*", "vec/*", "kernels/*"},
-    "registry.hpp": {"kernel.hpp", "epilogue.hpp", "cpu.hpp"},
+    "epilogue.hpp": set(),
+    "conversion.hpp": set(),
+    "formats/*": set(),
+    "pack.hpp": {"kernel.hpp", "parallel.hpp"},
+    "vec/*": {"formats/*", "conversion.hpp"},
+    "epilogues/*": {"vec/*", "epilogue.hpp", "epilogues/*"},
+    "rows.hpp": {"kernel.hpp", "conversion.hpp"},
+    "kernels/*": {"kernel.hpp", "formats/*", "kernels/*"},
+    "registry.hpp": {"kernel.hpp", "epilogue.hpp", "conversion.hpp"},
     "grid.hpp": {"kernel.hpp", "pack.hpp"},
-    "gemm.hpp": {"kernel.hpp", "epilogue.hpp", "formats/*", "grid.hpp", "rows.hpp", "parallel.hpp", "registry.hpp"},
+    "gemm.hpp": {"kernel.hpp", "epilogue.hpp", "grid.hpp", "rows.hpp", "parallel.hpp", "registry.hpp"},
     "benchmarks/*": set(),
-    "csrc/registry.cpp": {"registry.hpp", "kernel.hpp", "epilogue.hpp", "epilogues/*", "cpu.hpp"},
-    "csrc/*.cpp": {"kernel.hpp", "target.hpp", "formats/*", "vec/*", "epilogue.hpp", "epilogues/*", "kernels/*"},
+    "csrc/registry.cpp": {"registry.hpp", "epilogues/*"},
+    "csrc/*.cpp": {"kernel.hpp", "target.hpp", "registry.hpp", "vec/*", "epilogues/*", "kernels/*"},
 }
 
 # Each Python room, and the rooms it may import; the public face and the command line may import them all.
 PYTHON_ROOMS = {
-    "_kernels": set(),
+    "_cpu": set(),
+    "_kernels": {"_cpu"},
     "_engine": {"_kernels"},
     "activations": set(),
     "tuning_cache": set(),
     "autotune": {"tuning_cache"},
     "torch_plans": {"activations"},
-    "planner": {"_kernels", "activations", "autotune", "torch_plans", "tuning_cache"},
+    "candidates": {"_kernels", "activations", "torch_plans"},
+    "planner": {"_kernels", "activations", "autotune", "candidates", "torch_plans", "tuning_cache"},
+    "packs": {"_kernels", "_engine", "planner"},
     "ops": {"_kernels", "activations"},
-    "fast_module": {"_kernels", "_engine", "activations", "planner", "ops"},
-    "linear": {"activations", "fast_module", "ops"},
+    "fast_module": {"_kernels", "_engine", "activations", "candidates", "packs", "planner", "ops"},
+    "linear": {"_kernels", "activations", "fast_module", "ops", "packs"},
     "fusion": {"activations", "linear"},
     "selection": {"linear"},
-    "convert": {"activations", "linear", "fusion", "selection"},
-    "report": {"_kernels", "activations", "planner", "linear", "selection", "convert"},
+    "bypass": {"linear"},
+    "convert": {"activations", "linear", "fusion", "selection", "bypass"},
+    "report": {"_kernels", "activations", "candidates", "linear", "selection"},
+    "selfcheck": {"_kernels", "activations"},
 }
 PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
 
@@ -91,6 +97,10 @@ def python_imports(text: str) -> set[str]:
     return found
 
 
+def cython_imports(text: str) -> set[str]:
+    return set(re.findall(r"^\s*from fastlinear\.(\w+) c?import", text, re.MULTILINE))
+
+
 def room_of(path: str) -> str:
     return next((room for room in CPP_ROOMS if fnmatch(path, room)), f"{path}, which has no room in the plan")
 
@@ -122,9 +132,15 @@ def test_cpp_arrows() -> None:
     [
         ("include/fastlinear/kernels/avx2/fp32.hpp", "epilogue.hpp"),
         ("include/fastlinear/kernels/avx2/fp32.hpp", "gemm.hpp"),
-        ("include/fastlinear/kernels/avx2/fp32.hpp", "vec/avx512.hpp"),
-        ("include/fastlinear/epilogues/relu.hpp", "formats/fp32.hpp"),
+        ("include/fastlinear/kernels/avx2/fp32.hpp", "vec/avx2.hpp"),
+        ("include/fastlinear/kernels/avx512_bf16/bf16.hpp", "kernels/avx512/bf16.hpp"),
+        ("include/fastlinear/kernels/tile.hpp", "kernels/avx512/fp32.hpp"),
+        ("include/fastlinear/vec/convert.hpp", "vec/avx512.hpp"),
+        ("include/fastlinear/epilogues/relu.hpp", "formats/bf16.hpp"),
+        ("include/fastlinear/formats/bf16.hpp", "kernel.hpp"),
+        ("include/fastlinear/gemm.hpp", "formats/bf16.hpp"),
         ("csrc/avx2.cpp", "kernels/avx512/fp32.hpp"),
+        ("csrc/avx512_fp16.cpp", "vec/avx512.hpp"),
         ("include/fastlinear/cpu.hpp", "kernel.hpp"),
     ],
 )
@@ -138,7 +154,10 @@ def test_python_arrows() -> None:
     modules = {Path(path).stem: text for path, text in sources() if re.fullmatch(r"fastlinear/\w+\.py", path)}
     assert modules.keys() <= PYTHON_ROOMS.keys(), "a module has no room in the plan"
     trespasses = {name: python_imports(text) - PYTHON_ROOMS[name] for name, text in modules.items()}
+    cython = {Path(path).stem: text for path, text in sources() if re.fullmatch(r"fastlinear/\w+\.pyx", path)}
+    trespasses |= {name: cython_imports(text) - PYTHON_ROOMS[name] for name, text in cython.items()}
     assert {name: rooms for name, rooms in trespasses.items() if rooms} == {}
+    assert len(cython) > 1 and cython_imports("from fastlinear._cpu cimport x\n") == {"_cpu"}
     assert "linear" in python_imports("def f():\n    from .linear import FastLinear\n")
     assert python_imports("from . import _kernels, x\nimport fastlinear.ops\nimport torch") == {"_kernels", "ops"}
 

@@ -75,7 +75,9 @@ def same(fast: nn.Module, stock: nn.Module, x: Any) -> bool:
         assert got.shape == expected.shape
     else:
         plain = [list(t.unbind()) if t.is_nested else t.to_dense() for t in (got, expected)]
-        torch.testing.assert_close(*plain, equal_nan=True)
+        # torch rounds 16-bit sums before the activation, too; tests/test_sixteen.py has the bound.
+        loose = 4 * torch.finfo(got.dtype).eps if got.dtype.is_floating_point and got.element_size() == 2 else None
+        torch.testing.assert_close(*plain, equal_nan=True, rtol=loose, atol=loose)
     return True
 
 
@@ -160,13 +162,13 @@ def test_other_inputs(kind: str, name: str) -> None:
         same(fast, stock, OTHER_INPUTS[name]())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_of_the_layer(dtype: torch.dtype) -> None:
-    """A layer of another dtype than fp32 is torch's business, all the way."""
+def test_other_dtypes_of_the_layer() -> None:
+    """A layer of a dtype that no kernel has is torch's business, all the way."""
     fast, stock = twins()
     with torch.no_grad():
-        assert same(fast.to(dtype), stock.to(dtype), torch.randn(5, K, dtype=dtype))
+        assert same(fast.double(), stock.double(), torch.randn(5, K, dtype=torch.float64))
         assert not same(fast, stock, torch.randn(5, K))
+    assert fast.pack_nbytes == 0
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, N), (K, 0), (0, 0), (1, 1), (K, 1), (1, N)])
@@ -204,8 +206,9 @@ def test_the_kernels_really_run() -> None:
     fast, _ = twins()
     with torch.no_grad():
         fast(torch.randn(5, K))
-    assert fast.pack_nbytes >= K * N * 4 and list(fast.plans) == [5]
-    assert fast.plans[5].name in {row["name"] for row in fastlinear.kernels()}
+    (chosen,) = fast.plans
+    assert fast.pack_nbytes >= K * N * 4 and (chosen.x, chosen.bucket) == ("fp32", 5)
+    assert chosen.name in {row["name"] for row in fastlinear.kernels()}
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -575,11 +578,24 @@ def test_adopt_and_release() -> None:
     assert type(layer) is nn.Linear
 
 
+def with_bias_of(dtype: torch.dtype, layer: nn.Module) -> nn.Module:
+    layer.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return layer
+
+
+def sparse(layer: nn.Module) -> nn.Module:
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    return layer
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another class": (lambda: nn.Bilinear(2, 2, 2), "not exactly nn.Linear"),
     "a subclass": (lambda: type("Mine", (nn.Linear,), {})(2, 2), "not exactly nn.Linear"),
     "lazy": (lambda: nn.LazyLinear(2), "not exactly nn.Linear"),
-    "fp16": (lambda: nn.Linear(2, 2).half(), "torch.float16"),
+    "fp64": (lambda: nn.Linear(2, 2).double(), "torch.float64, not torch.float32"),
+    "fp16 bias": (lambda: with_bias_of(torch.float16, nn.Linear(2, 2)), "bias is torch.float16, not torch.float32"),
+    "fp64 bias": (lambda: with_bias_of(torch.float64, nn.Linear(2, 2).half()), "as its weight"),
+    "sparse": (lambda: sparse(nn.Linear(2, 2)), "torch.sparse_coo, not dense"),
     "meta": (lambda: nn.Linear(2, 2, device="meta"), "on device meta"),
     "weight_norm of old": (lambda: weight_norm(nn.Linear(2, 2)), "computed by a hook"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "not exactly nn.Linear"),
@@ -610,4 +626,4 @@ def test_repr_tells_what_runs() -> None:
     assert "activation='gelu', kernel=untuned" in repr(fast)
     with torch.no_grad():
         fast(torch.randn(5, K))
-    assert f"kernel={fast.plans[5].name}" in repr(fast) and "MiB" in repr(fast)
+    assert f"kernel={fast.plans[0].name}" in repr(fast) and "MiB" in repr(fast) and "dtype" not in repr(fast)

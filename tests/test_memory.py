@@ -31,22 +31,22 @@ def shape(kernel: Kernel, name: str) -> tuple[int, int, int]:
 def test_nothing_outside_the_operands_is_touched(kernel: Kernel, size: str, k_slices: int) -> None:
     """x, W, bias and out flush against forbidden pages at either end, and one element off: no fault, the same bits."""
     m, n, k = shape(kernel, size)
-    x, w, b = oracle.random_case(m, n, k)
-    assert b is not None
     steps = [("leaky_relu", (0.1,)), ("tanh", ())]
-    expected = native.run(kernel, x, w, b, steps, k_slices=k_slices)
 
     def action(note: Note) -> None:
-        operands = {"x": x, "w": w, "out": expected, "bias": b}
-        for name, at, offset, gap in itertools.product(operands, EDGES, (0, 1), (0, 3)):
-            note(f"{name} at its {at}, {offset} elements off, rows {gap} elements apart")
-            near = dict(operands, out=torch.full((m, n), torch.nan))
-            values = operands[name]
-            near[name] = guard.guarded(values, at, stride=values.shape[-1] + gap, offset=offset)
-            if name == "out":
-                near[name].fill_(torch.nan)
-            y = native.run(kernel, near["x"], near["w"], near["bias"], steps, k_slices=k_slices, out=near["out"])
-            assert native.same_bits(y, expected)
+        for dtypes in kernel["dtypes"]:
+            x, w, b = native.random_case(m, n, k, dtypes)
+            expected = native.run(kernel, x, w, b, steps, k_slices=k_slices)
+            operands = {"x": x, "w": w, "out": expected, "bias": b}
+            for name, at, offset, gap in itertools.product(operands, EDGES, (0, 1), (0, 3)):
+                note(f"{dtypes}: {name} at its {at}, {offset} elements off, rows {gap} elements apart")
+                near = dict(operands, out=torch.full_like(expected, torch.nan))
+                values = operands[name]
+                near[name] = guard.guarded(values, at, stride=values.shape[-1] + gap, offset=offset)
+                if name == "out":
+                    near[name].fill_(torch.nan)
+                y = native.run(kernel, near["x"], near["w"], near["bias"], steps, k_slices=k_slices, out=near["out"])
+                assert native.same_bits(y, expected)
 
     native.in_child(action)
 
@@ -54,12 +54,13 @@ def test_nothing_outside_the_operands_is_touched(kernel: Kernel, size: str, k_sl
 @every_kernel
 def test_rows_that_are_copied_stay_inside(kernel: Kernel) -> None:
     """Rows 4096 bytes apart, which the driver copies, end at a forbidden page: the copy stops in time."""
-    x, w, _ = oracle.random_case(2 * kernel["mr"], 3, 19)
 
     def action(note: Note) -> None:
-        for at in EDGES:
-            note(f"x at its {at}")
-            oracle.check(native.run(kernel, guard.guarded(x, at, stride=1024), w), x, w)
+        for dtypes, at in itertools.product(kernel["dtypes"], EDGES):
+            note(f"{dtypes}: x at its {at}")
+            x, w, b = native.random_case(2 * kernel["mr"], 3, 19, dtypes)
+            near = guard.guarded(x, at, stride=4096 // x.itemsize)
+            native.check(kernel, native.run(kernel, near, w, b), x, w, b)
 
     native.in_child(action)
 
@@ -70,13 +71,13 @@ def test_rows_that_are_copied_stay_inside(kernel: Kernel) -> None:
 def test_only_the_output_is_written(kernel: Kernel, size: str, k_slices: int) -> None:
     """With rows of out further apart than N, and out in the middle of other data, every other element is intact."""
     m, n, k = shape(kernel, size)
-    x, w, b = oracle.random_case(m, n, k)
-    for gap, threads in itertools.product((0, 1, 16, 100), (1, 2)):
+    for gap, threads, dtypes in native.together((0, 1, 16, 100), (1, 2, 2), kernel["dtypes"]):
+        x, w, b = native.random_case(m, n, k, dtypes)
         torch.set_num_threads(threads)
-        out, intact = guard.canaried(m, n, n + gap)
+        out, intact = guard.canaried(m, n, n + gap, dtypes.x)
         native.run(kernel, x, w, b, [("gelu", ())], threads=threads, k_slices=k_slices, out=out)
         assert intact()
-        oracle.check(out, x, w, b, "gelu")
+        native.check(kernel, out, x, w, b, "gelu")
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -84,14 +85,14 @@ def test_only_the_output_is_written(kernel: Kernel, size: str, k_slices: int) ->
 def test_what_lies_around_x_never_leaks(kernel: Kernel, size: str) -> None:
     """x in the middle of NaN, in its gaps and after its rows, gives the bits of x alone; so does a bias amid NaN."""
     m, n, k = shape(kernel, size)
-    x, w, b = oracle.random_case(m, n, k)
-    assert b is not None
-    expected = native.run(kernel, x, w, b)
-    amid = torch.full((m + 2 * kernel["mr"], k + 40), torch.nan)
-    amid[1 : m + 1, 7 : k + 7] = x
-    bias = torch.full((n + 128,), torch.nan)
-    bias[5 : n + 5] = b
-    assert native.same_bits(native.run(kernel, amid[1 : m + 1, 7 : k + 7], w, bias[5 : n + 5]), expected)
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(m, n, k, dtypes)
+        expected = native.run(kernel, x, w, b)
+        amid = torch.full((m + 2 * kernel["mr"], k + 40), torch.nan, dtype=dtypes.x)
+        amid[1 : m + 1, 7 : k + 7] = x
+        bias = torch.full((n + 128,), torch.nan, dtype=dtypes.bias)
+        bias[5 : n + 5] = b
+        assert native.same_bits(native.run(kernel, amid[1 : m + 1, 7 : k + 7], w, bias[5 : n + 5]), expected)
 
 
 @pytest.mark.parametrize("k_slices", [1, 3])
@@ -99,26 +100,29 @@ def test_what_lies_around_x_never_leaks(kernel: Kernel, size: str) -> None:
 def test_scratch_of_an_earlier_call_never_leaks(kernel: Kernel, k_slices: int) -> None:
     """After products that leave NaN in the scratch tiles, rows and partial sums, the next one has its usual bits."""
     m, n, k = kernel["mr"] + 1, kernel["columns"] + 1, 9
-    x, w, b = oracle.random_case(m, n, k)
-    expected = native.run(kernel, x, w, b, k_slices=k_slices)
-    poison = torch.full((4 * m, 1024), torch.nan)
-    for k_poison, slices in itertools.product((1024, 1, 0), (1, 3)):
-        native.run(
-            kernel, poison[:, :k_poison], torch.ones(4 * n, k_poison), torch.full((4 * n,), torch.nan), k_slices=slices
-        )
-        assert native.same_bits(native.run(kernel, x, w, b, k_slices=k_slices), expected)
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(m, n, k, dtypes)
+        expected = native.run(kernel, x, w, b, k_slices=k_slices)
+        poison = torch.full((4 * m, 1024), torch.nan, dtype=dtypes.x)
+        bias = torch.full((4 * n,), torch.nan, dtype=dtypes.bias)
+        for k_poison, slices in itertools.product((1024, 1, 0), (1, 3)):
+            weight = torch.ones(4 * n, k_poison, dtype=dtypes.weight)
+            native.run(kernel, poison[:, :k_poison], weight, bias, k_slices=slices)
+            assert native.same_bits(native.run(kernel, x, w, b, k_slices=k_slices), expected)
 
 
 @every_kernel
 def test_rows_with_any_stride(kernel: Kernel) -> None:
     """One row expanded (stride 0), overlapping rows (a sliding window) and every second row."""
     m, n, k = kernel["mr"] + 3, kernel["columns"] + 1, 23
-    w = torch.randn(n, k)
-    long = torch.randn(m + k)
-    views = {"expanded": torch.randn(1, k).expand(m, k), "sliding": long.as_strided((m, k), (1, 1))}
-    views["every second"] = torch.randn(2 * m, k)[::2]
-    for name, x in views.items():
-        assert native.same_bits(native.run(kernel, x, w), native.run(kernel, x.contiguous(), w)), name
+    for dtypes in kernel["dtypes"]:
+        _, w, _ = native.random_case(m, n, k, dtypes)
+        long = torch.randn(m + k)
+        views = {"expanded": torch.randn(1, k).to(dtypes.x).expand(m, k)}
+        views["sliding"] = long.to(dtypes.x).as_strided((m, k), (1, 1))
+        views["every second"] = torch.randn(2 * m, k).to(dtypes.x)[::2]
+        for name, x in views.items():
+            assert native.same_bits(native.run(kernel, x, w), native.run(kernel, x.contiguous(), w)), name
 
 
 FAR = 2**30 + 1027  # elements from row to row: the fourth row begins past 2^31 elements
@@ -127,24 +131,27 @@ FAR = 2**30 + 1027  # elements from row to row: the fourth row begins past 2^31 
 def far(values: Tensor) -> Tensor:
     """A copy of `values` with its rows FAR elements apart."""
     rows, columns = values.shape
-    return guard.sparse((rows - 1) * FAR + columns).as_strided((rows, columns), (FAR, 1)).copy_(values)
+    memory = guard.sparse((rows - 1) * FAR + columns, values.dtype)
+    return memory.as_strided((rows, columns), (FAR, 1)).copy_(values)
 
 
 @every_kernel
 def test_offsets_past_2_to_31(kernel: Kernel) -> None:
     """Rows of x, of W and of out that lie gigabytes apart are found, with collisions in the cache as well."""
-    x, w, b = oracle.random_case(4, 4, 21)
-    expected = native.run(kernel, x, w, b)
-    assert native.same_bits(native.run(kernel, far(x), w, b), expected)
-    assert native.same_bits(native.run(kernel, x, far(w), b), expected)
-    assert native.same_bits(native.run(kernel, x, w, b, out=far(torch.zeros(4, 4))), expected)
-    both = native.run(kernel, far(x), far(w), b, k_slices=2, out=far(torch.zeros(4, 4)))
-    oracle.check(both.contiguous(), x, w, b)
+    for dtypes in kernel["dtypes"]:
+        x, w, b = native.random_case(4, 4, 21, dtypes)
+        expected = native.run(kernel, x, w, b)
+        assert native.same_bits(native.run(kernel, far(x), w, b), expected)
+        assert native.same_bits(native.run(kernel, x, far(w), b), expected)
+        assert native.same_bits(native.run(kernel, x, w, b, out=far(torch.zeros_like(expected))), expected)
+        both = native.run(kernel, far(x), far(w), b, k_slices=2, out=far(torch.zeros_like(expected)))
+        native.check(kernel, both.contiguous(), x, w, b)
 
 
 @every_kernel
 def test_infinities_meet_no_padding(kernel: Kernel) -> None:
     """Infinite x with N, M and K one short of and one past the tile: the zeros of the last panel make no NaN."""
-    for m, n, k in itertools.product((1, kernel["mr"] + 1), (1, kernel["nr"] - 1, kernel["columns"] + 1), (1, 2, 5)):
-        y = native.run(kernel, torch.full((m, k), math.inf), torch.ones(n, k), torch.ones(n))
-        assert (y == math.inf).all()
+    shapes = itertools.product((1, kernel["mr"] + 1), (1, kernel["nr"] - 1, kernel["columns"] + 1), (1, 2, 5))
+    for (m, n, k), dtypes in itertools.product(shapes, kernel["dtypes"]):
+        x, w, b = oracle.stored(dtypes, torch.full((m, k), math.inf), torch.ones(n, k), torch.ones(n))
+        assert (native.run(kernel, x, w, b) == math.inf).all()

@@ -1,56 +1,58 @@
 """The tests can fail: the library's own sources, broken in one place, are caught by the very checks that guard them."""
 
-import ctypes
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import guard
+import library
 import native
-import oracle
 import pytest
 import test_exact
+import test_formats
 import test_kernels
 import test_memory
 import torch
-from native import Kernel, Steps
+from native import Kernel
 from torch import Tensor
-
-from fastlinear import _kernels
-
-UNITS = sorted(native.ROOT.glob("csrc/*.cpp"))
-NAMES = list(_kernels.activations())
 
 
 class Mutant(NamedTuple):
-    """One change of one source file; `kernel` is the row of the table that shows it."""
+    """One change of one header; `row`, a kernel or "kernel on layout", shows it."""
 
     name: str
     file: str
     old: str
     new: str
-    kernel: str = "fp32/scalar/4x16"
+    row: str = "fp32/scalar/4x16"
+
+    @property
+    def unit(self) -> str:
+        """The source that has to be compiled again: the driver's, or that of the row's ISA."""
+        return "product" if Path(self.file).parent.name == "fastlinear" else self.row.split("/")[1]
 
 
-DRIVER, GRID = "include/fastlinear/gemm.hpp", "include/fastlinear/grid.hpp"
-SCALAR, AVX2, AVX512 = (f"include/fastlinear/kernels/{isa}/fp32.hpp" for isa in ("scalar", "avx2", "avx512"))
+DRIVER, GRID, ROWS = (f"include/fastlinear/{name}.hpp" for name in ("gemm", "grid", "rows"))
+TILE, SCALAR = "include/fastlinear/kernels/tile.hpp", "include/fastlinear/kernels/scalar/tile.hpp"
+BF16, PAIRS, HALVES = (
+    f"include/fastlinear/kernels/{path}.hpp" for path in ("avx512/bf16", "avx512_bf16/bf16", "avx512_fp16/fp16")
+)
+CONVERT, VEC = "include/fastlinear/vec/convert.hpp", "include/fastlinear/vec/avx512.hpp"
 TALL = "fp32/avx512/14x32"
+TALL_BF16, TALL_PAIRS, WIDENING = "bf16/avx512/14x32", "bf16/avx512_bf16/14x32", "fp32/avx512/14x32 on bf16/32x2"
 
 BROKEN = [
     Mutant("the last k is dropped", SCALAR, "k < t.k;", "k + 1 < t.k;"),
-    Mutant("the last k is dropped, AVX2", AVX2, "k < t.k;", "k + 1 < t.k;", "fp32/avx2/6x16"),
+    Mutant("the last k is dropped, AVX2", TILE, "k + kr <= t.k;", "k + kr < t.k;", "fp32/avx2/6x16"),
     Mutant(
         "the first two rows are swapped", SCALAR, "a[r * t.lda + k]", "a[(t.rows > 1 && r < 2 ? 1 - r : r) * t.lda + k]"
     ),
     Mutant(
         "the first two rows are swapped, AVX-512",
-        AVX512,
-        "a[r * t.lda + k]",
-        "a[(R > 1 && r < 2 ? 1 - r : r) * t.lda + k]",
+        TILE,
+        "const Vector x = last ? Op::last_row(a + r * lda) : Op::row(a + r * lda);",
+        "const Vector x = Op::row(a + (R > 1 && r < 2 ? 1 - r : r) * lda);",
         TALL,
     ),
     Mutant("K blocks overwrite each other", SCALAR, "t.accumulate ? tile[r * Columns + j] : 0.0f", "0.0f"),
@@ -60,8 +62,8 @@ BROKEN = [
         "a.accumulate = block.begin > slice.begin",
         "a.accumulate = false",
     ),
-    Mutant("the bias is skipped", DRIVER, "s.bias = i == 0 && p.bias != nullptr", "s.bias = false"),
-    Mutant("the bias is added in every step", DRIVER, "i == 0 && p.bias", "p.bias"),
+    Mutant("the bias is skipped", DRIVER, "s.bias = i == 0 && job.bias != nullptr", "s.bias = false"),
+    Mutant("the bias is added in every step", DRIVER, "i == 0 && job.bias", "job.bias"),
     Mutant(
         "a column too many is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"
     ),
@@ -72,13 +74,113 @@ BROKEN = [
     Mutant(
         "K slices overlap", GRID, "std::min(k_, (u.slice + 1) * slice_k_)", "std::min(k_, (u.slice + 1) * slice_k_ + 1)"
     ),
+    Mutant("copied rows are one k short", ROWS, "(k * element)", "((k - 1) * element)", TALL),
+    Mutant("copied 16-bit rows are one k short", ROWS, "(k * element)", "((k - 1) * element)", TALL_PAIRS),
     Mutant(
-        "copied rows are one k short",
-        "include/fastlinear/rows.hpp",
-        "<std::size_t>(k) *",
-        "<std::size_t>(k - 1) *",
-        TALL,
+        "widened rows are one k short",
+        ROWS,
+        "reinterpret_cast<float*>(to), k)",
+        "reinterpret_cast<float*>(to), k - 1)",
+        TALL_BF16,
     ),
+    Mutant(
+        "widened rows are those of the next row",
+        ROWS,
+        "conversion.widen(x.at(r, 0)",
+        "conversion.widen(x.at(rows - 1 - r, 0)",
+        TALL_BF16,
+    ),
+    Mutant("the odd last k is dropped", TILE, "if (kr > 1 && k < t.k)", "if (false)", TALL_BF16),
+    Mutant(
+        "the odd last k brings its neighbour, 0 times",
+        PAIRS,
+        "_mm512_castsi512_ps(_mm512_set1_epi32(a->bits))",
+        "row(a)",
+        TALL_PAIRS,
+    ),
+    Mutant("even and odd k are swapped", BF16, "step == 0", "step == 1", TALL_BF16),
+    Mutant("even and odd k are swapped in widening", CONVERT, "even, odd);", "odd, even);", WIDENING),
+    Mutant(
+        "odd k are not masked in widening",
+        VEC,
+        "_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))",
+        "both",
+        WIDENING,
+    ),
+    Mutant("widening skips the last pair's odd k", CONVERT, "if (g + 1 < k)", "if (g + 2 < k)", WIDENING),
+    Mutant(
+        "widening writes an odd k that is not there",
+        CONVERT,
+        "if (g + 1 < k) V::store(out + (g + 1)",
+        "if (true) V::store(out + (g + 1) % k",
+        WIDENING,
+    ),
+    Mutant(
+        "widened panels lie as far apart as packed ones",
+        DRIVER,
+        "a.panel_stride = layout.nr * a.k * std::ptrdiff_t{sizeof(float)}",
+        "a.panel_stride = panel_bytes",
+        "fp32/avx512/6x64 on bf16/32x2",
+    ),
+    Mutant("only the first panel is widened", DRIVER, "i < a.panels", "i < 1", "fp32/avx512/6x64 on fp16/32x1"),
+    Mutant(
+        "the bias is of the other 16-bit format",
+        DRIVER,
+        "(p.bias.format)].widen",
+        "(p.bias.format) % 2 + 1].widen",
+        TALL_BF16,
+    ),
+    Mutant("outputs are narrowed one column too far", DRIVER, "y(r), s.cols)", "y(r), s.cols + 1)", TALL_BF16),
+    Mutant(
+        "bf16 outputs are cut off",
+        VEC,
+        "_mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)))",
+        "bits",
+        TALL_BF16,
+    ),
+    Mutant(
+        "bf16 ties go up",
+        VEC,
+        "_mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))",
+        "_mm512_set1_epi32(0x8000)",
+        TALL_BF16,
+    ),
+    Mutant(
+        "bf16 ties go up, scalar",
+        "include/fastlinear/formats/bf16.hpp",
+        "0x7fff + (bits >> 16 & 1)",
+        "0x8000",
+        "bf16/scalar/4x16",
+    ),
+    Mutant(
+        "NaN rounds to a number",
+        VEC,
+        "_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest)",
+        "nearest",
+        TALL_BF16,
+    ),
+    Mutant(
+        "fp16 outputs are cut off",
+        VEC,
+        "_mm512_maskz_cvtps_ph(kAll, x.v, _MM_FROUND_TO_NEAREST_INT)",
+        "_mm512_maskz_cvtps_ph(kAll, x.v, _MM_FROUND_TO_ZERO)",
+        "fp16/avx512/14x32",
+    ),
+    Mutant(
+        "fp16 denormals are flushed, scalar",
+        "include/fastlinear/formats/fp16.hpp",
+        "sign | scaled |",
+        "sign | (magnitude < 0x00800000u ? 0u : scaled) |",
+        "fp16/scalar/4x16",
+    ),
+    Mutant(
+        "fp16 sums are never promoted",
+        HALVES,
+        "promote_after = 64",
+        "promote_after = 1 << 30",
+        "fp16/avx512_fp16/12x64",
+    ),
+    Mutant("fp16 sums are lost when promoted", HALVES, "add = true;", "add = t.accumulate;", "fp16/avx512_fp16/12x64"),
 ]
 # Changes that may cost time and nothing else.
 HARMLESS = [
@@ -103,135 +205,69 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "exact slices": partial(test_exact.test_sums_of_integers_are_exact, k_slices=3),
     "row alone": partial(test_exact.test_a_row_of_a_batch_is_the_row_alone, k=97, k_slices=1),
     "canaries": partial(test_memory.test_only_the_output_is_written, size="ragged", k_slices=1),
+    "neighbours": partial(test_memory.test_what_lies_around_x_never_leaks, size="ragged"),
+    "weights": test_formats.test_every_weight_is_widened_exactly,
+    "biases": test_formats.test_every_bias_is_widened_exactly,
+    "bf16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.bfloat16),
+    "fp16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.float16),
+    "promotion": test_formats.test_fp16_sums_are_promoted,
 }
-
-Product = Callable[..., Tensor]
-
-
-class Build:
-    """The library's sources in a folder, compiled unit by unit, so that a mutant compiles what it touches."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.units = [*UNITS, native.ROOT / "tests/mutants/product.cpp"]
-        self.objects = [self.compile(unit, native.ROOT, folder / f"{unit.stem}.o") for unit in self.units]
-
-    @staticmethod
-    def compile(unit: Path, tree: Path, target: Path) -> Path:
-        compiler = os.environ.get("CXX", "g++")
-        options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{tree / 'include'}"]
-        subprocess.run([compiler, *options, "-c", unit, "-o", target], check=True)
-        return target
-
-    def link(self, name: str, objects: list[Path]) -> Path:
-        library = self.folder / f"{name}.so"
-        subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", library, "-ldl"], check=True)
-        return library
-
-    def mutated(self, mutant: Mutant) -> Path:
-        """The library with this one change; each has a name of its own, since dlopen knows libraries by their names."""
-        tree = self.folder / "tree"
-        shutil.rmtree(tree, ignore_errors=True)
-        shutil.copytree(native.ROOT / "include", tree / "include")
-        text = (tree / mutant.file).read_text()
-        assert text.count(mutant.old) == 1, (
-            f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}: mutant is stale"
-        )
-        (tree / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-        touched = Path(mutant.file).parent.name if "kernels/" in mutant.file else "product"
-        objects = [
-            self.compile(unit, tree, self.folder / "mutated.o") if unit.stem == touched else unmutated
-            for unit, unmutated in zip(self.units, self.objects, strict=True)
-        ]
-        return self.link(mutant.name.replace(" ", "-"), objects)
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return Build(tmp_path_factory.mktemp("mutants"))
-
-
-def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels: panels) -> Product:
-    """`native.run` on a library built here; `place` moves the packed panels [bytes] to other memory."""
-    function = ctypes.CDLL(str(library)).product
-    function.restype = ctypes.c_bool
-
-    def run(
-        kernel: Kernel,
-        x: Tensor,
-        w: Tensor,
-        b: Tensor | None = None,
-        steps: Steps = (),
-        *,
-        threads: int = 1,
-        k_slices: int = 1,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        (m, k), n = x.shape, len(w)
-        y = torch.full((m, n), torch.nan) if out is None else out
-        panels = place(_kernels.Packed(w, kernel["layout"]).data)
-        program = list(steps) or [("identity", ())]
-        activations = (ctypes.c_size_t * len(program))(*(NAMES.index(name) for name, _ in program))
-        params = (ctypes.c_float * (2 * len(program)))(*(p for _, given in program for p in (*given, 0.0, 0.0)[:2]))
-        sizes = [ctypes.c_ssize_t(size) for size in (threads, k_slices, m, n, k)]
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, panels)]
-        bias = ctypes.c_void_p(None if b is None else b.data_ptr())
-        strides = [ctypes.c_ssize_t(t.stride(0)) for t in (x, y)]
-        args = [pointers[0], strides[0], pointers[1], bias, ctypes.c_void_p(y.data_ptr()), strides[1]]
-        assert function(kernel["name"].encode(), *sizes, *args, ctypes.c_size_t(len(program)), activations, params)
-        return y
-
-    return run
 
 
 def row(name: str) -> Kernel:
-    found = next(kernel for kernel in _kernels.kernels() if kernel["name"] == name)
-    if not found["runnable"]:
-        pytest.skip(f"{name} does not run on this CPU")
+    found = next(kernel for kernel in native.ALL if kernel["id"] == name)
+    if found not in native.EXECUTED:
+        pytest.skip(f"{name} {found['way']}")
     return found
 
 
-def caught_by(run: Product, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The checks that `run`, in place of the library's own product, does not pass; dying of a signal is failing."""
-    monkeypatch.setattr(native, "run", run)
+def caught_by(path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The first check that the library there does not pass; dying of a signal is failing."""
+    monkeypatch.setattr(native, "product", library.product_of(path))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # torch has no other threads in a forked child
-    caught = []
     for name, check in CHECKS.items():
         try:
             native.in_child(lambda note, check=check: check(kernel))
         except AssertionError as error:
             assert "the child ended with -" in str(error) or "AssertionError" in str(error), error
-            caught.append(name)
-    return caught
+            return name
+    return None
+
+
+def built(mutant: Mutant) -> Path:
+    return library.build().changed(mutant.name, mutant.file, mutant.old, mutant.new, mutant.unit)
 
 
 @pytest.mark.parametrize("mutant", BROKEN, ids=lambda mutant: mutant.name)
-def test_a_broken_source_is_caught(build: Build, mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least one check fails; which ones is printed (pytest -s)."""
-    kernel = row(mutant.kernel)
-    caught = caught_by(product_of(build.mutated(mutant)), kernel, monkeypatch)
-    print(f"\n{mutant.name}: caught by {len(caught)} of {len(CHECKS)} checks: {', '.join(caught)}")
-    assert caught
+def test_a_broken_source_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least one check fails; which one is printed (pytest -s)."""
+    check = caught_by(built(mutant), row(mutant.row), monkeypatch)
+    print(f"\n{mutant.name}: caught by {check}")
+    assert check
 
 
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
-def test_a_harmless_change_passes(build: Build, mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_harmless_change_passes(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetches and block sizes are no part of the result: the checks do not fail for nothing."""
-    assert not caught_by(product_of(build.mutated(mutant)), row(mutant.kernel), monkeypatch)
+    assert not caught_by(built(mutant), row(mutant.row), monkeypatch)
+
+
+def against_a_page(panels: Tensor, at: Literal["start", "end"]) -> Tensor:
+    return guard.guarded(panels.view(torch.float16), at)
 
 
 @native.every_kernel
-def test_panels_are_not_left(build: Build, kernel: Kernel) -> None:
+def test_panels_are_not_left(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed panels flush against forbidden pages at both ends: no kernel reads a byte beyond them."""
-    library = build.link("unmutated", build.objects)
+    unchanged = library.build().unchanged
 
     def action(note: native.Note) -> None:
         for at in ("start", "end"):
-            run = product_of(library, lambda panels, at=at: guard.guarded(panels.view(torch.float32), at))
+            monkeypatch.setattr(native, "product", library.product_of(unchanged, partial(against_a_page, at=at)))
             for n in (1, kernel["nr"], kernel["columns"], 2 * kernel["columns"] + 1):
                 for m, k, k_slices in [(1, 1, 1), (kernel["mr"] + 1, 23, 1), (2 * kernel["mr"], 23, 3)]:
                     note(f"panels at their {at}: {m} x {n} x {k}, {k_slices} slices")
-                    x, w, _ = oracle.exact_case(m, n, k)
-                    oracle.check(run(kernel, x, w, k_slices=k_slices), x, w, exact=True)
+                    x, w, _ = native.exact_case(kernel, m, n, k, kernel["dtypes"][0])
+                    native.check(kernel, native.run(kernel, x, w, k_slices=k_slices), x, w, exact=True)
 
     native.in_child(action)

@@ -8,39 +8,53 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import OFF
+from models import OFF, PAIRINGS, Pairing
+from oracle import check
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from fastlinear import FastLinear, activations, linear, ops
+from fastlinear import FastLinear, _kernels, activations, linear, ops
 
 K, N = 16, 32
 OP = torch.ops.fastlinear.linear.default
 
 
-def layer_of(transposed: bool = False, bias: bool = True, activation: object = ("leaky_relu", 0.2)) -> nn.Module:
-    layer = Conv1D(N, K) if transposed else nn.Linear(K, N, bias)
-    linear.adopt(layer, activations.resolve(activation), "off", "fc")
+def layer_of(
+    transposed: bool = False,
+    bias: bool = True,
+    activation: object = ("leaky_relu", 0.2),
+    held: torch.dtype = torch.float32,
+    packed: torch.dtype | None = None,
+) -> nn.Module:
+    layer = (Conv1D(N, K) if transposed else nn.Linear(K, N, bias)).to(held)
+    linear.adopt(layer, activations.resolve(activation), "off", "fc", packed)
     return layer.eval().requires_grad_(False)
 
 
 def arguments(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
     name, params = layer.activation or ("identity", ())
-    return x, layer.weight, layer.bias, name, list(params), layer._transposed
+    return x, layer.weight, layer.bias, name, list(params), layer._transposed, layer.pack_dtype, "fp32"
 
 
 def formula(layer: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    weight = layer.weight if weight is None else weight
-    return activations.apply(layer.activation, F.linear(x, weight.t() if layer._transposed else weight, layer.bias))
+    weight = (layer.weight if weight is None else weight).to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return activations.apply(layer.activation, F.linear(x, weight.t() if layer._transposed else weight, bias))
 
 
-def model() -> tuple[nn.Module, nn.Module]:
+def bounded(y: Tensor, layer: nn.Module, x: Tensor, packed: torch.dtype | None = None) -> None:
+    """Holds y to the bound of a kernel that runs on the packed weight."""
+    weight = layer.weight.to(packed or layer.pack_dtype)
+    check(y, x, weight.t() if layer._transposed else weight, layer.bias, layer.activation)
+
+
+def model(**options: Any) -> tuple[nn.Module, nn.Module]:
     """A stock model, and its converted copy with a fused GELU."""
     stock = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.LayerNorm(N), nn.Linear(N, 8, bias=False)).eval()
-    fast = OFF(stock)
+    fast = OFF(stock, **options)
     assert fast[0].activation == ("gelu", ())
     return stock, fast
 
@@ -64,6 +78,45 @@ def test_the_op_keeps_the_rules_of_operators(transposed: bool, bias: bool, shape
         torch.library.opcheck(OP, arguments(layer, torch.randn(shape, requires_grad=grad)))
 
 
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_the_rules_for_every_pairing(pairing: Pairing) -> None:
+    """The same for every dtype of x, parameter and pack, of which the output has that of x."""
+    layer = layer_of(held=pairing.held, packed=pairing.packed)
+    for grad in (False, True):
+        layer.requires_grad_(grad)
+        x = torch.randn(5, K, dtype=pairing.x, requires_grad=grad)
+        torch.library.opcheck(OP, arguments(layer, x))
+        assert OP(*arguments(layer, x)).dtype == pairing.x
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_meaning_of_every_pairing(pairing: Pairing, transposed: bool) -> None:
+    """For a layer's own parameters the op is its kernel, for others torch's, with weight and bias cast to x's dtype."""
+    layer, x = layer_of(transposed, held=pairing.held, packed=pairing.packed), torch.randn(5, K).to(pairing.x)
+    y = OP(*arguments(layer, x))
+    bounded(y, layer, x)
+    assert [chosen.x for chosen in layer.plans] == [_kernels.FORMATS[pairing.x]]
+    foreign = torch.randn_like(layer.weight)
+    x, _, *rest = arguments(layer, x)
+    torch.testing.assert_close(OP(x, foreign, *rest), formula(layer, x, foreign))
+
+
+def test_the_op_finds_the_right_pack() -> None:
+    """Of two fast layers with the same parameters the one that was told to pack as the op says answers; where there is
+    none, another one packs once more."""
+    exact, rounded = layer_of(), layer_of(packed=torch.bfloat16)
+    rounded.weight, rounded.bias = exact.weight, exact.bias
+    x = torch.randn(5, K)
+    for layer in (rounded, exact):
+        y = OP(*arguments(layer, x))
+        bounded(y, layer, x)
+        assert torch.equal(y, layer(x)) and len(layer.plans) == 1
+    *rest, _, _ = arguments(exact, x)
+    bounded(OP(*rest, torch.float16, "fp32"), exact, x, torch.float16)
+    assert len(exact.plans) + len(rounded.plans) == 3
+
+
 @pytest.mark.parametrize("activation", [None, *activations.names()])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_meaning(activation: str | None, transposed: bool) -> None:
@@ -82,7 +135,7 @@ def test_a_layer_is_found_by_all_that_makes_it() -> None:
     layer, x = layer_of(), torch.randn(5, K)
     other = layer_of(activation="relu")
     other.weight = layer.weight
-    _, weight, bias, name, params, transposed = arguments(layer, x)
+    _, weight, bias, name, params, transposed, *_ = arguments(layer, x)
     half = weight[: N // 2]
     for w, b, act in (
         (weight, bias, ("relu", ())),
@@ -104,14 +157,14 @@ def test_a_layer_is_found_by_all_that_makes_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_run_too(dtype: torch.dtype) -> None:
-    """The result has the dtype of x; a weight of another dtype is an error, on real and on fake tensors."""
+    """The result has the dtype of x, to which the others are cast; a wrong width is an error, on fake tensors too."""
     layer = layer_of()
     linear.release(layer)
     w, b, x = layer.weight.to(dtype), layer.bias.to(dtype), torch.randn(5, K, dtype=dtype)
-    torch.testing.assert_close(OP(x, w, b, "relu", [], False), F.linear(x, w, b).relu())
+    for weight in (w, w.float()):
+        torch.testing.assert_close(OP(x, weight, b, "relu", [], False), F.linear(x, weight.to(dtype), b).relu())
     for device in ("cpu", "meta"):
-        with pytest.raises(RuntimeError, match=r"dtype|torch\.float32"):
-            OP(x.to(device), w.float().to(device), None, "relu", [], False)
+        assert OP(x.to(device), w.float().to(device), None, "relu", [], False).dtype == dtype
         with pytest.raises(RuntimeError):
             OP(x[:, 1:].to(device), w.to(device), None, "relu", [], False)
 
@@ -160,14 +213,37 @@ def test_vmap(transposed: bool, in_dims: tuple[int | None, ...], ndim: int) -> N
     torch.testing.assert_close(call(), torch.stack(loop))
 
 
+@pytest.mark.parametrize("in_dims", [(0, None, None), (0, 0, None), (None, 1, 0), (0, None, 0)])
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_vmap_of_every_pairing(pairing: Pairing, in_dims: tuple[int | None, ...]) -> None:
+    """The same where dtypes are mixed: a batch has the dtype of x."""
+    x, w, b = torch.randn(4, 4, K).to(pairing.x), torch.randn(N, 4, K).to(pairing.held), torch.randn(4, N)
+    x, b = (t if d == 0 else t[0] for t, d in ((x, in_dims[0]), (b, in_dims[2])))
+    w = w if in_dims[1] == 1 else w[:, 0] if in_dims[1] is None else w.transpose(0, 1)
+    y = torch.vmap(lambda x, w, b: OP(x, w, b, "tanh", [], False), in_dims)(x, w, b)
+    operands = [t.to(pairing.x) for t in (x, w, b)]
+    loop = [
+        F.linear(*(t if d is None else t.select(d, i) for t, d in zip(operands, in_dims, strict=True)))
+        for i in range(4)
+    ]
+    eps = max(torch.finfo(pairing.x).eps, 1e-5)
+    torch.testing.assert_close(y, torch.stack(loop).tanh(), rtol=4 * eps, atol=16 * eps)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["relu", "softplus"])
-def test_autocast(dtype: torch.dtype, activation: str) -> None:
-    """Under autocast the op is what stock layers are: same dtype, same values."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(dtype: torch.dtype, activation: str, compiled: bool) -> None:
+    """Under autocast the op is what a stock layer is: everything cast to its dtype; differentiated, bit for bit so."""
     layer, x = layer_of(activation=activation), torch.randn(5, K)
+    call = torch.compile(OP, backend="aot_eager", fullgraph=True) if compiled else OP
     with torch.autocast("cpu", dtype):
-        y, expected = OP(*arguments(layer, x)), formula(layer, x)
-    assert y.dtype == expected.dtype and torch.equal(y, expected)
+        y, expected = call(*arguments(layer, x)), formula(layer, x)
+        assert torch.equal(call(*arguments(layer, x.requires_grad_())), expected)
+        assert call(*arguments(layer, x.double())).dtype == torch.float64
+    assert y.dtype == expected.dtype
+    bounded(y, layer, x.to(dtype), dtype)
+    assert [chosen.x for chosen in layer.plans] == [_kernels.FORMATS[dtype]]
 
 
 # ---- compilers -------------------------------------------------------------------------------------------------------
@@ -200,6 +276,36 @@ def test_compile(backend: str, mode: Callable[[], Any]) -> None:
     assert fast[0].plans and fast[3].plans
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_compile_gives_what_eager_gives(backend: str, pairing: Pairing) -> None:
+    """For every dtype of x, parameter and pack, compiled code runs the same kernels: the same bits."""
+    layer = layer_of(held=pairing.held, packed=pairing.packed)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (5, 64):
+        x = torch.randn(rows, K).to(pairing.x)
+        y = compiled(x)
+        bounded(y, layer, x)
+        assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compile_under_autocast(backend: str, dtype: torch.dtype) -> None:
+    """The same around autocast and within it, for which the layer packs its weight once more."""
+    layer, x = layer_of(), torch.randn(5, K)
+
+    def within(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return layer(x)
+
+    expected = within(x)
+    assert torch.equal(torch.compile(within, backend=backend, fullgraph=True)(x), expected)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(torch.compile(layer, backend=backend, fullgraph=True)(x), expected)
+    bounded(expected, layer, x.to(dtype), dtype)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_dynamo_captures(transposed: bool) -> None:
     """Inference captures one op a layer, with no recompilation for another batch; all else captures torch's ops."""
@@ -211,11 +317,15 @@ def test_what_dynamo_captures(transposed: bool) -> None:
     assert len(record.graphs) == record.count(OP) == 1
     layer.requires_grad_(True)
     compiled(x).sum().backward()
+    with torch.autocast("cpu"):
+        compiled(x).sum().backward()
+    assert len(record.graphs) == 3 and record.count(OP) == 1
     with torch.autocast("cpu"), torch.no_grad():
         assert compiled(x).dtype == torch.bfloat16
+    assert len(record.graphs) == 4 and record.count(OP) == 2
     layer.double()
     compiled(x.double())
-    assert len(record.graphs) == 4 and record.count(OP) == 1
+    assert len(record.graphs) == 5 and record.count(OP) == 2
 
 
 def test_compiled_code_follows_the_parameters() -> None:
@@ -263,6 +373,15 @@ def test_export_is_portable(strict: bool) -> None:
     file.seek(0)
     loaded = torch.export.load(file).module()
     torch.testing.assert_close(loaded(x[:3]), stock(x[:3]))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_export_of_every_pairing(pairing: Pairing) -> None:
+    """What is exported computes with the parameters as they are, in the dtype of x, as F.linear would."""
+    layer, x = layer_of(held=pairing.held, packed=pairing.packed), torch.randn(5, K).to(pairing.x)
+    layer(x)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), formula(layer, x)) and not program.constants
 
 
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
@@ -349,6 +468,9 @@ def test_profiles_show_the_op() -> None:
     with torch.profiler.profile() as profile:
         torch.testing.assert_close(layer(x), formula(layer, x))
     assert layer.plans and "fastlinear::linear" in {event.key for event in profile.key_averages()}
+    with torch.profiler.profile() as profile, torch.autocast("cpu"):
+        assert layer(x).dtype == torch.bfloat16
+    assert "fastlinear::linear" in {event.key for event in profile.key_averages()}
     with torch.profiler.profile() as profile:
         layer(x.requires_grad_()).sum().backward()
     assert "fastlinear::linear" not in {event.key for event in profile.key_averages()}

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import Dtypes, Sums
 from torch import Tensor
 
 from fastlinear import activations
@@ -66,19 +67,35 @@ BROKEN = [
 ]
 
 
+FORMATS = [torch.float32, torch.bfloat16, torch.float16]
+every_format = pytest.mark.parametrize("dtype", FORMATS, ids=str)
+
+
+def on_floats(kernel: Kernel, x: Tensor, w: Tensor, b: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a kernel that computes in fp32 makes of these operands, in the format of x."""
+    return activation(kernel(x.float(), w.float(), b.float())).to(x.dtype)
+
+
+# A kernel that rounds its inputs to bf16 is as good as any on 16-bit ones.
+BROKEN_IN = [(kernel, dtype) for kernel in BROKEN for dtype in FORMATS[: 1 if kernel is bf16_inputs else 3]]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", BROKEN, ids=lambda kernel: kernel.__name__)
-def test_a_broken_kernel_is_caught(kernel: Kernel, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("kernel", "dtype"), BROKEN_IN, ids=[f"{k.__name__}-{d}" for k, d in BROKEN_IN])
+def test_a_broken_kernel_is_caught(kernel: Kernel, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Every mutant fails on random data, with and without an activation, and (but for rounding) on exact data."""
-    x, w, b = oracle.random_case(*shape)
+    dtypes = Dtypes(dtype, dtype, dtype)
+    x, w, b = oracle.random_case(*shape, dtypes)
+    assert b is not None
     with pytest.raises(AssertionError, match=r"y\[\d+, \d+\]"):
-        oracle.check(kernel(x, w, b), x, w, b)
+        oracle.check(on_floats(kernel, x, w, b, Tensor.clone), x, w, b)
     with pytest.raises(AssertionError, match="wrong"):
-        oracle.check(F.gelu(kernel(x, w, b)), x, w, b, "gelu")
+        oracle.check(on_floats(kernel, x, w, b, F.gelu), x, w, b, "gelu")
     if kernel is not bf16_inputs:  # bf16 holds small integers exactly
-        x, w, b = oracle.exact_case(*shape)
+        x, w, b = oracle.exact_case(*shape, dtypes)
+        assert b is not None
         with pytest.raises(AssertionError, match="wrong"):
-            oracle.check(kernel(x, w, b), x, w, b, exact=True)
+            oracle.check(on_floats(kernel, x, w, b, Tensor.clone), x, w, b, exact=True)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +119,15 @@ def test_a_wrong_activation_is_caught(wanted: object, computed: object) -> None:
         oracle.check(y, x, w, b, wanted)
 
 
+@every_format
 @pytest.mark.parametrize("name", [None, *activations.names()])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 1), (0, 5, 3), (3, 0, 2), (3, 1, 7), (2, 9, 0)], ids=str)
-def test_an_honest_kernel_passes(name: str | None, shape: tuple[int, int, int]) -> None:
+def test_an_honest_kernel_passes(name: str | None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """fp32 F.linear and an activation rounded once stay within the bound; empty and one-wide shapes included."""
-    x, w, b = oracle.random_case(*shape)
+    x, w, b = oracle.random_case(*shape, Dtypes(dtype, dtype, dtype))
+    assert b is not None
     activation = activations.resolve(name)
-    y = oracle.activate(activation, F.linear(x, w, b).double()).float()
+    y = oracle.activate(activation, F.linear(x.float(), w.float(), b.float()).double()).float().to(dtype)
     result = oracle.check(y, x, w, b, name)
     assert result.worst <= 1 and result.compared == y.numel() and not result.nonfinite and not result.unjudged
     assert not result.mistrusted or y.numel() < 10
@@ -164,6 +183,83 @@ def test_wrong_shape_is_caught() -> None:
     x, w, b = oracle.random_case(6, 4, 5)
     with pytest.raises(AssertionError, match="shape"):
         oracle.check(F.linear(x, w, b).T, x, w, b)
+
+
+def cut_off(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 values, rounded towards zero."""
+    nearest = y.to(dtype)
+    return torch.where(nearest.float().abs() > y.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+
+
+@pytest.mark.parametrize("dtype", FORMATS[1:], ids=str)
+def test_a_coarse_output_is_caught(dtype: torch.dtype) -> None:
+    """Rounding towards zero, rounding twice by way of the other format, and flushed denormals fail."""
+    x, w, b = oracle.random_case(17, 33, 65)
+    y = F.linear(x, w, b)
+    oracle.check(y.to(dtype), x, w, b)
+    other = FORMATS[3 - FORMATS.index(dtype)]
+    for broken in (cut_off(y, dtype), y.to(other).to(dtype)):
+        with pytest.raises(AssertionError, match="wrong"):
+            oracle.check(broken, x, w, b)
+    tiny = torch.finfo(dtype).tiny
+    y = F.linear(x * tiny / 4, w)
+    oracle.check(y.to(dtype), x * tiny / 4, w)
+    with pytest.raises(AssertionError, match="wrong"):
+        oracle.check(torch.where(y.abs() < tiny, 0, y).to(dtype), x * tiny / 4, w)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_fp16_overflows_where_the_value_does(activation: str | None) -> None:
+    """From 65520 on the nearest of fp16 is an infinity, below it is not; within the bound of that both pass."""
+    values, one = torch.tensor([65519.0, 65521.0, 65520.0, 7e4]), torch.ones(1, 1)
+    w = values[:, None]
+    oracle.check(values.half()[None], one, w, None, activation)
+    for i, wrong in enumerate([math.inf, 65504.0, math.nan, 65504.0]):
+        broken = values.half()
+        broken[i] = wrong
+        with pytest.raises(AssertionError, match="wrong"):
+            oracle.check(broken[None], one, w, None, activation)
+    for either in (65504.0, math.inf):
+        oracle.check(torch.tensor([[either]]).half(), one, w[2:3], None, activation)
+    with pytest.raises(AssertionError, match="wrong"):
+        oracle.check(torch.tensor([[65504.0]]).half(), one, w[2:3], exact=True)
+
+
+def test_sums_in_fp16_have_their_own_bound() -> None:
+    """Blocks of 64 products pass as such and not as fp32; without promotion they fail."""
+    dtypes = Dtypes(torch.float16, torch.float16, torch.float16)
+    x, w, _ = oracle.stored(dtypes, torch.rand(5, 4000), torch.rand(7, 4000), None)
+
+    def kernel(block: int) -> Tensor:
+        total = torch.zeros(5, 7)
+        for begin in range(0, 4000, block):
+            sums = torch.zeros(5, 7).half()
+            for k in range(begin, min(4000, begin + block)):
+                sums = (sums.double() + x[:, k, None].double() * w[:, k].double()).float().half()
+            total += sums.float()
+        return total
+
+    assert oracle.check(kernel(64), x, w, sums=Sums(64)).worst > 0.001
+    with pytest.raises(AssertionError, match="wrong"):
+        oracle.check(kernel(64), x, w)
+    with pytest.raises(AssertionError, match="wrong"):
+        oracle.check(kernel(4000), x, w, sums=Sums(64))
+
+
+def test_flushing_is_demanded_of_those_who_say_so() -> None:
+    """Denormal inputs count as zeros where the kernel flushes, and as themselves where it does not."""
+    x, w, b = oracle.random_case(3, 4, 65)
+    x[:, ::2] = x[:, ::2].clamp(-1, 1) * 2.0**-127
+    w[:, ::2] *= 2.0**120
+    honest, flushed = F.linear(x, w, b), F.linear(Sums(flushes=True).flushed(x), w, b)
+    w[0, 0] = math.inf
+    honest[:, 0] = math.inf * x[:, 0].sign()
+    flushed[:, 0] = math.nan  # inf * 0
+    oracle.check(honest, x, w, b)
+    oracle.check(flushed, x, w, b, sums=Sums(flushes=True))
+    for y, sums in ((honest, Sums(flushes=True)), (flushed, Sums())):
+        with pytest.raises(AssertionError, match="wrong"):
+            oracle.check(y, x, w, b, sums=sums)
 
 
 @pytest.mark.parametrize("name", activations.names())

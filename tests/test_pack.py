@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlinear._kernels import Epilogue, Packed, Plan, run
+from fastlinear._kernels import Packed
 
 every_layout = pytest.mark.parametrize(
-    ("layout", "nr", "kr"), native.LAYOUTS, ids=[name for name, *_ in native.LAYOUTS]
+    ("layout", "dtype", "nr", "kr"), native.LAYOUTS, ids=[name for name, *_ in native.LAYOUTS]
 )
 
 
-def any_bits(*shape: int) -> Tensor:
-    """All kinds of floats: NaN with payloads, infinities, denormals, -0."""
-    values = torch.randint(-(2**31), 2**31, shape).to(torch.int32).view(torch.float32)
-    special = torch.tensor([0x7FC00001, 0x7F800001, -1, -(2**31), 1, 0x7F800000]).to(torch.int32).view(torch.float32)
+def any_bits(dtype: torch.dtype, *shape: int) -> Tensor:
+    """All kinds of numbers: NaN with payloads, infinities, denormals, -0."""
+    values = native.of_bits(torch.randint(-(2**31), 2**31, shape), dtype)
+    infinity = native.bits(torch.tensor(torch.inf, dtype=dtype))
+    special = native.of_bits(torch.tensor([infinity + 1, infinity - 1, infinity, -1, 1]), dtype)
+    special = torch.cat([special, torch.tensor([-0.0], dtype=dtype)])
     flat = values.flatten()
     flat[: len(special)] = special[: len(flat)]
     return values
@@ -30,42 +32,40 @@ def panels(w: Tensor, nr: int, kr: int) -> Tensor:
     """What pack.hpp promises: W[p * nr + j, g * kr + i] at [p, g, j, i], zeros beyond W."""
     n, k = w.shape
     count, groups = math.ceil(n / nr), math.ceil(k / kr)
-    padded = torch.zeros(count * nr, groups * kr)
+    padded = torch.zeros(count * nr, groups * kr, dtype=w.dtype)
     padded[:n, :k] = w
     return padded.reshape(count, nr, groups, kr).transpose(1, 2)
 
 
-def floats(packed: Packed) -> Tensor:
-    return packed.data.view(torch.float32)
-
-
 @every_layout
-def test_every_bit_comes_back(layout: str, nr: int, kr: int) -> None:
+def test_every_bit_comes_back(layout: str, dtype: torch.dtype, nr: int, kr: int) -> None:
     """unpack(pack(w)) is w, and the panels are the documented ones, for sizes around the panel, on 1 and 2 threads."""
     sizes_n = sorted({0, 1, 2, nr - 1, nr, nr + 1, 2 * nr, 17 * nr + 3})
     sizes_k = sorted({0, 1, kr - 1, kr, kr + 1, 15, 16, 17, 97})
     for n, k, threads in itertools.product(sizes_n, sizes_k, (1, 2)):
         torch.set_num_threads(threads)
-        w = any_bits(n, k)
+        w = any_bits(dtype, n, k)
         packed = Packed(w, layout)
         assert (packed.n, packed.k, packed.layout) == (n, k, layout)
-        assert packed.nbytes == packed.data.nbytes == 4 * math.ceil(n / nr) * nr * math.ceil(k / kr) * kr
+        assert (packed.dtype, packed.format) == (dtype, layout.split("/")[0])
+        elements = math.ceil(n / nr) * nr * math.ceil(k / kr) * kr
+        assert packed.nbytes == packed.data.nbytes == dtype.itemsize * elements
         assert native.same_bits(packed.unpack(), w)
-        assert native.same_bits(floats(packed), panels(w, nr, kr).flatten())
+        assert native.same_bits(packed.data.view(dtype), panels(w, nr, kr).flatten())
 
 
 @every_layout
-def test_weights_with_any_strides(layout: str, nr: int, kr: int) -> None:
+def test_weights_with_any_strides(layout: str, dtype: torch.dtype, nr: int, kr: int) -> None:
     """Transposed, sliced, stepped, expanded and misaligned weights pack as their contiguous copies do."""
     n, k = nr + 5, 2 * kr + 19
     weights = {
-        "transposed": any_bits(k, n).T,
-        "sliced": any_bits(n + 3, k + 5)[2:-1, 4:-1],
-        "stepped": any_bits(2 * n, 3 * k)[::2, ::3],
-        "one row expanded": any_bits(1, k).expand(n, k),
-        "one column expanded": any_bits(n, 1).expand(n, k),
-        "misaligned": any_bits(1, n * k + 1)[0, 1:].view(n, k),
-        "a parameter": torch.nn.Parameter(any_bits(n, k)),
+        "transposed": any_bits(dtype, k, n).T,
+        "sliced": any_bits(dtype, n + 3, k + 5)[2:-1, 4:-1],
+        "stepped": any_bits(dtype, 2 * n, 3 * k)[::2, ::3],
+        "one row expanded": any_bits(dtype, 1, k).expand(n, k),
+        "one column expanded": any_bits(dtype, n, 1).expand(n, k),
+        "misaligned": any_bits(dtype, 1, n * k + 1)[0, 1:].view(n, k),
+        "a parameter": torch.nn.Parameter(any_bits(dtype, n, k)),
     }
     for name, w in weights.items():
         packed = Packed(w, layout)
@@ -74,9 +74,9 @@ def test_weights_with_any_strides(layout: str, nr: int, kr: int) -> None:
 
 
 @every_layout
-def test_packing_reads_the_weight_alone(layout: str, nr: int, kr: int) -> None:
+def test_packing_reads_the_weight_alone(layout: str, dtype: torch.dtype, nr: int, kr: int) -> None:
     """A weight flush against forbidden pages, with and without gaps between its rows, packs without a fault."""
-    w = any_bits(nr + 1, 17 * kr + 1)
+    w = any_bits(dtype, nr + 1, 17 * kr + 1)
 
     def action(note: native.Note) -> None:
         edges: tuple[Literal["start", "end"], ...] = ("start", "end")
@@ -90,9 +90,9 @@ def test_packing_reads_the_weight_alone(layout: str, nr: int, kr: int) -> None:
 
 
 @every_layout
-def test_head_is_the_first_panels(layout: str, nr: int, kr: int) -> None:
+def test_head_is_the_first_panels(layout: str, dtype: torch.dtype, nr: int, kr: int) -> None:
     """head(n): at least n channels in whole panels, at most what there is; the same memory, the same weights."""
-    w = any_bits(3 * nr + 5, 7)
+    w = any_bits(dtype, 3 * nr + 5, 7)
     packed = Packed(w, layout)
     for n, expected in {0: 0, 1: nr, nr: nr, nr + 1: 2 * nr, 3 * nr + 1: len(w), len(w): len(w), 10**6: len(w)}.items():
         head = packed.head(n)
@@ -105,20 +105,20 @@ def test_head_is_the_first_panels(layout: str, nr: int, kr: int) -> None:
 def test_a_head_computes_the_first_columns(kernel: native.Kernel) -> None:
     """A product with head(n) has the bits of the first columns of the whole product."""
     nr = kernel["nr"]
-    x, packed = torch.randn(kernel["mr"] + 1, 33), Packed(torch.randn(5 * nr + 3, 33), kernel["layout"])
-    plan, whole = Plan(kernel["name"]), torch.empty(len(x), packed.n)
-    run(packed, plan, Epilogue(), x, None, whole)
+    x, w, _ = native.random_case(kernel["mr"] + 1, 5 * nr + 3, 33, kernel["dtypes"][0])
+    packed = Packed(w, kernel["layout"])
+    whole = native.product(kernel, packed, x, None, (), 1, 1, torch.empty(len(x), packed.n))
     for panels_wanted in range(1, 7):
         head = packed.head(panels_wanted * nr)
-        out = torch.empty(len(x), head.n)
-        run(head, plan, Epilogue(), x, None, out)
+        assert head.dtype == packed.dtype
+        out = native.product(kernel, head, x, None, (), 1, 1, torch.empty(len(x), head.n))
         assert native.same_bits(out, whole[:, : head.n])
 
 
 @every_layout
-def test_a_pack_outlives_its_weight(layout: str, nr: int, kr: int) -> None:
+def test_a_pack_outlives_its_weight(layout: str, dtype: torch.dtype, nr: int, kr: int) -> None:
     """The panels, and a head of them, are their own memory: they do not follow or need the weight."""
-    w = any_bits(nr + 1, 9)
+    w = any_bits(dtype, nr + 1, 9)
     copy, head = w.clone(), Packed(w, layout).head(1)
     w.zero_()
     assert native.same_bits(head.unpack(), copy[:nr])

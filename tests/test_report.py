@@ -17,8 +17,8 @@ from fastlinear.report import LayerReport, Report
 class Answer:
     """The part of a Chosen that a report shows."""
 
-    def __init__(self, bucket: int, name: str, source: str, speedup: float | None = None) -> None:
-        self.bucket, self.name, self.source, self.speedup = bucket, name, source, speedup
+    def __init__(self, bucket: int, name: str, source: str, speedup: float | None = None, x: str = "fp32") -> None:
+        self.bucket, self.name, self.source, self.speedup, self.x = bucket, name, source, speedup, x
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Answer) and vars(self) == vars(other)
@@ -74,33 +74,38 @@ def test_plans_and_memory_after_calls() -> None:
 def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is "torch" where torch won every bucket, "fast" where a kernel won one."""
     fast = OFF(mlp(8, 8))
-    plans: dict[int, Answer] = {}
-    monkeypatch.setattr(type(fast[0]), "plans", property(lambda self: plans))
+    plans: list[Answer] = []
+    monkeypatch.setattr(type(fast[0]), "plans", property(lambda self: tuple(plans)))
     for chosen, decision in (
         (Answer(8, "torch/linear", "tuned"), "torch"),
         (Answer(1, "torch/mkl", "cache"), "torch"),
         (Answer(4, "fp32/avx2/4x16", "tuned"), "fast"),
     ):
-        plans[chosen.bucket] = chosen
+        plans.append(chosen)
         (row,) = fastlinear.report(fast)
         assert row.decision == decision
-    assert [chosen.bucket for chosen in row.buckets] == [1, 4, 8]
+    assert row.buckets == tuple(plans)
 
 
 def test_table() -> None:
     """Equal layers share a row that counts them; every M has a line; the footer tells memory, sources, CPU, threads."""
-    runs = Answer(1, "fp32/avx512/1x128", "cache", 1.5), Answer(32, "fp32/avx512/14x32", "tuned", 1.234)
+    runs = (
+        Answer(1, "bf16/avx512/1x128", "cache", 1.5, "bf16"),
+        Answer(1, "bf16/avx512/6x64", "cache", 1.1),
+        Answer(32, "fp32/avx512/14x32", "tuned", 1.234),
+    )
     table = Report(
-        [entry(f"layer.{i}.fc", *runs) for i in range(12)]
+        [entry(f"layer.{i}.fc", *runs, dtype="float32 as bfloat16") for i in range(12)]
         + [entry("head", Answer(32, "torch/mkl", "tuned"), activation=None, decision="torch")]
     )
-    lines = str(table).splitlines()
-    assert lines[2].split() == ["layer.*.fc", "12", "768x3072", "gelu", "1", "fp32/avx512/1x128", "1.50x", "108.00"]
-    assert lines[3].split() == ["32", "fp32/avx512/14x32", "1.23x"]
-    assert lines[4].split() == ["head", "1", "768x3072", "32", "torch/mkl", "9.00"]
-    footer = "\n".join(lines[5:])
+    lines = [" ".join(line.split()) for line in str(table).splitlines()]
+    assert lines[2] == "layer.*.fc 12 768x3072 fp32 as bf16 gelu 1 bf16 bf16/avx512/1x128 1.50x 108.00"
+    assert lines[3] == "1 fp32 bf16/avx512/6x64 1.10x"
+    assert lines[4] == "32 fp32 fp32/avx512/14x32 1.23x"
+    assert lines[5] == "head 1 768x3072 fp32 32 fp32 torch/mkl 9.00"
+    footer = "\n".join(lines[6:])
     assert "12 fast, 1 torch" in footer and "117.0 MiB" in footer
-    assert "12 from the tuning cache, 13 measured in this process" in footer
+    assert "24 from the tuning cache, 13 measured in this process" in footer
     info = _kernels.cpu_info()
     assert info["model"] in footer and all(isa in footer for isa in info["isas"])
     assert f"{_kernels.num_threads()} threads" in footer
@@ -113,6 +118,8 @@ def test_table() -> None:
         entry(".".join(["block"] * 40), in_features=100000, out_features=100000, pack_mib=38146.97),
         entry("x", decision="skipped", reason="a long and winding reason " * 10),
         entry("x", activation=Activation("softplus", (2.00000001, 20.12345678))),
+        entry("b" * 200, Answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456), dtype="float32 as bfloat16"),
+        entry("b" * 200, dtype="float32 as bfloat16", decision="skipped", reason="a long and winding reason " * 10),
         entry(""),
     ],
 )
@@ -122,6 +129,45 @@ def test_table_fits(layer: LayerReport) -> None:
     assert max(map(len, text.splitlines())) <= 120
     assert re.fullmatch(r"[ -~\n]+", text)
     assert " ".join(text.split()).count("winding") == (layer.reason or "").count("winding")
+
+
+def test_columns_stand_below_their_heads() -> None:
+    """Words of one column begin or end where its head does, however wide the contents are."""
+    layers = [
+        entry("a.fc", Answer(3, "fp32/avx512/6x64", "tuned", 1.0), Answer(16384, "torch/linear", "tuned", x="bf16")),
+        entry("a" * 200, dtype="float16", decision="skipped", reason="a long and winding reason " * 10),
+    ]
+    head, _, *lines = str(Report(layers)).splitlines()
+    for word in ("fp32/avx512/6x64", "torch/linear", "skipped: a long"):
+        assert head.index("runs on") in [line.find(word) for line in lines[:3]]
+    for word in ("fp32", "fp16"):
+        assert head.index("weight") in [line.find(word) for line in lines[:3]]
+    assert lines[1].index("16384") + len("16384") == head.index(" M ") + len(" M")
+    assert lines[2].startswith("...aaaaaaaaa")
+
+
+def test_the_dtype_of_a_pack() -> None:
+    """A layer tells the dtype of its parameter and, where that is another one, of its pack; so does its repr."""
+    fast = OFF(mlp(8, 8).eval(), dtype=torch.bfloat16)
+    (row,) = fastlinear.report(fast)
+    assert row.dtype == "float32 as bfloat16" and "dtype=float32 as bfloat16" in repr(fast)
+    (row,) = fastlinear.report(OFF(mlp(8, 8).half()))
+    assert row.dtype == "float16"
+
+
+def test_each_format_of_x_has_its_rows() -> None:
+    """Calls with other dtypes of x are listed by that, then by M, those under autocast too; all packs are counted."""
+    fast = OFF(mlp(64, 64).eval(), dtype=torch.float16)
+    with torch.no_grad():
+        for dtype, rows in ((torch.float32, 3), (torch.float16, 100), (torch.float16, 3)):
+            fast(torch.randn(rows, 64, dtype=dtype))
+        (row,) = fastlinear.report(fast)
+        assert [(c.x, c.bucket) for c in row.buckets] == [("fp16", 3), ("fp16", _engine.bucket(100)), ("fp32", 3)]
+        with torch.autocast("cpu", torch.bfloat16):
+            fast(torch.randn(3, 64))
+    (after,) = fastlinear.report(fast)
+    assert after.buckets[0].x == "bf16" and after.buckets[1:] == row.buckets
+    assert after.pack_mib == 2 * row.pack_mib
 
 
 def test_different_layers_do_not_share_a_row() -> None:

@@ -67,6 +67,63 @@ def test_no_linear_layer_warns() -> None:
         OFF(nn.Conv2d(1, 1, 1))
 
 
+class Language(nn.Module):
+    """An output layer that shares its weight with an embedding, one called lm_head, and layers that may be rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.out.weight = self.embed.weight
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.decoder = nn.ModuleDict({"lm_head": nn.Linear(8, 8), "my_lm_head": nn.Linear(8, 8)})
+        self.twice = nn.ModuleList([nn.Linear(8, 8)] * 2)
+
+
+SAFE = {"body.0", "decoder.my_lm_head"}
+LOSSY: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "nothing said": ({}, SAFE),
+    "by name": ({"include": ["out", "body"]}, {"out", "body.0"}),
+    "by a glob": ({"include": "*"}, SAFE | {"out", "decoder.lm_head", "twice.0"}),
+    "by its container": ({"include": "decoder"}, {"decoder.my_lm_head", "decoder.lm_head"}),
+    "by type": ({"include": nn.Linear, "exclude": "out"}, SAFE | {"decoder.lm_head", "twice.0"}),
+    "exclude wins": ({"include": "*", "exclude": ["out", "decoder.lm_head", "twice"]}, SAFE),
+    "filter_fn alone does not include": ({"filter_fn": lambda module, name: True}, SAFE),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), LOSSY.values(), ids=LOSSY.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_not_rounded_unasked(arguments: dict[str, Any], expected: set[str], dtype: torch.dtype) -> None:
+    """Packing another dtype than the parameter's passes over tied weights and lm_heads that include does not match."""
+    fast = OFF(Language(), dtype=dtype, **arguments)
+    assert fast_names(fast) == expected
+    assert fast.out.weight is fast.embed.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_report_says_how_to_round(dtype: torch.dtype) -> None:
+    """The reason names the other use of the weight, and include; convert without a dtype takes them as they are."""
+    model = Language()
+    fast = OFF(model, dtype=dtype)
+    reasons = {row.name: row.reason for row in fastlinear.report(fast)}
+    assert all(word in (reasons["out"] or "") for word in ("embed.weight", "out.weight", str(dtype), "include"))
+    assert all(word in (reasons["twice.0"] or "") for word in ("twice.0.weight", "twice.1.weight", "include"))
+    assert all(word in (reasons["decoder.lm_head"] or "") for word in ("lm_head", str(dtype), "include"))
+    assert reasons["body.0"] is None
+    rest = OFF(fast)
+    assert [row.dtype for row in fastlinear.report(rest) if row.name in ("out", "body.0")] == [
+        "float32",
+        f"float32 as {str(dtype).removeprefix('torch.')}",
+    ]
+    assert fast_names(OFF(Language().to(dtype), dtype=dtype)) == fast_names(OFF(Language()))
+
+
+def test_nothing_to_round_warns() -> None:
+    """A model that is nothing but an lm_head is left alone, with the reason in the warning."""
+    with pytest.warns(UserWarning, match=r"nothing to convert in ModuleDict: .*lm_head.*include"):
+        OFF(nn.ModuleDict({"lm_head": nn.Linear(8, 8)}), dtype=torch.bfloat16)
+
+
 def _linear_in(**attributes: Any) -> nn.Module:
     layer = nn.Linear(8, 8)
     for name, value in attributes.items():
@@ -86,7 +143,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lazy": (lambda: nn.LazyLinear(8), "Lazy|initiali"),
     "meta": (lambda: nn.Linear(8, 8, device="meta"), "meta"),
     "double": (lambda: nn.Linear(8, 8).double(), "float64"),
-    "half": (lambda: nn.Linear(8, 8).half(), "float16"),
+    "bias of another dtype": (lambda: _linear_in(bias=nn.Parameter(torch.zeros(8).half())), "float16"),
     "three dimensions": (lambda: _linear_in(weight=nn.Parameter(torch.zeros(2, 8, 8))), "3 dimensions"),
     "attention": (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention reads its weight"),
 }

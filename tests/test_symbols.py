@@ -9,9 +9,17 @@ import pytest
 
 from fastlinear import _kernels
 
-ISAS = ("avx512", "avx2")  # widest first: a symbol that names both may use both
+# What a symbol of each may use, its own first; "baseline" is every symbol that names none of them.
+MAY_USE = {"baseline": ["baseline"]}
+MAY_USE["avx2"] = ["avx2", *MAY_USE["baseline"]]
+MAY_USE["avx512"] = ["avx512", *MAY_USE["avx2"]]
+MAY_USE["avx512_bf16"] = ["avx512_bf16", *MAY_USE["avx512"]]
+MAY_USE["avx512_fp16"] = ["avx512_fp16", *MAY_USE["avx512"]]
+ISAS = list(MAY_USE)[:0:-1]  # widest first: a symbol that names several may use what the widest may
 
 # What AT&T syntax shows of an instruction set.
+BF16_ONLY = re.compile(r"^v(dpbf16ps|cvtne2?ps2bf16)")
+FP16_ONLY = re.compile(r"^v(?!cvtph2ps\b|cvtps2ph\b)(\w+(ph|sh)|cvt\w*(ph|sh)\w*|movw)\b")  # but F16C's two
 AVX512_ONLY = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b|\{1to\d+\}")
 # tzcnt is not here: GCC writes bsf with a prefix that older CPUs ignore.
 AVX_OR_WIDER = re.compile(r"%ymm|^v[a-z]|^(andn|bextr|bls\w+|bzhi|lzcnt|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b")
@@ -20,8 +28,7 @@ NOT_AVX = re.compile(r"^ver[rw]\b|^vm[a-z]+\b(?!.*%[xyz]mm)")  # v... mnemonics 
 SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(\S.*)$")
 JUMP = re.compile(r"^(?:bnd )?j[a-z]+\s+([0-9a-f]+)\b")
-# A function of an ISA's own namespace (a kernel), not a template that merely takes its vector type (an epilogue).
-KERNEL = re.compile(r"^(?:\w+ )?fastlinear::(avx2|avx512)::")
+MULTIPLY_ADD = re.compile(r"^v(fmadd\w*p[sh]|dpbf16ps)\b")
 
 Instructions = list[tuple[int, str]]
 
@@ -45,6 +52,10 @@ def isa_of(symbol: str) -> str:
 
 
 def isa_needed(instruction: str) -> str:
+    if BF16_ONLY.search(instruction):
+        return "avx512_bf16"
+    if FP16_ONLY.search(instruction):
+        return "avx512_fp16"
     if AVX512_ONLY.search(instruction):
         return "avx512"
     if AVX_OR_WIDER.search(instruction) and not NOT_AVX.search(instruction):
@@ -62,7 +73,12 @@ def loops_of_fma(instructions: Instructions) -> list[Instructions]:
     ]
     innermost = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
     bodies = [[(a, text) for a, text in instructions if start <= a <= end] for start, end in innermost]
-    return [body for body in bodies if any("vfmadd" in text and "ps" in text for _, text in body)]
+    return [body for body in bodies if any(MULTIPLY_ADD.match(text) for _, text in body)]
+
+
+def kernels_of(isa: str) -> dict[str, Instructions]:
+    """The functions of an ISA that compute tiles."""
+    return {s: body for s, body in functions().items() if isa_of(s) == isa and "fastlinear::TileArgs const&" in s}
 
 
 def stack_traffic(instructions: Instructions, loop: Instructions) -> list[str]:
@@ -73,18 +89,22 @@ def stack_traffic(instructions: Instructions, loop: Instructions) -> list[str]:
 
 
 def test_wide_registers_stay_in_their_isa() -> None:
-    """No instruction of AVX or AVX-512 stands in a symbol that a lesser CPU may run."""
-    rank = ("baseline", "avx2", "avx512").index
+    """No instruction of an ISA stands in a symbol that a CPU without it may run."""
     leaks = {
         symbol: text
         for symbol, instructions in functions().items()
         for _, text in instructions
-        if rank(isa_needed(text)) > rank(isa_of(symbol))
+        if isa_needed(text) not in MAY_USE[isa_of(symbol)]
     }
     assert leaks == {}
     for isa in ISAS:  # the search sees what it looks for
         seen = sum(isa_needed(text) == isa for s, body in functions().items() if isa_of(s) == isa for _, text in body)
         assert seen > 100, f"only {seen} instructions of {isa} in its own symbols: were the symbols stripped?"
+
+
+def test_every_isa_of_the_table_is_known() -> None:
+    """A new ISA has to say here what it may use."""
+    assert {kernel["isa"] for kernel in _kernels.kernels()} - {"scalar"} == set(ISAS)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +118,18 @@ def test_wide_registers_stay_in_their_isa() -> None:
         ("vaddss %xmm0,%xmm1,%xmm2", "avx2"),
         ("vzeroupper", "avx2"),
         ("shlx   %rax,%rcx,%rdx", "avx2"),
+        ("vcvtph2ps (%rax),%ymm1", "avx2"),
+        ("vcvtps2ph $0x0,%xmm1,(%rax)", "avx2"),
+        ("vcvtph2ps (%rax),%zmm1{%k1}{z}", "avx512"),
+        ("vphaddd %ymm0,%ymm1,%ymm2", "avx2"),
+        ("vdpbf16ps %zmm1,%zmm2,%zmm3", "avx512_bf16"),
+        ("vcvtneps2bf16 %zmm1,%ymm2", "avx512_bf16"),
+        ("vcvtne2ps2bf16 %zmm1,%zmm2,%zmm3", "avx512_bf16"),
+        ("vfmadd231ph %zmm1,%zmm2,%zmm3", "avx512_fp16"),
+        ("vfmadd132sh %xmm1,%xmm2,%xmm3", "avx512_fp16"),
+        ("vcvtph2psx %ymm1,%zmm2", "avx512_fp16"),
+        ("vcvtsh2ss %xmm0,%xmm1,%xmm2", "avx512_fp16"),
+        ("vmovw  %eax,%xmm0", "avx512_fp16"),
         ("addps  %xmm0,%xmm1", "baseline"),
         ("verr   %ax", "baseline"),
     ],
@@ -110,22 +142,23 @@ def test_instructions_are_told_apart(instruction: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_inner_loops_do_not_spill(isa: str) -> None:
     """The accumulators of every micro-kernel stay in registers: its innermost loop never touches the stack."""
-    kernels = {s: body for s, body in functions().items() if (own := KERNEL.match(s)) and own[1] == isa}
+    kernels = kernels_of(isa)
     loops = {symbol: loops_of_fma(body) for symbol, body in kernels.items()}
-    tables = [kernel for kernel in _kernels.kernels() if kernel["isa"] == isa]
-    assert sum(bool(found) for found in loops.values()) >= len(tables) > 0
+    instances = sum(kernel["mr"] * kernel["panels"] for kernel in _kernels.kernels() if kernel["isa"] == isa)
+    assert sum(bool(found) for found in loops.values()) >= instances > 0
     spills = {
         s: traffic for s, found in loops.items() for loop in found if (traffic := stack_traffic(kernels[s], loop))
     }
     assert spills == {}
 
 
-def test_a_spill_is_seen() -> None:
+@pytest.mark.parametrize("multiply_add", ["vfmadd231ps", "vdpbf16ps", "vfmadd132ph"])
+def test_a_spill_is_seen(multiply_add: str) -> None:
     """The search for stack traffic can fail."""
     body = [
         (0, "mov    %rsp,%rbp"),
         (4, "vmovups -0x40(%rbp),%zmm0"),
-        (8, "vfmadd231ps (%rax),%zmm1,%zmm0"),
+        (8, f"{multiply_add} (%rax),%zmm1,%zmm0"),
         (12, "vmovups %zmm0,0x80(%rsp)"),
         (16, "jne    4 <f+0x4>"),
         (20, "vmovups %zmm0,0xc0(%rsp)"),

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+import native
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,16 @@ from torch import Tensor, nn
 from fastlinear import FastLinear, _kernels, activations, autotune, linear, torch_plans
 
 TIMEOUT = 60  # seconds, for what should take one or two: a hang is told from a slow machine
-RUNNABLE = [row for row in _kernels.kernels() if row["runnable"]]
 
 
-def layer_of(n: int, k: int, tune: str = "off", conv1d: bool = False) -> nn.Module:
+def layer_of(n: int, k: int, tune: str = "off", conv1d: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
     if conv1d:
         from transformers.pytorch_utils import Conv1D
 
         layer: nn.Module = Conv1D(n, k)
     else:
         layer = nn.Linear(k, n)
+    layer.to(dtype)
     linear.adopt(layer, activations.resolve("gelu"), tune)
     return layer.eval().requires_grad_(False)
 
@@ -129,23 +130,19 @@ def test_the_number_of_threads_is_torchs() -> None:
         torch.set_num_threads(count)
         torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
         assert _kernels.num_threads() == count
-        assert [(c.threads, c.plan_threads) for c in layer.plans.values()] == [(count, count)]
+        assert [(c.threads, c.plan_threads) for c in layer.plans] == [(count, count)]
 
 
-@pytest.mark.parametrize("kernel", [row["name"] for row in RUNNABLE])
+@pytest.mark.parametrize("kernel", native.RUNNABLE, ids=lambda kernel: kernel["id"])
 @pytest.mark.parametrize("k_slices", [1, 2, 3])
-def test_same_bits_for_any_number_of_threads(kernel: str, k_slices: int) -> None:
+def test_same_bits_for_any_number_of_threads(kernel: native.Kernel, k_slices: int) -> None:
     """Under one kernel and slicing, threads and repetition do not change a bit."""
-    m, n, k = 37, 130, 700
-    x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
-    packed = _kernels.Packed(weight, next(row["layout"] for row in RUNNABLE if row["name"] == kernel))
+    x, weight, bias = native.random_case(37, 130, 700, kernel["dtypes"][-1])
     outs = []
     for threads in (1, 2, 2, 2, 5):
         torch.set_num_threads(min(threads, 2))
-        y = torch.full((m, n), torch.nan)
-        _kernels.run(packed, _kernels.Plan(kernel, threads, k_slices), _kernels.Epilogue(), x, bias, y)
-        outs.append(y)
-    assert all(torch.equal(y, outs[0]) for y in outs)
+        outs.append(native.run(kernel, x, weight, bias, threads=threads, k_slices=k_slices))
+    assert all(native.same_bits(y, outs[0]) for y in outs)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -191,7 +188,7 @@ def forked():
 
 torch.set_num_threads(2)
 big(x)
-assert big.plans[64].plan_threads == 2
+assert [chosen.plan_threads for chosen in big.plans] == [2]
 print("after a parallel region:", forked())
 
 held, release = threading.Event(), threading.Event()
@@ -268,47 +265,52 @@ def test_torchs_own_pool_is_the_only_one(first: str) -> None:
 
 ISA = """
 import torch, fastlinear
-layer = fastlinear.FastLinear(64, 48).eval().requires_grad_(False)
-layer(torch.randn(3, 64))
 isas = {row["name"]: row["isa"] for row in fastlinear.kernels() if row["runnable"]}
-print(",".join(sorted(set(isas.values()))), ",".join(fastlinear.cpu_info()["isas"]))
-print(*(name for name, _ in layer.plans[3].table))
+print(",".join(dict.fromkeys(reversed(isas.values()))), ",".join(fastlinear.cpu_info()["isas"]))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    layer = fastlinear.FastLinear(64, 48, dtype=dtype).eval().requires_grad_(False)
+    layer(torch.randn(3, 64, dtype=dtype))
+    print(*(name for name, _ in layer.plans[0].table))
 """
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.parametrize("isa", _kernels.cpu_info()["isas"][:3])
 def test_max_isa(isa: str) -> None:
-    """FASTLINEAR_MAX_ISA hides every kernel above it from the table, the tuner and the plans."""
-    if isa not in _kernels.cpu_info()["isas"]:
-        pytest.skip(f"this CPU (or FASTLINEAR_MAX_ISA) has no {isa}")
+    """FASTLINEAR_MAX_ISA hides every kernel above it from the table, the tuner and the plans, in every dtype."""
     out, err = child(ISA, FASTLINEAR_MAX_ISA=isa)
-    isas, tuned = out.splitlines()
-    allowed = ["scalar", "avx2"][: 1 + (isa == "avx2")]
-    assert isas == f"{','.join(sorted(allowed))} {','.join(allowed)}" and err == ""
-    names = [name for name in tuned.split() if name.count("/") == 2]
-    assert names and all(name.split("/")[1] in allowed for name in names)
+    isas, *tuned = out.splitlines()
+    known = _kernels.cpu_info()["isas"]
+    allowed = known[: 1 + known.index(isa)]
+    assert isas == f"{','.join(allowed)} {','.join(allowed)}" and err == "" and len(tuned) == 3
+    for table in tuned:
+        names = [name for name in table.split() if name.count("/") == 2]
+        assert names and all(name.split("/")[1] in allowed for name in names)
 
 
 def test_an_unknown_isa_is_told() -> None:
     """At import, in one sentence that names the variable, the value and what is allowed."""
     code = "try:\n    import fastlinear\nexcept ValueError as error:\n    print(error)"
     out, _ = child(code, FASTLINEAR_MAX_ISA="mmx")
-    assert out == "FASTLINEAR_MAX_ISA is 'mmx'; it may be one of scalar, avx2, avx512\n"
+    assert out == "FASTLINEAR_MAX_ISA is 'mmx'; it may be one of scalar, avx2, avx512, avx512_bf16, avx512_fp16\n"
+
+
+WAYS = [(kernel["name"], native.DTYPES[kernel["format"]], kernel["id"]) for kernel in native.RUNNABLE]
+WAYS += [(name, torch.float32, name) for name in torch_plans.NAMES]
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
-@pytest.mark.parametrize("kernel", [*(row["name"] for row in RUNNABLE), *torch_plans.NAMES])
-def test_kernel_override(kernel: str, conv1d: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "dtype"), [way[:2] for way in WAYS], ids=[way[2] for way in WAYS])
+def test_kernel_override(kernel: str, dtype: torch.dtype, conv1d: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTLINEAR_KERNEL is what runs, in every batch size, for Linear and Conv1D, and nothing is measured."""
     if kernel == "torch/mkl" and not torch.backends.mkl.is_available():
         pytest.skip("this torch is built without MKL")
     monkeypatch.setenv("FASTLINEAR_KERNEL", kernel)
     monkeypatch.setattr(autotune, "choose", None)
-    layer = layer_of(48, 64, "lazy", conv1d)
+    layer = layer_of(48, 64, "lazy", conv1d, dtype)
     for shape in ((1, 64), (2, 3, 64), (50, 64), (64,), (0, 64)):
-        x = torch.randn(shape)
+        x = torch.randn(shape).to(dtype)
         torch.testing.assert_close(layer(x), expected(layer, x))
-    assert {(chosen.name, chosen.source) for chosen in layer.plans.values()} == {(kernel, "override")}
+    assert {(chosen.name, chosen.source) for chosen in layer.plans} == {(kernel, "override")}
 
 
 def test_an_unknown_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +343,7 @@ def test_autotune_off(monkeypatch: pytest.MonkeyPatch) -> None:
     other = FastLinear.from_linear(nn.Linear(88, 136), "gelu").eval().requires_grad_(False)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), other(x))
-    assert layer.plans == other.plans and {c.source for c in layer.plans.values()} == {"heuristic"}
+    assert layer.plans == other.plans and {c.source for c in layer.plans} == {"heuristic"}
 
 
 def test_verbose(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -355,5 +357,5 @@ def test_verbose(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
     head, *rows, verdict = err.splitlines()
     assert out == "" and head.startswith("AUTOTUNE linear(3x72, 40x72)")
     milliseconds = [float(row.split(" ms ")[0].split()[-1]) for row in rows]
-    assert milliseconds == sorted(milliseconds) and len(rows) == len(layer.plans[3].table) >= 2
-    assert layer.plans[3].name in verdict
+    assert milliseconds == sorted(milliseconds) and len(rows) == len(layer.plans[0].table) >= 2
+    assert layer.plans[0].name in verdict

@@ -1,5 +1,6 @@
 """Models of transformers, with random weights: converted, fused and saved they are what they were."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from models import OFF, fast_names, same_tensors
 from torch import Tensor, nn
 
 import fastlinear
+from fastlinear import linear
 from fastlinear.fusion import Absorbed
 
 
@@ -75,6 +77,50 @@ def test_transformers(make: Callable[[Any], nn.Module], inputs: dict[str, Tensor
             if isinstance(stock, Tensor):
                 torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
     assert str(fastlinear.unconvert(fast)) == str(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama, gated", "t5", "vit"])
+def test_transformers_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    """A 16-bit model keeps its dtype, one packed in 16 bits its own; both are as near to fp64 as the 16-bit model."""
+    transformers = pytest.importorskip("transformers", reason="transformers is an optional dependency")
+    make, inputs, _ = _models()[name]
+    model = make(transformers).eval()
+    narrow = copy.deepcopy(model).to(dtype)
+
+    def run(model: nn.Module, dtype: torch.dtype) -> Tensor:
+        given = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
+        with torch.no_grad():
+            return model(**given).to_tuple()[0]
+
+    want, stock = run(copy.deepcopy(model).double(), torch.float64), run(narrow, dtype)
+    allowed = 1.2 * (stock - want).abs().max() + torch.finfo(dtype).eps * want.abs().max()
+    fast, packed = OFF(narrow), OFF(model, dtype=dtype)
+    for converted, of_x in ((fast, dtype), (packed, torch.float32)):
+        y = run(converted, of_x)
+        assert y.dtype == of_x and (y - want).abs().max() <= allowed
+        layers = [layer for layer in converted.modules() if linear.is_fast(layer)]
+        assert layers and all(layer._engine.packed.dtype == dtype for layer in layers)
+    assert same_tensors(packed.state_dict(), model.state_dict())
+
+
+def test_gpt2_head_is_not_rounded_unasked() -> None:
+    """GPT-2's lm_head is its embedding too: it keeps its precision unless it is named, and stays tied either way."""
+    transformers = pytest.importorskip("transformers", reason="transformers is an optional dependency")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    fast = OFF(model, dtype=torch.bfloat16)
+    assert len(fast_names(fast)) == 2 * 4 and type(fast.lm_head) is nn.Linear
+    both = OFF(fast, dtype=torch.bfloat16, include="lm_head")
+    assert len(fast_names(both)) == 2 * 4 + 1 and both.lm_head.pack_dtype == torch.bfloat16
+    ids = torch.arange(14).reshape(2, 7)
+    for converted in (fast, both):
+        assert converted.lm_head.weight is converted.transformer.wte.weight is model.transformer.wte.weight
+        with torch.no_grad():
+            torch.testing.assert_close(converted(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
+    assert same_tensors(both.state_dict(), model.state_dict())
 
 
 def test_gpt2_converts_conv1d(tmp_path: Any) -> None:

@@ -26,7 +26,7 @@ struct CpuSource {
 struct Cpu {
   char vendor[13];
   char model[49];
-  std::array<bool, 3> isa;           // in the order of enum Isa: scalar, avx2, avx512
+  std::array<bool, 5> isa;           // in the order of enum Isa
   std::array<std::size_t, 3> cache;  // L1d, L2, L3 in bytes; 0 where the CPU does not say
 };
 
@@ -34,26 +34,32 @@ namespace cpu_detail {
 
 // One register bit that an ISA needs.
 struct Bit {
-  std::uint32_t leaf;
+  std::uint32_t leaf, subleaf;
   std::uint32_t CpuidRegisters::* reg;
   unsigned bit;
 };
 
-inline constexpr Bit kOsxsave{1, &CpuidRegisters::ecx, 27};
-inline constexpr std::array kAvx2{Bit{1, &CpuidRegisters::ecx, 12},     // FMA
-                                  Bit{1, &CpuidRegisters::ecx, 28},     // AVX
-                                  Bit{7, &CpuidRegisters::ebx, 5}};     // AVX2
-inline constexpr std::array kAvx512{Bit{7, &CpuidRegisters::ebx, 16},   // F
-                                    Bit{7, &CpuidRegisters::ebx, 17},   // DQ
-                                    Bit{7, &CpuidRegisters::ebx, 30},   // BW
-                                    Bit{7, &CpuidRegisters::ebx, 31}};  // VL
-inline constexpr std::uint64_t kYmmState = 0x06, kZmmState = 0xe6;      // XMM+YMM; and opmask, ZMM, high ZMM
+inline constexpr Bit kOsxsave{1, 0, &CpuidRegisters::ecx, 27};
+inline constexpr std::array kAvx2{Bit{1, 0, &CpuidRegisters::ecx, 12},         // FMA
+                                  Bit{1, 0, &CpuidRegisters::ecx, 28},         // AVX
+                                  Bit{1, 0, &CpuidRegisters::ecx, 29},         // F16C
+                                  Bit{7, 0, &CpuidRegisters::ebx, 5}};         // AVX2
+inline constexpr std::array kAvx512{Bit{7, 0, &CpuidRegisters::ebx, 16},       // F
+                                    Bit{7, 0, &CpuidRegisters::ebx, 17},       // DQ
+                                    Bit{7, 0, &CpuidRegisters::ebx, 30},       // BW
+                                    Bit{7, 0, &CpuidRegisters::ebx, 31}};      // VL
+inline constexpr std::array kAvx512Bf16{Bit{7, 1, &CpuidRegisters::eax, 5}};   // BF16
+inline constexpr std::array kAvx512Fp16{Bit{7, 0, &CpuidRegisters::edx, 23}};  // FP16
+inline constexpr std::uint64_t kYmmState = 0x06, kZmmState = 0xe6;             // XMM+YMM; and opmask, ZMM, high ZMM
 
 template <std::size_t N>
 bool has_all(const CpuSource& source, const std::array<Bit, N>& bits) {
   const std::uint32_t max_leaf = source.cpuid(0, 0, source.context).eax;
-  for (const Bit& b : bits)
-    if (b.leaf > max_leaf || (source.cpuid(b.leaf, 0, source.context).*b.reg >> b.bit & 1) == 0) return false;
+  for (const Bit& b : bits) {
+    if (b.leaf > max_leaf) return false;
+    if (b.subleaf > 0 && b.subleaf > source.cpuid(b.leaf, 0, source.context).eax) return false;  // leaf 7 tells so
+    if ((source.cpuid(b.leaf, b.subleaf, source.context).*b.reg >> b.bit & 1) == 0) return false;
+  }
   return true;
 }
 
@@ -92,7 +98,7 @@ inline Cpu detect_cpu(const CpuSource& source) {
   const std::uint64_t saved = has_all(source, std::array{kOsxsave}) ? source.xcr0(source.context) : 0;
   const bool avx2 = (saved & kYmmState) == kYmmState && has_all(source, kAvx2);
   const bool avx512 = avx2 && (saved & kZmmState) == kZmmState && has_all(source, kAvx512);
-  cpu.isa = {true, avx2, avx512};
+  cpu.isa = {true, avx2, avx512, avx512 && has_all(source, kAvx512Bf16), avx512 && has_all(source, kAvx512Fp16)};
   return cpu;
 }
 

@@ -1,13 +1,12 @@
 // The contract of the epilogue: what happens to a tile of raw sums while it is in L1.
 //
 // An epilogue is a short program of steps. The first step adds the bias, every step applies one unary function, the
-// last step stores to y what is valid of the tile. All other steps work in place on the tile, whose rows are padded
-// and 64-byte aligned; y is neither, so a step writes exactly `rows` x `cols` elements of `out`.
+// last step stores to y what is valid of the tile (in place as well where y is 16-bit: the driver narrows it then). All
+// other steps work in place on the tile, whose rows are padded and 64-byte aligned; y is neither, so a step writes
+// exactly `rows` x `cols` elements of `out`.
 #pragma once
 
 #include <cstddef>
-
-#include "fastlinear/kernel.hpp"
 
 namespace fastlinear {
 
@@ -30,13 +29,5 @@ struct StepArgs {
 };
 
 using Step = void (*)(const StepArgs&);
-
-// What one ISA contributes to the library: its kernels, and its steps in the order of epilogues/all.hpp.
-struct IsaTable {
-  Isa isa;
-  const Kernel* kernels;
-  std::size_t kernel_count;
-  const Step* steps;
-};
 
 }  // namespace fastlinear

@@ -6,13 +6,12 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <new>
-#include <vector>
 
 #include "fastlinear/epilogue.hpp"
 #include "fastlinear/grid.hpp"
 #include "fastlinear/parallel.hpp"
+#include "fastlinear/registry.hpp"
 #include "fastlinear/rows.hpp"
 
 namespace fastlinear {
@@ -24,13 +23,32 @@ struct EpilogueProgram {
   std::size_t count;  // at least one: "identity" adds the bias and stores
 };
 
+struct Weight {
+  const char* panels;
+  Layout layout;  // one that the plan's kernel reads
+
+  std::ptrdiff_t panel_bytes(std::ptrdiff_t k) const {
+    return panel_elements(layout, k) * element_bytes(layout.format);
+  }
+};
+
+struct Bias {
+  const void* data;  // n elements, or null
+  Format format;
+};
+
+struct Output {
+  char* data;
+  std::ptrdiff_t stride;  // elements
+  Format format;
+};
+
 struct Problem {
   std::ptrdiff_t m, n, k;
-  Rows x;
-  const char* packed;  // in plan.kernel->layout
-  const float* bias;   // n of them, or null
-  float* y;
-  std::ptrdiff_t stride_y;
+  Rows x;  // of any format that the plan's kernel reads, or that can be widened to it
+  Weight weight;
+  Bias bias;
+  Output y;
   EpilogueProgram epilogue;
 };
 
@@ -39,6 +57,8 @@ namespace gemm_detail {
 struct Job {
   const Problem& p;
   const Plan& plan;
+  const Conversion* conversions;  // of the kernel's ISA, by format
+  const float* bias;              // n of them, or null
   Grid grid;
   float* partial;  // with K slices: the tiles of all units; otherwise null, tiles are finished where they are made
 
@@ -51,20 +71,27 @@ struct Job {
   }
 };
 
+// Finishes a tile and stores what is valid of it: at once where y is fp32, else in place and then narrowed.
 inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
   const Problem& p = job.p;
   const Range rows = job.grid.rows_of(row_tile);
   const std::ptrdiff_t columns = job.plan.kernel->columns(), column = group * columns;
+  const auto y = [&](std::ptrdiff_t row) {
+    return p.y.data + ((rows.begin + row) * p.y.stride + column) * element_bytes(p.y.format);
+  };
   StepArgs s{tile, columns, tile, columns, rows.size(), std::min(columns, p.n - column), nullptr, nullptr};
   for (std::size_t i = 0; i < p.epilogue.count; ++i) {
-    s.bias = i == 0 && p.bias != nullptr ? p.bias + column : nullptr;
+    s.bias = i == 0 && job.bias != nullptr ? job.bias + column : nullptr;
     s.params = p.epilogue.params[i].data();
-    if (i + 1 == p.epilogue.count) {
-      s.out = p.y + rows.begin * p.stride_y + column;
-      s.ld_out = p.stride_y;
+    if (i + 1 == p.epilogue.count && p.y.format == Format::fp32) {
+      s.out = reinterpret_cast<float*>(y(0));
+      s.ld_out = p.y.stride;
     }
     p.epilogue.steps[i](s);
   }
+  if (p.y.format == Format::fp32) return;
+  const auto narrow = job.conversions[static_cast<std::size_t>(p.y.format)].narrow;
+  for (std::ptrdiff_t r = 0; r < s.rows; ++r) narrow(tile + r * columns, y(r), s.cols);
 }
 
 // With more rows than this there is time between two lines of the panel to fetch a third.
@@ -81,7 +108,8 @@ class Worker {
       const Problem& p = job_.p;
       first_row_ = job_.grid.rows_of(tiles.begin).begin;
       const std::ptrdiff_t rows = job_.grid.rows_of(tiles.end - 1).end - first_row_;
-      x_ = prepare_rows({p.x.data + first_row_ * p.x.stride, p.x.stride}, rows, p.k, job_.plan.kernel->mr, rows_);
+      x_ = prepare_rows({p.x.at(first_row_, 0), p.x.stride, p.x.format}, rows, p.k, *job_.plan.kernel,
+                        job_.conversions[static_cast<std::size_t>(p.x.format)], rows_);
       row_block_ = u.row_block;
     }
     const bool sliced = job_.partial != nullptr, keep = sliced || !job_.grid.one_k_block();
@@ -91,36 +119,37 @@ class Worker {
  private:
   // The sums of a unit, tile by tile in `memory`: one after the other if `keep`, else all in the same place, since with
   // one K block a tile is finished before the next is begun.
-  void sum(const Unit& u, const Range& tiles, float* memory, bool keep) const {
+  void sum(const Unit& u, const Range& tiles, float* memory, bool keep) {
     const Problem& p = job_.p;
     const Kernel& kernel = *job_.plan.kernel;
-    const std::ptrdiff_t k_bytes = kernel.layout.nr * std::ptrdiff_t{sizeof(float)};  // of one k step in one panel
-    const std::ptrdiff_t panel_bytes = panel_elements(kernel.layout, p.k) * std::ptrdiff_t{sizeof(float)};
+    const Layout& packed = p.weight.layout;
+    const std::ptrdiff_t k_bytes = packed.nr * element_bytes(packed.format);  // of one k in one panel
+    const std::ptrdiff_t panel_bytes = p.weight.panel_bytes(p.k);
     const std::ptrdiff_t panel = u.group * kernel.panels;
-    const char* weights = p.packed + panel * panel_bytes;
+    const char* weights = p.weight.panels + panel * panel_bytes;
     const Range slice = job_.grid.slice_of(u);
 
     TileArgs a{};
     a.lda = x_.stride;
-    a.panel_stride = panel_bytes;
-    a.panels = std::min(kernel.panels, ceil_div(p.n, kernel.layout.nr) - panel);
+    a.panels = std::min(kernel.panels, ceil_div(p.n, packed.nr) - panel);
     for (Range block = job_.grid.block_at(slice, slice.begin);; block = job_.grid.block_at(slice, block.end)) {
       a.k = block.size();
-      a.panel = weights + block.begin * k_bytes;
       a.accumulate = block.begin > slice.begin;
+      set_panels(a, weights + block.begin * k_bytes, panel_bytes);
       // Each row tile brings its share of what comes next into L2: the next K block, or the next group. A single tile
       // of few rows only streams, and the hardware's own prefetcher does that better.
       const bool last = block.end == slice.end, prefetches = tiles.size() > 1 || p.m > kStreamingRows;
       const char* next =
           last ? weights + kernel.panels * panel_bytes + slice.begin * k_bytes : weights + block.end * k_bytes;
-      a.prefetch_stride = prefetches ? k_bytes * kernel.panels / tiles.size() : 0;
+      const std::ptrdiff_t groups = ceil_div(a.k, kernel.layout.kr);
+      a.prefetch_stride = prefetches ? k_bytes * kernel.layout.kr * kernel.panels / tiles.size() : 0;
       for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t) {
         const Range rows = job_.grid.rows_of(t);
         float* tile = memory + (keep ? t - tiles.begin : 0) * job_.tile_floats();
         a.rows = rows.size();
-        a.a = x_.data + (rows.begin - first_row_) * x_.stride + block.begin;
+        a.a = x_.at(rows.begin - first_row_, block.begin);
         a.tile = tile;
-        a.prefetch = prefetches ? next + (t - tiles.begin) * a.k * a.prefetch_stride : static_cast<const char*>(a.a);
+        a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
         kernel.run(a);
         if (last && job_.partial == nullptr) finish_tile(job_, tile, t, u.group);
       }
@@ -128,14 +157,29 @@ class Worker {
     }
   }
 
+  // The panels at `packed`, panel_bytes apart: as they are, or widened where the kernel reads fp32 and they are not.
+  // Widening costs one load, one instruction and one store a vector, once for all row tiles, and the copy stays in L2.
+  void set_panels(TileArgs& a, const char* packed, std::ptrdiff_t panel_bytes) {
+    const Layout& layout = job_.p.weight.layout;
+    a.panel = packed;
+    a.panel_stride = panel_bytes;
+    if (layout == job_.plan.kernel->layout) return;
+    const auto widen_panel = job_.conversions[static_cast<std::size_t>(layout.format)].widen_panel;
+    float* wide = wide_.floats(a.panels * layout.nr * a.k);
+    for (std::ptrdiff_t i = 0; i < a.panels; ++i)
+      widen_panel(packed + i * panel_bytes, layout.nr, a.k, wide + i * layout.nr * a.k);
+    a.panel = wide;
+    a.panel_stride = layout.nr * a.k * std::ptrdiff_t{sizeof(float)};
+  }
+
   // Kept from call to call, one for each thread.
   static Scratch& scratch(std::size_t which) {
-    thread_local Scratch memory[2];
+    thread_local Scratch memory[3];
     return memory[which];
   }
 
   const Job& job_;
-  Scratch &rows_ = scratch(0), &tiles_ = scratch(1);
+  Scratch &rows_ = scratch(0), &tiles_ = scratch(1), &wide_ = scratch(2);
   std::ptrdiff_t row_block_ = -1, first_row_ = 0;  // what x_ holds
   Rows x_{};
 };
@@ -152,39 +196,13 @@ inline void add_slices(const Job& job, const Unit& u) {
     finish_tile(job, sum + (t - tiles.begin) * job.tile_floats(), t, u.group);
 }
 
-// Gives each thread a share of n things in a row, so that it prefetches what it will use itself and meets the same
-// panels in its L2 at the next call; whoever is done with its own share takes from the others'. make() is called once a
-// thread and gives what does one thing. False, or std::bad_alloc, when memory ran out.
-template <class Make>
-bool share_out(std::ptrdiff_t n, std::ptrdiff_t threads, const Make& make) {
-  struct alignas(64) Share {
-    std::atomic<std::ptrdiff_t> next;
-    std::ptrdiff_t end;
-  };
-  const std::ptrdiff_t workers = std::min(threads, n);
-  if (workers == 1) {
-    auto work = make();
-    for (std::ptrdiff_t i = 0; i < n; ++i) work(i);
-    return true;
-  }
-  std::atomic<bool> failed{false};
-  std::vector<Share> shares(static_cast<std::size_t>(workers));
-  for (std::ptrdiff_t w = 0; w < workers; ++w) {
-    shares[static_cast<std::size_t>(w)].next = n * w / workers;
-    shares[static_cast<std::size_t>(w)].end = n * (w + 1) / workers;
-  }
-  thread_pool().run(workers, [&](std::ptrdiff_t me) {
-    try {
-      auto work = make();
-      for (std::ptrdiff_t w = 0; w < workers; ++w) {
-        Share& share = shares[static_cast<std::size_t>((me + w) % workers)];
-        for (std::ptrdiff_t i = share.next++; i < share.end; i = share.next++) work(i);
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-  });
-  return !failed;
+// The bias in fp32, widened if need be into memory that the calling thread keeps.
+inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
+  if (p.bias.data == nullptr || p.bias.format == Format::fp32) return static_cast<const float*>(p.bias.data);
+  thread_local Scratch memory;
+  float* wide = memory.floats(p.n);
+  conversions[static_cast<std::size_t>(p.bias.format)].widen(p.bias.data, wide, p.n);
+  return wide;
 }
 
 }  // namespace gemm_detail
@@ -193,7 +211,9 @@ bool share_out(std::ptrdiff_t n, std::ptrdiff_t threads, const Make& make) {
 inline bool gemm(const Problem& p, const Plan& plan) try {
   using namespace gemm_detail;
   if (p.m == 0 || p.n == 0) return true;
-  Job job{p, plan, Grid(plan, p.m, p.n, p.k), nullptr};
+  const Conversion* conversions = find_conversions(plan.kernel->isa);
+  const Grid grid(plan, p.weight.layout.kr, p.m, p.n, p.k);
+  Job job{p, plan, conversions, wide_bias(p, conversions), grid, nullptr};
   Scratch slices;
   if (plan.k_slices > 1)
     job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());

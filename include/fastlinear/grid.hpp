@@ -28,15 +28,17 @@ struct Unit {
 
 class Grid {
  public:
-  Grid(const Plan& plan, std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t k) : m_(m), k_(k) {
+  // K is cut between groups of kr elements, those of the packed weight.
+  Grid(const Plan& plan, std::ptrdiff_t kr, std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t k) : m_(m), k_(k) {
     const Kernel& kernel = *plan.kernel;
-    const std::ptrdiff_t row_tile_bytes = kernel.mr * std::max(k, one) * float_bytes;
+    const std::ptrdiff_t row_tile_bytes = kernel.mr * std::max(k, one) * element_bytes(kernel.rows);
+    const std::ptrdiff_t columns_bytes = kernel.columns() * element_bytes(kernel.layout.format);
     groups = ceil_div(ceil_div(n, kernel.layout.nr), kernel.panels);
     row_tiles = ceil_div(m, kernel.mr);
 
-    slice_k_ = ceil_div(ceil_div(std::max(k, one), plan.k_slices), kernel.layout.kr) * kernel.layout.kr;
-    k_blocks_ = ceil_div(slice_k_ * kernel.columns() * float_bytes, panel_block_bytes);
-    block_k_ = ceil_div(ceil_div(slice_k_, k_blocks_), kernel.layout.kr) * kernel.layout.kr;
+    slice_k_ = ceil_div(ceil_div(std::max(k, one), plan.k_slices), kr) * kr;
+    k_blocks_ = ceil_div(slice_k_ * columns_bytes, panel_block_bytes);
+    block_k_ = ceil_div(ceil_div(slice_k_, k_blocks_), kr) * kr;
 
     const std::ptrdiff_t wanted = plan.threads > 1 ? plan.threads * units_per_thread : 1;
     row_blocks_ = ceil_div(row_tiles, std::max(one, row_block_bytes / row_tile_bytes));
@@ -70,7 +72,7 @@ class Grid {
   static constexpr std::ptrdiff_t row_block_bytes = 4 << 20;
   // Enough that a thread the scheduler holds back leaves its share to the others.
   static constexpr std::ptrdiff_t units_per_thread = 4;
-  static constexpr std::ptrdiff_t one = 1, float_bytes = sizeof(float);
+  static constexpr std::ptrdiff_t one = 1;
 
   static std::ptrdiff_t part(std::ptrdiff_t total, std::ptrdiff_t i, std::ptrdiff_t parts) { return total * i / parts; }
 

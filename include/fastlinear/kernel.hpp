@@ -10,13 +10,15 @@
 
 namespace fastlinear {
 
-enum class Format : std::uint8_t { fp32 };
-enum class Isa : std::uint8_t { scalar, avx2, avx512 };
+enum class Format : std::uint8_t { fp32, bf16, fp16 };
+enum class Isa : std::uint8_t { scalar, avx2, avx512, avx512_bf16, avx512_fp16 };
 
-inline constexpr std::size_t kFormats = 1;
-inline constexpr std::size_t kIsas = 3;
-inline constexpr const char* kFormatNames[kFormats] = {"fp32"};
-inline constexpr const char* kIsaNames[kIsas] = {"scalar", "avx2", "avx512"};
+inline constexpr std::size_t kFormats = 3;
+inline constexpr std::size_t kIsas = 5;
+inline constexpr const char* kFormatNames[kFormats] = {"fp32", "bf16", "fp16"};
+inline constexpr const char* kIsaNames[kIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16"};
+
+constexpr std::ptrdiff_t element_bytes(Format format) { return format == Format::fp32 ? 4 : 2; }
 
 // How a weight [N, K] lies in memory: panels of nr output channels; in a panel, groups of kr consecutive k, each
 // holding its nr channels side by side. Kernels with equal layouts read the same packed bytes, so the tuner may swap
@@ -34,22 +36,28 @@ struct TileArgs {
   const void* panel;            // first packed panel; `panels` of them (1..kernel.panels)
   std::ptrdiff_t panel_stride;  // bytes from one panel to the next
   std::ptrdiff_t panels;
-  std::ptrdiff_t k;
+  std::ptrdiff_t k;                // elements; only the last block of K may end within a group of kr
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
-  const char* prefetch;            // each k step brings a line or two from here towards L2, then moves on by
+  const char* prefetch;            // each group brings a line or two from here towards L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
 };
 
 struct Kernel {
-  const char* name;  // "fp32/avx512/6x64": format, ISA, rows x columns of the tile
+  const char* name;  // "fp32/avx512/6x64": format of the weight, ISA, rows x columns of the tile
   Isa isa;
   Format rows;  // the form of A it reads
   Layout layout;
   std::ptrdiff_t mr, panels;
   void (*run)(const TileArgs&);
+  Format accumulate = Format::fp32;  // fp16: sums of up to 64 products are fp16, which users have to ask for
 
   constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
+
+  // Whether it can run on a weight in this layout: its own, or one that the driver widens panel by panel.
+  constexpr bool reads(const Layout& packed) const {
+    return packed == layout || (layout.format == Format::fp32 && packed.nr == layout.nr);
+  }
 };
 
 }  // namespace fastlinear

@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cstdint>
 
 #include "fastlinear/kernel.hpp"
 #include "fastlinear/parallel.hpp"
@@ -28,8 +28,8 @@ inline std::ptrdiff_t panel_elements(const Layout& layout, std::ptrdiff_t k) {
   return layout.nr * ceil_div(k, layout.kr) * layout.kr;
 }
 
-inline std::ptrdiff_t packed_elements(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
-  return ceil_div(n, layout.nr) * panel_elements(layout, k);
+inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
+  return ceil_div(n, layout.nr) * panel_elements(layout, k) * element_bytes(layout.format);
 }
 
 // Calls visit(cells, row, begin, end) for runs of [begin, end) in K of each row of panels [first, last), where element
@@ -89,17 +89,35 @@ void unpack_panels(const Layout& layout, const Element* packed, const WeightView
                });
 }
 
-// Whole weights, on torch's threads; the panels land in the pages of the threads that wrote them.
 template <class Element>
-void pack_weight(const Layout& layout, const WeightView<const Element>& w, Element* packed) {
-  for_panels(layout, w.n,
-             [&](std::ptrdiff_t first, std::ptrdiff_t last) { pack_panels(layout, w, packed, first, last); });
+WeightView<Element> elements(const WeightView<void>& w) {
+  return {static_cast<Element*>(w.data), w.n, w.k, w.stride_n, w.stride_k};
 }
 
-template <class Element>
-void unpack_weight(const Layout& layout, const Element* packed, const WeightView<Element>& w) {
-  for_panels(layout, w.n,
-             [&](std::ptrdiff_t first, std::ptrdiff_t last) { unpack_panels(layout, packed, w, first, last); });
+// Whole weights of the layout's format, on torch's threads; the panels land in the pages of the threads that wrote
+// them. Packing moves bits, so the size of an element is all that it has to know of a format.
+inline void pack_weight(const Layout& layout, const WeightView<void>& w, void* packed) {
+  const auto pack = [&]<class Element>(Element* panels) {
+    for_panels(layout, w.n, [&](std::ptrdiff_t first, std::ptrdiff_t last) {
+      pack_panels(layout, elements<const Element>(w), panels, first, last);
+    });
+  };
+  if (element_bytes(layout.format) == 4)
+    pack(static_cast<std::uint32_t*>(packed));
+  else
+    pack(static_cast<std::uint16_t*>(packed));
+}
+
+inline void unpack_weight(const Layout& layout, const void* packed, const WeightView<void>& w) {
+  const auto unpack = [&]<class Element>(const Element* panels) {
+    for_panels(layout, w.n, [&](std::ptrdiff_t first, std::ptrdiff_t last) {
+      unpack_panels(layout, panels, elements<Element>(w), first, last);
+    });
+  };
+  if (element_bytes(layout.format) == 4)
+    unpack(static_cast<const std::uint32_t*>(packed));
+  else
+    unpack(static_cast<const std::uint16_t*>(packed));
 }
 
 }  // namespace fastlinear

@@ -1,10 +1,32 @@
 // The table: every kernel and every activation of the library, and what of it may run here. csrc/registry.cpp holds it.
 #pragma once
 
-#include "fastlinear/cpu.hpp"
+#include <cstddef>
+
+#include "fastlinear/conversion.hpp"
 #include "fastlinear/epilogue.hpp"
+#include "fastlinear/kernel.hpp"
 
 namespace fastlinear {
+
+struct KernelList {
+  const Kernel* first = nullptr;
+  std::size_t count = 0;
+
+  constexpr KernelList() = default;
+  template <std::size_t N>
+  constexpr KernelList(const Kernel (&kernels)[N]) : first(kernels), count(N) {}
+};
+
+// What one ISA contributes: its kernels by the format of the weight, its steps in the order of epilogues/all.hpp, its
+// conversions in the order of enum Format. An ISA that only adds arithmetic has no steps and conversions; those of the
+// next lower one serve.
+struct IsaTable {
+  Isa isa;
+  KernelList kernels[kFormats];
+  const Step* steps = nullptr;
+  const Conversion* conversions = nullptr;
+};
 
 // Kernels, best ISA first; nullptr past the end.
 const Kernel* kernel_at(std::size_t i);
@@ -13,7 +35,8 @@ const Kernel* find_kernel(const char* name);
 // Activations; nullptr past the end. "identity" is the first.
 const Activation* activation_at(std::size_t i);
 
-// The step that applies activation i with the registers of `isa`.
+// The step that applies activation i, and the conversions (one a format), for kernels of `isa`.
 Step find_step(Isa isa, std::size_t i);
+const Conversion* find_conversions(Isa isa);
 
 }  // namespace fastlinear

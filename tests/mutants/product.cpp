@@ -1,24 +1,53 @@
-// gemm() behind a C function, so that tests/test_mutants.py can load the library's own sources, changed in one place.
-// Serial: no thread pool is attached.
+// gemm() behind a C function, so that tests/library.py can load the library's own sources: changed in one place, or for
+// kernels that the installed library does not run here. Serial: no thread pool is attached.
 #include "fastlinear/gemm.hpp"
 #include "fastlinear/registry.hpp"
 
+using fastlinear::Format;
 using std::ptrdiff_t;
 
-// x [m, k], rows stride_x apart; packed: W [n, k] in the kernel's layout; y [m, n], rows stride_y apart. `activations`
-// are `steps` indices of the registry; params has kMaxParams values a step.
-extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, ptrdiff_t threads, ptrdiff_t k_slices,
-                                                       ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float* x,
-                                                       ptrdiff_t stride_x, const char* packed, const float* bias,
-                                                       float* y, ptrdiff_t stride_y, std::size_t steps,
-                                                       const std::size_t* activations, const float* params) {
+struct Sizes {
+  ptrdiff_t threads, k_slices, m, n, k;
+};
+
+struct Operand {
+  char* data;
+  ptrdiff_t stride;  // elements from row to row
+  Format format;
+};
+
+struct Panels {
+  const char* data;
+  Format format;
+  ptrdiff_t nr, kr;
+};
+
+struct Steps {
+  ptrdiff_t count;
+  const ptrdiff_t* activations;  // indices of the registry
+  const float* params;           // kMaxParams a step
+};
+
+// x [m, k]; panels: W [n, k]; bias [n], or no data; y [m, n].
+extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const Sizes* s, const Operand* x,
+                                                       const Panels* w, const Operand* bias, const Operand* y,
+                                                       const Steps* steps) {
   using namespace fastlinear;
-  const Plan plan{find_kernel(kernel), threads, k_slices};
+  const Plan plan{find_kernel(kernel), s->threads, s->k_slices};
   EpilogueProgram program{};
-  program.count = steps;
-  for (std::size_t i = 0; i < steps; ++i) {
-    program.steps[i] = find_step(plan.kernel->isa, activations[i]);
-    for (std::size_t j = 0; j < kMaxParams; ++j) program.params[i][j] = params[i * kMaxParams + j];
+  program.count = static_cast<std::size_t>(steps->count);
+  for (std::size_t i = 0; i < program.count; ++i) {
+    program.steps[i] = find_step(plan.kernel->isa, static_cast<std::size_t>(steps->activations[i]));
+    for (std::size_t j = 0; j < kMaxParams; ++j) program.params[i][j] = steps->params[i * kMaxParams + j];
   }
-  return gemm({m, n, k, {x, stride_x}, packed, bias, y, stride_y, program}, plan);
+  const Weight weight{w->data, {w->format, w->nr, w->kr}};
+  return gemm({s->m,
+               s->n,
+               s->k,
+               {x->data, x->stride, x->format},
+               weight,
+               {bias->data, bias->format},
+               {y->data, y->stride, y->format},
+               program},
+              plan);
 }

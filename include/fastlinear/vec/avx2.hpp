@@ -6,6 +6,9 @@
 
 #include <cstddef>
 
+#include "fastlinear/formats/bf16.hpp"
+#include "fastlinear/formats/fp16.hpp"
+
 namespace fastlinear::avx2 {
 
 struct F32 {
@@ -18,6 +21,32 @@ struct F32 {
   static void store_n(float* p, F32 x, std::ptrdiff_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane), x.v);
+  }
+
+  static __m128i load_16_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+  static F32 load(const Fp16* p) { return {_mm256_cvtph_ps(load_16_bytes(p))}; }
+  static void store(Fp16* p, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F32 load(const Bf16* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bytes(p)), 16))};
+  }
+  static void load_pairs(const Bf16* p, F32& even, F32& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  // As formats/bf16.hpp rounds.
+  static void store(Bf16* p, F32 x) {
+    const __m256i bits = _mm256_castps_si256(x.v);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(quiet, nearest, number), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
   }
 };
 

@@ -6,7 +6,14 @@
 
 #include <cstddef>
 
+#include "fastlinear/formats/bf16.hpp"
+#include "fastlinear/formats/fp16.hpp"
+
 namespace fastlinear::avx512 {
+
+// Where a verb names a mask of all lanes it gets the plain instruction; GCC 12 wrongly warns that the unmasked
+// intrinsic reads an uninitialised register.
+inline constexpr __mmask16 kAll = 0xffff;
 
 struct F32 {
   static constexpr std::ptrdiff_t width = 16;
@@ -18,11 +25,31 @@ struct F32 {
   static void store_n(float* p, F32 x, std::ptrdiff_t n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), x.v);
   }
-};
 
-// Where a verb names a mask of all lanes it gets the plain instruction; GCC 12 wrongly warns that the unmasked
-// intrinsic reads an uninitialised register.
-inline constexpr __mmask16 kAll = 0xffff;
+  static __m256i load_32_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_32_bytes(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+
+  static F32 load(const Fp16* p) { return {_mm512_maskz_cvtph_ps(kAll, load_32_bytes(p))}; }
+  static void store(Fp16* p, F32 x) { store_32_bytes(p, _mm512_maskz_cvtps_ph(kAll, x.v, _MM_FROUND_TO_NEAREST_INT)); }
+  static F32 load(const Bf16* p) {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, load_32_bytes(p));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16))};
+  }
+  static void load_pairs(const Bf16* p, F32& even, F32& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, both, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  // As formats/bf16.hpp rounds; vcvtneps2bf16 would flush denormals.
+  static void store(Bf16* p, F32 x) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest);
+    store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, _mm512_maskz_srli_epi32(kAll, rounded, 16)));
+  }
+};
 
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }

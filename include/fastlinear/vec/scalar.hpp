@@ -4,7 +4,8 @@
 // the value is held as a double from load to store, which covers everything the functions need an FMA for.
 //
 // The verbs, which mean the same in vec/avx2.hpp and vec/avx512.hpp, lane by lane:
-//   load, store    `width` floats at any address; store_n only the first n < width
+//   load, store    `width` elements of any format at any address; store_n only the first n < width, floats
+//   load_pairs     `width` pairs: their first and their second elements
 //   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
 //   select_gt      a > b ? x : y
 //   round          to the nearest integer, ties to even
@@ -13,6 +14,9 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "fastlinear/formats/bf16.hpp"
+#include "fastlinear/formats/fp16.hpp"
 
 namespace fastlinear::scalar {
 
@@ -24,6 +28,16 @@ struct F32 {
   static F32 load(const float* p) { return {*p}; }
   static void store(float* p, F32 x) { *p = static_cast<float>(x.v); }
   static void store_n(float* p, F32 x, std::ptrdiff_t) { store(p, x); }
+
+  template <class Element>
+  static F32 load(const Element* p) {
+    return {to_float(*p)};
+  }
+  template <class Element>
+  static void store(Element* p, F32 x) {
+    from_float(static_cast<float>(x.v), *p);
+  }
+  static void load_pairs(const Bf16* p, F32& even, F32& odd) { even = load(p), odd = load(p + 1); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }

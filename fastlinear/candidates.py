@@ -1,0 +1,135 @@
+"""What may run a problem: the kernels of the table that can, in a few splits, and the best of them by rule.
+
+A kernel reads its own layout, and by widening it the layouts of narrower formats; the driver widens rows of x likewise.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlinear import _kernels, torch_plans
+from fastlinear.activations import Activation
+
+_FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
+
+# Below the first number of multiply-adds, waking a second thread costs more than it saves; above the second it always
+# pays. In between both are candidates.
+_SERIAL_WORK, _PARALLEL_WORK = 100e3, 4e6
+_MIN_SLICE_K = 256
+
+
+class Problem(NamedTuple):
+    """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n].
+
+    `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter; `accumulate`
+    is that of the least exact sums that are welcome.
+    """
+
+    m: int
+    n: int
+    k: int
+    x: str
+    packed: str
+    held: str
+    accumulate: str
+    bias: bool
+    activation: Activation | None
+    transposed: bool
+    threads: int
+
+    def key(self) -> str:
+        epilogue = (
+            "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
+        )
+        flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
+        formats = f"x={self.x},packed={self.packed},held={self.held},sums={self.accumulate}"
+        return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
+
+
+class Chosen(NamedTuple):
+    """What runs for one bucket of M and format of x, and how it came to that."""
+
+    bucket: int
+    threads: int  # torch's number of threads that the choice is for
+    x: str
+    name: str  # a kernel of the table, or "torch/linear", "torch/mkl", "torch/mkldnn"
+    plan_threads: int
+    k_slices: int
+    source: str  # "tuned", "cache", "heuristic" or "override"
+    table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
+    speedup: float | None = None  # time of torch/linear over that of the choice, where measured
+
+
+def runnable() -> list[dict[str, Any]]:
+    return [row for row in _kernels.kernels() if row["runnable"]]
+
+
+def override() -> str | None:
+    """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise."""
+    name = os.environ.get("FASTLINEAR_KERNEL")
+    allowed = [*(row["name"] for row in runnable()), *torch_plans.NAMES]
+    if name is not None and name not in allowed:
+        raise ValueError(f"FASTLINEAR_KERNEL is {name!r}; on this CPU it may be one of {', '.join(allowed)}")
+    return name
+
+
+def layout(packed: str) -> str:
+    """The layout to pack weights of a format in: one that the kernel FASTLINEAR_KERNEL names can read, if there is one,
+    else that of the best kernel of this format that runs here."""
+    rows, name = runnable(), override()
+    read = [layout for row in rows if row["name"] == name for layout in row["reads"]]
+    own = [row["layout"] for row in rows if row["format"] == packed]
+    return str(next(layout for layout in (*read, *own) if layout.split("/")[0] == packed))
+
+
+def able(problem: Problem) -> list[dict[str, Any]]:
+    """The kernels that can compute it: they read its panels, and its rows as they are or widened."""
+    wanted = layout(problem.packed)
+    return [row for row in runnable() if wanted in row["reads"] and row["rows"] in (_FP32, problem.x)]
+
+
+def native_candidates(problem: Problem) -> list[Chosen]:
+    """The able kernels that may be fastest, on one thread and on all, with K slices where the tiles are too few.
+
+    Of those that read the same things in the same way, only the best ISA's: a tuning has no time for the scalar ones.
+    Without further row tiles to share a widened panel, widening it is work in vain.
+    """
+    work, wanted, rows = problem.m * problem.n * problem.k, layout(problem.packed), able(problem)
+    best = {(row["format"], row["rows"]): row["isa"] for row in reversed(rows)}
+    counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
+    return [
+        Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
+        for row in rows
+        if row["isa"] == best[row["format"], row["rows"]]
+        if row["accumulate"] in (_FP32, problem.accumulate) and (row["layout"] == wanted or problem.m > row["mr"])
+        for threads in sorted(counts)
+        for slices in _slices(problem, row, threads)
+    ]
+
+
+def _slices(problem: Problem, row: dict[str, Any], threads: int) -> list[int]:
+    tiles = -(-max(problem.m, 1) // row["mr"]) * -(-max(problem.n, 1) // row["columns"])
+    slices = -(-threads // tiles)
+    return [1, slices] if slices > 1 and problem.k // slices >= _MIN_SLICE_K else [1]
+
+
+def heuristic(problem: Problem) -> Chosen:
+    """A good plan without measuring, on all threads unless the product is small.
+
+    The kernel passes over each panel least often, and where equal reads x as it is, does not widen, has the wider tile.
+    From three passes on, one that converts the weight in every pass comes last.
+    """
+    rows = {row["name"]: row for row in runnable()}
+    threads = 1 if problem.m * problem.n * problem.k < _PARALLEL_WORK else problem.threads
+
+    def rank(c: Chosen) -> tuple[int, ...]:
+        row = rows[c.name]
+        passes = -(-max(problem.m, 1) // row["mr"])
+        converts, widens = row["format"] != row["rows"], row["format"] != problem.packed
+        return converts and passes > 2, passes, row["rows"] != problem.x, widens, -row["columns"], -c.k_slices
+
+    best = min((c for c in native_candidates(problem) if c.plan_threads == threads), key=rank)
+    return best._replace(source="heuristic")

@@ -1,0 +1,16 @@
+// The contract of conversions between a 16-bit format and fp32, which is what rows.hpp, gemm.hpp and the output need.
+#pragma once
+
+#include <cstddef>
+
+namespace fastlinear {
+
+// The functions of one ISA and one format; all null for fp32. `n` elements at any address, side by side.
+struct Conversion {
+  void (*widen)(const void* in, float* out, std::ptrdiff_t n);   // exact
+  void (*narrow)(const float* in, void* out, std::ptrdiff_t n);  // to nearest, ties to even; NaN stays NaN
+  // The first k steps of a packed panel -> the same panel in fp32, [k][nr].
+  void (*widen_panel)(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, float* out);
+};
+
+}  // namespace fastlinear

@@ -1,0 +1,199 @@
+"""How each ISA is executed here, and the library's own sources compiled behind one C function.
+
+The installed library runs what CPUID allows. Everything else of the table is run by a library built here: from the
+sources as they are, where a probe shows that the CPU executes what CPUID hides; with tests/emulated/<isa>.cpp in the
+place of csrc/<isa>.cpp, where it does not. The same build, with one source changed, makes the mutants.
+"""
+
+import ctypes
+import faulthandler
+import mmap
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from fastlinear import _kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+Steps = Iterable[tuple[str, tuple[float, ...]]]
+FORMATS = list(_kernels.FORMATS.values())  # in the order of enum Format
+ACTIVATIONS = list(_kernels.activations())
+
+# ---- how an ISA is executed ------------------------------------------------------------------------------------------
+
+NATIVELY, HIDDEN, EMULATED = "natively", "natively, though CPUID hides it", "emulated"
+EMULATIONS = {path.stem: path for path in ROOT.glob("tests/emulated/*.cpp")}
+
+# One instruction that only this ISA has, and a return.
+PROBES = {
+    "avx512_bf16": bytes.fromhex("62f27e4852c0 c3"),  # vdpbf16ps %zmm0,%zmm0,%zmm0
+    "avx512_fp16": bytes.fromhex("62f57c4858c0 c3"),  # vaddph %zmm0,%zmm0,%zmm0
+}
+
+
+def executes(code: bytes) -> bool:
+    """Whether a child process that calls these bytes lives on."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        memory.write(code)
+        ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@cache
+def way(isa: str) -> str:
+    """NATIVELY, HIDDEN, EMULATED, or "skipped: " and the reason."""
+    known = _kernels.cpu_info()["isas"]
+    if isa in known:
+        return NATIVELY
+    if "FASTLINEAR_MAX_ISA" in os.environ:
+        return f"skipped: FASTLINEAR_MAX_ISA is {os.environ['FASTLINEAR_MAX_ISA']}"
+    if isa in PROBES and executes(PROBES[isa]):
+        return HIDDEN
+    if isa in EMULATIONS and "avx512" in known:
+        return EMULATED
+    return f"skipped: this CPU has no {isa}"
+
+
+# ---- the library, built here -----------------------------------------------------------------------------------------
+
+
+class Build:
+    """The sources compiled unit by unit in a folder, so that a mutant compiles what it touches."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        units = sorted(ROOT.glob("csrc/*.cpp"))
+        self.units = [EMULATIONS[u.stem] if way(u.stem) == EMULATED else u for u in units]
+        self.units.append(ROOT / "tests/mutants/product.cpp")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self.objects = list(pool.map(lambda u: self.compile(u, ROOT, folder / f"{u.stem}.o"), self.units))
+        self.unchanged = self.link("unchanged", self.objects)
+
+    @staticmethod
+    def compile(unit: Path, tree: Path, target: Path) -> Path:
+        compiler = os.environ.get("CXX", "g++")
+        options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{tree / 'include'}"]
+        subprocess.run([compiler, *options, "-c", unit, "-o", target], check=True)
+        return target
+
+    def link(self, name: str, objects: list[Path]) -> Path:
+        library = self.folder / f"{name}.so"
+        subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", library, "-ldl"], check=True)
+        return library
+
+    def changed(self, name: str, file: str, old: str, new: str, unit: str) -> Path:
+        """The library with `old` in `file`, a header that `unit` includes, replaced by `new`.
+
+        Each has a name of its own, since dlopen knows libraries by their names.
+        """
+        tree = self.folder / "tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(ROOT / "include", tree / "include")
+        text = (tree / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}: mutant is stale"
+        (tree / file).write_text(text.replace(old, new))
+        objects = [
+            self.compile(source, tree, self.folder / "changed.o") if source.stem == unit else unchanged
+            for source, unchanged in zip(self.units, self.objects, strict=True)
+        ]
+        return self.link(name.replace(" ", "-"), objects)
+
+
+_folder = tempfile.TemporaryDirectory(prefix="fastlinear-build-")
+
+
+@cache
+def build() -> Build:
+    """The sources as they are, but for what is emulated; compiled when they are first asked for."""
+    return Build(Path(_folder.name))
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ssize_t) for name in ("threads", "k_slices", "m", "n", "k")]
+
+
+class Operand(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_ssize_t), ("format", ctypes.c_uint8)]
+
+
+class Panels(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("format", ctypes.c_uint8),
+        ("nr", ctypes.c_ssize_t),
+        ("kr", ctypes.c_ssize_t),
+    ]
+
+
+class Program(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_ssize_t),
+        ("activations", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("params", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+def operand(values: Tensor | None) -> Operand:
+    if values is None:
+        return Operand(None, 0, 0)
+    return Operand(values.data_ptr(), values.stride(0), FORMATS.index(_kernels.FORMATS[values.dtype]))
+
+
+def program(steps: Steps) -> Program:
+    given = list(steps) or [("identity", ())]
+    indices = (ctypes.c_ssize_t * len(given))(*(ACTIVATIONS.index(name) for name, _ in given))
+    params = (ctypes.c_float * (2 * len(given)))(*(p for _, step in given for p in (*step, 0.0, 0.0)[:2]))
+    return Program(len(given), indices, params)
+
+
+Product = Callable[..., Tensor]
+
+
+def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels: panels) -> Product:
+    """`native.product` on a library built here; `place` moves the packed panels [bytes] to other memory."""
+    function = ctypes.CDLL(str(library)).product
+    function.restype = ctypes.c_bool
+
+    def product(
+        kernel: dict[str, object],
+        packed: _kernels.Packed,
+        x: Tensor,
+        b: Tensor | None,
+        steps: Steps,
+        threads: int,
+        k_slices: int,
+        out: Tensor,
+    ) -> Tensor:
+        assert packed.layout in kernel["reads"]
+        format, shape = packed.layout.split("/")
+        panels = place(packed.data)
+        parts = (
+            Sizes(threads, k_slices, len(x), packed.n, packed.k),
+            operand(x),
+            Panels(panels.data_ptr(), FORMATS.index(format), *map(int, shape.split("x"))),
+            operand(b),
+            operand(out),
+            program(steps),
+        )
+        assert function(str(kernel["name"]).encode(), *map(ctypes.byref, parts)), "no memory"
+        return out
+
+    return product
+
+
+@cache
+def product() -> Product:
+    return product_of(build().unchanged)
