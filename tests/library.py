@@ -99,17 +99,16 @@ class Build:
 
         Each has a name of its own, since dlopen knows libraries by their names.
         """
-        tree = self.folder / "tree"
-        shutil.rmtree(tree, ignore_errors=True)
+        tree = self.folder / name.replace(" ", "-")
         shutil.copytree(ROOT / "include", tree / "include")
         text = (tree / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}: mutant is stale"
         (tree / file).write_text(text.replace(old, new))
         objects = [
-            self.compile(source, tree, self.folder / "changed.o") if source.stem == unit else unchanged
+            self.compile(source, tree, tree / "changed.o") if source.stem == unit else unchanged
             for source, unchanged in zip(self.units, self.objects, strict=True)
         ]
-        return self.link(name.replace(" ", "-"), objects)
+        return self.link(tree.name, objects)
 
 
 _folder = tempfile.TemporaryDirectory(prefix="fastlinear-build-")

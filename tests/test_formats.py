@@ -105,6 +105,22 @@ def test_outputs_are_rounded_as_torch_rounds(kernel: Kernel, dtype: torch.dtype)
     assert same(y[0], b.to(dtype))
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("kernel", [*{k["isa"]: k for k in native.RUNNABLE}.values()], ids=lambda kernel: kernel["isa"])
+def test_all_floats_are_rounded_as_torch_rounds(kernel: Kernel, dtype: torch.dtype) -> None:
+    """Each of the 2^32, on every ISA."""
+    of_x, of_weight, _ = kernel["dtypes"][0]
+    chunk = 1 << 22
+    x, w, y = (
+        torch.zeros(shape, dtype=d) for shape, d in (((1, 1), of_x), ((chunk, 1), of_weight), ((1, chunk), dtype))
+    )
+    for begin in range(0, 1 << 32, chunk):
+        b = native.of_bits(torch.arange(begin, begin + chunk), torch.float32)
+        native.run(kernel, x, w, b, out=y)
+        assert same(y[0], b.to(dtype)), f"floats from 0x{begin:08x} on"
+
+
 @pytest.mark.parametrize("k_slices", [1, 3])
 @every_kernel
 def test_outputs_are_rounded_once(kernel: Kernel, k_slices: int) -> None:

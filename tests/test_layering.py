@@ -55,7 +55,13 @@ PYTHON_ROOMS = {
     "convert": {"activations", "linear", "fusion", "selection", "bypass"},
     "report": {"_kernels", "activations", "candidates", "linear", "selection"},
     "selfcheck": {"_kernels", "activations"},
+    "header": set(),
+    "safefile": {"header"},
+    "manifest": {"_kernels", "activations", "header", "linear"},
+    "matching": {"activations", "frozen", "fusion", "header", "linear", "manifest", "packs"},
+    "inspection": {"_kernels", "header", "manifest", "planner", "safefile"},
 }
+PYTHON_ROOMS["serialize"] = {*PYTHON_ROOMS} - {"convert", "report", "selection", "inspection", "selfcheck", "ops"}
 PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
 
 MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 440, "*": 250}

@@ -1,6 +1,8 @@
 """The tests can fail: the library's own sources, broken in one place, are caught by the very checks that guard them."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -234,22 +236,33 @@ def caught_by(path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> st
     return None
 
 
-def built(mutant: Mutant) -> Path:
-    return library.build().changed(mutant.name, mutant.file, mutant.old, mutant.new, mutant.unit)
+Libraries = dict[str, Future[Path]]
+
+
+@pytest.fixture(scope="module")
+def libraries(request: pytest.FixtureRequest) -> Iterator[Libraries]:
+    """The mutants that the tests of this run will ask for, compiled beside them on all cores."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    mutants = [found.params["mutant"] for found in parameters if found and "mutant" in found.params]
+    change = library.build().changed
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {m.name: pool.submit(change, m.name, m.file, m.old, m.new, m.unit) for m in mutants}
 
 
 @pytest.mark.parametrize("mutant", BROKEN, ids=lambda mutant: mutant.name)
-def test_a_broken_source_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_source_is_caught(mutant: Mutant, libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least one check fails; which one is printed (pytest -s)."""
-    check = caught_by(built(mutant), row(mutant.row), monkeypatch)
+    kernel = row(mutant.row)
+    check = caught_by(libraries[mutant.name].result(), kernel, monkeypatch)
     print(f"\n{mutant.name}: caught by {check}")
     assert check
 
 
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
-def test_a_harmless_change_passes(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_harmless_change_passes(mutant: Mutant, libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetches and block sizes are no part of the result: the checks do not fail for nothing."""
-    assert not caught_by(built(mutant), row(mutant.row), monkeypatch)
+    kernel = row(mutant.row)
+    assert not caught_by(libraries[mutant.name].result(), kernel, monkeypatch)
 
 
 def against_a_page(panels: Tensor, at: Literal["start", "end"]) -> Tensor:

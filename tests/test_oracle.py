@@ -185,6 +185,16 @@ def test_wrong_shape_is_caught() -> None:
         oracle.check(F.linear(x, w, b).T, x, w, b)
 
 
+@pytest.mark.parametrize("dtype", FORMATS[1:], ids=str)
+def test_half_of_the_spacing(dtype: torch.dtype) -> None:
+    """It is half of the way to the next number, for every number of the format, denormals included."""
+    values = torch.arange(1 << 15, dtype=torch.int16).view(dtype)
+    values = values[values.isfinite()].double()
+    gaps = values.diff()
+    assert torch.equal(oracle.half_spacing(values[:-1], dtype), gaps / 2)
+    assert torch.equal(oracle.half_spacing(values[:-1] + 0.9 * gaps, dtype), gaps / 2)
+
+
 def cut_off(y: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 values, rounded towards zero."""
     nearest = y.to(dtype)

@@ -13,7 +13,7 @@ struct Fp16 {
 
 // Exponent and mantissa, moved to where a float has them, read 2^112 too small; a product mends that, denormals
 // included. What had all exponent bits set is an infinity or NaN and gets them set again.
-inline float to_float(Fp16 x) {
+[[gnu::always_inline]] inline float to_float(Fp16 x) {
   const std::uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
   const auto scaled = __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
   return __builtin_bit_cast(float, sign | scaled | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u));
@@ -21,7 +21,7 @@ inline float to_float(Fp16 x) {
 
 // To nearest, ties to even, by adding a power of two whose last place is that of the result (Maratyszcza's FP16,
 // fp16_ieee_from_fp32_value). Scaling up and down first turns everything beyond the range into an infinity.
-inline void from_float(float value, Fp16& out) {
+[[gnu::always_inline]] inline void from_float(float value, Fp16& out) {
   const auto bits = __builtin_bit_cast(std::uint32_t, value);
   const std::uint32_t exponent = bits & 0x7f800000u, magnitude = bits & 0x7fffffffu;
   const float absolute = __builtin_bit_cast(float, magnitude) * 0x1p112f * 0x1p-110f;
