@@ -1,5 +1,7 @@
 // bf16 weights on AVX-512, widened in the inner loop: a line holds pairs of k for 16 channels; shifted left it is the
-// floats of the even k, and loaded under a mask those of the odd. fp32.hpp's tiles and budget.
+// floats of the even k, and loaded under a mask those of the odd. fp32.hpp's tiles and budget,
+// and 1x128 for M = 1: half the bytes want twice the chains, since with the two of 14x32 the latency of the FMA allows
+// 16 bytes a cycle, and L2 gives 32.
 //
 // Both take a vector port on Intel: 2 for 28 FMAs, 7 %. With many row tiles the driver's widening into cache may be
 // the better bargain; the tuner decides.
@@ -31,6 +33,7 @@ struct Bf16Weights : Fp32Weights {
 inline constexpr Kernel kBf16Kernels[] = {
     kernels::row<kernels::Tile<Bf16Weights>, 6, 2>("bf16/avx512/6x64", Isa::avx512),
     kernels::row<kernels::Tile<Bf16Weights>, 14, 1>("bf16/avx512/14x32", Isa::avx512),
+    kernels::row<kernels::Tile<Bf16Weights>, 1, 4>("bf16/avx512/1x128", Isa::avx512),
 };
 
 }  // namespace fastlinear::avx512

@@ -1,4 +1,5 @@
-// fp16 weights on AVX-512, widened in the inner loop by vcvtph2ps. fp32.hpp's tiles and budget.
+// fp16 weights on AVX-512, widened in the inner loop by vcvtph2ps. fp32.hpp's tiles and budget, and bf16.hpp's
+// 1x128.
 //
 // The conversion takes an FMA port and a shuffle port on Intel: 2 for 28 FMAs, up to 13 %; see bf16.hpp.
 #pragma once
@@ -20,6 +21,7 @@ struct Fp16Weights : Fp32Weights {
 inline constexpr Kernel kFp16Kernels[] = {
     kernels::row<kernels::Tile<Fp16Weights>, 6, 2>("fp16/avx512/6x64", Isa::avx512),
     kernels::row<kernels::Tile<Fp16Weights>, 14, 1>("fp16/avx512/14x32", Isa::avx512),
+    kernels::row<kernels::Tile<Fp16Weights>, 1, 4>("fp16/avx512/1x128", Isa::avx512),
 };
 
 }  // namespace fastlinear::avx512

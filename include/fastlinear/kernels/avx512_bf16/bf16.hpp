@@ -4,6 +4,7 @@
 //   tile    accumulators  panel  broadcast   loads per two k for its 2 x FMAs
 //   14x32   28            2      1  (31)     2 + 14 for 28
 //   6x64    24            4      1  (29)     4 + 6  for 24
+//   1x128   8             1      1  (10)     8 + 1  for 8, for M = 1: chains enough for its latency
 //
 // The instruction rounds each product and sum to nearest even and flushes denormals, of operands and of results,
 // whatever MXCSR says. It runs at the rate of an FMA on Zen 4 (twice the products), at a quarter of it on Sapphire
@@ -43,6 +44,7 @@ struct Pairs {
 inline constexpr Kernel kBf16Kernels[] = {
     kernels::row<kernels::Tile<Pairs>, 6, 2>("bf16/avx512_bf16/6x64", Isa::avx512_bf16),
     kernels::row<kernels::Tile<Pairs>, 14, 1>("bf16/avx512_bf16/14x32", Isa::avx512_bf16),
+    kernels::row<kernels::Tile<Pairs>, 1, 4>("bf16/avx512_bf16/1x128", Isa::avx512_bf16),
 };
 
 }  // namespace fastlinear::avx512_bf16
