@@ -1,4 +1,4 @@
-"""The command line: `python -m fastlinear info | bench | tune | check`, also installed as `fastlinear`."""
+"""The command line: `python -m fastlinear info | bench | tune | inspect | check`, also installed as `fastlinear`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, activations, linear, planner, selfcheck
+from fastlinear import _kernels, activations, inspection, linear, planner, selfcheck
 from fastlinear.activations import Activation
 from fastlinear.convert import convert, tune
+from fastlinear.header import FormatError
 from fastlinear.report import report
 
 _SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("model", metavar="module:function", help="function() returns (model, example_inputs)")
     command.add_argument("--threads", type=_positive, help="threads of torch's pool (default: torch's own choice)")
     command.set_defaults(run=tune_model)
+
+    command = commands.add_parser("inspect", help="what a frozen file holds, and whether this CPU runs it as it is")
+    command.add_argument("file", help="a file that fastlinear.save wrote")
+    command.set_defaults(run=inspect)
 
     command = commands.add_parser("check", help="test every kernel that runs here against fp64")
     command.set_defaults(run=check)
@@ -165,6 +170,16 @@ def _load(spec: str) -> tuple[nn.Module, Any]:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise UsageError(f"{spec} must return (model, example_inputs), an nn.Module first, not {type(made).__name__}")
     return made
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Prints what a frozen file holds; no more than its header is read."""
+    _check_override()
+    try:
+        print(inspection.describe(options.file))
+    except (FormatError, OSError) as error:
+        raise UsageError(str(error)) from None
+    return 0
 
 
 def check(_: argparse.Namespace) -> int:

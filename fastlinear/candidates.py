@@ -15,6 +15,8 @@ from fastlinear.activations import Activation
 
 _FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
 
+FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
+
 # Below the first number of multiply-adds, waking a second thread costs more than it saves; above the second it always
 # pays. In between both are candidates.
 _SERIAL_WORK, _PARALLEL_WORK = 100e3, 4e6
@@ -24,8 +26,8 @@ _MIN_SLICE_K = 256
 class Problem(NamedTuple):
     """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n].
 
-    `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter; `accumulate`
-    is that of the least exact sums that are welcome.
+    `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
+    there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome.
     """
 
     m: int

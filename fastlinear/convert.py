@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fastlinear import fusion, linear
 from fastlinear.bypass import allow_bypass, forbid_bypasses
+from fastlinear.freeze import freeze as freeze_model
+from fastlinear.freeze import unfreeze
 from fastlinear.selection import REASON, Filter, Patterns, choose
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +40,7 @@ def convert(
     accumulate: str = "fp32",
     fuse: bool = True,
     inplace: bool = False,
+    freeze: bool = False,
     tune: str = "lazy",
     example_inputs: Any = None,
 ) -> Model:
@@ -58,6 +61,9 @@ def convert(
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
         a module whose source says so. Hooks put on such a layer later see activated output, and a model in which it
         is wrapped (by LoRA, say) or replaced later raises RuntimeError: do that first, or pass fuse=False.
+    freeze: drop the weights of the converted layers, as `freeze(model)` does. With `inplace` each goes as soon as it
+        is packed, so that memory peaks at the model and one layer; what `dtype` rounds is then lost, and an error in
+        tuning leaves the model converted.
     tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
 
@@ -69,7 +75,7 @@ def convert(
     Raises TypeError or ValueError for arguments of a wrong kind; warns (UserWarning) of a pattern that matches no
     layer and of a model with nothing to convert.
     """
-    _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace}, tune, example_inputs)
+    _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
     linear.check_precision(dtype, accumulate)
     reasons = choose(model, include, exclude, filter_fn, dtype, accumulate)
     chosen = [layer for layer, reason in reasons.items() if reason is None and not linear.is_fast(layer)]
@@ -94,6 +100,9 @@ def convert(
             undo.callback(fusion.restore, there.holder, there.slot)
         for module in forbid_bypasses(result):
             undo.callback(allow_bypass, module)
+        if freeze:
+            undo.pop_all()  # a weight that is gone cannot be brought back
+            freeze_model(result)
         if tune == "now":
             _tune(result, example_inputs, None)
         undo.pop_all()
@@ -105,11 +114,12 @@ def convert(
 
 
 def unconvert(model: Model) -> Model:
-    """Undo `convert` in place, with activations and torch's encoder fast path, and return the model.
+    """Undo `convert` and `freeze` in place, with activations and torch's encoder fast path, and return the model.
 
     A FastLinear whose activation was not absorbed from within `model` stays, with a warning: nn.Linear has none.
     """
     _check_module("unconvert", model)
+    unfreeze(model)
     for module in list(model.modules()):
         for slot, child in list(module._modules.items()):
             if isinstance(child, fusion.Absorbed):
@@ -133,7 +143,7 @@ def unconvert(model: Model) -> Model:
 def refresh(model: Model) -> Model:
     """Drop all packed weights, so that the next call packs them anew, and return the model.
 
-    Needed only after a write that torch does not count, such as `weight.data.copy_(...)`.
+    Needed only after a write that torch does not count, such as `weight.data.copy_(...)`. Frozen layers keep theirs.
     """
     _check_module("refresh", model)
     for layer in _fast_layers(model):

@@ -2,13 +2,12 @@
 
 An engine (guards, packed weight, plans) is for one dtype of the packed weight: the layer has its own, and gets another
 for each dtype that autocast asks for. They and the record of what was chosen are never saved, pickled or copied; a copy
-makes its own at its first call.
+makes its own at its first call, or has the pack of a frozen layer from the start.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import torch
@@ -18,33 +17,23 @@ from torch import Tensor, nn
 from fastlinear import _engine, _kernels, activations, ops, planner
 from fastlinear._engine import Engine
 from fastlinear.activations import Activation
-from fastlinear.candidates import Chosen, Problem
-from fastlinear.packs import is_pairing, odd_dtype, pack, why_unfit
+from fastlinear.candidates import FROZEN, Chosen, Problem
+from fastlinear.frozen import Freezable
+from fastlinear.packs import dtype_of, is_pairing, odd_dtype, pack, record_of, why_unfit
+from fastlinear.packs import lock as _lock
 
 _UNSAVED = ("_engine", "_casting", "_chosen")
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_lock = threading.RLock()  # packing and planning; a call that is packed and planned never takes it
 
 
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may have held it
-    os.register_at_fork(after_in_child=_new_lock)
-
-
-class FastModule(nn.Module):
+class FastModule(Freezable):
     """What FastLinear and its twin for transformers' Conv1D have in common; mixed in before the stock class."""
 
     _transposed = False  # True: the weight is [in, out]
     _pack_dtype: torch.dtype | None = None  # what the weight is packed in; None: its own dtype
     _accumulate = "fp32"  # the format of the least exact sums that are welcome
-    _engine: Engine
-    _casting: dict[torch.dtype, Engine]  # those for autocast, by the dtype of their packs
-    _chosen: dict[tuple[Engine, int, str, int], Chosen]  # by engine, threads, format of x and bucket of M
+    _casting: dict[torch.dtype, Engine]  # engines for autocast, by the dtype of their packs
     _tune: str
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
@@ -71,7 +60,8 @@ class FastModule(nn.Module):
         return self._engine.forward(self, input)
 
     def _torch(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        frozen = record_of(self)
+        weight, bias = self.weight if frozen is None else frozen.unpack(self._transposed), self.bias
         mixed = isinstance(x, Tensor) and any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
         if mixed and self._takes(x):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -106,22 +96,25 @@ class FastModule(nn.Module):
         return self._native(x.to(dtype), dtype)
 
     def _differentiated(self, x: Tensor) -> bool:
-        operands = (x, self.weight, self.bias)
-        return self.training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands))
+        if self.training or not torch.is_grad_enabled():
+            return self.training
+        operands = (x, None if record_of(self) else self.weight, self.bias)
+        return any(t is not None and t.requires_grad for t in operands)
 
     @property
     def pack_dtype(self) -> torch.dtype:
         """What the weight is packed in."""
-        return self._pack_dtype or self.weight.dtype
+        frozen = record_of(self)
+        return (self._pack_dtype or self.weight.dtype) if frozen is None else frozen.packed.dtype
 
     @property
     def dtypes(self) -> str:
         """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"."""
-        return " as ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (self.weight.dtype, self.pack_dtype)))
+        return " as ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (dtype_of(self), self.pack_dtype)))
 
     def _takes(self, x: Tensor) -> bool:
         """Whether there are kernels for the dtypes of x, weight, bias and pack."""
-        return is_pairing(x.dtype, self.pack_dtype) and odd_dtype(self.weight, self.bias) is None
+        return is_pairing(x.dtype, self.pack_dtype) and odd_dtype(dtype_of(self), self.bias) is None
 
     def _native(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The answer of the engine with a pack of `dtype`, packed and planned for if need be; None where torch has to
@@ -140,14 +133,21 @@ class FastModule(nn.Module):
         if os.environ.get("FASTLINEAR_DISABLE", "0") != "0":
             return False
         with _lock:
+            if engine is not self._engine and engine is not self._casting.get(dtype):
+                return False  # another thread has just frozen or reset the layer
             if not engine.fresh(self):
-                if why_unfit(self) is not None:
+                frozen = record_of(self)
+                if why_unfit(self) is not None or self._frozen is not frozen:
                     return False
                 weight = self.weight  # read once: another thread may be setting it, to one of another dtype
                 version = _engine.version_of(weight)
                 if engine is self._engine:
                     dtype = self._pack_dtype or weight.dtype
-                engine.take(weight, version, pack(weight, dtype, self._transposed))
+                packed = pack(weight, dtype, self._transposed)
+                if frozen is None:
+                    engine.take(weight, version, packed)
+                else:
+                    engine.hold(packed)
                 for key in [key for key in self._chosen if key[0] is engine]:
                     del self._chosen[key]
             m = x.shape[:-1].numel()
@@ -159,31 +159,39 @@ class FastModule(nn.Module):
         threads, packed, form = _kernels.num_threads(), engine.packed, _kernels.FORMATS[x]
         if packed is None or not is_pairing(x, packed.dtype) or (engine, threads, form, m) in self._chosen:
             return
-        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        problem = Problem(
+        weight, bias = None if record_of(self) else self.weight.detach(), self.bias
+        operands = planner.Operands(weight, None if bias is None else bias.detach(), packed)
+        problem = self.problem(packed, m, form, threads)
+        chosen = planner.decide(problem, operands, measure=self._tune == "lazy")
+        engine.plan_for(m, threads, x, planner.executable(chosen, problem, weight))
+        self._chosen[engine, threads, form, m] = chosen
+
+    def problem(self, packed: _kernels.Packed, m: int, x: str, threads: int) -> Problem:
+        """What a plan for m rows of format x is made for."""
+        return Problem(
             m=m,
             n=packed.n,
             k=packed.k,
-            x=form,
+            x=x,
             packed=packed.format,
-            held=_kernels.FORMATS[weight.dtype],
+            held=_kernels.FORMATS[dtype_of(self)] if record_of(self) is None else FROZEN,
             accumulate=self._accumulate,
-            bias=bias is not None,
+            bias=self.bias is not None,
             activation=self.activation,
             transposed=self._transposed,
             threads=threads,
         )
-        operands = planner.Operands(weight, bias, packed)
-        chosen = planner.decide(problem, operands, measure=self._tune == "lazy")
-        engine.plan_for(m, threads, x, planner.executable(chosen, problem, weight))
-        self._chosen[engine, threads, form, m] = chosen
 
     def _new_engine(self) -> Engine:
         steps = () if self.activation is None else (self.activation,)
         return Engine(_kernels.Epilogue(steps), self._transposed)
 
     def _reset(self) -> None:
-        vars(self).update(_engine=self._new_engine(), _casting={}, _chosen={})
+        engine, frozen = self._new_engine(), record_of(self)
+        if frozen is not None:
+            frozen.layers.add(self)
+            engine.hold(frozen.packed)
+        vars(self).update(_engine=engine, _casting={}, _chosen={})
         ops.register(self)
 
     @property
@@ -199,10 +207,6 @@ class FastModule(nn.Module):
         packs = [engine.packed for engine in (self._engine, *self._casting.values())]
         return sum(packed.nbytes for packed in packs if packed is not None)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._reset()  # to(), half(), share_memory() ...: the weight is about to be another one
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in _UNSAVED}
 
@@ -214,6 +218,8 @@ class FastModule(nn.Module):
         parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
         if self.dtypes != "float32":
             parts.append(f"dtype={self.dtypes}")
+        if record_of(self) is not None:
+            parts.append("frozen=True")
         if self.activation is not None:
             parts.append(f"activation={_spell(self.activation)}")
         names = sorted({chosen.name for chosen in self.plans})

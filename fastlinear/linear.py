@@ -1,7 +1,7 @@
 """FastLinear: an nn.Linear that runs on a packed weight with its activation fused, or on F.linear where it must.
 
-Weight and bias stay ordinary Parameters, so state dicts, optimizers, hooks and `isinstance(m, nn.Linear)` keep their
-meaning. transformers' Conv1D has a fast twin of its own.
+Weight and bias stay ordinary Parameters (until `freeze` drops the weight), so state dicts, optimizers, hooks and
+`isinstance(m, nn.Linear)` keep their meaning. transformers' Conv1D has a fast twin of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from fastlinear import _kernels, activations, ops
 from fastlinear.activations import Activation
 from fastlinear.fast_module import FastModule
+from fastlinear.frozen import Freezable, Frozen, hold, is_frozen, thaw_layer
 from fastlinear.packs import forget_pack, why_unfit
 
 TUNE_MODES = ("lazy", "off")
@@ -62,7 +63,7 @@ class FastLinear(FastModule, nn.Linear):
         `dtype` (torch.bfloat16 or torch.float16) packs the weight in 16 bits, whatever the parameter's dtype is.
         """
         check_precision(dtype, accumulate)
-        resolved, reason = activations.resolve(activation), why_not(linear)
+        resolved, reason = activations.resolve(activation), "it is frozen" if is_frozen(linear) else why_not(linear)
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
         fast = cls.__new__(cls)
@@ -79,19 +80,23 @@ def adopt(
     name: str = "",
     dtype: torch.dtype | None = None,
     accumulate: str = "fp32",
+    over: Frozen | None = None,
 ) -> None:
     """Turns an nn.Linear or a transformers Conv1D into its fast twin in place: same object, parameters and hooks.
 
     `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer; `dtype` is what its
-    weight is packed in, None for its own. ValueError where `why_not(module)` has a reason.
+    weight is packed in, None for its own; `over` makes it a frozen layer, whose own weight, on whatever device, goes
+    unread. ValueError where `why_not(module)` has a reason.
     """
     if tune not in TUNE_MODES:
         raise ValueError(f"tune={tune!r} is unknown; allowed are {', '.join(TUNE_MODES)}")
-    reason = why_not(module)
+    reason = why_not(module) if over is None else why_no_twin(module)
     if reason is not None:
         raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
     module.__class__ = _twin(type(module)) or type(module)
     _become_fast(module, activation, tune, name, dtype, accumulate)
+    if over is not None:
+        hold(module, over)
 
 
 def precision(module: Any) -> tuple[torch.dtype | None, str]:
@@ -106,8 +111,9 @@ def set_precision(module: Any, dtype: torch.dtype | None, accumulate: str) -> No
 
 
 def release(module: nn.Module) -> None:
-    """Turns a fast layer back into what it was; its activation is no longer applied."""
-    stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, FastModule))
+    """Turns a fast layer back into what it was, thawed; its activation is no longer applied."""
+    thaw_layer(module)
+    stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, Freezable))
     ops.forget(module)
     for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
         vars(module).pop(key, None)
@@ -115,7 +121,7 @@ def release(module: nn.Module) -> None:
 
 
 def refresh(module: Any) -> None:
-    """Forgets packed weight and plans.
+    """Forgets plans and packed weight, but for that of a frozen layer.
 
     Needed only after a change that torch does not count: through `.data`, or in place on a weight made in inference
     mode.
@@ -132,10 +138,13 @@ def is_fast(module: nn.Module) -> bool:
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module cannot run on the kernels, in a few words; None if it can."""
-    fast = is_fast(module)
-    if not fast and _twin(type(module)) is None:
-        return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
-    return why_unfit(module)
+    return why_no_twin(module) or why_unfit(module)
+
+
+def why_no_twin(module: nn.Module) -> str | None:
+    if is_fast(module) or _twin(type(module)) is not None:
+        return None
+    return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
 
 
 def check_precision(dtype: object, accumulate: object) -> None:

@@ -8,6 +8,9 @@ scenes: on the CPU, the layer whose parameters these are is looked up by their m
 that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
 `packed` and `accumulate` are what the accelerator may round to: the dtype of its weight, and the format of its sums.
 
+A frozen layer has no canonical weight: its panels stand there, with `layout`, N and K, and its graphs hold them. What
+needs the weight itself has it from fastlinear::unpack(panels, layout, n, k), [N, K] in the dtype of the layout.
+
 Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and the profiler.
 """
 
@@ -24,6 +27,7 @@ from fastlinear import _kernels, activations
 from fastlinear.activations import Activation
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 _IDENTITY = Activation("identity")  # what the op's string says for None
 
 
@@ -38,6 +42,9 @@ class Layer(Protocol):
 
     @property
     def _parameters(self) -> Mapping[str, Tensor | None]: ...
+
+    @property
+    def _frozen(self) -> Any: ...  # panels and form, or None
 
     @property
     def pack_dtype(self) -> torch.dtype: ...
@@ -57,9 +64,18 @@ class _Form(NamedTuple):
     transposed: bool
     packed: torch.dtype | None = None
     accumulate: str = "fp32"
+    layout: str = ""
+    n: int = 0
+    k: int = 0
 
     def fused(self) -> Activation | None:
         return None if self.activation == _IDENTITY.name else Activation(self.activation, tuple(self.params))
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """[N, K]"""
+        if self.layout:
+            return unpack(weight, self.layout, self.n, self.k)
+        return weight.t() if self.transposed else weight
 
 
 _Key: TypeAlias = tuple[Any, ...]
@@ -80,17 +96,27 @@ def forget(layer: object) -> None:
 def linear(layer: Layer, x: Tensor) -> Tensor:
     """layer(x) as the op where that is what a fast layer would run natively, else as torch's own ops; traceable."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if weight is None or layer.training or not _native_form(layer, x, weight, bias):
+    frozen = layer._frozen if weight is None else None
+    if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias):
         return layer._torch(x)
     name, params = layer.activation or _IDENTITY
-    y: Tensor = _op(x, weight, bias, name, list(params), layer._transposed, layer.pack_dtype, layer._accumulate)
+    form = (name, list(params), layer._transposed, layer.pack_dtype, layer._accumulate)
+    y: Tensor = _op(x, weight, bias, *form) if frozen is None else _op(x, frozen.panels, bias, *form, *frozen.form)
     return y
 
 
-def _native_form(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if type(x) is not Tensor or x.is_nested or x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != layer.in_features:
+def unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
+    """The weight [n, k] of which `panels` are the packed bytes; an op, and so right in every mode of torch."""
+    weight: Tensor = torch.ops.fastlinear.unpack.default(panels, layout, n, k)
+    return weight
+
+
+def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    if type(x) is not Tensor or x.is_nested or x.dim() == 0 or x.shape[-1] != layer.in_features:
         return False
-    operands = (x, weight) if bias is None else (x, weight, bias)
+    if weight is not None and weight.dim() != 2:
+        return False
+    operands = [t for t in (x, weight, bias) if t is not None]
     dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in operands)
     fit = all(t.dtype in _kernels.FORMATS for t in operands) if torch.is_autocast_enabled("cpu") else layer._takes(x)
     return dense and fit and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
@@ -98,7 +124,7 @@ def _native_form(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     form = _Form(*arguments)
-    return activations.linear(x, weight.t() if form.transposed else weight, bias, form.fused())
+    return activations.linear(x, form.canonical(weight), bias, form.fused())
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -119,24 +145,29 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Ten
 
 def _key_of(layer: Layer) -> _Key:
     name, params = layer.activation or _IDENTITY
-    weight = layer._parameters.get("weight")
-    return (_address(weight), name, *params, layer._transposed, layer._accumulate)
+    return (address_of(_weight_of(layer)), name, *params, layer._transposed, layer._accumulate)
 
 
 def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
-    own = layer._parameters
-    return _same(own.get("weight"), weight) and _same(own.get("bias"), bias)
+    return _same(_weight_of(layer), weight) and _same(layer._parameters.get("bias"), bias)
+
+
+def _weight_of(layer: Layer) -> Tensor | None:
+    """What stands for the weight in the op."""
+    weight = layer._parameters.get("weight")
+    panels: Tensor | None = None if weight is not None or layer._frozen is None else layer._frozen.panels
+    return weight if panels is None else panels
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is b or a is None or b is None:
         return a is b
-    address = _address(a)
-    same_memory = address is not None and address == _address(b)
+    address = address_of(a)
+    same_memory = address is not None and address == address_of(b)
     return same_memory and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _address(t: Tensor | None) -> int | None:
+def address_of(t: Tensor | None) -> int | None:
     """Where the memory of a plain CPU tensor begins; None for anything else, which may have none."""
     if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.device.type != "cpu":
         return None
@@ -144,9 +175,14 @@ def _address(t: Tensor | None) -> int | None:
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    n, k = reversed(weight.shape) if _Form(*arguments).transposed else weight.shape
+    form = _Form(*arguments)
+    n, k = (form.n, form.k) if form.layout else reversed(weight.shape) if form.transposed else weight.shape
     torch._check(x.dim() > 0 and x.shape[-1] == k, lambda: f"fastlinear::linear: x {x.shape} needs {k} columns")
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _fake_weight(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
+    return panels.new_empty((n, k), dtype=_DTYPES[layout.split("/")[0]])
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -182,8 +218,11 @@ def _vmap(
     if of_weight is None and of_bias is None:
         return _op(x, weight, bias, *arguments), 0
     form = _Form(*arguments)
-    weight = (weight if of_weight is None else weight.movedim(of_weight, 0)).to(x.dtype)
-    y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ (weight if form.transposed else weight.mT)
+    if of_weight is None:
+        weight = form.canonical(weight)
+    else:
+        weight = weight.movedim(of_weight, 0).mT if form.transposed else weight.movedim(of_weight, 0)
+    y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ weight.to(x.dtype).mT
     if bias is not None:
         y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(x.dtype)
     return activations.apply(form.fused(), y.reshape(*x.shape[:-1], y.shape[-1])), 0
@@ -192,7 +231,7 @@ def _vmap(
 _library = torch.library.Library("fastlinear", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
-    "ScalarType? packed=None, str accumulate='fp32') -> Tensor",
+    "ScalarType? packed=None, str accumulate='fp32', str layout='', int n=0, int k=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _op = torch.ops.fastlinear.linear.default
@@ -202,3 +241,7 @@ _library.impl("linear", _autocast, "AutocastCPU")
 _library.impl("linear", _autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
 torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)
+
+_library.define("unpack(Tensor panels, str layout, int n, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("unpack", lambda panels, *form: _kernels.Packed.over(panels, *form).unpack(), "CPU")
+torch.library.register_fake("fastlinear::unpack", _fake_weight, lib=_library)

@@ -18,14 +18,24 @@ import torch
 from torch import Tensor
 
 from fastlinear import _kernels, autotune, torch_plans
-from fastlinear.candidates import Chosen, Problem, able, heuristic, layout, native_candidates, override, runnable
+from fastlinear.candidates import (
+    FROZEN,
+    Chosen,
+    Problem,
+    able,
+    heuristic,
+    layout,
+    native_candidates,
+    override,
+    runnable,
+)
 from fastlinear.tuning_cache import Machine, Tuned, TuningCache
 
 __all__ = ["Chosen", "Operands", "Problem", "cache", "decide", "executable", "layout", "override"]
 
 _log = logging.getLogger("fastlinear")
 
-_DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
 # fit its budget) and bytes of weight. A larger problem is tuned on its first rows and columns: the kernels see the same
@@ -35,9 +45,9 @@ _PROXY_ROWS, _PROXY_COLUMNS = 48, 128
 
 
 class Operands(NamedTuple):
-    """A layer's tensors. weight: as the module holds it; packed: the same in panels."""
+    """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels."""
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     packed: _kernels.Packed
 
@@ -53,22 +63,29 @@ def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
     return _remembered(problem) or _tuned(problem, operands)
 
 
-def executable(chosen: Chosen, problem: Problem, weight: Tensor) -> _kernels.Plan | Callable[..., Tensor]:
-    """What an Engine runs for `chosen`. weight: as the module holds it."""
+def native(chosen: Chosen) -> _kernels.Plan:
+    """What an Engine runs for `chosen`, where that is a kernel of the table."""
+    return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
+
+
+def executable(chosen: Chosen, problem: Problem, weight: Tensor | None) -> _kernels.Plan | Callable[..., Tensor]:
+    """What an Engine runs for `chosen`. weight: as the module holds it, None if it is frozen."""
     if chosen.name not in torch_plans.NAMES:
-        return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
+        return native(chosen)
     names = (chosen.name, torch_plans.BASELINE)  # a tampered cache may name a way that torch refuses
     return next(plan for name in names if (plan := _torch_plan(name, problem, weight))).run
 
 
-def _applies(name: str, problem: Problem, weight: Tensor) -> bool:
+def _applies(name: str, problem: Problem, weight: Tensor | None) -> bool:
     if name in torch_plans.NAMES:
         return _torch_plan(name, problem, weight) is not None
     return any(row["name"] == name for row in able(problem))
 
 
-def _torch_plan(name: str, problem: Problem, weight: Tensor) -> torch_plans.TorchPlan | None:
-    """torch's way `name`, or None where it would keep yet another pack of the weight, or torch refuses."""
+def _torch_plan(name: str, problem: Problem, weight: Tensor | None) -> torch_plans.TorchPlan | None:
+    """torch's way `name`, or None where it lacks the weight, would keep yet another pack of it, or torch refuses."""
+    if weight is None:
+        return None
     if name != torch_plans.BASELINE and not problem.x == problem.packed == problem.held:
         return None
     try:
@@ -88,25 +105,29 @@ def cache() -> TuningCache:
 
 
 def _remembered(problem: Problem) -> Chosen | None:
-    tuned = cache().get(problem.key())
-    if tuned is None or tuned.name not in {*(c.name for c in native_candidates(problem)), *torch_plans.NAMES}:
-        return None
-    threads, slices = (tuned.numbers.get(key, 1) for key in ("threads", "k_slices"))
-    return Chosen(
-        problem.m, problem.threads, problem.x, tuned.name, threads, slices, "cache", tuned.table, tuned.speedup
-    )
+    """What the cache knows; for a frozen layer also of the same layer before, if a kernel had won there."""
+    frozen = problem.held == FROZEN
+    allowed = {*(c.name for c in native_candidates(problem)), *(() if frozen else torch_plans.NAMES)}
+    for held in (problem.held, *(DTYPES if frozen else ())):
+        tuned = cache().get(problem._replace(held=held).key())
+        if tuned is not None and tuned.name in allowed:
+            threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
+            known = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "cache", tuned.table)
+            return known._replace(speedup=None if held == FROZEN else tuned.speedup)
+    return None
 
 
 def _tuned(problem: Problem, operands: Operands) -> Chosen:
     small, tensors = _proxy(problem, operands)
     # A generator of its own: tuning must not move the user's random numbers.
-    x = torch.randn(small.m, small.k, generator=torch.Generator().manual_seed(0), dtype=_DTYPES[problem.x])
+    x = torch.randn(small.m, small.k, generator=torch.Generator().manual_seed(0), dtype=DTYPES[problem.x])
     natives = {_spell(c): c for c in native_candidates(problem)}
     runs = [autotune.Candidate(name, _call_native(c, small, tensors, x)) for name, c in natives.items()]
-    weights = [tensors.weight, tensors.packed.data]
+    baseline = torch_plans.BASELINE if tensors.weight is not None else _spell(heuristic(problem))
+    weights = [tensors.packed.data, *(() if tensors.weight is None else (tensors.weight,))]
     for name in torch_plans.NAMES:
         plan = _torch_plan(name, small, tensors.weight)
-        if plan is None:
+        if plan is None or tensors.weight is None:
             continue
         weights += [] if plan.packed is None else [plan.packed]
         runs.append(autotune.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias)))
@@ -117,9 +138,9 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
             _kernels.evict(address, nbytes)
 
     with torch.inference_mode():
-        choice = autotune.choose(runs, torch_plans.BASELINE, evict=evict)
+        choice = autotune.choose(runs, baseline, evict=evict)
     winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
-    winner = winner._replace(table=choice.table, speedup=choice.speedup)
+    winner = winner._replace(table=choice.table, speedup=None if tensors.weight is None else choice.speedup)
     if choice.decided:
         numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
         cache().put(problem.key(), Tuned(winner.name, numbers, choice.table, choice.speedup))
@@ -137,7 +158,8 @@ def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
         m = min(m, max(_PROXY_ROWS, int(area / n)))
         n = min(n, max(_PROXY_COLUMNS, int(area / m)))
     packed = packed.head(n)
-    weight = weight[:, : packed.n].contiguous() if problem.transposed else weight[: packed.n]
+    if weight is not None:
+        weight = weight[:, : packed.n].contiguous() if problem.transposed else weight[: packed.n]
     return problem._replace(m=m, n=packed.n), Operands(weight, None if bias is None else bias[: packed.n], packed)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastlinear import _kernels, linear
 from fastlinear.activations import Activation
+from fastlinear.packs import record_of
 from fastlinear.selection import linear_layers, why_skipped
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ class LayerReport:
         str  # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "untuned"; "skipped"
     )
     buckets: tuple[Chosen, ...]  # what runs for each format of x and bucket of M so far, smallest first
-    pack_mib: float  # what the packed weight takes beyond the weight itself
+    pack_mib: float  # what the packed weight takes: beyond the weight itself, or instead of it where `frozen`
     reason: str | None = None  # why it was skipped
+    frozen: bool = False
+    origin: str = ""  # where the pack of a frozen layer comes from, unless it was packed here
 
 
 class Report(tuple[LayerReport, ...]):
@@ -72,7 +75,12 @@ class Report(tuple[LayerReport, ...]):
         info = _kernels.cpu_info()
         yield f"layers: {', '.join(f'{n} {decision}' for decision, n in decisions.items()) or 'no linear ones'}"
         yield f"plans: {', '.join(f'{n} {_SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
-        yield f"extra memory: {self.pack_mib:.1f} MiB of packed weights"
+        instead = sum(layer.pack_mib for layer in self if layer.frozen)
+        yield f"extra memory: {self.pack_mib - instead:.1f} MiB of packed weights"
+        if frozen := [layer for layer in self if layer.frozen]:
+            origins = Counter(layer.origin for layer in frozen if layer.origin)
+            notes = "".join(f"; {n} {origin}" for origin, n in origins.items())
+            yield f"frozen: {len(frozen)} layers, {instead:.1f} MiB of packed weights instead of parameters{notes}"
         yield f"CPU: {info['model'] or platform.machine()}, {' '.join(info['isas'])}, {_kernels.num_threads()} threads"
 
 
@@ -86,7 +94,7 @@ def report(model: nn.Module) -> Report:
 
 def _describe(name: str, layer: Any) -> LayerReport:
     fast = linear.is_fast(layer)
-    buckets = layer.plans if fast else ()
+    buckets, frozen = layer.plans if fast else (), record_of(layer)
     features = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")  # Conv1D
     return LayerReport(
         name=name,
@@ -98,6 +106,8 @@ def _describe(name: str, layer: Any) -> LayerReport:
         buckets=buckets,
         pack_mib=layer.pack_nbytes / 2**20 if fast else 0.0,
         reason=None if fast else why_skipped(layer) or "convert was not called on it",
+        frozen=frozen is not None,
+        origin="" if frozen is None else frozen.origin,
     )
 
 
@@ -110,7 +120,7 @@ def _decision(buckets: tuple[Chosen, ...]) -> str:
 def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     """Equal for layers that share a row: those of repeated blocks."""
     runs = tuple((chosen.x, chosen.bucket, chosen.name, chosen.speedup) for chosen in layer.buckets)
-    shape = (layer.in_features, layer.out_features, layer.dtype)
+    shape = (layer.in_features, layer.out_features, layer.dtype, layer.frozen)
     return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason
 
 
@@ -122,7 +132,7 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
     """The rows of layers alike: one for each x and M, or why they were skipped, on several rows if need be."""
     first = layers[0]
     name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
-    dtype = " ".join(_FORMATS.get(word, word) for word in first.dtype.split())
+    dtype = " ".join(_FORMATS.get(word, word) for word in (*first.dtype.split(), *["frozen"] * first.frozen))
     head = (name, str(len(layers)), f"{first.in_features}x{first.out_features}", dtype, _text(first.activation))
     mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
     for chosen in first.buckets:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastlinear import linear
+from fastlinear.frozen import is_frozen
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]
@@ -63,6 +64,8 @@ def choose(
     def reason(layer: nn.Module, name: str) -> str | None:
         if linear.is_fast(layer) and (as_before or linear.precision(layer) == (dtype, accumulate)):
             return "already fast"
+        if is_frozen(layer):
+            return "frozen in another precision, which unfreeze makes room for"
         if layer in excluded:
             return f"excluded by {excluded[layer]}"
         if included_by is not None and layer not in included:

@@ -20,7 +20,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _log = logging.getLogger("fastlinear")
 
@@ -109,12 +109,12 @@ class TuningCache:
         limits: Mapping[str, range],
         folder: Path | None = None,
     ) -> None:
-        self._machine = {**machine._asdict(), "isas": list(machine.isas)}
+        self.machine = {**machine._asdict(), "isas": list(machine.isas)}
         self._known, self._limits = known, limits
         self._own: dict[str, Tuned] = {}
         self._found: dict[str, Tuned] | None = None
         folder = folder or default_folder()
-        digest = hashlib.sha256(json.dumps(self._machine).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self.machine).encode()).hexdigest()[:16]
         self.path = folder / f"tuning-{digest}.json" if folder else None
         self._refused = False
 
@@ -126,6 +126,12 @@ class TuningCache:
     def __len__(self) -> int:
         """Entries in the file as it is now, and those it refused."""
         return len(self._read() | self._own)
+
+    def learn(self, entries: Mapping[str, object]) -> None:
+        """Takes what another file says of this machine, in memory alone; what is known already stays."""
+        if self._found is None:
+            self._found = self._read()
+        self._found = self._believed(entries) | self._found
 
     def put(self, key: str, value: Tuned) -> None:
         self._own[key] = value
@@ -157,7 +163,7 @@ class TuningCache:
             )
 
     def _replace(self, path: Path, entries: Mapping[str, Tuned]) -> None:
-        content = {"machine": self._machine, "entries": {key: value._asdict() for key, value in entries.items()}}
+        content = {"machine": self.machine, "entries": {key: value._asdict() for key, value in entries.items()}}
         temporary = path.with_suffix(".tmp")  # one name will do under the lock, and leaves no litter after a crash
         temporary.unlink(missing_ok=True)
         with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -174,11 +180,14 @@ class TuningCache:
             if not isinstance(error, FileNotFoundError):
                 _log.info("tuning cache: %s is ignored: %s", self.path, error)
             return {}
-        if not isinstance(content, dict) or content.get("machine") != self._machine:
+        if not isinstance(content, dict) or content.get("machine") != self.machine:
             return {}
         entries = content.get("entries")
         if not isinstance(entries, dict):
             return {}
+        return self._believed(entries)
+
+    def _believed(self, entries: Mapping[Any, object]) -> dict[str, Tuned]:
         checked = {key: self._checked(raw) for key, raw in entries.items() if _is_text(key)}
         return {key: value for key, value in checked.items() if value is not None}
 

@@ -47,13 +47,15 @@ PYTHON_ROOMS = {
     "planner": {"_kernels", "activations", "autotune", "candidates", "torch_plans", "tuning_cache"},
     "packs": {"_kernels", "_engine", "planner"},
     "ops": {"_kernels", "activations"},
-    "fast_module": {"_kernels", "_engine", "activations", "candidates", "packs", "planner", "ops"},
-    "linear": {"_kernels", "activations", "fast_module", "ops", "packs"},
+    "frozen": {"_kernels", "_engine", "candidates", "packs", "planner", "ops", "torch_plans"},
+    "fast_module": {"_kernels", "_engine", "activations", "candidates", "frozen", "packs", "planner", "ops"},
+    "linear": {"_kernels", "activations", "fast_module", "frozen", "ops", "packs"},
+    "freeze": {"frozen", "ops", "packs"},
     "fusion": {"activations", "linear"},
-    "selection": {"linear"},
+    "selection": {"frozen", "linear"},
     "bypass": {"linear"},
-    "convert": {"activations", "linear", "fusion", "selection", "bypass"},
-    "report": {"_kernels", "activations", "candidates", "linear", "selection"},
+    "convert": {"activations", "linear", "freeze", "fusion", "selection", "bypass"},
+    "report": {"_kernels", "activations", "candidates", "linear", "packs", "selection"},
     "selfcheck": {"_kernels", "activations"},
     "header": set(),
     "safefile": {"header"},
@@ -61,7 +63,8 @@ PYTHON_ROOMS = {
     "matching": {"activations", "frozen", "fusion", "header", "linear", "manifest", "packs"},
     "inspection": {"_kernels", "header", "manifest", "planner", "safefile"},
 }
-PYTHON_ROOMS["serialize"] = {*PYTHON_ROOMS} - {"convert", "report", "selection", "inspection", "selfcheck", "ops"}
+PYTHON_ROOMS["serialize"] = {"_engine", "_kernels", "bypass", "candidates", "frozen", "fusion", "header", "linear"}
+PYTHON_ROOMS["serialize"] |= {"manifest", "matching", "packs", "planner", "safefile", "torch_plans", "tuning_cache"}
 PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
 
 MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 440, "*": 250}

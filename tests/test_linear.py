@@ -26,6 +26,8 @@ KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "conv1d": lambda k, n: Conv1D(n, k),
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+FROZEN = ("frozen linear", "frozen conv1d")
+EVERY_STATE = pytest.mark.parametrize("kind", [*KINDS, *FROZEN])
 
 
 class Stock(nn.Module):
@@ -43,10 +45,12 @@ class Stock(nn.Module):
 
 def twins(kind: str = "linear", k: int = K, n: int = N, activation: str = "gelu") -> tuple[nn.Module, Stock]:
     """A fast layer that does not tune, and its stock twin with parameters of its own and equal values."""
-    layer = KINDS[kind](k, n).eval()
-    nn.init.normal_(layer.weight)
+    layer = KINDS[kind.split()[-1]](k, n).eval()
+    nn.init.normal_(layer.weight.requires_grad_(kind not in FROZEN))
     fast = copy.deepcopy(layer)
     linear.adopt(fast, activations.resolve(activation), "off", "blocks.3.fc1")
+    if kind in FROZEN:
+        fastlinear.freeze(fast)
     return fast, Stock(layer, activation)
 
 
@@ -141,7 +145,7 @@ OTHER_INPUTS: dict[str, Callable[[], Any]] = {
 }
 
 
-@EVERY_KIND
+@EVERY_STATE
 @pytest.mark.parametrize("name", NATIVE_INPUTS)
 def test_inputs(kind: str, name: str) -> None:
     """Any fp32 CPU tensor of the right width gives what nn.Linear gives."""
@@ -152,7 +156,7 @@ def test_inputs(kind: str, name: str) -> None:
     same(fast, stock, x)
 
 
-@EVERY_KIND
+@EVERY_STATE
 @pytest.mark.parametrize("name", OTHER_INPUTS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about sparse, nested and quantised tensors
 def test_other_inputs(kind: str, name: str) -> None:
@@ -183,7 +187,7 @@ def test_empty_and_thin_layers(k: int, n: int) -> None:
         assert same(fast, stock, torch.randn(5, k)) and same(fast, stock, torch.randn(0, k))
 
 
-@EVERY_KIND
+@EVERY_STATE
 @pytest.mark.parametrize("shape", [(5, K + 1), (K - 1,), (2, 3, 1), ()])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_wrong_width_is_told_with_the_name(kind: str, shape: tuple[int, ...], grad: bool) -> None:
@@ -238,7 +242,7 @@ MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-@EVERY_KIND
+@EVERY_STATE
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -327,6 +331,10 @@ def computed_weight(layer: nn.Module) -> None:
     layer.weight = weight
 
 
+def no_thaw(layer: nn.Module) -> None:
+    layer.to("cpu", torch.float32).share_memory().requires_grad_(False).requires_grad_(True)
+
+
 def pruned(layer: nn.Module) -> None:
     prune.l1_unstructured(layer, "weight", 0.5)
 
@@ -351,6 +359,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "made in inference mode": made_in_inference_mode,
     "requires_grad off": lambda m: m.requires_grad_(False),
     "requires_grad off and on": lambda m: m.requires_grad_(False).requires_grad_(True),
+    "to what it is": no_thaw,
     "train": lambda m: m.train(),
     "train and eval": lambda m: m.train().eval(),
     "bias = None": remove_bias,
@@ -366,8 +375,13 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("change", CHANGES)
+# These write to the Parameter, which a frozen layer lacks.
+WRITES = {"optimizer step", "copy_", "in-place on a view", "in-place through detach", ".data = t", ".data = t and back"}
+WRITES |= {"set_", "pruned"}
+CASES = [(kind, change) for kind in (*KINDS, *FROZEN) for change in CHANGES if kind in KINDS or change not in WRITES]
+
+
+@pytest.mark.parametrize(("kind", "change"), CASES)
 @pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:.*lazily|.*__setstate__")
 def test_changes_of_state(kind: str, change: str) -> None:
     """A packed layer whose parameters, buffers or settings change is right at the very next call."""

