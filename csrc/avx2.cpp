@@ -1,4 +1,4 @@
-// The avx2 rows of the library: kernels, epilogue steps and conversions.
+// The avx2 rows of the library: kernels, epilogue steps, conversions and quantization.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -15,19 +15,24 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 // clang-format off: the vector type comes first
 #include "fastlinear/vec/avx2.hpp"
 #include "fastlinear/vec/convert.hpp"
+#include "fastlinear/vec/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/kernels/avx2/fp32.hpp"
 #include "fastlinear/kernels/avx2/bf16.hpp"
 #include "fastlinear/kernels/avx2/fp16.hpp"
+#include "fastlinear/kernels/avx2/int8wo.hpp"
+#include "fastlinear/kernels/avx2/int8.hpp"
 // clang-format on
 
 namespace fastlinear {
 
 extern const IsaTable kAvx2Table;
 const IsaTable kAvx2Table{Isa::avx2,
-                          {avx2::kFp32Kernels, avx2::kBf16Kernels, avx2::kFp16Kernels},
+                          {avx2::kFp32Kernels, avx2::kBf16Kernels, avx2::kFp16Kernels, avx2::kInt8woKernels,
+                           avx2::kInt8Kernels},
                           epilogue_steps<avx2::F32>,
-                          conversions<avx2::F32>};
+                          conversions<avx2::F32>,
+ &quantization<avx2::F32, avx2::I32>};
 
 }  // namespace fastlinear
 

@@ -1,4 +1,4 @@
-// The avx512 rows of the library: kernels, epilogue steps and conversions.
+// The avx512 rows of the library: kernels, epilogue steps, conversions and quantization.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -15,19 +15,24 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 // clang-format off: the vector type comes first
 #include "fastlinear/vec/avx512.hpp"
 #include "fastlinear/vec/convert.hpp"
+#include "fastlinear/vec/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/kernels/avx512/fp32.hpp"
 #include "fastlinear/kernels/avx512/bf16.hpp"
 #include "fastlinear/kernels/avx512/fp16.hpp"
+#include "fastlinear/kernels/avx512/int8wo.hpp"
+#include "fastlinear/kernels/avx512/int8.hpp"
 // clang-format on
 
 namespace fastlinear {
 
 extern const IsaTable kAvx512Table;
 const IsaTable kAvx512Table{Isa::avx512,
-                            {avx512::kFp32Kernels, avx512::kBf16Kernels, avx512::kFp16Kernels},
+                            {avx512::kFp32Kernels, avx512::kBf16Kernels, avx512::kFp16Kernels, avx512::kInt8woKernels,
+                           avx512::kInt8Kernels},
                             epilogue_steps<avx512::F32>,
-                            conversions<avx512::F32>};
+                            conversions<avx512::F32>,
+ &quantization<avx512::F32, avx512::I32>};
 
 }  // namespace fastlinear
 

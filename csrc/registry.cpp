@@ -8,12 +8,14 @@
 
 namespace fastlinear {
 
-extern const IsaTable kAvx512Fp16Table, kAvx512Bf16Table, kAvx512Table, kAvx2Table, kScalarTable;
+extern const IsaTable kAvx512Fp16Table, kAvx512Bf16Table, kAvx512VnniTable, kAvx512Table, kAvxVnniTable, kAvx2Table,
+    kScalarTable;
 
 namespace {
 
 // Best first.
-const IsaTable* const kTables[] = {&kAvx512Fp16Table, &kAvx512Bf16Table, &kAvx512Table, &kAvx2Table, &kScalarTable};
+const IsaTable* const kTables[] = {&kAvx512Fp16Table, &kAvx512Bf16Table, &kAvx512VnniTable, &kAvx512Table,
+                                   &kAvxVnniTable,    &kAvx2Table,       &kScalarTable};
 
 // The table of `isa`, or of the next lower one that has its own vector type.
 const IsaTable& with_vectors(Isa isa) {
@@ -44,5 +46,7 @@ const Activation* activation_at(std::size_t i) { return i < std::size(kActivatio
 Step find_step(Isa isa, std::size_t i) { return with_vectors(isa).steps[i]; }
 
 const Conversion* find_conversions(Isa isa) { return with_vectors(isa).conversions; }
+
+const Quantization& find_quantization(Isa isa) { return *with_vectors(isa).quantization; }
 
 }  // namespace fastlinear

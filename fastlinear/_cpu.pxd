@@ -15,7 +15,7 @@ cdef extern from "fastlinear/cpu.hpp" namespace "fastlinear" nogil:
     ctypedef struct Cpu:
         char[13] vendor
         char[49] model
-        cbool[5] isa
+        cbool[7] isa
         size_t[3] cache
     Cpu detect_cpu(const CpuSource&)
     CpuSource this_cpu()

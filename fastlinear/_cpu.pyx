@@ -43,7 +43,7 @@ cdef dict describe_cpu(Cpu& c):
 def cpu_info():
     """What this CPU is: vendor, model, the ISAs that may run (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
     info = describe_cpu(cpu)
-    info["isas"] = [name for i, name in enumerate(info["isas"]) if i < isa_limit]
+    info["isas"] = [kIsaNames[i].decode() for i in range(kIsas) if isa_allowed(i)]
     return info
 
 

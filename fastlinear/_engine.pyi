@@ -3,7 +3,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastlinear._kernels import Epilogue, Packed, Plan
+from fastlinear._kernels import Epilogue, Packed, Plan, RowQuantizer
 
 UNFIT: str
 AUTOCAST: str
@@ -18,7 +18,8 @@ class Engine:
     packed: Packed | None
     epilogue: Epilogue
     transposed: bool
-    def __init__(self, epilogue: Epilogue, transposed: bool = False) -> None: ...
+    rows: RowQuantizer | None
+    def __init__(self, epilogue: Epilogue, transposed: bool = False, rows: RowQuantizer | None = None) -> None: ...
     def drop(self) -> None: ...
     def take(self, weight: Tensor, version: int | None, packed: Packed) -> None: ...
     def hold(self, packed: Packed) -> None: ...

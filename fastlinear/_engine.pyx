@@ -6,7 +6,8 @@ import torch
 from torch.autograd import forward_ad, profiler
 
 from fastlinear._kernels cimport (
-    Bias, Epilogue, Format, Matrix, Packed, Plan, View, answers, as_rows, compute, look_at, need, pool_size
+    Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, STATIC, View, answers, as_rows, compute, is_float, look_at, need,
+    pool_size
 )
 from fastlinear._kernels import FORMATS
 
@@ -70,20 +71,22 @@ def version_of(tensor):
     return None if tensor.is_inference() else tensor._version
 
 
-cdef enum:
-    FP32 = 0  # Format::fp32
+cdef enum:  # of enum Format
+    FP32, BF16, FP16, INT8WO, INT8, UINT8
 
 
 cdef class Engine:
     """The hot path of one layer: looks at the module and the input, and runs the plan for this M; about 2 us.
 
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
-    `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for 16 bits. What the
-    engine cannot answer goes to `module._slow(x, why)`, why being UNFIT, AUTOCAST, PROFILED, STALE or UNPLANNED.
+    `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for narrower ones.
+    `rows` quantizes x for integer products; x may be integers, too, where it is static. What the engine cannot answer
+    goes to `module._slow(x, why)`, why being UNFIT, AUTOCAST, PROFILED, STALE or UNPLANNED.
     """
 
     cdef readonly Packed packed
     cdef readonly Epilogue epilogue
+    cdef readonly RowQuantizer rows
     cdef readonly bint transposed
     cdef object weight, version  # of the parameter that was packed; both None where there is none: a frozen layer
     cdef void* weight_data
@@ -92,9 +95,10 @@ cdef class Engine:
     cdef ptrdiff_t threads
     cdef Format x_format
 
-    def __init__(self, Epilogue epilogue not None, bint transposed=False):
+    def __init__(self, Epilogue epilogue not None, bint transposed=False, RowQuantizer rows=None):
         self.epilogue = epilogue
         self.transposed = transposed
+        self.rows = rows
         self.drop()
 
     def drop(self):
@@ -117,9 +121,11 @@ cdef class Engine:
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
         """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan, or
         (x, weight, bias) -> y."""
-        cdef int index = list(FORMATS).index(dtype)
+        cdef int index = {torch.int8: INT8, torch.uint8: UINT8}.get(dtype, -1)
+        if index < 0:
+            index = list(FORMATS).index(dtype)
         cdef Format x_format = <Format> index
-        if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, x_format):
+        if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, self.rows, x_format):
             raise ValueError(f"kernel {plan.kernel!r} does not take x of {dtype} and layout {self.packed.layout!r}")
         plans_of(self.plans, threads, x_format)[bucket_index(m)] = plan
 
@@ -194,14 +200,15 @@ cdef class Engine:
 
         if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != packed.k or x.is_neg():
             return UNFIT
-        if v.format != packed.shape.format and <int> packed.shape.format == FP32:
+        if <int> v.format != FP32 and (<int> packed.shape.format == FP32 or not is_float(v.format) and (
+                self.rows is None or <int> self.rows.quantizer.kind != STATIC)):
             return UNFIT
         if not as_rows(&v, &rows):
             dense = x.contiguous()
             return UNFIT if dense is x else self.answer(state, dense)
         added.data = NULL
         if bias is not None:
-            if not (look_at(bias, &b) and b.ndim == 1 and b.shape[0] == packed.n
+            if not (look_at(bias, &b) and is_float(b.format) and b.ndim == 1 and b.shape[0] == packed.n
                     and (b.stride[0] == 1 or packed.n < 2)
                     and (<int> b.format == FP32 or <int> packed.shape.format != FP32)):
                 return UNFIT
@@ -218,11 +225,11 @@ cdef class Engine:
         if rows.m > 0 and type(plan) is not Plan:
             return UNPLANNED if plan is None else plan(x, weight, bias)
 
-        y = new_output(x, &v, packed.n)
+        y = new_output(x, &v, packed.n, self.epilogue.dtype)
         if rows.m > 0 and packed.n > 0:
             look_at(y, &w)
             out.data, out.format, out.m, out.stride = w.data, w.format, rows.m, packed.n
-            compute(packed, <Plan> plan, self.epilogue, &rows, added, &out)
+            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out)
         return y
 
 
@@ -230,8 +237,10 @@ cdef list plans_of(dict plans, ptrdiff_t threads, Format x_format):
     return plans.setdefault((threads, <int> x_format), [None] * BUCKETS)
 
 
-# new_empty is quickest with nothing but integers.
-cdef object new_output(object x, View* v, ptrdiff_t n):
+# new_empty is quickest with nothing but integers. dtype: None for that of x, or fp32 where x is integers.
+cdef object new_output(object x, View* v, ptrdiff_t n, object dtype):
+    if dtype is not None or not is_float(v.format):
+        return x.new_empty([v.shape[i] for i in range(v.ndim - 1)] + [n], dtype=dtype or torch.float32)
     if v.ndim == 2:
         return x.new_empty(v.shape[0], n)
     if v.ndim == 3:

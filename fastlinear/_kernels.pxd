@@ -40,10 +40,17 @@ cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
         ptrdiff_t columns()
         cbool reads(const Layout&)
     size_t kFormats
+    size_t kPackedFormats
+    size_t kFloatFormats
     size_t kIsas
     const char** kIsaNames
     const char** kFormatNames
     ptrdiff_t element_bytes(Format)
+    cbool is_float(Format)
+
+cdef extern from "fastlinear/formats/int8.hpp" namespace "fastlinear" nogil:
+    ptrdiff_t kDotLimit
+    ptrdiff_t kDotLimitWithZeros
 
 cdef extern from "fastlinear/registry.hpp" namespace "fastlinear" nogil:
     ctypedef void (*Step)()
@@ -71,10 +78,20 @@ cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
         ptrdiff_t k
         ptrdiff_t stride_n
         ptrdiff_t stride_k
+    ctypedef struct Weight:
+        const char* panels
+        Layout layout
+        const float* scales
+        const int32_t* sums
+        const int32_t* zeros
     size_t kHugePage
     void advise_huge_pages(void*, size_t)
+    ptrdiff_t panels_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t packed_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
+    ptrdiff_t channel_arrays(Format)
+    Weight weight_at(const Layout&, ptrdiff_t, ptrdiff_t, const char*)
     void pack_weight(const Layout&, const WeightView&, void*)
+    void pack_channels(const Layout&, const WeightView&, const float*, const int32_t*, char*)
     void unpack_weight(const Layout&, const void*, const WeightView&)
 
 cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
@@ -86,9 +103,17 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
         const char* data
         ptrdiff_t stride
         Format format
-    ctypedef struct Weight:
-        const char* panels
-        Layout layout
+    ctypedef int RowKind "fastlinear::RowKind"
+    ctypedef struct CRowQuantizer "fastlinear::RowQuantizer":
+        RowKind kind
+        float scale
+        int32_t zero
+        const float* smooth
+    ctypedef struct Affine:
+        float inverse
+        float low
+        float high
+        float zero
     ctypedef struct Bias:
         const void* data
         Format format
@@ -100,11 +125,13 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
         Step* steps
         float** params
         size_t count
+        Affine out
     ctypedef struct Problem:
         ptrdiff_t m
         ptrdiff_t n
         ptrdiff_t k
         Rows x
+        CRowQuantizer quantizer
         Weight weight
         Bias bias
         Output y
@@ -114,6 +141,9 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
 
 cdef enum:
     MAX_DIMS = 8
+
+cdef enum:
+    STATIC = 2  # RowKind::fixed
 
 # A dense tensor of one of our formats in this machine's memory, as the kernels see it; strides in elements.
 cdef struct View:
@@ -133,23 +163,39 @@ cdef struct Matrix:
 cdef ptrdiff_t pool_size() noexcept
 cdef bint look_at(object tensor, View* v)
 cdef bint as_rows(View* v, Matrix* rows) noexcept
-cdef View need(object tensor, str what) except *
+cdef View need(object tensor, str what, bint integers=*) except *
 
 cdef class Packed:
     cdef readonly ptrdiff_t n, k
     cdef readonly str layout, format
     cdef readonly object data, dtype
     cdef Layout shape
-    cdef char* panels
+    cdef Weight weight
+    cdef bint zeros_known  # weight.zeros is null where there are none
     cdef object __weakref__
+    cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1
+    cdef int find(self, bint zeros) except -1
+    cdef Weight* read(self) noexcept
+    cdef object channels(self, const void* values, object dtype)
 
 cdef class Plan:
     cdef readonly str kernel, layout
     cdef CPlan plan
 
 cdef class Epilogue:
-    cdef EpilogueProgram[5] program  # one an ISA
-    cdef readonly tuple steps
+    cdef EpilogueProgram[7] program  # one an ISA
+    cdef readonly tuple steps, out
+    cdef object dtype  # of y, where it is requantized
 
-cdef bint answers(Plan plan, Packed w, Format x) noexcept
-cdef int compute(Packed w, Plan plan, Epilogue epilogue, Matrix* x, Bias bias, Matrix* y) except -1
+cdef class RowQuantizer:
+    cdef readonly str kind
+    cdef readonly float scale
+    cdef readonly int zero
+    cdef readonly object smooth
+    cdef object padded  # `smooth`, as the kernels read it
+    cdef CRowQuantizer quantizer
+
+cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept
+cdef int compute(
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
+) except -1

@@ -9,13 +9,16 @@ from fastlinear._cpu import detect as detect
 from fastlinear._cpu import evict as evict
 
 pool_attached: bool
-FORMATS: dict[torch.dtype, str]
+FORMATS: dict[torch.dtype, str]  # of floating x, biases, parameters
+PACKED: dict[str, torch.dtype]  # of weights, by the names of their formats
+ROW_KINDS: tuple[str, ...]
 
 def kernels() -> list[dict[str, Any]]: ...
 def activations() -> dict[str, tuple[float, ...]]: ...
 def num_threads() -> int: ...
 def forked() -> bool: ...
 def packed_nbytes(layout: str, n: int, k: int) -> int: ...
+def dot_limit(zeros: bool = False) -> int: ...
 
 class Packed:
     n: int
@@ -25,7 +28,11 @@ class Packed:
     dtype: torch.dtype
     data: Tensor
     nbytes: int
-    def __init__(self, weight: Tensor, layout: str) -> None: ...
+    scale: Tensor | None
+    zero: Tensor | None
+    def __init__(
+        self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None
+    ) -> None: ...
     @staticmethod
     def over(data: Tensor, layout: str, n: int, k: int) -> Packed: ...
     def head(self, n: int) -> Packed: ...
@@ -39,6 +46,24 @@ class Plan:
 
 class Epilogue:
     steps: tuple[tuple[str, tuple[float, ...]], ...]
-    def __init__(self, steps: Iterable[tuple[str, tuple[float, ...]]] = ()) -> None: ...
+    out: tuple[torch.dtype, float, int] | None
+    def __init__(
+        self, steps: Iterable[tuple[str, tuple[float, ...]]] = (), out: tuple[torch.dtype, float, int] | None = None
+    ) -> None: ...
 
-def run(packed: Packed, plan: Plan, epilogue: Epilogue, x: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+class RowQuantizer:
+    kind: str
+    scale: float
+    zero: int
+    smooth: Tensor | None
+    def __init__(self, kind: str, scale: float = 0.0, zero: int = 0, smooth: Tensor | None = None) -> None: ...
+
+def run(
+    packed: Packed,
+    plan: Plan,
+    epilogue: Epilogue,
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: RowQuantizer | None = None,
+) -> None: ...

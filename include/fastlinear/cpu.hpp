@@ -26,7 +26,7 @@ struct CpuSource {
 struct Cpu {
   char vendor[13];
   char model[49];
-  std::array<bool, 5> isa;           // in the order of enum Isa
+  std::array<bool, 7> isa;           // in the order of enum Isa
   std::array<std::size_t, 3> cache;  // L1d, L2, L3 in bytes; 0 where the CPU does not say
 };
 
@@ -48,6 +48,8 @@ inline constexpr std::array kAvx512{Bit{7, 0, &CpuidRegisters::ebx, 16},       /
                                     Bit{7, 0, &CpuidRegisters::ebx, 17},       // DQ
                                     Bit{7, 0, &CpuidRegisters::ebx, 30},       // BW
                                     Bit{7, 0, &CpuidRegisters::ebx, 31}};      // VL
+inline constexpr std::array kAvxVnni{Bit{7, 1, &CpuidRegisters::eax, 4}};      // AVX-VNNI
+inline constexpr std::array kAvx512Vnni{Bit{7, 0, &CpuidRegisters::ecx, 11}};  // VNNI
 inline constexpr std::array kAvx512Bf16{Bit{7, 1, &CpuidRegisters::eax, 5}};   // BF16
 inline constexpr std::array kAvx512Fp16{Bit{7, 0, &CpuidRegisters::edx, 23}};  // FP16
 inline constexpr std::uint64_t kYmmState = 0x06, kZmmState = 0xe6;             // XMM+YMM; and opmask, ZMM, high ZMM
@@ -98,7 +100,14 @@ inline Cpu detect_cpu(const CpuSource& source) {
   const std::uint64_t saved = has_all(source, std::array{kOsxsave}) ? source.xcr0(source.context) : 0;
   const bool avx2 = (saved & kYmmState) == kYmmState && has_all(source, kAvx2);
   const bool avx512 = avx2 && (saved & kZmmState) == kZmmState && has_all(source, kAvx512);
-  cpu.isa = {true, avx2, avx512, avx512 && has_all(source, kAvx512Bf16), avx512 && has_all(source, kAvx512Fp16)};
+  const auto also = [&](bool base, const auto& bits) { return base && has_all(source, bits); };
+  cpu.isa = {true,
+             avx2,
+             also(avx2, kAvxVnni),
+             avx512,
+             also(avx512, kAvx512Vnni),
+             also(avx512, kAvx512Bf16),
+             also(avx512, kAvx512Fp16)};
   return cpu;
 }
 

@@ -10,6 +10,7 @@
 
 #include "fastlinear/epilogue.hpp"
 #include "fastlinear/grid.hpp"
+#include "fastlinear/integer_rows.hpp"
 #include "fastlinear/parallel.hpp"
 #include "fastlinear/registry.hpp"
 #include "fastlinear/rows.hpp"
@@ -21,15 +22,7 @@ struct EpilogueProgram {
   std::array<Step, kMaxSteps> steps;
   std::array<std::array<float, kMaxParams>, kMaxSteps> params;
   std::size_t count;  // at least one: "identity" adds the bias and stores
-};
-
-struct Weight {
-  const char* panels;
-  Layout layout;  // one that the plan's kernel reads
-
-  std::ptrdiff_t panel_bytes(std::ptrdiff_t k) const {
-    return panel_elements(layout, k) * element_bytes(layout.format);
-  }
+  Affine out;         // where y is uint8 or int8 (which lies 128 lower)
 };
 
 struct Bias {
@@ -45,8 +38,9 @@ struct Output {
 
 struct Problem {
   std::ptrdiff_t m, n, k;
-  Rows x;  // of any format that the plan's kernel reads, or that can be widened to it
-  Weight weight;
+  Rows x;  // of any format that the plan's kernel reads, or that can be widened or quantized to it
+  RowQuantizer quantizer;
+  Weight weight;  // in a layout that the plan's kernel reads
   Bias bias;
   Output y;
   EpilogueProgram epilogue;
@@ -59,6 +53,7 @@ struct Job {
   const Plan& plan;
   const Conversion* conversions;  // of the kernel's ISA, by format
   const float* bias;              // n of them, or null
+  const RowScale* row_scales;     // of integer rows
   Grid grid;
   float* partial;  // with K slices: the tiles of all units; otherwise null, tiles are finished where they are made
 
@@ -71,6 +66,28 @@ struct Job {
   }
 };
 
+// Makes numbers of the sums of int8 weights.
+inline void dequantize_tile(const Job& job, float* tile, const Range& rows, std::ptrdiff_t column) {
+  const Weight& w = job.p.weight;
+  if (w.scales == nullptr) return;
+  const Quantization& quantization = find_quantization(job.plan.kernel->isa);
+  const std::ptrdiff_t columns = job.plan.kernel->columns();
+  DequantizeArgs args{tile, columns, rows.size(), std::min(columns, job.p.n - column), w.scales + column,
+                      nullptr, nullptr, nullptr};
+  if (job.row_scales == nullptr) return quantization.scale_columns(args);
+  args.sums = w.sums + column;
+  args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
+  args.row_scales = job.row_scales + rows.begin;
+  quantization.dequantize(args);
+}
+
+// A row of numbers -> the integers of y.
+inline void quantize_output(const Problem& p, const Quantization& quantization, const float* row, std::ptrdiff_t n,
+                            char* y) {
+  quantization.to_uint8(row, n, p.epilogue.out, y);
+  if (p.y.format == Format::int8) integer_rows_detail::add_middle(y, n);
+}
+
 // Finishes a tile and stores what is valid of it: at once where y is fp32, else in place and then narrowed.
 inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
   const Problem& p = job.p;
@@ -79,6 +96,7 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
   const auto y = [&](std::ptrdiff_t row) {
     return p.y.data + ((rows.begin + row) * p.y.stride + column) * element_bytes(p.y.format);
   };
+  dequantize_tile(job, tile, rows, column);
   StepArgs s{tile, columns, tile, columns, rows.size(), std::min(columns, p.n - column), nullptr, nullptr};
   for (std::size_t i = 0; i < p.epilogue.count; ++i) {
     s.bias = i == 0 && job.bias != nullptr ? job.bias + column : nullptr;
@@ -90,8 +108,11 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
     p.epilogue.steps[i](s);
   }
   if (p.y.format == Format::fp32) return;
-  const auto narrow = job.conversions[static_cast<std::size_t>(p.y.format)].narrow;
-  for (std::ptrdiff_t r = 0; r < s.rows; ++r) narrow(tile + r * columns, y(r), s.cols);
+  for (std::ptrdiff_t r = 0; r < s.rows; ++r)
+    if (is_float(p.y.format))
+      job.conversions[static_cast<std::size_t>(p.y.format)].narrow(tile + r * columns, y(r), s.cols);
+    else
+      quantize_output(p, find_quantization(job.plan.kernel->isa), tile + r * columns, s.cols, y(r));
 }
 
 // With more rows than this there is time between two lines of the panel to fetch a third.
@@ -184,13 +205,23 @@ class Worker {
   Rows x_{};
 };
 
+inline void add(Format sums, float* sum, const float* other, std::ptrdiff_t count) {
+  if (sums != Format::int32) {
+    for (std::ptrdiff_t i = 0; i < count; ++i) sum[i] += other[i];
+    return;
+  }
+  for (std::ptrdiff_t i = 0; i < count; ++i)
+    sum[i] = __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, sum[i]) +
+                                           __builtin_bit_cast(std::uint32_t, other[i]));
+}
+
 // Adds the K slices of unit u (slice 0) and finishes its tiles.
 inline void add_slices(const Job& job, const Unit& u) {
   const Range tiles = job.grid.row_tiles_of(u);
   float* sum = job.partial_tiles(u);
   for (std::ptrdiff_t slice = 1; slice < job.plan.k_slices; ++slice) {
     const float* other = job.partial_tiles({slice, u.row_block, u.group});
-    for (std::ptrdiff_t i = 0; i < tiles.size() * job.tile_floats(); ++i) sum[i] += other[i];
+    add(job.plan.kernel->accumulate, sum, other, tiles.size() * job.tile_floats());
   }
   for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t)
     finish_tile(job, sum + (t - tiles.begin) * job.tile_floats(), t, u.group);
@@ -205,15 +236,10 @@ inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
   return wide;
 }
 
-}  // namespace gemm_detail
-
-// False when memory for the scratch tiles ran out; y is then undefined.
-inline bool gemm(const Problem& p, const Plan& plan) try {
-  using namespace gemm_detail;
-  if (p.m == 0 || p.n == 0) return true;
+inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_scales) {
   const Conversion* conversions = find_conversions(plan.kernel->isa);
   const Grid grid(plan, p.weight.layout.kr, p.m, p.n, p.k);
-  Job job{p, plan, conversions, wide_bias(p, conversions), grid, nullptr};
+  Job job{p, plan, conversions, wide_bias(p, conversions), row_scales, grid, nullptr};
   Scratch slices;
   if (plan.k_slices > 1)
     job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());
@@ -224,6 +250,36 @@ inline bool gemm(const Problem& p, const Plan& plan) try {
   if (!summed || job.partial == nullptr) return summed;
   return share_out(job.grid.units / plan.k_slices, plan.threads,
                    [&] { return [&job](std::ptrdiff_t i) { add_slices(job, job.grid.unit(i)); }; });
+}
+
+// As many rows at a time as stay in cache (L2 to L3) once they are integers. With fewer the whole weight would be read
+// more often.
+inline bool multiply_integers(const Problem& p, const Plan& plan) {
+  constexpr std::ptrdiff_t kBlockBytes = 4 << 20;
+  const Kernel& kernel = *plan.kernel;
+  const std::ptrdiff_t fit = kBlockBytes / (scratch_stride(p.k, kernel) * element_bytes(kernel.rows));
+  const std::ptrdiff_t blocks = ceil_div(p.m, std::max(fit, kernel.mr));
+  for (std::ptrdiff_t b = 0; b < blocks; ++b) {
+    const Range rows{p.m * b / blocks, p.m * (b + 1) / blocks};
+    Problem part = p;
+    part.m = rows.size();
+    part.x.data = p.x.at(rows.begin, 0);
+    part.y.data += rows.begin * p.y.stride * element_bytes(p.y.format);
+    const IntegerRows x =
+        quantize_rows(part.x, part.m, p.k, kernel, p.quantizer, p.weight.zeros != nullptr, plan.threads);
+    part.x = x.rows;
+    if (!multiply(part, plan, x.scales)) return false;
+  }
+  return true;
+}
+
+}  // namespace gemm_detail
+
+// False when memory for the scratch tiles ran out; y is then undefined.
+inline bool gemm(const Problem& p, const Plan& plan) try {
+  if (p.m == 0 || p.n == 0) return true;
+  if (plan.kernel->accumulate == Format::int32) return gemm_detail::multiply_integers(p, plan);
+  return gemm_detail::multiply(p, plan, nullptr);
 } catch (const std::bad_alloc&) {
   return false;
 }

@@ -10,15 +10,24 @@
 
 namespace fastlinear {
 
-enum class Format : std::uint8_t { fp32, bf16, fp16 };
-enum class Isa : std::uint8_t { scalar, avx2, avx512, avx512_bf16, avx512_fp16 };
+// First the floating formats, of weights, rows and outputs. Weights may also be int8: int8wo ("weight-only") is
+// multiplied as fp32, int8 as it is by integer rows, which are uint8 (beside a zero point) or int16, in sums of int32.
+enum class Format : std::uint8_t { fp32, bf16, fp16, int8wo, int8, uint8, int16, int32 };
+enum class Isa : std::uint8_t { scalar, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16 };
 
-inline constexpr std::size_t kFormats = 3;
-inline constexpr std::size_t kIsas = 5;
-inline constexpr const char* kFormatNames[kFormats] = {"fp32", "bf16", "fp16"};
-inline constexpr const char* kIsaNames[kIsas] = {"scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16"};
+inline constexpr std::size_t kFormats = 8, kPackedFormats = 5, kFloatFormats = 3;
+inline constexpr std::size_t kIsas = 7;
+inline constexpr const char* kFormatNames[kFormats] = {"fp32", "bf16",  "fp16",  "int8wo",
+                                                       "int8", "uint8", "int16", "int32"};
+inline constexpr const char* kIsaNames[kIsas] = {"scalar",      "avx2",        "avx_vnni",   "avx512",
+                                                 "avx512_vnni", "avx512_bf16", "avx512_fp16"};
 
-constexpr std::ptrdiff_t element_bytes(Format format) { return format == Format::fp32 ? 4 : 2; }
+constexpr std::ptrdiff_t element_bytes(Format format) {
+  constexpr std::ptrdiff_t bytes[kFormats] = {4, 2, 2, 1, 1, 1, 2, 4};
+  return bytes[static_cast<std::size_t>(format)];
+}
+
+constexpr bool is_float(Format format) { return static_cast<std::size_t>(format) < kFloatFormats; }
 
 // How a weight [N, K] lies in memory: panels of nr output channels; in a panel, groups of kr consecutive k, each
 // holding its nr channels side by side. Kernels with equal layouts read the same packed bytes, so the tuner may swap
@@ -36,7 +45,8 @@ struct TileArgs {
   const void* panel;            // first packed panel; `panels` of them (1..kernel.panels)
   std::ptrdiff_t panel_stride;  // bytes from one panel to the next
   std::ptrdiff_t panels;
-  std::ptrdiff_t k;                // elements; only the last block of K may end within a group of kr
+  std::ptrdiff_t k;                // elements; only the last block of K may end within a group of kr, which integer
+                                   // rows fill up with anything, since the panel has zeros there
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here towards L2, then moves on by
@@ -50,7 +60,7 @@ struct Kernel {
   Layout layout;
   std::ptrdiff_t mr, panels;
   void (*run)(const TileArgs&);
-  Format accumulate = Format::fp32;  // fp16: sums of up to 64 products are fp16, which users have to ask for
+  Format accumulate = Format::fp32;  // of the sums: int32 of integers; fp16 for up to 64 products, if users ask for it
 
   constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
 

@@ -2,13 +2,16 @@
 //
 //   panel p, group g, channel j, element i   holds   W[p * nr + j, g * kr + i]
 //
-// so one k step of a kernel (kr elements of nr channels) is one contiguous run of nr * kr elements.
+// so one k step of a kernel (kr elements of nr channels) is one contiguous run of nr * kr elements. Behind the panels of
+// int8 weights stand the channels' scales, and for integer products the sums of their weights and their zero points,
+// each for as many channels as the panels have.
 #pragma once
 
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "fastlinear/kernel.hpp"
 #include "fastlinear/parallel.hpp"
@@ -28,8 +31,43 @@ inline std::ptrdiff_t panel_elements(const Layout& layout, std::ptrdiff_t k) {
   return layout.nr * ceil_div(k, layout.kr) * layout.kr;
 }
 
-inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
+inline std::ptrdiff_t panels_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
   return ceil_div(n, layout.nr) * panel_elements(layout, k) * element_bytes(layout.format);
+}
+
+// How many arrays of four bytes a channel stand behind the panels.
+constexpr std::ptrdiff_t channel_arrays(Format format) {
+  return format == Format::int8 ? 3 : format == Format::int8wo ? 1 : 0;
+}
+
+inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
+  const std::ptrdiff_t channels = ceil_div(n, layout.nr) * layout.nr;
+  return panels_bytes(layout, n, k) + channel_arrays(layout.format) * channels * 4;
+}
+
+// A packed weight, as the driver reads it; the arrays are null where the layout has none.
+struct Weight {
+  const char* panels;
+  Layout layout;
+  const float* scales;
+  const std::int32_t* sums;
+  const std::int32_t* zeros;
+
+  std::ptrdiff_t panel_bytes(std::ptrdiff_t k) const {
+    return panel_elements(layout, k) * element_bytes(layout.format);
+  }
+};
+
+inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k, const char* data) {
+  Weight w{data, layout, nullptr, nullptr, nullptr};
+  const std::ptrdiff_t arrays = channel_arrays(layout.format), channels = ceil_div(n, layout.nr) * layout.nr;
+  const char* const behind = data + panels_bytes(layout, n, k);
+  if (arrays > 0) w.scales = reinterpret_cast<const float*>(behind);
+  if (arrays == 3) {
+    w.sums = reinterpret_cast<const std::int32_t*>(behind) + channels;
+    w.zeros = w.sums + channels;
+  }
+  return w;
 }
 
 // Calls visit(cells, row, begin, end) for runs of [begin, end) in K of each row of panels [first, last), where element
@@ -94,30 +132,52 @@ WeightView<Element> elements(const WeightView<void>& w) {
   return {static_cast<Element*>(w.data), w.n, w.k, w.stride_n, w.stride_k};
 }
 
-// Whole weights of the layout's format, on torch's threads; the panels land in the pages of the threads that wrote
-// them. Packing moves bits, so the size of an element is all that it has to know of a format.
-inline void pack_weight(const Layout& layout, const WeightView<void>& w, void* packed) {
-  const auto pack = [&]<class Element>(Element* panels) {
-    for_panels(layout, w.n, [&](std::ptrdiff_t first, std::ptrdiff_t last) {
-      pack_panels(layout, elements<const Element>(w), panels, first, last);
-    });
-  };
-  if (element_bytes(layout.format) == 4)
-    pack(static_cast<std::uint32_t*>(packed));
+// Calls work(null pointer to an unsigned integer of the size of an element): packing moves bits, and the size is all
+// that it has to know of a format.
+template <class Work>
+void with_element(Format format, const Work& work) {
+  if (element_bytes(format) == 4)
+    work(static_cast<std::uint32_t*>(nullptr));
+  else if (element_bytes(format) == 2)
+    work(static_cast<std::uint16_t*>(nullptr));
   else
-    pack(static_cast<std::uint16_t*>(packed));
+    work(static_cast<std::uint8_t*>(nullptr));
+}
+
+// Whole weights of the layout's format, on torch's threads; the panels land in the pages of the threads that wrote
+// them.
+inline void pack_weight(const Layout& layout, const WeightView<void>& w, void* packed) {
+  with_element(layout.format, [&]<class Element>(Element*) {
+    for_panels(layout, w.n, [&](std::ptrdiff_t first, std::ptrdiff_t last) {
+      pack_panels(layout, elements<const Element>(w), static_cast<Element*>(packed), first, last);
+    });
+  });
 }
 
 inline void unpack_weight(const Layout& layout, const void* packed, const WeightView<void>& w) {
-  const auto unpack = [&]<class Element>(const Element* panels) {
+  with_element(layout.format, [&]<class Element>(Element*) {
     for_panels(layout, w.n, [&](std::ptrdiff_t first, std::ptrdiff_t last) {
-      unpack_panels(layout, panels, elements<Element>(w), first, last);
+      unpack_panels(layout, static_cast<const Element*>(packed), elements<Element>(w), first, last);
     });
-  };
-  if (element_bytes(layout.format) == 4)
-    unpack(static_cast<const std::uint32_t*>(packed));
-  else
-    unpack(static_cast<const std::uint16_t*>(packed));
+  });
+}
+
+// What stands behind the panels of int8 weights: the scales [n], for integer products the sums of the rows of `w` and
+// the zero points [n] (or null: all 0); channels past n have 0.
+inline void pack_channels(const Layout& layout, const WeightView<void>& w, const float* scales,
+                          const std::int32_t* zeros, char* packed) {
+  const Weight at = weight_at(layout, w.n, w.k, packed);
+  std::memset(packed + panels_bytes(layout, w.n, w.k), 0,
+              static_cast<std::size_t>(packed_bytes(layout, w.n, w.k) - panels_bytes(layout, w.n, w.k)));
+  if (at.scales != nullptr) std::copy_n(scales, w.n, const_cast<float*>(at.scales));
+  if (at.sums == nullptr) return;
+  if (zeros != nullptr) std::copy_n(zeros, w.n, const_cast<std::int32_t*>(at.zeros));
+  const auto view = elements<const std::int8_t>(w);
+  thread_pool().run(w.n, [&](std::ptrdiff_t n) {
+    std::int32_t sum = 0;
+    for (std::ptrdiff_t k = 0; k < w.k; ++k) sum += view.data[n * w.stride_n + k * w.stride_k];
+    const_cast<std::int32_t*>(at.sums)[n] = sum;
+  });
 }
 
 }  // namespace fastlinear

@@ -6,6 +6,7 @@
 #include "fastlinear/conversion.hpp"
 #include "fastlinear/epilogue.hpp"
 #include "fastlinear/kernel.hpp"
+#include "fastlinear/quantization.hpp"
 
 namespace fastlinear {
 
@@ -19,13 +20,14 @@ struct KernelList {
 };
 
 // What one ISA contributes: its kernels by the format of the weight, its steps in the order of epilogues/all.hpp, its
-// conversions in the order of enum Format. An ISA that only adds arithmetic has no steps and conversions; those of the
-// next lower one serve.
+// conversions in the order of enum Format, its ways between numbers and integers. An ISA that only adds arithmetic has
+// kernels alone; the rest of the next lower one serves.
 struct IsaTable {
   Isa isa;
-  KernelList kernels[kFormats];
+  KernelList kernels[kPackedFormats];
   const Step* steps = nullptr;
   const Conversion* conversions = nullptr;
+  const Quantization* quantization = nullptr;
 };
 
 // Kernels, best ISA first; nullptr past the end.
@@ -35,8 +37,9 @@ const Kernel* find_kernel(const char* name);
 // Activations; nullptr past the end. "identity" is the first.
 const Activation* activation_at(std::size_t i);
 
-// The step that applies activation i, and the conversions (one a format), for kernels of `isa`.
+// The step that applies activation i, the conversions (one a format), and the quantization, for kernels of `isa`.
 Step find_step(Isa isa, std::size_t i);
 const Conversion* find_conversions(Isa isa);
+const Quantization& find_quantization(Isa isa);
 
 }  // namespace fastlinear

@@ -59,14 +59,20 @@ inline bool rows_collide(std::ptrdiff_t stride, std::ptrdiff_t mr) {
   return (mr + sets - 1) / sets > kWays;
 }
 
+// Elements from one copied row to the next: whole lines, one apart, that do not collide.
+inline std::ptrdiff_t scratch_stride(std::ptrdiff_t k, const Kernel& kernel) {
+  const std::ptrdiff_t element = element_bytes(kernel.rows), line = 64 / element;
+  const std::ptrdiff_t stride = (k + line - 1) / line * line + line;
+  return rows_collide(stride * element, kernel.mr) ? stride + line : stride;
+}
+
 // The first `rows` rows of x in the form that the kernel reads. Widens them if that is another format, or copies them
 // one line further apart if they collide; at 1 to 3 % of the time of the product a copy repays itself from 14 rows on.
 inline Rows prepare_rows(const Rows& x, std::ptrdiff_t rows, std::ptrdiff_t k, const Kernel& kernel,
                          const Conversion& conversion, Scratch& scratch) {
-  const std::ptrdiff_t element = element_bytes(kernel.rows), line = 64 / element;
+  const std::ptrdiff_t element = element_bytes(kernel.rows);
   if (x.format == kernel.rows && (rows < 2 || !rows_collide(x.stride * element, std::min(rows, kernel.mr)))) return x;
-  std::ptrdiff_t stride = (k + line - 1) / line * line + line;
-  if (rows_collide(stride * element, kernel.mr)) stride += line;
+  const std::ptrdiff_t stride = scratch_stride(k, kernel);
   char* copy = static_cast<char*>(scratch.bytes(rows * stride * element));
   for (std::ptrdiff_t r = 0; r < rows; ++r) {
     char* to = copy + r * stride * element;

@@ -4,6 +4,7 @@
 //
 // Op, one struct for each ISA and format (kernels/<isa>/<format>.hpp), says what that means in instructions:
 //   Vector, lanes, registers       the accumulators, and how many registers there are
+//   Sum                            what the tile holds
 //   layout, Weight                 of the panels
 //   rows, Row                      of A
 //   steps                          in how many steps a group of layout.kr consecutive k is used up
@@ -15,6 +16,7 @@
 // Included inside an ISA's target region. K is not unrolled: loop control uses ports the FMAs do not.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "fastlinear/kernel.hpp"
@@ -61,11 +63,11 @@ void multiply(const TileArgs& t) {
   constexpr bool prefetches = MR > 1 && 2 * R >= MR;
   constexpr bool two_lines = P * nr * kr * std::ptrdiff_t{sizeof(Weight)} >= 128;
   const auto* a = static_cast<const typename Op::Row*>(t.a);
-  float* sums = static_cast<float*>(t.tile);
+  auto* sums = static_cast<typename Op::Sum*>(t.tile);
   [[maybe_unused]] const char* prefetch = t.prefetch;
 
   const Weight* panel[P];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (std::ptrdiff_t p = 0; p < P; ++p)
     panel[p] = reinterpret_cast<const Weight*>(static_cast<const char*>(t.panel) + p * t.panel_stride);
 
@@ -107,7 +109,8 @@ void multiply(const TileArgs& t) {
 // What `row` makes a kernel of: rows, layout, accumulate, and run for R of MR rows and P panels.
 template <class Op>
 struct Tile {
-  static constexpr Format rows = Op::rows, accumulate = Format::fp32;
+  static constexpr Format rows = Op::rows;
+  static constexpr Format accumulate = std::is_same_v<typename Op::Sum, float> ? Format::fp32 : Format::int32;
   static constexpr Layout layout = Op::layout;
   template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run(const TileArgs& t) {

@@ -5,9 +5,11 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
+#include "fastlinear/formats/int8.hpp"
 
 namespace fastlinear::avx2 {
 
@@ -48,6 +50,18 @@ struct F32 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
   }
+
+  static F32 load(const Int8* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static __m128i words(F32 x) {
+    const __m256i integers = _mm256_cvtps_epi32(x.v);
+    return _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+  }
+  static void store(std::uint8_t* p, F32 x) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(x), words(x)));
+  }
+  static void store(std::int16_t* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words(x)); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -75,5 +89,18 @@ inline F32 scale(F32 x, F32 n) {
   const __m256i half = _mm256_srai_epi32(whole, 1);
   return x * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
 }
+
+inline F32 rounded(F32 a) { return a; }
+
+struct I32 {
+  __m256i v;
+
+  static I32 set(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static I32 load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+};
+
+inline I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 }  // namespace fastlinear::avx2

@@ -5,9 +5,11 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
+#include "fastlinear/formats/int8.hpp"
 
 namespace fastlinear::avx512 {
 
@@ -49,6 +51,16 @@ struct F32 {
     const __m512i rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest);
     store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, _mm512_maskz_srli_epi32(kAll, rounded, 16)));
   }
+
+  static F32 load(const Int8* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes))};
+  }
+  static __m512i integers(F32 x) { return _mm512_maskz_cvtps_epi32(kAll, x.v); }
+  static void store(std::uint8_t* p, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, integers(x)));
+  }
+  static void store(std::int16_t* p, F32 x) { store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, integers(x))); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -65,5 +77,18 @@ inline F32 select_gt(F32 a, F32 b, F32 x, F32 y) {
 }
 inline F32 round(F32 a) { return {_mm512_maskz_roundscale_ps(kAll, a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline F32 scale(F32 x, F32 n) { return {_mm512_maskz_scalef_ps(kAll, x.v, n.v)}; }
+
+inline F32 rounded(F32 a) { return a; }
+
+struct I32 {
+  __m512i v;
+
+  static I32 set(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static I32 load(const void* p) { return {_mm512_loadu_si512(p)}; }
+};
+
+inline I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline F32 to_float(I32 a) { return {_mm512_maskz_cvtepi32_ps(kAll, a.v)}; }
 
 }  // namespace fastlinear::avx512

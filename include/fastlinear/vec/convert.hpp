@@ -7,6 +7,7 @@
 #include "fastlinear/conversion.hpp"
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
+#include "fastlinear/formats/int8.hpp"
 
 namespace fastlinear {
 
@@ -15,7 +16,7 @@ template <class V, class From, class To>
 void convert_n(const From* in, To* out, std::ptrdiff_t n) {
   std::ptrdiff_t i = 0;
   for (; i + V::width <= n; i += V::width) V::store(out + i, V::load(in + i));
-  if (i == n) return;
+  if (i >= n) return;
   const auto rest = static_cast<std::size_t>(n - i);
   From from[V::width] = {};
   To to[V::width];
@@ -57,6 +58,7 @@ inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, nullptr},
     {widen<V, Bf16>, narrow<V, Bf16>, widen_panel<V, Bf16>},
     {widen<V, Fp16>, narrow<V, Fp16>, widen_panel<V, Fp16>},
+    {nullptr, nullptr, widen_panel<V, Int8>},
 };
 
 }  // namespace fastlinear

@@ -6,6 +6,8 @@
 // The verbs, which mean the same in vec/avx2.hpp and vec/avx512.hpp, lane by lane:
 //   load, store    `width` elements of any format at any address; store_n only the first n < width, floats
 //   load_pairs     `width` pairs: their first and their second elements
+//   store          also integers to uint8 and int16, which hold them; I32 are int32, which wrap around
+//   rounded        as fp32 holds it
 //   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
 //   select_gt      a > b ? x : y
 //   round          to the nearest integer, ties to even
@@ -17,6 +19,7 @@
 
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
+#include "fastlinear/formats/int8.hpp"
 
 namespace fastlinear::scalar {
 
@@ -38,6 +41,8 @@ struct F32 {
     from_float(static_cast<float>(x.v), *p);
   }
   static void load_pairs(const Bf16* p, F32& even, F32& odd) { even = load(p), odd = load(p + 1); }
+  static void store(std::uint8_t* p, F32 x) { *p = static_cast<std::uint8_t>(x.v); }
+  static void store(std::int16_t* p, F32 x) { *p = static_cast<std::int16_t>(x.v); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
@@ -58,5 +63,22 @@ inline F32 scale(F32 x, F32 n) {
   const auto bits = __builtin_bit_cast(std::uint64_t, n.v + (kUnitSpacing + 1023));
   return {x.v * __builtin_bit_cast(double, bits << 52)};
 }
+
+inline F32 rounded(F32 a) { return {static_cast<float>(a.v)}; }
+
+struct I32 {
+  std::uint32_t v;
+
+  static I32 set(std::int32_t x) { return {static_cast<std::uint32_t>(x)}; }
+  static I32 load(const void* p) {
+    std::uint32_t v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return {v};
+  }
+};
+
+inline I32 operator-(I32 a, I32 b) { return {a.v - b.v}; }
+inline I32 operator*(I32 a, I32 b) { return {a.v * b.v}; }
+inline F32 to_float(I32 a) { return {static_cast<float>(static_cast<std::int32_t>(a.v))}; }
 
 }  // namespace fastlinear::scalar

@@ -15,6 +15,7 @@ struct Fp32Weights {
   using Vector = __m256;
   static constexpr std::ptrdiff_t lanes = 8, registers = 16;
 
+  using Sum = float;
   using Row = float;
   static constexpr Format rows = Format::fp32;
   using Weight = float;

@@ -17,6 +17,7 @@ struct Fp32Weights {
   using Vector = __m512;
   static constexpr std::ptrdiff_t lanes = 16, registers = 32;
 
+  using Sum = float;
   using Row = float;
   static constexpr Format rows = Format::fp32;
   using Weight = float;

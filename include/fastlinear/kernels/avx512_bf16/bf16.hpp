@@ -20,6 +20,7 @@ struct Pairs {
   using Vector = __m512;
   static constexpr std::ptrdiff_t lanes = 16, registers = 32;
 
+  using Sum = float;
   using Row = Bf16;
   static constexpr Format rows = Format::bf16;
   using Weight = Bf16;

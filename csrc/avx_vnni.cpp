@@ -1,0 +1,24 @@
+// The avx_vnni rows of the library: kernels.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <utility>
+
+#include "fastlinear/kernel.hpp"
+#include "fastlinear/registry.hpp"
+#include "fastlinear/target.hpp"
+
+FL_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+
+#include "fastlinear/kernels/avx_vnni/int8.hpp"
+
+namespace fastlinear {
+
+extern const IsaTable kAvxVnniTable;
+const IsaTable kAvxVnniTable{Isa::avx_vnni, {{}, {}, {}, {}, avx_vnni::kInt8Kernels}};
+
+}  // namespace fastlinear
+
+FL_TARGET_END

@@ -1,0 +1,48 @@
+// The contract between numbers and integers, which is what rows.hpp, gemm.hpp and the output need of int8. The formulas
+// are those of fastlinear/quantize.py, step by step in fp32 and never fused, so that all ISAs give the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlinear {
+
+// How one row of x became integers: x = scale * (u - zero). A scale of NaN makes the row of y NaN.
+struct RowScale {
+  float scale;
+  std::int32_t zero;
+  std::int32_t sum;  // of (u - zero), where the weight has zero points
+};
+
+struct Extremes {
+  float least, greatest;  // of the row and 0
+  bool finite;            // no infinity, no NaN; the extremes mean nothing otherwise
+};
+
+// u = round(clamp(x * inverse, low, high)) + zero
+struct Affine {
+  float inverse, low, high, zero;
+};
+
+struct DequantizeArgs {
+  float* tile;  // in: sums of the kernel; out: numbers; rows x cols, padded as in StepArgs
+  std::ptrdiff_t ld, rows, cols;
+  const float* scales;         // of the columns; readable as far as the tile is
+  const std::int32_t* sums;    // of the columns of W
+  const std::int32_t* zeros;   // of the columns, or null where all are 0
+  const RowScale* row_scales;  // of the rows
+};
+
+// The functions of one ISA; `n` elements side by side at any address.
+struct Quantization {
+  Extremes (*extremes)(const float* x, std::ptrdiff_t n);
+  // False if there is a NaN among x; it becomes the lowest u.
+  bool (*to_uint8)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
+  bool (*to_int16)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
+  // y = (float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x, the sums being int32
+  void (*dequantize)(const DequantizeArgs& args);
+  // y = sum * scale_w, the sums being fp32
+  void (*scale_columns)(const DequantizeArgs& args);
+};
+
+}  // namespace fastlinear
