@@ -27,12 +27,12 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 namespace fastlinear {
 
 extern const IsaTable kAvx2Table;
-const IsaTable kAvx2Table{Isa::avx2,
-                          {avx2::kFp32Kernels, avx2::kBf16Kernels, avx2::kFp16Kernels, avx2::kInt8woKernels,
-                           avx2::kInt8Kernels},
-                          epilogue_steps<avx2::F32>,
-                          conversions<avx2::F32>,
- &quantization<avx2::F32, avx2::I32>};
+const IsaTable kAvx2Table{
+    Isa::avx2,
+    {avx2::kFp32Kernels, avx2::kBf16Kernels, avx2::kFp16Kernels, avx2::kInt8woKernels, avx2::kInt8Kernels},
+    epilogue_steps<avx2::F32>,
+    conversions<avx2::F32>,
+    &quantization<avx2::F32, avx2::I32>};
 
 }  // namespace fastlinear
 

@@ -27,12 +27,12 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace fastlinear {
 
 extern const IsaTable kAvx512Table;
-const IsaTable kAvx512Table{Isa::avx512,
-                            {avx512::kFp32Kernels, avx512::kBf16Kernels, avx512::kFp16Kernels, avx512::kInt8woKernels,
-                           avx512::kInt8Kernels},
-                            epilogue_steps<avx512::F32>,
-                            conversions<avx512::F32>,
- &quantization<avx512::F32, avx512::I32>};
+const IsaTable kAvx512Table{
+    Isa::avx512,
+    {avx512::kFp32Kernels, avx512::kBf16Kernels, avx512::kFp16Kernels, avx512::kInt8woKernels, avx512::kInt8Kernels},
+    epilogue_steps<avx512::F32>,
+    conversions<avx512::F32>,
+    &quantization<avx512::F32, avx512::I32>};
 
 }  // namespace fastlinear
 

@@ -25,11 +25,11 @@
 namespace fastlinear {
 
 extern const IsaTable kScalarTable;
-const IsaTable kScalarTable{Isa::scalar,
-                            {scalar::kFp32Kernels, scalar::kBf16Kernels, scalar::kFp16Kernels, scalar::kInt8woKernels,
-                           scalar::kInt8Kernels},
-                            epilogue_steps<scalar::F32>,
-                            conversions<scalar::F32>,
- &quantization<scalar::F32, scalar::I32>};
+const IsaTable kScalarTable{
+    Isa::scalar,
+    {scalar::kFp32Kernels, scalar::kBf16Kernels, scalar::kFp16Kernels, scalar::kInt8woKernels, scalar::kInt8Kernels},
+    epilogue_steps<scalar::F32>,
+    conversions<scalar::F32>,
+    &quantization<scalar::F32, scalar::I32>};
 
 }  // namespace fastlinear

@@ -113,7 +113,7 @@ cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
         float inverse
         float low
         float high
-        float zero
+        int32_t zero
     ctypedef struct Bias:
         const void* data
         Format format

@@ -5,7 +5,8 @@
 
 namespace fastlinear {
 
-// The functions of one ISA and one format; null for fp32, and where int8 weights have no use for them. `n` elements at any address, side by side.
+// The functions of one ISA and one format; null for fp32, and where int8 weights have no use for them. `n` elements at
+// any address, side by side.
 struct Conversion {
   void (*widen)(const void* in, float* out, std::ptrdiff_t n);   // exact
   void (*narrow)(const float* in, void* out, std::ptrdiff_t n);  // to nearest, ties to even; NaN stays NaN

@@ -54,6 +54,7 @@ struct Job {
   const Conversion* conversions;  // of the kernel's ISA, by format
   const float* bias;              // n of them, or null
   const RowScale* row_scales;     // of integer rows
+  bool plain;                     // the epilogue is no more than a bias
   Grid grid;
   float* partial;  // with K slices: the tiles of all units; otherwise null, tiles are finished where they are made
 
@@ -66,25 +67,23 @@ struct Job {
   }
 };
 
-// Makes numbers of the sums of int8 weights.
-inline void dequantize_tile(const Job& job, float* tile, const Range& rows, std::ptrdiff_t column) {
+// The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out.
+inline void dequantize_tile(const Job& job, const StepArgs& s, std::ptrdiff_t first_row, std::ptrdiff_t column) {
   const Weight& w = job.p.weight;
-  if (w.scales == nullptr) return;
   const Quantization& quantization = find_quantization(job.plan.kernel->isa);
-  const std::ptrdiff_t columns = job.plan.kernel->columns();
-  DequantizeArgs args{tile, columns, rows.size(), std::min(columns, job.p.n - column), w.scales + column,
-                      nullptr, nullptr, nullptr};
+  DequantizeArgs args{s.in,   s.ld_in,           s.out,   s.ld_out, s.rows, s.cols,
+                      s.bias, w.scales + column, nullptr, nullptr,  nullptr};
   if (job.row_scales == nullptr) return quantization.scale_columns(args);
   args.sums = w.sums + column;
   args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
-  args.row_scales = job.row_scales + rows.begin;
+  args.row_scales = job.row_scales + first_row;
   quantization.dequantize(args);
 }
 
 // A row of numbers -> the integers of y.
 inline void quantize_output(const Problem& p, const Quantization& quantization, const float* row, std::ptrdiff_t n,
                             char* y) {
-  quantization.to_uint8(row, n, p.epilogue.out, y);
+  quantization.any.uint8(row, n, p.epilogue.out, y);
   if (p.y.format == Format::int8) integer_rows_detail::add_middle(y, n);
 }
 
@@ -96,16 +95,25 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
   const auto y = [&](std::ptrdiff_t row) {
     return p.y.data + ((rows.begin + row) * p.y.stride + column) * element_bytes(p.y.format);
   };
-  dequantize_tile(job, tile, rows, column);
   StepArgs s{tile, columns, tile, columns, rows.size(), std::min(columns, p.n - column), nullptr, nullptr};
-  for (std::size_t i = 0; i < p.epilogue.count; ++i) {
-    s.bias = i == 0 && job.bias != nullptr ? job.bias + column : nullptr;
+  const auto to_y = [&](bool last) {
+    if (!last || p.y.format != Format::fp32) return;
+    s.out = reinterpret_cast<float*>(y(0));
+    s.ld_out = p.y.stride;
+  };
+  s.bias = job.bias == nullptr ? nullptr : job.bias + column;
+  std::size_t i = 0;
+  if (p.weight.scales != nullptr) {
+    if (job.plain) i = p.epilogue.count;
+    to_y(job.plain);
+    dequantize_tile(job, s, rows.begin, column);
+    s.bias = nullptr;
+  }
+  for (; i < p.epilogue.count; ++i) {
     s.params = p.epilogue.params[i].data();
-    if (i + 1 == p.epilogue.count && p.y.format == Format::fp32) {
-      s.out = reinterpret_cast<float*>(y(0));
-      s.ld_out = p.y.stride;
-    }
+    to_y(i + 1 == p.epilogue.count);
     p.epilogue.steps[i](s);
+    s.bias = nullptr;
   }
   if (p.y.format == Format::fp32) return;
   for (std::ptrdiff_t r = 0; r < s.rows; ++r)
@@ -211,8 +219,8 @@ inline void add(Format sums, float* sum, const float* other, std::ptrdiff_t coun
     return;
   }
   for (std::ptrdiff_t i = 0; i < count; ++i)
-    sum[i] = __builtin_bit_cast(float, __builtin_bit_cast(std::uint32_t, sum[i]) +
-                                           __builtin_bit_cast(std::uint32_t, other[i]));
+    sum[i] = __builtin_bit_cast(
+        float, __builtin_bit_cast(std::uint32_t, sum[i]) + __builtin_bit_cast(std::uint32_t, other[i]));
 }
 
 // Adds the K slices of unit u (slice 0) and finishes its tiles.
@@ -239,7 +247,8 @@ inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
 inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_scales) {
   const Conversion* conversions = find_conversions(plan.kernel->isa);
   const Grid grid(plan, p.weight.layout.kr, p.m, p.n, p.k);
-  Job job{p, plan, conversions, wide_bias(p, conversions), row_scales, grid, nullptr};
+  const bool plain = p.epilogue.count == 1 && p.epilogue.steps[0] == find_step(plan.kernel->isa, 0);
+  Job job{p, plan, conversions, wide_bias(p, conversions), row_scales, plain, grid, nullptr};
   Scratch slices;
   if (plan.k_slices > 1)
     job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());

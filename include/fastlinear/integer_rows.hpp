@@ -18,7 +18,8 @@ namespace fastlinear {
 enum class RowKind : std::uint8_t { symmetric, asymmetric, fixed };
 
 // How the rows of x become integers: by a scale and zero point of each row's own, or by the given ones. `smooth`: k
-// numbers that x is multiplied by first, readable up to a multiple of 16, or null. x that is integers already is taken as of the given scale.
+// numbers that x is multiplied by first, readable up to a multiple of 16, or null. x that is integers already is taken
+// as of the given scale.
 struct RowQuantizer {
   RowKind kind;
   float scale;
@@ -62,16 +63,24 @@ inline RowScale scale_of(RowKind kind, const Extremes& e) {
 
 inline Affine affine_of(RowKind kind, const RowScale& row) {
   const float inverse = row.scale > 0.0f ? 1.0f / row.scale : 0.0f, zero = static_cast<float>(row.zero);
-  if (kind == RowKind::symmetric) return {inverse, -127.0f, 127.0f, zero};
-  return {inverse, -zero, 255.0f - zero, zero};
+  if (kind == RowKind::symmetric) return {inverse, -127.0f, 127.0f, row.zero};
+  return {inverse, -zero, 255.0f - zero, row.zero};
 }
 
 class RowWorker {
  public:
   RowWorker(const Rows& x, std::ptrdiff_t k, Format format, std::ptrdiff_t stride, const RowQuantizer& quantizer,
             const Conversion* conversions, const Quantization& quantization, bool sums, char* data, RowScale* scales)
-      : x_(x), k_(k), format_(format), stride_(stride), quantizer_(quantizer), conversions_(conversions),
-        quantization_(quantization), sums_(sums), data_(data), scales_(scales) {}
+      : x_(x),
+        k_(k),
+        format_(format),
+        stride_(stride),
+        quantizer_(quantizer),
+        conversions_(conversions),
+        quantization_(quantization),
+        sums_(sums),
+        data_(data),
+        scales_(scales) {}
 
   void run(std::ptrdiff_t r) {
     char* const to = data_ + r * stride_ * element_bytes(format_);
@@ -97,18 +106,24 @@ class RowWorker {
     else
       conversions_[static_cast<std::size_t>(x_.format)].widen(x_.at(r, 0), row, k_);
     if (quantizer_.smooth != nullptr)
-      quantization_.scale_columns({row, k_, 1, k_, quantizer_.smooth, nullptr, nullptr, nullptr});
+      quantization_.scale_columns({row, k_, row, k_, 1, k_, nullptr, quantizer_.smooth, nullptr, nullptr, nullptr});
     return row;
   }
 
   RowScale quantize(const float* row, char* to) const {
-    const bool fixed = quantizer_.kind == RowKind::fixed;
-    RowScale scale = fixed ? RowScale{quantizer_.scale, quantizer_.zero, 0}
-                           : scale_of(quantizer_.kind, quantization_.extremes(row, k_));
-    Affine affine = affine_of(quantizer_.kind, scale);
-    if (format_ == Format::int16) affine.zero = 0.0f;
-    const auto convert = format_ == Format::int16 ? quantization_.to_int16 : quantization_.to_uint8;
-    if (!convert(row, k_, affine, to)) scale.scale = std::numeric_limits<float>::quiet_NaN();
+    const RowKind kind = quantizer_.kind;
+    RowScale scale{quantizer_.scale, quantizer_.zero, 0};
+    bool finite = false;
+    if (kind != RowKind::fixed) {
+      const Extremes e = (kind == RowKind::symmetric ? quantization_.magnitude : quantization_.extremes)(row, k_);
+      scale = scale_of(kind, e);
+      finite = e.finite;
+    }
+    Affine affine = affine_of(kind, scale);
+    if (format_ == Format::int16) affine.zero = 0;
+    const QuantizeTo& convert = finite ? quantization_.finite : quantization_.any;
+    if (!(format_ == Format::int16 ? convert.int16 : convert.uint8)(row, k_, affine, to))
+      scale.scale = std::numeric_limits<float>::quiet_NaN();
     return scale;
   }
 

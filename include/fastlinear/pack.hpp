@@ -2,8 +2,8 @@
 //
 //   panel p, group g, channel j, element i   holds   W[p * nr + j, g * kr + i]
 //
-// so one k step of a kernel (kr elements of nr channels) is one contiguous run of nr * kr elements. Behind the panels of
-// int8 weights stand the channels' scales, and for integer products the sums of their weights and their zero points,
+// so one k step of a kernel (kr elements of nr channels) is one contiguous run of nr * kr elements. Behind the panels
+// of int8 weights stand the channels' scales, and for integer products the sums of their weights and their zero points,
 // each for as many channels as the panels have.
 #pragma once
 

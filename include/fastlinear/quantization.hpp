@@ -21,27 +21,38 @@ struct Extremes {
 
 // u = round(clamp(x * inverse, low, high)) + zero
 struct Affine {
-  float inverse, low, high, zero;
+  float inverse, low, high;
+  std::int32_t zero;
 };
 
 struct DequantizeArgs {
-  float* tile;  // in: sums of the kernel; out: numbers; rows x cols, padded as in StepArgs
-  std::ptrdiff_t ld, rows, cols;
-  const float* scales;         // of the columns; readable as far as the tile is
+  const float* in;  // sums of the kernel, rows x cols; `in` and `out` as in StepArgs
+  std::ptrdiff_t ld_in;
+  float* out;
+  std::ptrdiff_t ld_out;
+  std::ptrdiff_t rows, cols;
+  const float* bias;           // `cols` of them, or null
+  const float* scales;         // of the columns; readable as far as `in` is
   const std::int32_t* sums;    // of the columns of W
   const std::int32_t* zeros;   // of the columns, or null where all are 0
   const RowScale* row_scales;  // of the rows
 };
 
+// x -> integers; false if there is a NaN among x, which becomes the lowest one.
+using Quantize = bool (*)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
+
+struct QuantizeTo {
+  Quantize uint8, int16;
+};
+
 // The functions of one ISA; `n` elements side by side at any address.
 struct Quantization {
   Extremes (*extremes)(const float* x, std::ptrdiff_t n);
-  // False if there is a NaN among x; it becomes the lowest u.
-  bool (*to_uint8)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
-  bool (*to_int16)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
-  // y = (float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x, the sums being int32
+  Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
+  QuantizeTo any, finite;                                   // the latter for x without NaN, and faster
+  // y = (float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, the sums being int32
   void (*dequantize)(const DequantizeArgs& args);
-  // y = sum * scale_w, the sums being fp32
+  // y = sum * scale_w + bias, the sums being fp32
   void (*scale_columns)(const DequantizeArgs& args);
 };
 

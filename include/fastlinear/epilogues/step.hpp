@@ -4,18 +4,9 @@
 #include <cstddef>
 
 #include "fastlinear/epilogue.hpp"
+#include "fastlinear/vec/partial.hpp"
 
 namespace fastlinear::epilogues {
-
-// The user's bias ends where it ends: its last, partial vector is copied before it is loaded.
-template <class V>
-[[gnu::always_inline]] inline V load_bias(const float* bias, std::ptrdiff_t c, std::ptrdiff_t valid) {
-  if (bias == nullptr) return V::set(0.0f);
-  if (valid >= V::width) return V::load(bias + c);
-  float last[V::width] = {};
-  for (std::ptrdiff_t i = 0; i < valid; ++i) last[i] = bias[c + i];
-  return V::load(last);
-}
 
 // All rows of the columns [c, c + V::width), of which the first `valid` (or more than V::width) exist in `out`. The
 // column of the bias stays in a register for all rows, as do F's constants.

@@ -54,14 +54,6 @@ struct F32 {
   static F32 load(const Int8* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
   }
-  static __m128i words(F32 x) {
-    const __m256i integers = _mm256_cvtps_epi32(x.v);
-    return _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
-  }
-  static void store(std::uint8_t* p, F32 x) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(x), words(x)));
-  }
-  static void store(std::int16_t* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words(x)); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -92,13 +84,34 @@ inline F32 scale(F32 x, F32 n) {
 
 inline F32 rounded(F32 a) { return a; }
 
+inline float least(F32 a) {
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+inline float greatest(F32 a) { return -least(-a); }
+inline bool all_zero(F32 a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0; }
+
 struct I32 {
   __m256i v;
 
   static I32 set(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
   static I32 load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+  static __m128i words(I32 x) { return _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1)); }
+  static void store(std::uint8_t* p, I32 x) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(x), words(x)));
+  }
+  static void store(std::int16_t* p, I32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words(x)); }
 };
 
+inline I32 max_magnitude(I32 a, F32 x) { return {_mm256_max_epi32(a.v, _mm256_castps_si256(abs(x).v))}; }
+inline std::int32_t greatest(I32 a) {
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+inline I32 nearest(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }

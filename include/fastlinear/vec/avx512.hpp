@@ -56,11 +56,6 @@ struct F32 {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes))};
   }
-  static __m512i integers(F32 x) { return _mm512_maskz_cvtps_epi32(kAll, x.v); }
-  static void store(std::uint8_t* p, F32 x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, integers(x)));
-  }
-  static void store(std::int16_t* p, F32 x) { store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, integers(x))); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -79,14 +74,40 @@ inline F32 round(F32 a) { return {_mm512_maskz_roundscale_ps(kAll, a.v, _MM_FROU
 inline F32 scale(F32 x, F32 n) { return {_mm512_maskz_scalef_ps(kAll, x.v, n.v)}; }
 
 inline F32 rounded(F32 a) { return a; }
+template <int Which>
+inline __m256i half(__m512i v) {
+  return _mm512_maskz_extracti64x4_epi64(0xf, v, Which);
+}
+inline float least(F32 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m256 eight = _mm256_min_ps(_mm256_castsi256_ps(half<0>(bits)), _mm256_castsi256_ps(half<1>(bits)));
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+inline float greatest(F32 a) { return -least(-a); }
+inline bool all_zero(F32 a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0; }
 
 struct I32 {
   __m512i v;
 
   static I32 set(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
   static I32 load(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static void store(std::uint8_t* p, I32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, x.v));
+  }
+  static void store(std::int16_t* p, I32 x) { F32::store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, x.v)); }
 };
 
+inline I32 max_magnitude(I32 a, F32 x) { return {_mm512_maskz_max_epi32(kAll, a.v, _mm512_castps_si512(abs(x).v))}; }
+inline std::int32_t greatest(I32 a) {
+  const __m256i eight = _mm256_max_epi32(half<0>(a.v), half<1>(a.v));
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+inline I32 nearest(F32 a) { return {_mm512_maskz_cvtps_epi32(kAll, a.v)}; }
+inline I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline F32 to_float(I32 a) { return {_mm512_maskz_cvtepi32_ps(kAll, a.v)}; }

@@ -7,82 +7,102 @@
 #include <cstring>
 
 #include "fastlinear/quantization.hpp"
+#include "fastlinear/vec/partial.hpp"
 
 namespace fastlinear {
 
-// The next F::width of x, of which `valid` (or more than that) exist; 0 for the others.
 template <class F>
-[[gnu::always_inline]] inline F load_valid(const float* x, std::ptrdiff_t valid) {
-  if (F::width == 1 || valid >= F::width) return F::load(x);
-  float last[F::width] = {};
-  std::memcpy(last, x, static_cast<std::size_t>(valid) * sizeof(float));
-  return F::load(last);
+struct ExtremesSoFar {
+  F least = F::set(0.0f), greatest = F::set(0.0f), odd = F::set(0.0f);
+
+  // x * 0 is NaN where x is not finite.
+  [[gnu::always_inline]] void add(F x) {
+    least = min(x, least);
+    greatest = max(x, greatest);
+    odd = fma(x, F::set(0.0f), odd);
+  }
+};
+
+// The bits of a magnitude grow with it, and those of infinity and NaN are the largest.
+template <class F, class I>
+Extremes magnitude(const float* x, std::ptrdiff_t n) {
+  I bits = I::set(0);
+  std::ptrdiff_t i = 0;
+  for (; i + F::width <= n; i += F::width) bits = max_magnitude(bits, F::load(x + i));
+  if (i < n) bits = max_magnitude(bits, load_partial<F>(x + i, n - i));
+  const auto most = __builtin_bit_cast(float, greatest(bits));
+  return {-most, most, most - most == 0.0f};
 }
 
-// All lanes of what only gathered x * 0 are 0, unless an x was not finite.
-template <class F>
-[[gnu::always_inline]] inline bool all_zero(F gathered) {
-  float lanes[F::width];
-  F::store(lanes, gathered);
-  bool zero = true;
-  for (std::ptrdiff_t i = 0; i < F::width; ++i) zero = zero && lanes[i] == 0.0f;
-  return zero;
-}
-
+// Two vectors at once, since an FMA has to wait for the last one.
 template <class F>
 Extremes extremes(const float* x, std::ptrdiff_t n) {
-  F least = F::set(0.0f), greatest = least, odd = least;
-  for (std::ptrdiff_t i = 0; i < n; i += F::width) {
-    const F v = load_valid<F>(x + i, n - i);
-    least = min(v, least);
-    greatest = max(v, greatest);
-    odd = fma(v, F::set(0.0f), odd);
+  ExtremesSoFar<F> a, b;
+  std::ptrdiff_t i = 0;
+  for (; i + 2 * F::width <= n; i += 2 * F::width) {
+    a.add(F::load(x + i));
+    b.add(F::load(x + i + F::width));
   }
-  float low[F::width], high[F::width];
-  F::store(low, least);
-  F::store(high, greatest);
-  Extremes e{0.0f, 0.0f, all_zero(odd)};
-  for (std::ptrdiff_t i = 0; i < F::width; ++i) {
-    e.least = low[i] < e.least ? low[i] : e.least;
-    e.greatest = high[i] > e.greatest ? high[i] : e.greatest;
+  if (i + F::width <= n) {
+    a.add(F::load(x + i));
+    i += F::width;
   }
-  return e;
+  if (i < n) b.add(load_partial<F>(x + i, n - i));
+  return {least(min(a.least, b.least)), greatest(max(a.greatest, b.greatest)), all_zero(a.odd + b.odd)};
 }
 
 // max and min give their second operand for a NaN, so the first two pass it on to `odd`, and the third ends it.
-template <class F, class Integer>
-bool quantize(const float* x, std::ptrdiff_t n, const Affine& affine, void* out) {
-  const F inverse = F::set(affine.inverse), low = F::set(affine.low), high = F::set(affine.high);
-  const F zero = F::set(affine.zero);
+template <class F, class I, bool Finite>
+struct Quantizing {
+  F inverse, low, high;
+  I zero;
   F odd = F::set(0.0f);
-  auto* to = static_cast<Integer*>(out);
-  for (std::ptrdiff_t i = 0; i < n; i += F::width) {
-    F v = min(high, max(low, rounded(load_valid<F>(x + i, n - i) * inverse)));
+
+  explicit Quantizing(const Affine& a)
+      : inverse(F::set(a.inverse)), low(F::set(a.low)), high(F::set(a.high)), zero(I::set(a.zero)) {}
+
+  [[gnu::always_inline]] I operator()(F x) {
+    const F v = min(high, max(low, rounded(x * inverse)));
+    if constexpr (Finite) return nearest(v) + zero;
     odd = fma(v, F::set(0.0f), odd);
-    v = round(max(v, low)) + zero;
-    if (i + F::width <= n) {
-      F::store(to + i, v);
-    } else {
-      Integer last[F::width];
-      F::store(last, v);
-      std::memcpy(to + i, last, static_cast<std::size_t>(n - i) * sizeof(Integer));
-    }
+    return nearest(max(v, low)) + zero;
   }
-  return all_zero(odd);
+};
+
+template <class F, class I, class Integer, bool Finite>
+bool quantize(const float* x, std::ptrdiff_t n, const Affine& affine, void* out) {
+  Quantizing<F, I, Finite> quantizing(affine);
+  auto* to = static_cast<Integer*>(out);
+  std::ptrdiff_t i = 0;
+  for (; i + F::width <= n; i += F::width) I::store(to + i, quantizing(F::load(x + i)));
+  if (i < n) {
+    Integer integers[F::width];
+    I::store(integers, quantizing(load_partial<F>(x + i, n - i)));
+    std::memcpy(to + i, integers, static_cast<std::size_t>(n - i) * sizeof(Integer));
+  }
+  return all_zero(quantizing.odd);
+}
+
+template <class F>
+[[gnu::always_inline]] inline void store_valid(float* out, F x, std::ptrdiff_t valid) {
+  if (valid < F::width)
+    F::store_n(out, x, valid);
+  else
+    F::store(out, x);
 }
 
 template <class F, class I>
 void dequantize(const DequantizeArgs& args) {
   const DequantizeArgs t = args;  // a copy, which the tile cannot alias
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
-    const F scale = F::load(t.scales + c);
+    const F scale = F::load(t.scales + c), bias = load_bias<F>(t.bias, c, t.cols - c);
     const I sums = I::load(t.sums + c);
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
       const RowScale row = t.row_scales[r];
-      float* const y = t.tile + r * t.ld + c;
-      I sum = I::load(y) - I::set(row.zero) * sums;
+      I sum = I::load(t.in + r * t.ld_in + c) - I::set(row.zero) * sums;
       if (t.zeros != nullptr) sum = sum - I::set(row.sum) * I::load(t.zeros + c);
-      F::store(y, rounded(to_float(sum) * scale) * F::set(row.scale));
+      const F y = rounded(rounded(to_float(sum) * scale) * F::set(row.scale)) + bias;
+      store_valid(t.out + r * t.ld_out + c, y, t.cols - c);
     }
   }
 }
@@ -91,16 +111,22 @@ template <class F>
 void scale_columns(const DequantizeArgs& args) {
   const DequantizeArgs t = args;
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
-    const F scale = F::load(t.scales + c);
+    const F scale = F::load(t.scales + c), bias = load_bias<F>(t.bias, c, t.cols - c);
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
-      float* const y = t.tile + r * t.ld + c;
-      F::store(y, F::load(y) * scale);
+      const F y = rounded(F::load(t.in + r * t.ld_in + c) * scale) + bias;
+      store_valid(t.out + r * t.ld_out + c, y, t.cols - c);
     }
   }
 }
 
 template <class F, class I>
-inline constexpr Quantization quantization{extremes<F>, quantize<F, std::uint8_t>, quantize<F, std::int16_t>,
-                                           dequantize<F, I>, scale_columns<F>};
+inline constexpr Quantization quantization{
+    extremes<F>,
+    magnitude<F, I>,
+    {quantize<F, I, std::uint8_t, false>, quantize<F, I, std::int16_t, false>},
+    {quantize<F, I, std::uint8_t, true>, quantize<F, I, std::int16_t, true>},
+    dequantize<F, I>,
+    scale_columns<F>,
+};
 
 }  // namespace fastlinear

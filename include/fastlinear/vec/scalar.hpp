@@ -6,8 +6,12 @@
 // The verbs, which mean the same in vec/avx2.hpp and vec/avx512.hpp, lane by lane:
 //   load, store    `width` elements of any format at any address; store_n only the first n < width, floats
 //   load_pairs     `width` pairs: their first and their second elements
-//   store          also integers to uint8 and int16, which hold them; I32 are int32, which wrap around
 //   rounded        as fp32 holds it
+//   least, greatest, all_zero   of the lanes, none of them NaN for the first two
+// and of I32, `width` int32, which wrap around:
+//   max_magnitude  the larger of them and of the bits of |x|
+//   nearest        the nearest integers, ties to even
+//   store          to uint8 and int16, which hold them
 //   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
 //   select_gt      a > b ? x : y
 //   round          to the nearest integer, ties to even
@@ -41,8 +45,6 @@ struct F32 {
     from_float(static_cast<float>(x.v), *p);
   }
   static void load_pairs(const Bf16* p, F32& even, F32& odd) { even = load(p), odd = load(p + 1); }
-  static void store(std::uint8_t* p, F32 x) { *p = static_cast<std::uint8_t>(x.v); }
-  static void store(std::int16_t* p, F32 x) { *p = static_cast<std::int16_t>(x.v); }
 };
 
 inline F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
@@ -65,6 +67,9 @@ inline F32 scale(F32 x, F32 n) {
 }
 
 inline F32 rounded(F32 a) { return {static_cast<float>(a.v)}; }
+inline float least(F32 a) { return static_cast<float>(a.v); }
+inline float greatest(F32 a) { return static_cast<float>(a.v); }
+inline bool all_zero(F32 a) { return a.v == 0.0; }
 
 struct I32 {
   std::uint32_t v;
@@ -75,8 +80,19 @@ struct I32 {
     __builtin_memcpy(&v, p, sizeof v);
     return {v};
   }
+  template <class Integer>
+  static void store(Integer* p, I32 x) {
+    *p = static_cast<Integer>(x.v);
+  }
 };
 
+inline I32 max_magnitude(I32 a, F32 x) {
+  const auto bits = __builtin_bit_cast(std::uint32_t, static_cast<float>(abs(x).v));
+  return {a.v > bits ? a.v : bits};
+}
+inline std::int32_t greatest(I32 a) { return static_cast<std::int32_t>(a.v); }
+inline I32 nearest(F32 a) { return I32::set(static_cast<std::int32_t>(round(a).v)); }
+inline I32 operator+(I32 a, I32 b) { return {a.v + b.v}; }
 inline I32 operator-(I32 a, I32 b) { return {a.v - b.v}; }
 inline I32 operator*(I32 a, I32 b) { return {a.v * b.v}; }
 inline F32 to_float(I32 a) { return {static_cast<float>(static_cast<std::int32_t>(a.v))}; }

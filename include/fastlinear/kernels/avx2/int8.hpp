@@ -43,7 +43,12 @@ struct Int8Pairs {
   static Vector weights(const Weight* p, std::ptrdiff_t) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static Vector multiply_add(Vector x, Vector w, Vector c) { return _mm256_add_epi32(c, _mm256_madd_epi16(x, w)); }
+  // GCC 12 copies sums to and fro, or spills them, around the intrinsic; as text it has no choice.
+  static Vector multiply_add(Vector x, Vector w, Vector c) {
+    Vector product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(product) : "x"(x), "x"(w));
+    return c;
+  }
 };
 
 inline constexpr Kernel kInt8Kernels[] = {

@@ -1,4 +1,5 @@
-// int8 weights for fp32 rows on AVX2, widened in the inner loop by vpmovsxbd and vcvtdq2ps. fp32.hpp's tiles and budget.
+// int8 weights for fp32 rows on AVX2, widened in the inner loop by vpmovsxbd and vcvtdq2ps. fp32.hpp's tiles and
+// budget.
 #pragma once
 
 #include "fastlinear/formats/int8.hpp"

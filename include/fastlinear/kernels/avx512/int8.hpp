@@ -38,7 +38,12 @@ struct Int8Pairs {
   static Vector weights(const Weight* p, std::ptrdiff_t) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static Vector multiply_add(Vector x, Vector w, Vector c) { return _mm512_add_epi32(c, _mm512_madd_epi16(x, w)); }
+  // GCC 12 copies sums to and fro, or spills them, around the intrinsic; as text it has no choice.
+  static Vector multiply_add(Vector x, Vector w, Vector c) {
+    Vector product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(c), "=&v"(product) : "v"(x), "v"(w));
+    return c;
+  }
 };
 
 inline constexpr Kernel kInt8Kernels[] = {

@@ -32,7 +32,11 @@ struct Quads {
   }
   static Vector last_row(const Row* a) { return row(a); }
   static Vector weights(const Weight* p, std::ptrdiff_t) { return _mm512_loadu_si512(p); }
-  static Vector multiply_add(Vector x, Vector w, Vector c) { return _mm512_dpbusd_epi32(c, x, w); }
+  // GCC 12 copies sums to and fro, or spills them, around the intrinsic; as text it has no choice.
+  static Vector multiply_add(Vector x, Vector w, Vector c) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
+    return c;
+  }
 };
 
 inline constexpr Kernel kInt8Kernels[] = {

@@ -34,7 +34,11 @@ struct Quads {
   static Vector weights(const Weight* p, std::ptrdiff_t) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static Vector multiply_add(Vector x, Vector w, Vector c) { return _mm256_dpbusd_avx_epi32(c, x, w); }
+  // GCC 12 copies sums to and fro, or spills them, around the intrinsic; as text it has no choice.
+  static Vector multiply_add(Vector x, Vector w, Vector c) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(x), "x"(w));
+    return c;
+  }
 };
 
 inline constexpr Kernel kInt8Kernels[] = {

@@ -1,0 +1,24 @@
+// The last, partial vector of a row, written once over a vector type: nothing is read beyond the row.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+namespace fastlinear {
+
+// The first `valid` floats at p, 1 to V::width - 1 of them, and zeros.
+template <class V>
+[[gnu::always_inline]] inline V load_partial(const float* p, std::ptrdiff_t valid) {
+  float last[V::width] = {};
+  for (std::ptrdiff_t i = 0; i < valid; ++i) last[i] = p[i];
+  return V::load(last);
+}
+
+// The biases of the columns [c, c + V::width), of which `valid`, or more than that, exist; 0 without a bias.
+template <class V>
+[[gnu::always_inline]] inline V load_bias(const float* bias, std::ptrdiff_t c, std::ptrdiff_t valid) {
+  if (bias == nullptr) return V::set(0.0f);
+  return valid >= V::width ? V::load(bias + c) : load_partial<V>(bias + c, valid);
+}
+
+}  // namespace fastlinear
