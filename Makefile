@@ -24,7 +24,7 @@ bench: .venv/built
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(BIN):$$PATH" cython-lint fastlinear/*.pyx fastlinear/*.pxd
+	PATH="$(BIN):$$PATH" cython-lint fastlinear/*.pyx fastlinear/*.px[di]
 	$(BIN)/clang-format --dry-run -Werror $(HEADERS) $(UNITS) $(PROGRAMS)
 	set -e; for cxx in $(COMPILERS); do \
 	  for unit in $(UNITS) $(PROGRAMS); do $$cxx $(WARN) $$unit; done; \
@@ -37,7 +37,7 @@ lint: .venv/ready
 	touch $@
 
 # In pip's build isolation, as a user gets it; editable, so that only C++ and Cython changes need a build.
-.venv/built: .venv/ready setup.py pyproject.toml $(HEADERS) $(UNITS) $(wildcard fastlinear/*.pyx fastlinear/*.pxd)
+.venv/built: .venv/ready setup.py pyproject.toml $(HEADERS) $(UNITS) $(wildcard fastlinear/*.pyx fastlinear/*.px[di])
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 

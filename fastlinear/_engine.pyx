@@ -6,8 +6,8 @@ import torch
 from torch.autograd import forward_ad, profiler
 
 from fastlinear._kernels cimport (
-    Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, STATIC, View, answers, as_rows, compute, is_float, look_at, need,
-    pool_size
+    STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute, is_float,
+    look_at, need, pool_size
 )
 from fastlinear._kernels import FORMATS
 

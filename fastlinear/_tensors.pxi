@@ -1,0 +1,120 @@
+# Part of _kernels.pyx: what a tensor is to the kernels.
+
+cdef object Tensor = torch.Tensor
+cdef tuple dtypes = (  # in the order of enum Format
+    torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int8, torch.uint8, torch.int16, torch.int32
+)
+FORMATS = {dtypes[i]: kFormatNames[i].decode() for i in range(kFloatFormats)}
+PACKED = {kFormatNames[i].decode(): dtypes[i] for i in range(kPackedFormats)}
+
+cdef enum:  # of enum Format
+    FP32, BF16, FP16, INT8WO, INT8, UINT8, INT16, INT32
+
+
+# DLPack's codes: 0 and 1 are integers with and without a sign, 2 is IEEE floating point, 4 is bfloat. Negative for what
+# no kernel reads.
+cdef inline int format_of(DlDataType t) noexcept:
+    if t.bits == 8:
+        return INT8 if t.code == 0 else UINT8 if t.code == 1 else -1
+    if t.code == 2:
+        return FP32 if t.bits == 32 else FP16 if t.bits == 16 else -1
+    return BF16 if t.code == 4 and t.bits == 16 else -1
+
+
+cdef DlExchangeApi* find_exchange_api():
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return NULL
+    api = <DlExchangeApi*> PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+    return api if api.major == 1 else NULL
+
+
+cdef DlExchangeApi* exchange_api = find_exchange_api()
+
+
+# False where `tensor` is not a dense CPU tensor of one of our formats with memory behind it. It must be exactly a
+# torch.Tensor or an nn.Parameter, since subclasses may not mean what their storage says; a negative view does not
+# either, and says so only by is_neg().
+cdef bint look_at(object tensor, View* v):
+    cdef DlTensor t
+    cdef int i
+    cdef int64_t elements = 1
+    if exchange_api == NULL:
+        return look_at_slowly(tensor, v)
+    try:
+        if exchange_api.peek(<void*> tensor, &t) != 0:
+            raise
+    except Exception:  # sparse, quantised, functorch-wrapped, meta ...: whatever DLPack refuses
+        return False
+    cdef int format = format_of(t.dtype)
+    if t.device.device_type != 1 or format < 0 or t.ndim > MAX_DIMS:
+        return False
+    v.data = <char*> t.data + t.byte_offset
+    v.format = <Format> format
+    v.ndim = t.ndim
+    for i in range(t.ndim):
+        v.shape[i] = t.shape[i]
+        v.stride[i] = t.strides[i]
+        elements *= t.shape[i]
+    return t.data != NULL or elements == 0
+
+
+cdef bint look_at_slowly(object tensor, View* v):
+    cdef int i
+    if (tensor.dtype not in dtypes[:INT16] or tensor.device.type != "cpu" or tensor.layout is not torch.strided
+            or tensor.is_nested or tensor.dim() > MAX_DIMS):
+        return False
+    v.data = <char*> <size_t> tensor.data_ptr()
+    i = INT8 if tensor.dtype is torch.int8 else dtypes.index(tensor.dtype)
+    v.format = <Format> i
+    v.ndim = tensor.dim()
+    for i in range(v.ndim):
+        v.shape[i] = tensor.size(i)
+        v.stride[i] = tensor.stride(i)
+    return v.data != NULL or tensor.numel() == 0
+
+
+# Folds all dimensions but the last into rows a constant stride apart; False where the memory has no such form.
+cdef bint as_rows(View* v, Matrix* rows) noexcept:
+    cdef int i
+    cdef int last = v.ndim - 1
+    rows.data, rows.format, rows.m, rows.stride = v.data, v.format, 1, v.shape[last]
+    for i in range(last):
+        rows.m *= v.shape[i]
+    if rows.m == 0 or v.shape[last] == 0:
+        return True
+    if v.stride[last] != 1:
+        return False
+    cdef int64_t expected = -1
+    for i in range(last - 1, -1, -1):
+        if v.shape[i] == 1:
+            continue
+        if expected == -1:
+            rows.stride = v.stride[i]
+        elif v.stride[i] != expected:
+            return False
+        expected = v.stride[i] * v.shape[i]
+    return True
+
+
+cdef View need(object tensor, str what, bint integers=False) except *:
+    cdef View v
+    fit = type(tensor) in (Tensor, torch.nn.Parameter) and look_at(tensor, &v) and not tensor.is_neg()
+    if not fit or not (integers or is_float(v.format)):
+        allowed = " or ".join([*FORMATS.values(), *(["int8", "uint8"] if integers else [])])
+        raise TypeError(f"{what} must be a dense {allowed} CPU tensor, not {describe(tensor)}")
+    return v
+
+
+# Numbers beside a weight, one for each of `n` channels or columns.
+cdef object need_vector(object values, object dtype, ptrdiff_t n, str what):
+    fit = isinstance(values, Tensor) and values.dtype is dtype and values.shape == (n,) and values.device.type == "cpu"
+    if not fit:
+        raise ValueError(f"{what} must be a {dtype} CPU tensor of shape ({n},), not {describe(values)}")
+    return values.detach().contiguous()
+
+
+cdef str describe(object value):
+    if not isinstance(value, Tensor) or value.is_nested:
+        return f"a {'nested tensor' if isinstance(value, Tensor) else type(value).__name__}"
+    return f"a {value.dtype} {value.layout} {type(value).__name__} of shape {tuple(value.shape)} on {value.device}"
