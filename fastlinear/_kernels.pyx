@@ -190,7 +190,7 @@ cdef class Epilogue:
 
 
 cdef bint check_affine(scale, zero) except -1:
-    return isinstance(zero, int) and 0 <= zero <= 255 and 1.2e-38 < scale < 3.4e38
+    return isinstance(zero, int) and 0 <= zero <= 255 and 2.0**-126 <= scale < 3.4e38
 
 
 ROW_KINDS = ("symmetric", "asymmetric", "static")  # in the order of enum RowKind

@@ -66,7 +66,8 @@ struct Kernel {
 
   // Whether it can run on a weight in this layout: its own, or one that the driver widens panel by panel.
   constexpr bool reads(const Layout& packed) const {
-    return packed == layout || (layout.format == Format::fp32 && packed.nr == layout.nr);
+    return packed == layout ||
+           (layout.format == Format::fp32 && packed.format <= Format::int8wo && packed.nr == layout.nr);
   }
 };
 
