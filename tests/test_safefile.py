@@ -224,11 +224,11 @@ def test_an_interrupt_leaves_no_litter(file: Path) -> None:
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
-    """A folder in its place, a folder that is not there: the system's error, with the user's path in it."""
+    """A folder in its place, a folder that is not there: the system's error, which names the folder."""
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         written(tmp_path / "folder")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="missing'$"):
         written(tmp_path / "missing" / "file")
     assert os.listdir(tmp_path) == ["folder"] and not os.listdir(tmp_path / "folder")
 
