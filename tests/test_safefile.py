@@ -228,7 +228,7 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         written(tmp_path / "folder")
-    with pytest.raises(FileNotFoundError, match="missing'$"):
+    with pytest.raises(FileNotFoundError, match=r"missing'$"):
         written(tmp_path / "missing" / "file")
     assert os.listdir(tmp_path) == ["folder"] and not os.listdir(tmp_path / "folder")
 
