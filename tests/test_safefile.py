@@ -294,6 +294,15 @@ def test_opening_reads_the_header_alone(tmp_path: Path) -> None:
 # ---- what is refused ----
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_a_mapping_asks_for_huge_pages(file: Path) -> None:
+    """The kernel's flags of the mapping say so."""
+    mapped = safefile.open_mapped(file)
+    about = Path("/proc/self/smaps").read_text().split(str(file))[1]
+    assert "hg" in next(line for line in about.splitlines() if line.startswith("VmFlags:")).split()
+    del mapped
+
+
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
     """A folder and a missing file give the system's error; a FIFO does not hang, and is no file of ours."""
     with pytest.raises(IsADirectoryError):
