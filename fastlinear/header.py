@@ -23,9 +23,8 @@ PAGE = 4096
 LENGTH = 8  # bytes of the number in front
 MAX_BYTES = 16 << 20  # some 100,000 tensors; what is parsed takes 24 times its size at worst
 MAX_DIMS = 64
-LIMIT = (
-    1 << 60
-)  # of any number, and of the elements of a tensor without its empty dimensions: strides must not overflow
+# Of any number, and of the elements of a tensor without its empty dimensions: strides must not overflow.
+LIMIT = 1 << 60
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -224,11 +224,11 @@ def test_an_interrupt_leaves_no_litter(file: Path) -> None:
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
-    """A folder in its place, a folder that is not there: the system's error, with the user's path in it."""
+    """A folder in its place, a folder that is not there: the system's error, which names the folder."""
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         written(tmp_path / "folder")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"missing'$"):
         written(tmp_path / "missing" / "file")
     assert os.listdir(tmp_path) == ["folder"] and not os.listdir(tmp_path / "folder")
 
@@ -292,6 +292,15 @@ def test_opening_reads_the_header_alone(tmp_path: Path) -> None:
 
 
 # ---- what is refused ----
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_a_mapping_asks_for_huge_pages(file: Path) -> None:
+    """The kernel's flags of the mapping say so."""
+    mapped = safefile.open_mapped(file)
+    about = Path("/proc/self/smaps").read_text().split(str(file))[1]
+    assert "hg" in next(line for line in about.splitlines() if line.startswith("VmFlags:")).split()
+    del mapped
 
 
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
