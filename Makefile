@@ -42,4 +42,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info fastlinear/*.so fastlinear/_*.cpp .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build *.egg-info fastlinear/*.so fastlinear/_*.cpp .mypy_cache .pytest_cache .ruff_cache .hypothesis

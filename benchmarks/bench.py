@@ -2,6 +2,8 @@
 
     python benchmarks/bench.py                    the whole grid, written to benchmarks/results/ (about 8 minutes)
     python benchmarks/bench.py --dtype bfloat16   weights and inputs in bf16; the fp32 FastLinear stands beside them
+    python benchmarks/bench.py --quantize int8    int8 weights and products, or int8wo: int8 weights only
+    python benchmarks/bench.py --quantize int8 --peers  and ONNX Runtime and OpenVINO beside, in processes of their own
     python benchmarks/bench.py --quick            a few shapes, nothing written
     python benchmarks/bench.py --isa avx2         all of it as on a CPU without AVX-512
 
@@ -19,7 +21,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from typing import Any
 import once
 import peers
 import plot
+import remote
 import shapes
 import summary
 import torch
-from roofline import Ceiling, Roofline
-from shapes import FP32, OURS
-from timing import Rotation, race
+from grid import run_grid
+from roofline import Roofline
+from shapes import FP32
 
 import fastlinear
 from fastlinear import _kernels
@@ -40,10 +42,6 @@ from fastlinear import _kernels
 RESULTS = Path(__file__).with_name("results")
 STATES = ("hot", "cold")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
-# Seconds, fewest and most rounds for one cell of the grid.
-FULL, QUICK = (1.2, 5, 40), (0.05, 3, 5)
-COLD_CACHES = 2  # copies of the weights fill the last-level cache so many times: none survives one turn of the rotation
-COLD_BYTES = 64 << 20  # at least
 # --isa: what keeps this package and each rival from wider instructions; read when they are loaded.
 LIMITS = {
     "avx2": {
@@ -51,6 +49,7 @@ LIMITS = {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
     }
 }
 
@@ -59,6 +58,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, biases and inputs")
+    parser.add_argument("--quantize", choices=peers.SCHEMES, help="weights of that dtype, for inputs of that dtype")
+    parser.add_argument("--peers", action="store_true", help="other engines beside --quantize; makes .venv-peers")
     parser.add_argument("--threads", type=shapes.parse_numbers, default=(1, 2), help="numbers of threads, as 1,2")
     parser.add_argument("--shapes", type=shapes.parse_shapes, help="KxN,KxN,...")
     parser.add_argument("--ms", type=shapes.parse_numbers, help="numbers of rows M, as 1,16,128")
@@ -71,17 +72,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="where the plot goes (PNG)")
     options = parser.parse_args()
     options.dtype = DTYPES[options.dtype]
+    options.form = options.quantize or _kernels.FORMATS[options.dtype]
+    if options.peers and (options.isa or options.form not in remote.RIVALS):
+        parser.error("--peers stand beside --quantize, and know nothing of --isa")
     options.states = tuple(options.states.split(","))
     if not set(options.states) <= set(STATES):
         parser.error(f"--states are {' and '.join(STATES)}, not {','.join(options.states)}")
     if not (options.quick or options.shapes or options.ms):
         limit = options.isa or os.environ.get("FASTLINEAR_MAX_ISA")
-        suffix = f"-{limit}" if limit else ""
-        default = RESULTS / f"{slug(fastlinear.cpu_info()['model'])}-{_kernels.FORMATS[options.dtype]}{suffix}.json"
+        widened = _kernels.FORMATS[options.dtype] if options.quantize and options.dtype is not torch.float32 else None
+        name = "-".join(filter(None, (slug(fastlinear.cpu_info()["model"]), options.form, widened, limit)))
+        default = RESULTS / f"{name}.json"
         options.json = options.json or default
         options.plot = options.plot or options.json.with_suffix(".png")
-    options.shapes = options.shapes or (shapes.QUICK_SHAPES if options.quick else shapes.SHAPES)
-    options.ms = options.ms or (shapes.QUICK_MS if options.quick else shapes.MS)
+    grid = shapes.QUICK if options.quick else shapes.GRIDS.get(options.form, shapes.GRID)
+    options.shapes, options.ms = options.shapes or grid.shapes, options.ms or grid.ms
     return options
 
 
@@ -89,97 +94,27 @@ def slug(cpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-") or "cpu"
 
 
-def run_grid(options: argparse.Namespace, roofline: Roofline, makers: peers.Makers) -> Iterator[dict[str, Any]]:
-    """The records of all cells (summary.py tells what is in one)."""
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for k, n in options.shapes:
-            layer = torch.nn.Linear(k, n, dtype=options.dtype)
-            layers = copies(options, layer, options.dtype)
-            fast = {OURS: peers.Fast(layers)}
-            if options.dtype is not torch.float32:
-                fast[FP32] = peers.Fast(copies(options, layer, torch.float32))
-            for m in options.ms:
-                with torch.inference_mode():
-                    yield from run_cell(options, roofline, makers, threads, m, layers, fast)
-
-
-def copies(options: argparse.Namespace, layer: torch.nn.Linear, dtype: torch.dtype) -> list[torch.nn.Linear]:
-    """As many as no cache holds, where cold weights are to be measured."""
-    wanted = max(COLD_BYTES, COLD_CACHES * int(fastlinear.cpu_info()["l3"]))
-    enough = max(2, -(-wanted // (dtype.itemsize * layer.weight.numel())))
-    return peers.copies(layer, enough if "cold" in options.states else 1, dtype)
-
-
-def run_cell(
-    options: argparse.Namespace,
-    roofline: Roofline,
-    makers: peers.Makers,
-    threads: int,
-    m: int,
-    layers: list[torch.nn.Linear],
-    fast: dict[str, peers.Fast],
-) -> Iterator[dict[str, Any]]:
-    n, k = layers[0].weight.shape
-    x = torch.randn(m, k).to(options.dtype)
-    tuned = {name: of_name.tune(x) for name, of_name in fast.items()}
-    _, chosen, tune_ms = tuned[OURS]
-    candidates = {name: peers.Candidate(make(layers, m), x) for name, make in makers.items()}
-    candidates |= {name: candidate for name, (candidate, *_) in tuned.items()}
-    if options.inductor and "hot" in options.states:
-        candidates["inductor"] = peers.Candidate(peers.inductor(layers, m), x)
-    peers.check(candidates, layers[0], x)
-    for state in options.states:
-        hot, size = state == "hot", x.itemsize
-        rotations = {
-            name: Rotation(calls[:1] if hot else calls, its_x)
-            for name, (calls, its_x) in candidates.items()
-            if hot or name != "inductor"
-        }
-        used = 1 if hot else len(layers)
-        ceiling = Ceiling(roofline, threads, size * (used * n * k + m * k + m * n + n), hot)
-        timings = race(rotations, ceiling, *effort(options))
-        yield {
-            "threads": threads,
-            "state": state,
-            "m": m,
-            "k": k,
-            "n": n,
-            "copies": used,
-            "us": {name: 1e6 * timing.quartile for name, timing in timings.items()},
-            "median_us": {name: 1e6 * timing.median for name, timing in timings.items()},
-            "rounds": timings[OURS].rounds,
-            "plan": f"{chosen.name} t{chosen.plan_threads} k/{chosen.k_slices}",
-            "source": chosen.source,
-            "tune_ms": tune_ms,
-            "beyond_l2": not hot or size * n * k > threads * int(fastlinear.cpu_info()["l2"]),
-            **ceiling.figures(m, k, n, size, timings[OURS].quartile),
-        }
-
-
-def effort(options: argparse.Namespace) -> tuple[float, int, int]:
-    return QUICK if options.quick else FULL
-
-
 def isas(form: str) -> tuple[str, str | None]:
-    """The ISA of the fp32 FMA, and the one that multiplies this format itself and sums up in fp32, if it runs here."""
-    rows = [row for row in fastlinear.kernels() if row["runnable"] and row["accumulate"] == "fp32"]  # best first
-    own = (row["isa"] for row in rows if row["rows"] == form != "fp32")
-    return next(row["isa"] for row in rows if row["format"] == "fp32"), next(own, None)
+    """The ISA whose multiply-adds are the roofline: the best for quantised weights, else that of the fp32 FMA; and the
+    one that multiplies this format itself and sums up in fp32, if it runs here."""
+    rows = [row for row in fastlinear.kernels() if row["runnable"]]  # best first
+    ours = (row["isa"] for row in rows if row["format"] == (form if form in peers.SCHEMES else FP32))
+    own = (row["isa"] for row in rows if row["rows"] == form != FP32 and row["accumulate"] == FP32)
+    return next(ours), next(own, None)
 
 
-def line(record: dict[str, Any]) -> str:
+def line(record: dict[str, Any], rivals: tuple[str, ...]) -> str:
     shape, us = f"{record['m']}x{record['k']}x{record['n']}", record["us"]
     times = " ".join(f"{name} {time:9.1f}" for name, time in us.items())
     own = f" (native {record['native_fraction']:4.0%})" if "native_fraction" in record else ""
     return (
         f"t{record['threads']} {record['state']:<4} {shape:<14} {times} us  roofline {record['fraction']:4.0%}{own}  "
-        f"over best {summary.over_best(record):5.2f}x  {record['plan']}"
+        f"over best {summary.over_best(record, rivals):5.2f}x  {record['plan']}"
     )
 
 
-def about() -> dict[str, Any]:
-    """Where and with what these figures were measured."""
+def about(python: Path | None) -> dict[str, Any]:
+    """Where and with what these figures were measured; python: of the rivals in other processes."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
@@ -193,6 +128,7 @@ def about() -> dict[str, Any]:
             "fastlinear": version("fastlinear"),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **(remote.versions(python) if python else {}),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
@@ -201,26 +137,28 @@ def about() -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, printing as it goes; what it returns is what the JSON holds."""
-    form = _kernels.FORMATS[options.dtype]
+    form, dtype = options.form, str(options.dtype).removeprefix("torch.")
     isa, native_isa = isas(form)
     roofline = Roofline(isa, native_isa)
-    makers, refused = peers.willing(options.dtype)
+    makers, refused = peers.willing(form, options.dtype)
+    python = remote.environment() if options.peers else None
     records = []
-    for record in run_grid(options, roofline, makers):
+    for record in run_grid(options, roofline, makers, python):
         records.append(record)
-        print(line(record), flush=True)
+        print(line(record, shapes.TARGETS[form].rivals), flush=True)
     torch.set_num_threads(1)
     document = {
         "format": 1,
-        "about": about(),
+        "about": about(python),
         "dtype": form,
+        "x": _kernels.FORMATS[options.dtype],
         "isa": isa,
         "native_isa": roofline.native,
-        "refused": refused,
+        "refused": refused | ({} if python else dict.fromkeys(remote.RIVALS.get(form, ()), "--peers asks for it")),
         "records": records,
-        "tiny_calls": once.tiny_calls(shapes.SMALL, options.dtype),
+        "tiny_calls": once.tiny_calls(shapes.SMALL, options.dtype, form),
         "tuning": once.tuning(records),
-        "once": once.once(1 if options.quick else 5, str(options.dtype).removeprefix("torch.")),
+        "once": once.once(1 if options.quick else 5, dtype, form),
         "summary": summary.summarise(records, isa, form),
     }
     print(summary.text(document["summary"]), summary.extras(document), sep="\n")

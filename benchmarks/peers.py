@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from timing import Call
+from timing import Call, Rotation, Sampled
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _engine, _kernels, planner
-from fastlinear.packs import pack
+from fastlinear import _engine, planner
+from fastlinear.candidates import Chosen
 
 Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
+
+
+class Contestant(Protocol):
+    """What is checked and timed: a Candidate, or a rival in another process (remote.py)."""
+
+    def answer(self) -> Tensor: ...
+    def rotation(self, hot: bool) -> Sampled: ...
 
 
 class Candidate(NamedTuple):
     calls: Sequence[Call]  # one for each copy of the layer
     x: Tensor  # what they are called with
 
+    def answer(self) -> Tensor:
+        """Of the last of the calls."""
+        y: Tensor = self.calls[-1](self.x)  # type: ignore[assignment]
+        return y
 
-def copies(layer: nn.Linear, count: int, dtype: torch.dtype) -> list[nn.Linear]:
+    def rotation(self, hot: bool) -> Sampled:
+        return Rotation(self.calls[:1] if hot else self.calls, self.x)
+
+
+def copies(layer: nn.Linear, count: int) -> list[nn.Linear]:
     """Layers of equal content, each with memory of its own."""
-    return [copy.deepcopy(layer).to(dtype).eval() for _ in range(count)]
+    return [copy.deepcopy(layer).eval() for _ in range(count)]
 
 
 def eager(layers: Sequence[nn.Linear], m: int) -> list[Call]:
@@ -70,35 +88,89 @@ def inductor(layers: Sequence[nn.Linear], m: int) -> list[Call]:
     return [torch.compile(nn.Sequential(layers[0], nn.ReLU()).eval(), mode="max-autotune", dynamic=False)]
 
 
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values [N, K], symmetric in each row, and the rows' scales fp32 [N]; as FastLinear's own."""
+    scale = weight.detach().float().abs().amax(1) / 127
+    return (weight.detach() / scale[:, None]).round().to(torch.int8), scale
+
+
+def quantize_dynamic(layers: Sequence[nn.Linear], m: int, engine: str) -> list[Call]:
+    """The operator in the modules that torch.ao.quantization.quantize_dynamic makes, relu fused, a scale a row."""
+    torch.backends.quantized.engine = engine  # is asked when a weight is packed, by nobody else here
+    run = torch.ops.quantized.linear_relu_dynamic.default
+
+    def call(layer: nn.Linear) -> Call:
+        _, scale = quantised(layer.weight)
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        weight = torch.quantize_per_channel(layer.weight.detach(), scale, zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(weight, layer.bias.detach())
+        return lambda x: run(x, packed, engine == "x86")  # x in 7 bits: FBGEMM's sums of two would saturate on AVX2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it will part with all this
+        return [call(layer) for layer in layers]
+
+
+def int8pack(layers: Sequence[nn.Linear], m: int) -> list[Call]:
+    """ATen's weight-only operator, then bias and relu in place."""
+    run = torch.ops.aten._weight_int8pack_mm.default
+
+    def call(layer: nn.Linear) -> Call:
+        (weight, scale), bias = quantised(layer.weight), layer.bias
+        scale = scale.to(bias.dtype)
+        return lambda x: torch.relu_(run(x, weight, scale).add_(bias))
+
+    return [call(layer) for layer in layers]
+
+
 PEERS: Makers = {
     "nn.Linear": eager,
     **({"mkl": mkl} if torch.backends.mkl.is_available() else {}),
     **({"onednn": onednn} if torch.backends.mkldnn.is_available() else {}),
 }
+QUANTISED: dict[str, Makers] = {  # by format; others have PEERS
+    "int8": {
+        "nn.Linear": eager,
+        **{
+            f"torch_{engine}": functools.partial(quantize_dynamic, engine=engine)
+            for engine in ("x86", "onednn")
+            if engine in torch.backends.quantized.supported_engines
+        },
+    },
+    "int8wo": {"nn.Linear": eager, "int8pack": int8pack},
+}
+SCHEMES = {"int8": "Int8Dynamic", "int8wo": "Int8WeightOnly"}  # by format, what fastlinear calls it
 
 
-def willing(dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
-    """The peers that run in this dtype on this CPU, and what the others say to it."""
+def willing(form: str, dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
+    """The peers that run in this format, x of this dtype, on this CPU; and what is to be said of the others: the words
+    of those that refuse, and who computes something else (oneDNN's sums of int8 saturate on AVX2)."""
     makers, refused = {}, {}
-    layer, x = nn.Linear(64, 64, dtype=dtype), torch.randn(16, 64).to(dtype)
-    for name, make in PEERS.items():
+    layer, x = nn.Linear(512, 64, dtype=dtype), torch.randn(16, 512).to(dtype)
+    for name, make in QUANTISED.get(form, PEERS).items():
         try:
             with torch.inference_mode():
-                make([layer], len(x))[0](x)
-        except RuntimeError as error:
+                check({name: Candidate(make([layer], len(x)), x)}, form, layer, x)
+        except (RuntimeError, AssertionError) as error:
             refused[name] = str(error).splitlines()[0]
         else:
             makers[name] = make
     return makers, refused
 
 
+def options(form: str) -> dict[str, Any]:
+    """What fastlinear.convert is told, for packed weights of a format; nothing where that is their own."""
+    return {"quantize": getattr(fastlinear, SCHEMES[form])()} if form in SCHEMES else {}
+
+
 class Fast:
     """The FastLinear of each layer, for x of its dtype; packed once, tuned once for each M, all on the same plan."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.modules = [fastlinear.FastLinear.from_linear(layer, activation="relu") for layer in layers]
+    def __init__(self, layers: Sequence[nn.Linear], form: str) -> None:
+        stock = (nn.Sequential(layer, nn.ReLU()).eval() for layer in layers)
+        self.modules: list[Any] = [fastlinear.convert(model, **options(form))[0] for model in stock]
 
-    def tune(self, x: Tensor) -> tuple[Candidate, planner.Chosen, float]:
+    def tune(self, x: Tensor) -> tuple[Candidate, Chosen, float]:
         """Lets the first layer choose its plan for x, in the layers' dtype, and gives it to the others; the modules to
         call, the choice, and its milliseconds."""
         first, *others = self.modules
@@ -106,34 +178,25 @@ class Fast:
         start = time.perf_counter()
         first(x)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        m, form = _engine.bucket(len(x)), _kernels.FORMATS[x.dtype]
-        (chosen,) = (plan for plan in first.plans if plan.bucket == m)
-        problem = planner.Problem(
-            m=m,
-            n=first.out_features,
-            k=first.in_features,
-            x=form,
-            packed=form,
-            held=form,
-            accumulate="fp32",
-            bias=True,
-            activation=first.activation,
-            transposed=False,
-            threads=chosen.threads,
-        )
-        for module in others:
-            if not module.pack_nbytes:
-                module._engine.take(module.weight, module.weight._version, pack(module.weight, x.dtype))
-            plan = planner.executable(chosen, problem, module.weight.detach())
-            module._engine.plan_for(m, chosen.threads, x.dtype, plan)
+        (chosen,) = (plan for plan in first.plans if plan.bucket == _engine.bucket(len(x)))
+        with mock.patch.object(planner, "decide", return_value=chosen):
+            for module in others:
+                module(x)
         return Candidate(self.modules, x), chosen, milliseconds
 
 
-def check(candidates: dict[str, Candidate], layer: nn.Linear, x: Tensor) -> None:
-    """All candidates compute relu(layer(x)), as it is in fp32; AssertionError naming the one that does not."""
+def check(candidates: Mapping[str, Contestant], form: str, layer: nn.Linear, x: Tensor) -> None:
+    """All candidates compute relu(layer(x)), as it is in fp32; AssertionError naming the one that does not.
+
+    In a float format every element has to be right within rounding. Quantising moves each by a share of the largest:
+    there the norm of the error is what may be at most 3 % of that of y."""
     want = torch.relu(F.linear(x.float(), layer.weight.float(), layer.bias.float()))
     tolerance = 1e-3 + 4 * torch.finfo(x.dtype).eps
     for name, candidate in candidates.items():
-        y: Tensor = candidate.calls[-1](candidate.x)  # type: ignore[assignment]
-        if not torch.allclose(y.float(), want, rtol=tolerance, atol=tolerance):
+        y = candidate.answer().float()
+        if form in SCHEMES and y.shape == want.shape:
+            close = bool((y - want).norm() <= 0.03 * want.norm())
+        else:
+            close = y.shape == want.shape and torch.allclose(y, want, rtol=tolerance, atol=tolerance)
+        if not close:
             raise AssertionError(f"{name} does not compute relu(linear(x)) for {x.dtype} x of shape {tuple(x.shape)}")

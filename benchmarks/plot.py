@@ -12,7 +12,8 @@ from typing import Any
 def draw(document: dict[str, Any], path: Path) -> None:
     """One panel for each number of threads (rows) and state (columns), one line for each (K, N).
 
-    1 is the roofline of fp32 FMA; a dotted line marks the peak of the dtype's own instruction, where the CPU has one.
+    1 is the roofline of the document's ISA; a dotted line marks the peak of the dtype's own instruction, where the CPU
+    has another.
     """
     import matplotlib
 

@@ -50,6 +50,23 @@ constexpr size_t kGroup = 8 * kLine;  // what one step of a reading loop takes
   for (__m512& s : sum) asm volatile("" : : "v"(s));
 }
 
+// 4 x 3 is less than what any byte may be: the time does not depend on it.
+[[gnu::target("avx512f,avx512vnni")]] void multiply_add_avx512_vnni() {
+  __m512i sum[kChains], a = _mm512_set1_epi8(4), b = _mm512_set1_epi8(3);
+  for (__m512i& s : sum) s = _mm512_setzero_si512();
+  for (size_t i = 0; i < kSteps; ++i)
+    for (__m512i& s : sum) s = _mm512_dpbusd_epi32(s, a, b);
+  for (__m512i& s : sum) asm volatile("" : : "v"(s));
+}
+
+[[gnu::target("avx2,avxvnni")]] void multiply_add_avx_vnni() {
+  __m256i sum[kChains], a = _mm256_set1_epi8(4), b = _mm256_set1_epi8(3);
+  for (__m256i& s : sum) s = _mm256_setzero_si256();
+  for (size_t i = 0; i < kSteps; ++i)
+    for (__m256i& s : sum) s = _mm256_dpbusd_avx_epi32(s, a, b);
+  for (__m256i& s : sum) asm volatile("" : : "x"(s));
+}
+
 // Reads `streams` parts of [data, data + bytes) side by side, as a kernel reads its panels; `ahead` bytes are
 // prefetched, 0 for none. Two registers a line on AVX2, one on AVX-512.
 template <size_t kStreams>
@@ -97,6 +114,10 @@ const Probe kProbes[] = {
     {"avx512", __builtin_cpu_supports("avx512f") != 0, 2.0 * 16 * kChains * kSteps, multiply_add_avx512, read_avx512<1>,
      read_avx512<4>},
     {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, 2.0 * 32 * kChains * kSteps, multiply_add_avx512_bf16,
+     read_avx512<1>, read_avx512<4>},
+    {"avx_vnni", __builtin_cpu_supports("avxvnni") != 0, 2.0 * 32 * kChains * kSteps, multiply_add_avx_vnni,
+     read_avx2<1>, read_avx2<4>},
+    {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0, 2.0 * 64 * kChains * kSteps, multiply_add_avx512_vnni,
      read_avx512<1>, read_avx512<4>},
 };
 

@@ -3,9 +3,9 @@
 attainable seconds = max(2 M N K / FMA peak, bytes to read / read bandwidth of that working set)
 
 (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009.) Bytes to read are the weight, x and the bias, each once.
-The FMA peak is that of fp32 for every dtype; where the CPU multiplies the dtype itself, the peak of that instruction
-is measured too, as the "native" one. All figures are sampled once a round, so a drifting frequency or a busy neighbour
-hits ceiling and candidates alike.
+The FMA peak is that of fp32 for every floating dtype; where the CPU multiplies the dtype itself, the peak of that
+instruction is measured too, as the "native" one. For int8 it is the peak of VNNI where the CPU has it. All figures are
+sampled once a round, so a drifting frequency or a busy neighbour hits ceiling and candidates alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _BYTES_A_LOOK, _BYTES_A_SAMPLE = 2 << 20, 64 << 20
 class Roofline:
     """Compiles the probes with $CXX (g++ if unset) and measures with them.
 
-    isa: of the fp32 FMA and the reads, "avx2" or "avx512". native: whose multiply-adds are measured beside them, as
+    isa: of the multiply-adds and the reads, a row of kProbes: "avx2" and "avx512" are fp32 FMA, "avx_vnni" and
+    "avx512_vnni" sums of four byte products. native: whose multiply-adds are measured beside them, as
     "avx512_bf16"; `native` is None where that is not to be had.
     """
 
@@ -47,11 +48,11 @@ class Roofline:
         self._fma.argtypes = [ctypes.c_char_p, size, size]
         self._read.argtypes = [ctypes.c_char_p, *[size] * 6]
         if self.flops(1) == 0:
-            raise ValueError(f"the roofline knows avx2 and avx512, where the CPU has them, not {isa}")
+            raise ValueError(f"the roofline has no probe for {isa}, or this CPU has no {isa}")
         self.native = native if native and self.flops(1, native) else None
 
     def flops(self, threads: int, isa: str | None = None) -> float:
-        """Operations a second of so many threads, an FMA being two: of fp32 FMAs, or of what `isa` stands for."""
+        """Operations a second of so many threads, an FMA being two: of its own ISA, or of `isa`."""
         return float(self._fma((isa or self._isa).encode(), threads, _FMA_REPEATS))
 
     def bandwidth(self, threads: int, nbytes: int, variant: tuple[int, int], hot: bool) -> float:
@@ -90,11 +91,11 @@ class Ceiling:
         """Of the variant that reads fastest here."""
         return max(upper_quartile(rates) for rates in self._reads.values() if rates)
 
-    def figures(self, m: int, k: int, n: int, itemsize: int, seconds: float) -> dict[str, float]:
+    def figures(self, m: int, k: int, n: int, itemsizes: tuple[int, int], seconds: float) -> dict[str, float]:
         """What a record says of the roofline, and of the native one if there is one; `seconds` is FastLinear's time."""
-        least = attainable(m, k, n, self.flops, self.bandwidth, itemsize)
+        least = attainable(m, k, n, self.flops, self.bandwidth, itemsizes)
         figures = {
-            "bytes": bytes_read(m, k, n, itemsize),
+            "bytes": bytes_read(m, k, n, itemsizes),
             "fma_gflops": self.flops / 1e9,
             "read_gbs": self.bandwidth / 1e9,
             "attainable_us": 1e6 * least,
@@ -102,7 +103,7 @@ class Ceiling:
         }
         if self._native:
             flops = upper_quartile(self._native)
-            least = attainable(m, k, n, flops, self.bandwidth, itemsize)
+            least = attainable(m, k, n, flops, self.bandwidth, itemsizes)
             figures |= {
                 "native_gflops": flops / 1e9,
                 "native_attainable_us": 1e6 * least,
@@ -116,10 +117,12 @@ def upper_quartile(rates: Sequence[float]) -> float:
     return sorted(rates, reverse=True)[len(rates) // 4]
 
 
-def attainable(m: int, k: int, n: int, flops: float, bandwidth: float, itemsize: int = 4) -> float:
-    """Seconds that a product [m, k] x [n, k]^T + [n], all elements of so many bytes, takes at least."""
-    return max(2 * m * n * k / flops, bytes_read(m, k, n, itemsize) / bandwidth)
+def attainable(m: int, k: int, n: int, flops: float, bandwidth: float, itemsizes: tuple[int, int] = (4, 4)) -> float:
+    """Seconds that a product [m, k] x [n, k]^T + [n] takes at least; itemsizes: see bytes_read."""
+    return max(2 * m * n * k / flops, bytes_read(m, k, n, itemsizes) / bandwidth)
 
 
-def bytes_read(m: int, k: int, n: int, itemsize: int = 4) -> int:
-    return itemsize * (n * k + m * k + n)
+def bytes_read(m: int, k: int, n: int, itemsizes: tuple[int, int] = (4, 4)) -> int:
+    """itemsizes: bytes of an element of x and bias, and of the weight."""
+    of_x, of_weight = itemsizes
+    return of_weight * n * k + of_x * (m * k + n)

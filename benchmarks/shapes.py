@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-MS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-SHAPES = ((384, 384), (384, 1536), (768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 4096))
-QUICK_MS = (1, 16, 64)
-QUICK_SHAPES = ((384, 384), (768, 768))
+
+class Grid(NamedTuple):
+    ms: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # (K, N)
+
+
+GRID = Grid(
+    (1, 2, 4, 8, 16, 32, 64, 128, 512),
+    ((384, 384), (384, 1536), (768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 4096)),
+)
+INT8 = Grid((1, 4, 8, 16, 32, 64, 128, 512), ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)))
+GRIDS = {"int8": INT8, "int8wo": INT8}  # by format; others have GRID
+QUICK = Grid((1, 16, 64), ((384, 384), (768, 768)))
 SMALL = (64, 16, 32)  # M, K, N of a layer so small that the call around the kernel decides
 
-
-OURS, LINEAR, FP32 = "fastlinear", "nn.Linear", "fp32"  # the last: the fp32 FastLinear beside a 16-bit one
+OURS, LINEAR, FP32 = "fastlinear", "nn.Linear", "fp32"  # the last: the fp32 FastLinear beside one of fewer bits
 RIVALS = (LINEAR, "mkl", "onednn")  # "the best of them"; Inductor and fp32 are shown beside
+ONNX, TORCH = ("onnxruntime",), ("torch_x86", "torch_onednn")
+INT8_RIVALS = (*ONNX, *TORCH, "openvino")
+INT8_PACKS = "at most 0.255 of fp32, plus scales"
 
 
 class Band(NamedTuple):
@@ -40,6 +51,8 @@ class Goal(NamedTuple):
 class Targets(NamedTuple):
     bands: tuple[Band, ...]
     goals: tuple[Goal, ...]
+    rivals: tuple[str, ...] = RIVALS
+    packs: str = "at most 1"  # bytes of packed weights over those of the layers they came from
 
 
 def _sixteen_bit(small: float, medium: float, large: float, over_linear: float) -> Targets:
@@ -75,6 +88,32 @@ TARGETS = {
     ),
     "bf16": _sixteen_bit(0.80, 0.88, 0.92, over_linear=5.0),
     "fp16": _sixteen_bit(0.75, 0.85, 0.90, over_linear=9.0),
+    "int8": Targets(
+        (
+            Band("M = 1", 1, 1, {"avx512_vnni": 0.90, "avx_vnni": 0.90}),
+            Band("M = 2..15", 2, 15, {}),
+            Band("M >= 16", 16, math.inf, {"avx512_vnni": 0.90, "avx_vnni": 0.90}),
+        ),
+        (
+            Goal("ONNX Runtime, M >= 64", ONNX, 1.3, everywhere=False, least=64),
+            Goal("quantize_dynamic, M >= 64", TORCH, 1.4, everywhere=False, least=64),
+            Goal("the best of int8, M <= 16", INT8_RIVALS, 1.25, everywhere=False, most=16),
+            Goal("the best on every shape, M <= 16", INT8_RIVALS, 0.95, everywhere=True, most=16),
+            Goal("fp32, M >= 32", (FP32,), 1.3, everywhere=False, least=32),
+        ),
+        (LINEAR, *INT8_RIVALS),
+        INT8_PACKS,
+    ),
+    "int8wo": Targets(
+        (
+            Band("M = 1", 1, 1, {"avx512": 0.85, "avx2": 0.85}),
+            Band("M = 2..31", 2, 31, {}),
+            Band("M >= 32", 32, math.inf, {"avx512": 0.75, "avx2": 0.75}),
+        ),
+        (),
+        (LINEAR, "int8pack", "openvino_fp32"),
+        INT8_PACKS,
+    ),
 }
 
 

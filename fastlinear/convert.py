@@ -7,22 +7,23 @@ half-converted.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastlinear import fusion, linear
+from fastlinear import chains, fusion, linear
 from fastlinear.bypass import allow_bypass, forbid_bypasses
+from fastlinear.fitness import taken_over
 from fastlinear.freeze import freeze as freeze_model
 from fastlinear.freeze import unfreeze
+from fastlinear.precision import Precision, Wanted, wanted
+from fastlinear.schemes import Scheme
 from fastlinear.selection import REASON, Filter, Patterns, choose
+from fastlinear.tuning import check_example, check_module, fast_layers, run_to_tune
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,6 +39,7 @@ def convert(
     filter_fn: Filter | None = None,
     dtype: torch.dtype | None = None,
     accumulate: str = "fp32",
+    quantize: Scheme | None = None,
     fuse: bool = True,
     inplace: bool = False,
     freeze: bool = False,
@@ -58,16 +60,19 @@ def convert(
         As this is lossy for a parameter of another dtype, an `lm_head`, and a layer whose weight has a second use (an
         embedding's, say), are then left alone unless `include` matches them.
     accumulate: "fp16" admits kernels that sum up to 64 products in fp16 before they go on in fp32.
+    quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits; as lossy as
+        `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
         a module whose source says so. Hooks put on such a layer later see activated output, and a model in which it
         is wrapped (by LoRA, say) or replaced later raises RuntimeError: do that first, or pass fuse=False.
     freeze: drop the weights of the converted layers, as `freeze(model)` does. With `inplace` each goes as soon as it
-        is packed, so that memory peaks at the model and one layer; what `dtype` rounds is then lost, and an error in
-        tuning leaves the model converted.
+        is packed, so that memory peaks at the model and one layer; what `dtype` or `quantize` rounds is then lost, and
+        an error in tuning leaves the model converted.
     tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
 
-    Layers that are fast already stay as they are, unless `dtype` or `accumulate` is given: then they take both.
+    Layers that are fast already stay as they are, unless `dtype`, `accumulate` or `quantize` is given: then they take
+    all three.
 
     nn.TransformerEncoder leaves torch's fused fast path, which would bypass the converted layers; as always without
     that path, outputs at padded positions are arbitrary instead of zero.
@@ -76,8 +81,8 @@ def convert(
     layer and of a model with nothing to convert.
     """
     _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
-    linear.check_precision(dtype, accumulate)
-    reasons = choose(model, include, exclude, filter_fn, dtype, accumulate)
+    asked = wanted(dtype, accumulate, quantize)
+    reasons = choose(model, include, exclude, filter_fn, asked)
     chosen = [layer for layer, reason in reasons.items() if reason is None and not linear.is_fast(layer)]
     fast = [layer for layer, reason in reasons.items() if reason is None and linear.is_fast(layer)]
     pairs = fusion.find_pairs(model, set(chosen)) if fuse else []
@@ -89,22 +94,27 @@ def convert(
     with ExitStack() as undo:
         for layer in chosen:
             mode = "off" if tune == "off" else "lazy"
-            linear.adopt(twin[layer], activations.get(layer), mode, names[layer], dtype, accumulate)
+            name, over = names[layer], taken_over(layer, asked)
+            if over is not None:  # which `release` would bring back as numbers
+                undo.callback(twin[layer]._parameters.__setitem__, "weight", layer._parameters["weight"])
+            linear.adopt(twin[layer], activations.get(layer), mode, name, asked.of(name), over)
             undo.callback(linear.release, twin[layer])
         for layer in fast:
-            undo.callback(linear.set_precision, twin[layer], *linear.precision(layer))
-            linear.set_precision(twin[layer], dtype or linear.precision(layer)[0], accumulate)
+            _set_precision(undo, twin[layer], _next(linear.precision_of(layer), asked, names[layer]))
         for pair in pairs:
             there = pair._replace(linear=twin[pair.linear], home=twin[pair.home], holder=twin[pair.holder])
             fusion.absorb(there)
             undo.callback(fusion.restore, there.holder, there.slot)
+        if asked.scheme is not None and asked.scheme.chain:
+            for first, out in chains.find(result, {twin[layer] for layer in (*chosen, *fast)}):
+                _set_precision(undo, first, linear.precision_of(first)._replace(out=out))
         for module in forbid_bypasses(result):
             undo.callback(allow_bypass, module)
         if freeze:
             undo.pop_all()  # a weight that is gone cannot be brought back
             freeze_model(result)
         if tune == "now":
-            _tune(result, example_inputs, None)
+            run_to_tune(result, example_inputs, None)
         undo.pop_all()
     for layer, reason in reasons.items():
         if reason is not None and not linear.is_fast(layer):
@@ -113,12 +123,24 @@ def convert(
     return result
 
 
+def _next(before: Precision, asked: Wanted, name: str) -> Precision:
+    """What a layer that is fast already is told to compute in."""
+    if asked.packed is None:
+        return before._replace(accumulate=asked.everywhere.accumulate)
+    return asked.of(name)
+
+
+def _set_precision(undo: ExitStack, layer: nn.Module, precision: Precision) -> None:
+    undo.callback(linear.set_precision, layer, linear.precision_of(layer))
+    linear.set_precision(layer, precision)
+
+
 def unconvert(model: Model) -> Model:
     """Undo `convert` and `freeze` in place, with activations and torch's encoder fast path, and return the model.
 
     A FastLinear whose activation was not absorbed from within `model` stays, with a warning: nn.Linear has none.
     """
-    _check_module("unconvert", model)
+    check_module("unconvert", model)
     unfreeze(model)
     for module in list(model.modules()):
         for slot, child in list(module._modules.items()):
@@ -145,60 +167,10 @@ def refresh(model: Model) -> Model:
 
     Needed only after a write that torch does not count, such as `weight.data.copy_(...)`. Frozen layers keep theirs.
     """
-    _check_module("refresh", model)
-    for layer in _fast_layers(model):
+    check_module("refresh", model)
+    for layer in fast_layers(model):
         linear.refresh(layer)
     return model
-
-
-def tune(model: Model, example: Any, *, progress: bool | None = None) -> Model:
-    """Run `model` once without gradients, so that every fast layer chooses its kernels now, and return it.
-
-    example: what to call the model with: a tensor, a tuple of arguments, or a mapping of keyword arguments. Each batch
-        size is tuned for itself: call this once with every one that matters.
-    progress: show a bar over the layers, which needs tqdm; None shows it on a terminal where tqdm is installed.
-    """
-    _check_module("tune", model)
-    _check_example(example)
-    if progress and importlib.util.find_spec("tqdm") is None:
-        raise ImportError("tune(progress=True) needs the package tqdm, which is not installed")
-    _tune(model, example, progress)
-    return model
-
-
-def _tune(model: nn.Module, example: Any, progress: bool | None) -> None:
-    pending = set(_fast_layers(model))
-    if not pending:
-        warnings.warn(f"nothing to tune: {type(model).__name__} has no fast layer", stacklevel=3)
-    if any(layer.training for layer in pending):
-        warnings.warn(f"{type(model).__name__} is in training mode, where fast layers run as torch's do", stacklevel=3)
-    with ExitStack() as stack:
-        advance = _progress(stack, len(pending), progress)
-
-        def done(layer: nn.Module, *_: Any) -> None:
-            if layer in pending:
-                pending.discard(layer)
-                advance()
-
-        for layer in tuple(pending):
-            stack.callback(layer.register_forward_hook(done).remove)
-        stack.enter_context(torch.no_grad())
-        if isinstance(example, Mapping):
-            model(**example)
-        else:
-            model(*example) if isinstance(example, tuple) else model(example)
-    if pending:
-        _log.info("the example did not reach %d fast layers of %s", len(pending), type(model).__name__)
-
-
-def _progress(stack: ExitStack, total: int, wanted: bool | None) -> Callable[[], object]:
-    """What to call after each of `total` steps."""
-    if not (sys.stderr.isatty() if wanted is None else wanted) or importlib.util.find_spec("tqdm") is None:
-        return lambda: None
-    from tqdm import tqdm
-
-    update: Callable[[], object] = stack.enter_context(tqdm(total=total, desc="tuning", unit="layer")).update
-    return update
 
 
 def _copy_sharing_tensors(model: Model) -> Model:
@@ -210,12 +182,8 @@ def _copy_sharing_tensors(model: Model) -> Model:
         raise TypeError(f"{type(model).__name__} cannot be copied ({error}): convert it with inplace=True") from error
 
 
-def _fast_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if linear.is_fast(module)]
-
-
 def _check_arguments(model: object, filter_fn: object, flags: dict[str, Any], tune: object, example: object) -> None:
-    _check_module("convert", model)
+    check_module("convert", model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a function of (module, name) or None, but is {filter_fn!r}")
     for name, flag in flags.items():
@@ -228,17 +196,4 @@ def _check_arguments(model: object, filter_fn: object, flags: dict[str, Any], tu
     if tune != "now" and example is not None:
         raise ValueError(f"example_inputs are used by tune='now' alone, but tune is {tune!r}")
     if example is not None:
-        _check_example(example)
-
-
-def _check_module(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}() takes an nn.Module, but was given {type(model).__name__}")
-
-
-def _check_example(example: object) -> None:
-    if not isinstance(example, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            "the example must be a tensor, a tuple of arguments or a mapping of keyword arguments, "
-            f"but is of type {type(example).__name__}"
-        )
+        check_example(example)

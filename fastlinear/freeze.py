@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastlinear import ops
+from fastlinear import op_form
 from fastlinear.frozen import Freezable, freeze_layer, is_frozen, thaw_layer
 from fastlinear.packs import why_unfit
 
@@ -64,12 +64,15 @@ def _alone(model: nn.Module) -> list[list[Freezable]]:
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                users[ops.address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
+                users[op_form.address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
     groups = []
     for uses in users.values():
         fast = [module for module, name, _ in uses if name == "weight" and isinstance(module, Freezable)]
         if len(fast) == len(uses) and not any(map(why_unfit, fast)):
-            kinds = {(key, layer.pack_dtype, layer._transposed) for layer, (*_, key) in zip(fast, uses, strict=True)}
+            kinds = {
+                (key, layer.packed_as, layer._transposed, id(layer.precision.smooth))
+                for layer, (*_, key) in zip(fast, uses, strict=True)
+            }
             groups += [fast] if len(kinds) == 1 else []
     return groups
 

@@ -17,10 +17,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, ops, planner, torch_plans
+from fastlinear import _kernels, op_form, planner, torch_plans
 from fastlinear._engine import Engine
 from fastlinear.candidates import Chosen
 from fastlinear.packs import lock, pack, record_of, why_unfit
+from fastlinear.precision import Precision, dtype_of_rows
+from fastlinear.quality import note
 
 _OFTEN = 32  # reads of a weight by others after which it is kept unpacked
 
@@ -29,13 +31,20 @@ class Frozen:
     """What frozen layers have instead of a weight.
 
     packed: the weight [n, k]; dtype: what the Parameter was in, and will be again; requires_grad: likewise; origin: for
-    the report, in a few words, where the pack comes from if it was not packed here ("repacked from bf16/32x2").
+    the report, in a few words, where the pack comes from if it was not packed here ("repacked from bf16/32x2"); smooth:
+    fp32 [k] that the columns of the weight were divided by before they were packed, None for 1.
     """
 
     def __init__(
-        self, packed: _kernels.Packed, dtype: torch.dtype, requires_grad: bool = False, origin: str = ""
+        self,
+        packed: _kernels.Packed,
+        dtype: torch.dtype,
+        requires_grad: bool = False,
+        origin: str = "",
+        smooth: Tensor | None = None,
     ) -> None:
         self.packed, self.dtype, self.requires_grad, self.origin = packed, dtype, requires_grad, origin
+        self.smooth = smooth
         self.layers: WeakSet[Freezable] = WeakSet()  # those that are tied by this
         self.reads = 0  # by others than the layer itself
         self.kept: Tensor | None = None
@@ -44,7 +53,7 @@ class Frozen:
 
     def unpack(self, transposed: bool) -> Tensor:
         """The weight as the Parameter had it: [n, k], or [k, n] if transposed."""
-        weight = ops.unpack(self.panels, *self.form).to(self.dtype)
+        weight = op_form.unpack(self.panels, *self.form, self.smooth).to(self.dtype)
         return weight.t().contiguous() if transposed else weight
 
     def read(self, transposed: bool) -> Tensor:
@@ -58,15 +67,26 @@ class Frozen:
         self.kept = weight if plain and self.reads > _OFTEN else None
         return weight
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
-        return Frozen(self.packed, self.dtype, self.requires_grad, self.origin)  # copied layers are tied by the copy
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:  # copied layers are tied by the copy
+        return Frozen(self.packed, self.dtype, self.requires_grad, self.origin, self.smooth)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _packed_again, (self.packed.unpack(), self.dtype, self.requires_grad)
+        packed = self.packed
+        contents = packed.format, packed.unpack(), packed.scale, packed.zero
+        return _packed_again, (*contents, self.dtype, self.requires_grad, self.smooth)
 
 
-def _packed_again(weight: Tensor, dtype: torch.dtype, requires_grad: bool) -> Frozen:
-    return Frozen(pack(weight, weight.dtype), dtype, requires_grad)
+def _packed_again(
+    packed_as: str,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    dtype: torch.dtype,
+    requires_grad: bool,
+    smooth: Tensor | None,
+) -> Frozen:
+    packed = _kernels.Packed(weight, planner.layout(packed_as), scale, zero)
+    return Frozen(packed, dtype, requires_grad, smooth=smooth)
 
 
 class Freezable(nn.Module):
@@ -81,7 +101,11 @@ class Freezable(nn.Module):
         raise NotImplementedError
 
     @property
-    def pack_dtype(self) -> torch.dtype:
+    def packed_as(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def precision(self) -> Precision:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -162,10 +186,12 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
             raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
         weight = layer._parameters["weight"]
         # It may have changed in a way that torch does not count.
-        packed = pack(weight, layer.pack_dtype, layer._transposed, compare=True)
-        frozen = Frozen(packed, weight.dtype, weight.requires_grad)
+        packed = pack(weight, layer.precision, layer._transposed, compare=True)
+        note(layer, packed)
+        frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
         for each in (layer, *tied):
             chosen = [chosen for (engine, *_), chosen in each._chosen.items() if engine is each._engine]
+            vars(each)["_precision"] = each._precision._replace(sample=None)  # it has served
             hold(each, frozen)
             _plan_again(each, chosen)
 
@@ -173,9 +199,9 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
 def _plan_again(layer: Freezable, plans: list[Chosen]) -> None:
     """Spares a layer that was just frozen the tuning of what it ran before; torch's own ways need the weight."""
     for chosen in plans:
-        if chosen.name not in torch_plans.NAMES:
+        if chosen.name not in torch_plans.NAMES and not chosen.refused:
             key = layer._engine, chosen.threads, chosen.x, chosen.bucket
-            layer._engine.plan_for(chosen.bucket, chosen.threads, planner.DTYPES[chosen.x], planner.native(chosen))
+            layer._engine.plan_for(chosen.bucket, chosen.threads, dtype_of_rows(chosen.x), planner.native(chosen))
             layer._chosen[key] = chosen
 
 

@@ -71,12 +71,7 @@ def find_pairs(model: nn.Module, linears: Container[nn.Module]) -> list[Pair]:
     A layer that stands at two places of the model, or that has hooks (they must see its output as it was), absorbs
     nothing.
     """
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                places[child].append((module, name))
-    single = {child: where[0] for child, where in places.items() if len(where) == 1}
+    single = single_places(model)
     absorbing = {child for child in single if child in linears and not has_hooks(child)}
     found: dict[tuple[nn.Module, str], Pair] = {}
     for module in model.modules():
@@ -85,6 +80,16 @@ def find_pairs(model: nn.Module, linears: Container[nn.Module]) -> list[Pair]:
             if linear in absorbing and activation is not None:
                 found[holder, slot] = Pair(linear, *single[linear], holder, slot, activation)
     return list(found.values())
+
+
+def single_places(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """The modules within `model` that stand at one place only, and where: the parent, and what that calls them."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places[child].append((module, name))
+    return {child: where[0] for child, where in places.items() if len(where) == 1}
 
 
 def absorb(pair: Pair) -> None:
@@ -115,18 +120,17 @@ _Candidate = tuple[nn.Module, nn.Module, str]  # a linear layer, and the holder 
 
 def _in_sequence(module: nn.Module, single: Container[nn.Module]) -> Iterator[_Candidate]:
     if isinstance(module, nn.Sequential):
-        leaves = list(_leaves(module, single))
-        for (_, _, linear), (holder, slot, _) in itertools.pairwise(leaves):
+        for (_, _, linear), (holder, slot, _) in itertools.pairwise(leaves(module, single)):
             yield linear, holder, slot
 
 
-def _leaves(sequential: nn.Sequential, single: Container[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def leaves(sequential: nn.Sequential, single: Container[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Holder, slot and module of what runs one after the other; nested sequences used once are opened."""
     if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential):
         return
     for slot, child in sequential._modules.items():
         if isinstance(child, nn.Sequential) and child in single and not has_hooks(child):
-            yield from _leaves(child, single)
+            yield from leaves(child, single)
         elif child is not None:
             yield sequential, slot, child
 

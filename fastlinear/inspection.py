@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from fastlinear import _kernels, manifest, planner, safefile
 from fastlinear.header import Contents, faults_of
 from fastlinear.manifest import Layer, Manifest
+from fastlinear.quantize import Rows
+from fastlinear.stored_scheme import StoredScheme
 
 _HEADER = ("layer", "n", "in x out", "weight", "packed as", "activation", "MiB", "here")
 _SIDES = "<>><<<><"
@@ -32,18 +34,25 @@ def _rows(said: Manifest) -> Iterator[tuple[str, ...]]:
     alike: dict[Layer, list[Layer]] = defaultdict(list)
     for layer in said.layers:
         likeness = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
-        alike[layer._replace(name=likeness, panels="")].append(layer)
+        alike[layer._replace(name=likeness, panels="", quantized=_likeness(layer.quantized))].append(layer)
     for kind, layers in alike.items():
         name = _plain(kind.name if len(layers) > 1 else layers[0].name) or "(the model)"
         weight = kind.held if kind.held == kind.packed else f"{kind.held} as {kind.packed}"
+        weight += f" {kind.quantized.rows.kind}" if kind.quantized else ""
         packs = {layer.panels: _kernels.packed_nbytes(layer.layout, layer.n, layer.k) for layer in layers}
         mib, here = f"{sum(packs.values()) / 2**20:.2f}", "mapped" if _is_mapped(kind) else "repacked"
         activation = kind.activation.name if kind.activation else ""
         yield name, str(len(layers)), f"{kind.k}x{kind.n}", weight, kind.layout, activation, mib, here
 
 
+def _likeness(scheme: StoredScheme | None) -> StoredScheme | None:
+    """Without the numbers, which no two layers share."""
+    return scheme and StoredScheme(Rows(scheme.rows.kind), None, None)
+
+
 def _summary(path: safefile.AnyPath, said: Manifest, contents: Contents) -> Iterator[str]:
-    plain = [entry for name, entry in contents.entries.items() if name not in {layer.panels for layer in said.layers}]
+    packed = {*manifest.packed_names(said)}
+    plain = [entry for name, entry in contents.entries.items() if name not in packed]
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in plain)
     kinds = f" ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.items())})" if dtypes else ""
     mapped = sum(map(_is_mapped, said.layers))

@@ -11,13 +11,16 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastlinear import _kernels, activations, ops
+from fastlinear import activations, foreign, ops
 from fastlinear.activations import Activation
 from fastlinear.fast_module import FastModule
+from fastlinear.fitness import taken_over, why_weight_unfit
 from fastlinear.frozen import Freezable, Frozen, hold, is_frozen, thaw_layer
-from fastlinear.packs import forget_pack, why_unfit
+from fastlinear.packs import forget_pack, pack_quantized, why_unfit
+from fastlinear.precision import ANYHOW, AS_HELD, Precision, Wanted, wanted
+from fastlinear.schemes import Int8Dynamic, Scheme
 
 TUNE_MODES = ("lazy", "off")
 _CONV1D = "transformers.pytorch_utils"  # where GPT-2's Conv1D lives; looked at only if the user has imported it
@@ -29,8 +32,8 @@ class FastLinear(FastModule, nn.Linear):
     Takes what nn.Linear takes, and `activation`: a name ("gelu"), a name with torch's parameters (("leaky_relu", 0.1)),
     an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
     sum up to 64 products in fp16. Input [..., in_features], output [..., out_features] of the input's dtype: fp32, with
-    a 16-bit weight also bf16 or fp16. The first call with a new number of rows measures the kernels for it (about 50
-    ms, kept in a cache file); training, gradients, other dtypes and devices run nn.Linear's own code.
+    a weight of 16 or 8 bits also bf16 or fp16. The first call with a new number of rows measures the kernels for it
+    (about 50 ms, kept in a cache file); training, gradients, other dtypes and devices run nn.Linear's own code.
     """
 
     def __init__(
@@ -45,9 +48,9 @@ class FastLinear(FastModule, nn.Linear):
         accumulate: str = "fp32",
     ) -> None:
         resolved = activations.resolve(activation)
-        check_precision(None, accumulate)
+        asked = wanted(None, accumulate)
         super().__init__(in_features, out_features, bias, device, dtype)
-        _become_fast(self, resolved, "lazy", "", None, accumulate)
+        _become_fast(self, resolved, "lazy", "", asked.of(""))
 
     @classmethod
     def from_linear(
@@ -57,19 +60,63 @@ class FastLinear(FastModule, nn.Linear):
         *,
         dtype: torch.dtype | None = None,
         accumulate: str = "fp32",
+        quantize: Scheme | None = None,
     ) -> FastLinear:
         """A FastLinear that shares the parameters of `linear`; ValueError where it cannot be one (see `why_not`).
 
-        `dtype` (torch.bfloat16 or torch.float16) packs the weight in 16 bits, whatever the parameter's dtype is.
+        dtype: torch.bfloat16 or torch.float16 packs the weight in 16 bits, whatever the parameter's dtype is.
+        quantize: packs it in 8 bits, as in `convert`; a calibration is looked up by the name "", which is that of a
+            layer calibrated by itself. An int8 tensor of torchao's is taken over as it is.
         """
-        check_precision(dtype, accumulate)
-        resolved, reason = activations.resolve(activation), "it is frozen" if is_frozen(linear) else why_not(linear)
+        asked = wanted(dtype, accumulate, quantize)
+        resolved, reason = (
+            activations.resolve(activation),
+            "it is frozen" if is_frozen(linear) else why_not(linear, asked),
+        )
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
+        over = taken_over(linear, asked)
         fast = cls.__new__(cls)
         state = vars(linear).items()
         vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
-        _become_fast(fast, resolved, "lazy", "", dtype, accumulate)
+        _become_fast(fast, resolved, "lazy", "", asked.of(""))
+        if over is not None:
+            hold(fast, over)
+        return fast
+
+    @classmethod
+    def from_quantized(
+        cls,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: object = None,
+        *,
+        quantize: Scheme | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FastLinear:
+        """A frozen FastLinear over an int8 weight that somebody else quantised: scale * (values - zero).
+
+        values: int8 [out_features, in_features]; scale: floating, [out_features]; zero: integers from -128 to 127,
+            [out_features], or None for zeros; bias: [out_features], fp32 or `dtype`, or None.
+        quantize: how x is treated; None is Int8Dynamic(). A calibration is looked up by the name "".
+        dtype: of `layer.weight`, and of the Parameter that `unfreeze` makes.
+        Raises TypeError or ValueError for tensors that are not so, and where `quantize` cannot have them.
+        """
+        asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), activations.resolve(activation)
+        weight = foreign.quantized(values, scale, zero)
+        n, k = weight.values.shape
+        reason = asked.why_not("", k, weight)
+        if reason is not None or asked.scheme is None:
+            raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
+        fast = cls(k, n, bias is not None, "meta", dtype, activation=resolved)
+        if bias is not None:
+            fast.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        vars(fast)["_precision"] = asked.of("")
+        hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed), dtype))
+        if (reason := why_unfit(fast)) is not None:
+            raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
         return fast
 
 
@@ -78,15 +125,13 @@ def adopt(
     activation: Activation | None = None,
     tune: str = "lazy",
     name: str = "",
-    dtype: torch.dtype | None = None,
-    accumulate: str = "fp32",
+    precision: Precision = AS_HELD,
     over: Frozen | None = None,
 ) -> None:
     """Turns an nn.Linear or a transformers Conv1D into its fast twin in place: same object, parameters and hooks.
 
-    `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer; `dtype` is what its
-    weight is packed in, None for its own; `over` makes it a frozen layer, whose own weight, on whatever device, goes
-    unread. ValueError where `why_not(module)` has a reason.
+    `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer; `over` makes it a
+    frozen layer, whose own weight, on whatever device, goes unread. ValueError where `why_not(module)` has a reason.
     """
     if tune not in TUNE_MODES:
         raise ValueError(f"tune={tune!r} is unknown; allowed are {', '.join(TUNE_MODES)}")
@@ -94,19 +139,20 @@ def adopt(
     if reason is not None:
         raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
     module.__class__ = _twin(type(module)) or type(module)
-    _become_fast(module, activation, tune, name, dtype, accumulate)
+    _become_fast(module, activation, tune, name, precision)
     if over is not None:
         hold(module, over)
 
 
-def precision(module: Any) -> tuple[torch.dtype | None, str]:
-    """What a fast layer was told to pack its weight in (None: its own dtype), and to sum in."""
-    return module._pack_dtype, module._accumulate
+def precision_of(module: Any) -> Precision:
+    """What a fast layer was told to compute in."""
+    precision: Precision = module._precision
+    return precision
 
 
-def set_precision(module: Any, dtype: torch.dtype | None, accumulate: str) -> None:
-    """Tells a fast layer what to pack its weight in, and to sum in."""
-    vars(module).update(_pack_dtype=dtype, _accumulate=accumulate)
+def set_precision(module: Any, precision: Precision) -> None:
+    """Tells a fast layer what to compute in."""
+    vars(module)["_precision"] = precision
     module._reset()
 
 
@@ -136,9 +182,9 @@ def is_fast(module: nn.Module) -> bool:
     return isinstance(module, FastModule)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why a module cannot run on the kernels, in a few words; None if it can."""
-    return why_no_twin(module) or why_unfit(module)
+def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
+    """Why a module cannot run on the kernels as it was asked for, in a few words; None if it can."""
+    return why_no_twin(module) or why_weight_unfit(module, asked, name)
 
 
 def why_no_twin(module: nn.Module) -> str | None:
@@ -147,25 +193,12 @@ def why_no_twin(module: nn.Module) -> str | None:
     return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
 
 
-def check_precision(dtype: object, accumulate: object) -> None:
-    """TypeError or ValueError where weights cannot be packed in `dtype`, or `accumulate` is no format of sums."""
-    narrow = [dtype for dtype in _kernels.FORMATS if dtype is not torch.float32]
-    if dtype is not None and not any(dtype is allowed for allowed in narrow):
-        error = ValueError if isinstance(dtype, torch.dtype) else TypeError
-        raise error(f"dtype must be None, {' or '.join(map(str, narrow))}, but is {dtype!r}")
-    sums = sorted({row["accumulate"] for row in _kernels.kernels()} | {"fp32"}, reverse=True)
-    if accumulate not in sums:
-        raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
-
-
-_OWN = ("activation", "_engine", "_casting", "_chosen", "_tune", "_name", "_pack_dtype", "_accumulate")
+_OWN = ("activation", "_engine", "_casting", "_chosen", "_tune", "_name", "_precision")
 _CONV_OWN = ("in_features", "out_features")
 
 
-def _become_fast(
-    module: Any, activation: Activation | None, tune: str, name: str, dtype: torch.dtype | None, accumulate: str
-) -> None:
-    vars(module).update(activation=activation, _tune=tune, _name=name, _pack_dtype=dtype, _accumulate=accumulate)
+def _become_fast(module: Any, activation: Activation | None, tune: str, name: str, precision: Precision) -> None:
+    vars(module).update(activation=activation, _tune=tune, _name=name, _precision=precision)
     if module._transposed:
         vars(module).update(in_features=module.weight.shape[0], out_features=module.weight.shape[1])
     module._reset()

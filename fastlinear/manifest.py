@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 
-from fastlinear import _kernels, activations, linear
+from fastlinear import _kernels, activations, linear, stored_scheme
 from fastlinear.activations import Activation
 from fastlinear.header import LIMIT, PAGE, Contents, Entry, parse_json, shown
+from fastlinear.precision import DTYPES, wanted
+from fastlinear.stored_scheme import StoredScheme
 
 KEY = "fastlinear"
 SCHEMA = 1  # of the newest files; another meaning of an old field takes another number
-
-_DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 
 
 class Layer(NamedTuple):
@@ -46,6 +46,7 @@ class Layer(NamedTuple):
     transposed: bool  # the module holds [k, n]
     accumulate: str
     tune: str
+    quantized: StoredScheme | None = None
 
     @property
     def weight(self) -> str:
@@ -78,17 +79,31 @@ def member(module: str, name: str) -> str:
 
 def plain_names(manifest: Manifest, contents: Contents) -> dict[str, Entry]:
     """What is stored as it is, by all its names; the rest of the file is packed weights."""
-    packed = {layer.panels for layer in manifest.layers}
+    packed = {*packed_names(manifest)}
     plain = {name: entry for name, entry in contents.entries.items() if name not in packed}
     return plain | {name: plain[stored] for name, stored in manifest.ties.items()}
+
+
+def packed_names(manifest: Manifest) -> Iterator[str]:
+    """The entries that belong to fast layers alone, and have no name in the model."""
+    for layer in manifest.layers:
+        yield layer.panels
+        if layer.quantized is not None and layer.quantized.smooth is not None:
+            yield layer.quantized.smooth
 
 
 def dump(manifest: Manifest) -> dict[str, str]:
     """The metadata of the file."""
     raw = {"schema": SCHEMA, **manifest._asdict(), "library": version("fastlinear")}
-    raw["layers"] = [layer._asdict() for layer in manifest.layers]
+    raw["layers"] = [_dump_layer(layer) for layer in manifest.layers]
     raw["fused"] = [fused._asdict() for fused in manifest.fused]
     return {KEY: json.dumps(raw, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _dump_layer(layer: Layer) -> dict[str, Any]:
+    raw = layer._asdict()
+    scheme = raw.pop("quantized")  # files without it are for older versions, too
+    return raw if scheme is None else {**raw, "quantized": scheme.dump()}
 
 
 def parse(contents: Contents) -> Manifest:
@@ -106,7 +121,7 @@ def parse(contents: Contents) -> Manifest:
     layouts = {row["layout"]: row["format"] for row in _kernels.kernels()}
     layers = tuple(_layer(layer, layouts) for layer in raw["layers"])
     for accumulate in {layer.accumulate for layer in layers}:
-        linear.check_precision(None, accumulate)
+        wanted(None, accumulate)
     for fused in raw["fused"]:
         _check_fields("a fused activation", fused, dict.fromkeys(Fused._fields, str))
     for name in (*raw["ties"].values(), *raw["transient"]):
@@ -126,17 +141,19 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     kinds: dict[str, Any] = {"name": text, "n": number, "k": number, "held": text, "packed": text, "layout": text}
     kinds |= {"panels": text, "bias": (text, None), "activation": (list, None), "transposed": bool}
     kinds |= {"accumulate": text, "tune": text}
+    kinds |= {"quantized": dict} if isinstance(raw, dict) and "quantized" in raw else {}
     _check_fields("a layer", raw, kinds)
     layer = Layer(**raw)
     who = f"the layer {shown(layer.name)}"
     if layer.layout not in layouts:
         raise ValueError(f"{who} is packed as {shown(layer.layout)}, which is none of {', '.join(layouts)}")
-    if layouts[layer.layout] != layer.packed or layer.held not in _DTYPES:
+    if layouts[layer.layout] != layer.packed or layer.held not in DTYPES:
         raise ValueError(f"{who} is said to be {shown(layer.held)} packed in {shown(layer.packed)} as {layer.layout!r}")
     if layer.bias not in (None, _kernels.FORMATS[torch.float32], layer.held):
         raise ValueError(f"{who} cannot have a bias in {shown(layer.bias)}")
     if not (0 <= layer.n < LIMIT and 0 <= layer.k < LIMIT):
         raise ValueError(f"{who} cannot be of {layer.n} x {layer.k}")
+    quantized = stored_scheme.parse(who, raw.get("quantized"), layer.packed, layer.k)
     if layer.tune not in linear.TUNE_MODES:
         raise ValueError(f"{who} cannot be tuned {shown(layer.tune)}")
     activation = raw["activation"]
@@ -144,7 +161,7 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
         if len(activation) != 2 or not isinstance(activation[0], str) or not isinstance(activation[1], list):
             raise ValueError(f"{who} has no activation of the form [name, parameters]: {shown(activation)}")
         activation = activations.resolve((activation[0], *activation[1]))
-    return layer._replace(activation=activation)
+    return layer._replace(activation=activation, quantized=quantized)
 
 
 def _check_fields(who: str, raw: object, kinds: Mapping[str, Any]) -> None:
@@ -165,7 +182,7 @@ def _check_names(manifest: Manifest, contents: Contents) -> None:
     _check_single("slots of activations", [(fused.holder, fused.slot) for fused in manifest.fused])
     active = {layer.name for layer in manifest.layers if layer.activation is not None}
     packed = {layer.panels for layer in manifest.layers}
-    stored = contents.entries.keys() - packed
+    stored = contents.entries.keys() - {*packed_names(manifest)}
     every: list[tuple[str, str, Container[str]]] = [("panels", name, contents.entries) for name in packed]
     every += [("fused activations", fused.layer, active) for fused in manifest.fused]
     every += [("ties", name, stored) for name in manifest.ties.values()]
@@ -197,12 +214,14 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
                 f"{who}, {layer.n} x {layer.k} as {layer.layout}, takes {nbytes} bytes of U8 in whole pages, "
                 f"but {shown(layer.panels)} is {entry.nbytes} bytes of {entry.dtype} at {entry.begin}"
             )
-        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed)
+        stored_scheme.check_entry(who, layer.quantized, layer.k, contents)
+        smooth = None if layer.quantized is None else layer.quantized.smooth
+        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth)
         if packs.setdefault(layer.panels, pack) != pack:
             raise ValueError(f"{who} shares {shown(layer.panels)} with a layer of another form")
         bias = plain.get(member(layer.name, "bias"))
-        if (bias and (bias.dtype, bias.shape)) != (layer.bias and (_DTYPES[layer.bias], (layer.n,))):
+        if (bias and (bias.dtype, bias.shape)) != (layer.bias and (DTYPES[layer.bias], (layer.n,))):
             raise ValueError(f"{who} has another bias than it says")
         weight, shape = plain.get(layer.weight), (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
-        if weight is not None and (weight.dtype, weight.shape) != (_DTYPES[layer.held], shape):
+        if weight is not None and (weight.dtype, weight.shape) != (DTYPES[layer.held], shape):
             raise ValueError(f"{who} is stored unpacked in another dtype or shape")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastlinear import fusion, linear
 from fastlinear.activations import recognise
+from fastlinear.fitness import is_transposed
 from fastlinear.frozen import is_frozen
 from fastlinear.header import Contents, Entry, shown
 from fastlinear.manifest import Fused, Layer, Manifest, member, plain_names
@@ -86,7 +87,7 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
     if reason is not None:
         raise ValueError(f"its layer {layer.name!r} is fast, but in this model {reason}")
     shape = (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
-    if _weight_shape(module) != shape or _is_transposed(module) != layer.transposed:
+    if _weight_shape(module) != shape or is_transposed(module) != layer.transposed:
         raise ValueError(f"its layer {layer.name!r} is {layer.k} x {layer.n}, but {module!r} in this model")
     holder = modules.get(fused.holder) if fused else None
     there = _at(holder, fused.slot) if fused and holder is not None else None
@@ -108,10 +109,6 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
 
 def _at(holder: nn.Module, slot: str) -> object:
     return holder._modules.get(slot) or vars(holder).get(slot)
-
-
-def _is_transposed(module: Any) -> bool:
-    return bool(module._transposed) if linear.is_fast(module) else not isinstance(module, nn.Linear)
 
 
 def _weight_shape(module: Any) -> tuple[int, ...]:

@@ -6,10 +6,13 @@ weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] an
 the dtype of x, to which weight and bias are cast. The packed weight is no argument but an accelerator behind the
 scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph
 that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
-`packed` and `accumulate` are what the accelerator may round to: the dtype of its weight, and the format of its sums.
+`packed` and `accumulate` are what the accelerator may round to: the format of its weight, and that of its sums. So is
+`rows` with `scale`, `zero` and `smooth`, which tell how x is quantised, or was, where it is integers. With `out`, a
+dtype, the output is integers, of `out_scale` and `out_zero`.
 
 A frozen layer has no canonical weight: its panels stand there, with `layout`, N and K, and its graphs hold them. What
-needs the weight itself has it from fastlinear::unpack(panels, layout, n, k), [N, K] in the dtype of the layout.
+needs the weight itself has it from fastlinear::unpack(panels, layout, n, k, smooth), [N, K] in the dtype of the layout,
+or in fp32 where that is integers.
 
 Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and the profiler.
 """
@@ -18,17 +21,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlinear import _kernels, activations
 from fastlinear.activations import Activation
+from fastlinear.op_form import SCHEMA, Form, Key, address_of, arguments, key_of
+from fastlinear.precision import DTYPES, Precision, name_of
+from fastlinear.quantize import Quantized, dequantize, requantize
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-_DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
-_IDENTITY = Activation("identity")  # what the op's string says for None
 
 
 class Layer(Protocol):
@@ -38,7 +42,7 @@ class Layer(Protocol):
     in_features: int
     training: bool
     _transposed: bool
-    _accumulate: str
+    _precision: Precision
 
     @property
     def _parameters(self) -> Mapping[str, Tensor | None]: ...
@@ -47,40 +51,20 @@ class Layer(Protocol):
     def _frozen(self) -> Any: ...  # panels and form, or None
 
     @property
-    def pack_dtype(self) -> torch.dtype: ...
+    def precision(self) -> Precision: ...
+
+    @property
+    def packed_as(self) -> str: ...
 
     def _takes(self, x: Tensor) -> bool: ...
 
-    def _native(self, x: Tensor, dtype: torch.dtype) -> Tensor | None: ...
+    def _native(self, x: Tensor, packed_as: str) -> Tensor | None: ...
 
     def _torch(self, x: Tensor) -> Tensor: ...
 
 
-class _Form(NamedTuple):
-    """The op's arguments behind the tensors; the dispatcher leaves out those that have their default values."""
-
-    activation: str
-    params: list[float]
-    transposed: bool
-    packed: torch.dtype | None = None
-    accumulate: str = "fp32"
-    layout: str = ""
-    n: int = 0
-    k: int = 0
-
-    def fused(self) -> Activation | None:
-        return None if self.activation == _IDENTITY.name else Activation(self.activation, tuple(self.params))
-
-    def canonical(self, weight: Tensor) -> Tensor:
-        """[N, K]"""
-        if self.layout:
-            return unpack(weight, self.layout, self.n, self.k)
-        return weight.t() if self.transposed else weight
-
-
-_Key: TypeAlias = tuple[Any, ...]
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
-_found: weakref.WeakValueDictionary[_Key, Layer] = weakref.WeakValueDictionary()  # those that were looked up
+_found: weakref.WeakValueDictionary[Key, Layer] = weakref.WeakValueDictionary()  # those that were looked up
 
 
 def register(layer: Layer) -> None:
@@ -99,16 +83,12 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     frozen = layer._frozen if weight is None else None
     if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias):
         return layer._torch(x)
-    name, params = layer.activation or _IDENTITY
-    form = (name, list(params), layer._transposed, layer.pack_dtype, layer._accumulate)
-    y: Tensor = _op(x, weight, bias, *form) if frozen is None else _op(x, frozen.panels, bias, *form, *frozen.form)
+    form = (layer.activation, layer._transposed, layer.packed_as, layer._precision)
+    if frozen is None:
+        y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0)))
+    else:
+        y = _op(x, frozen.panels, bias, *arguments(*form, frozen.form))
     return y
-
-
-def unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
-    """The weight [n, k] of which `panels` are the packed bytes; an op, and so right in every mode of torch."""
-    weight: Tensor = torch.ops.fastlinear.unpack.default(panels, layout, n, k)
-    return weight
 
 
 def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -118,34 +98,36 @@ def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | 
         return False
     operands = [t for t in (x, weight, bias) if t is not None]
     dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in operands)
-    fit = all(t.dtype in _kernels.FORMATS for t in operands) if torch.is_autocast_enabled("cpu") else layer._takes(x)
+    fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _kernels.FORMATS for t in operands)) or layer._takes(x)
     return dense and fit and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
 
 
-def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    form = _Form(*arguments)
-    return activations.linear(x, form.canonical(weight), bias, form.fused())
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    form = Form(*rest)
+    precision = form.precision()
+    y = activations.linear(precision.numbers(x), form.canonical(weight), bias, form.fused())
+    return y if precision.out is None else requantize(y.float(), precision.out)
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    form = _Form(*arguments)
-    packed = form.packed or weight.dtype
-    key = (weight.data_ptr(), form.activation, *form.params, form.transposed, form.accumulate)
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    form = Form(*rest)
+    packed = form.packed or name_of(weight.dtype)
+    key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
     slot = (*key, packed)
     layer = _found.get(slot)
     if layer is None or id(layer) not in _layers or not _is_of(layer, weight, bias):
         alive = [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
-        able = [layer for layer in alive if _key_of(layer) == key and _is_of(layer, weight, bias)]
-        layer = max(able, key=lambda layer: layer.pack_dtype is packed, default=None)
+        able = [layer for layer in alive if _key_of_layer(layer) == key and _is_of(layer, weight, bias)]
+        able = [layer for layer in able if packed in DTYPES or packed == layer.packed_as]
+        layer = max(able, key=lambda layer: layer.packed_as == packed, default=None)
         if layer is not None:
             _found[slot] = layer
     y = None if layer is None else layer._native(x, packed)
-    return _formula(x, weight, bias, *arguments).contiguous() if y is None else y
+    return _formula(x, weight, bias, *rest).contiguous() if y is None else y
 
 
-def _key_of(layer: Layer) -> _Key:
-    name, params = layer.activation or _IDENTITY
-    return (address_of(_weight_of(layer)), name, *params, layer._transposed, layer._accumulate)
+def _key_of_layer(layer: Layer) -> Key:
+    return key_of(address_of(_weight_of(layer)), layer.activation, layer._transposed, layer._precision)
 
 
 def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
@@ -167,40 +149,42 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return same_memory and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
-def address_of(t: Tensor | None) -> int | None:
-    """Where the memory of a plain CPU tensor begins; None for anything else, which may have none."""
-    if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.device.type != "cpu":
-        return None
-    return t.data_ptr()
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    form = _Form(*arguments)
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    form = Form(*rest)
     n, k = (form.n, form.k) if form.layout else reversed(weight.shape) if form.transposed else weight.shape
     torch._check(x.dim() > 0 and x.shape[-1] == k, lambda: f"fastlinear::linear: x {x.shape} needs {k} columns")
-    return x.new_empty((*x.shape[:-1], n))
+    dtype = form.out or (x.dtype if x.dtype.is_floating_point else torch.float32)
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+def _unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
+    packed = _kernels.Packed.over(panels, layout, n, k)
+    values, scale = packed.unpack(), packed.scale
+    return values if scale is None else dequantize(Quantized(values, scale, packed.zero))
 
 
 def _fake_weight(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
-    return panels.new_empty((n, k), dtype=_DTYPES[layout.split("/")[0]])
+    return panels.new_empty((n, k), dtype=DTYPES.get(layout.split("/")[0], torch.float32))
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """F.linear under autocast: x is cast, and the weight packed as it is cast."""
-    if x.dtype not in _kernels.FORMATS:  # autocast leaves fp64 alone
-        return _formula(x, weight, bias, *arguments)
-    form = _Form(*arguments)._replace(packed=torch.get_autocast_dtype("cpu"))
+    form, dtype = Form(*rest), torch.get_autocast_dtype("cpu")
+    integers = form.precision().numbers(x) is not x
+    if x.dtype not in _kernels.FORMATS and not integers:  # autocast leaves fp64 alone
+        return _formula(x, weight, bias, *rest)
+    form = form._replace(packed=form.precision().under(dtype))
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        y: Tensor = _op(x.to(form.packed), weight, bias, *form)
+        y: Tensor = _op(x if integers else x.to(dtype), weight, bias, *form)
     return y
 
 
-def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """What is differentiated is made of torch's ops; anything else goes on below autograd."""
     if _differentiable(x) or _differentiable(weight) or (bias is not None and _differentiable(bias)):
-        return _formula(x, weight, bias, *arguments)
+        return _formula(x, weight, bias, *rest)
     below = keyset & torch._C._after_autograd_keyset
-    y: Tensor = _op.redispatch(below, x, weight, bias, *arguments)
+    y: Tensor = _op.redispatch(below, x, weight, bias, *rest)
     return y
 
 
@@ -210,14 +194,16 @@ def _differentiable(t: Tensor) -> bool:
 
 
 def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, int]:
     """A batch of inputs is more rows of x; a batch of parameters is a batched product."""
     of_x, of_weight, of_bias, *_ = in_dims
     x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
     if of_weight is None and of_bias is None:
-        return _op(x, weight, bias, *arguments), 0
-    form = _Form(*arguments)
+        return _op(x, weight, bias, *rest), 0
+    form = Form(*rest)
+    precision = form.precision()
+    x = precision.numbers(x)
     if of_weight is None:
         weight = form.canonical(weight)
     else:
@@ -225,15 +211,12 @@ def _vmap(
     y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ weight.to(x.dtype).mT
     if bias is not None:
         y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(x.dtype)
-    return activations.apply(form.fused(), y.reshape(*x.shape[:-1], y.shape[-1])), 0
+    y = activations.apply(form.fused(), y.reshape(*x.shape[:-1], y.shape[-1]))
+    return y if precision.out is None else requantize(y.float(), precision.out), 0
 
 
 _library = torch.library.Library("fastlinear", "DEF")
-_library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
-    "ScalarType? packed=None, str accumulate='fp32', str layout='', int n=0, int k=0) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _op = torch.ops.fastlinear.linear.default
 _library.impl("linear", _cpu, "CPU")
 _library.impl("linear", _formula, "CompositeExplicitAutograd")  # every other device
@@ -243,5 +226,5 @@ torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
 torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)
 
 _library.define("unpack(Tensor panels, str layout, int n, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("unpack", lambda panels, *form: _kernels.Packed.over(panels, *form).unpack(), "CPU")
+_library.impl("unpack", _unpack, "CPU")
 torch.library.register_fake("fastlinear::unpack", _fake_weight, lib=_library)

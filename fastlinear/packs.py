@@ -1,4 +1,4 @@
-"""Which parameters and inputs the kernels read, and the packed weights, which tied layers share."""
+"""Which parameters the kernels read, and the packed weights, which tied layers share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlinear import _engine, _kernels, planner
+from fastlinear.precision import DTYPES, Precision, is_same
+from fastlinear.quantize import Quantized, quantize_weight
 
 lock = threading.RLock()  # packing, planning, freezing; a call that is packed and planned never takes it
 if hasattr(os, "register_at_fork"):  # another thread may have held it
     os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
 
-_packs = WeakIdKeyDictionary()  # parameter -> layout -> what the parameter was when it was packed, and the pack
+# parameter -> layout and smoothing -> what the parameter was when it was packed, and the pack
+_packs = WeakIdKeyDictionary()
 
 
 def record_of(module: nn.Module) -> Any:
@@ -27,14 +30,17 @@ def record_of(module: nn.Module) -> Any:
     return None if frozen is None or module._parameters.get("weight") is not None else frozen
 
 
-def why_unfit(module: nn.Module) -> str | None:
-    """Why the kernels cannot read a module's parameters, in a few words; None if they can."""
+def why_unfit(module: nn.Module, but: str = "") -> str | None:
+    """Why the kernels cannot read a module's parameters, in a few words; None if they can. `but`: "weight", where that
+    is not for them to read."""
     weight, frozen = module._parameters.get("weight"), record_of(module)
     if weight is None and frozen is None:
         return "its weight is computed by a hook or parametrization"
     bias = module._parameters.get("bias")
     if bias is None and getattr(module, "bias", None) is not None:
         return "its bias is computed by a hook or parametrization"
+    if but == "weight":
+        weight = None
     if weight is not None and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
     for what, tensor in (("weight", weight), ("bias", bias)):
@@ -62,27 +68,47 @@ def odd_dtype(weight: torch.dtype, bias: Tensor | None) -> str | None:
     return None
 
 
-def is_pairing(x: torch.dtype, packed: torch.dtype) -> bool:
-    """Whether kernels multiply an x of this dtype by a weight packed in that; if that is fp32, x must be, too."""
-    return x in _kernels.FORMATS and (x is torch.float32 or packed is not torch.float32)
+def pack(weight: Tensor, precision: Precision, transposed: bool = False, compare: bool = False) -> _kernels.Packed:
+    """The weight [n, k], or [k, n] if transposed, in the format `precision.packed` and the layout of this machine.
 
-
-def pack(weight: Tensor, dtype: torch.dtype, transposed: bool = False, compare: bool = False) -> _kernels.Packed:
-    """The weight [n, k], or [k, n] if transposed, cast to `dtype`, in the layout of this machine.
-
-    A pack that there is already is used again, but with `compare` only if it holds the very weight.
+    A pack that there is already is used again, but with `compare` only if it holds the very weight. Raises ValueError
+    where the format is of integers and the weight has infinities or NaN, or too many columns.
     """
-    layout = planner.layout(_kernels.FORMATS[dtype])
+    assert precision.packed is not None
+    layout, smooth = planner.layout(precision.packed), precision.smooth
+    key = layout, None if smooth is None else smooth.numpy().tobytes()
     state = (weight.data_ptr(), _engine.version_of(weight), weight.dtype, transposed)
-    known, shared = _packs.setdefault(weight, {}).get(layout, (None, None))
+    known, shared = _packs.setdefault(weight, {}).get(key, (None, None))
     packed = shared() if shared is not None and known == state else None
     if packed is None or compare:
-        dense = weight.detach().to(dtype)
-        dense = dense.t() if transposed else dense
-        if packed is None or not torch.equal(packed.unpack(), dense):
-            packed = _kernels.Packed(dense, layout)
-        _packs[weight][layout] = state, weakref.ref(packed)
+        dense = weight.detach().t() if transposed else weight.detach()
+        contents = _contents(dense, precision.packed, smooth)
+        if packed is None or not _holds(packed, *contents):
+            packed = _kernels.Packed(contents[0], layout, *contents[1:])
+        _packs[weight][key] = state, weakref.ref(packed)
     return packed
+
+
+def _contents(dense: Tensor, packed_as: str, smooth: Tensor | None) -> tuple[Any, ...]:
+    """The weight [n, k] in a format: as Packed takes it, with scales where the format is of integers."""
+    if packed_as in DTYPES:
+        return (dense.to(DTYPES[packed_as]),)
+    quantized = quantize_weight(dense, smooth)
+    return quantized.values, quantized.scale, quantized.zero
+
+
+def _holds(packed: _kernels.Packed, values: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> bool:
+    return torch.equal(packed.unpack(), values) and is_same(packed.scale, scale) and is_same(packed.zero, zero)
+
+
+def pack_quantized(quantized: Quantized, packed_as: str) -> _kernels.Packed:
+    """An int8 weight in an integer format and the layout of this machine; ValueError where it has too many columns."""
+    return _kernels.Packed(quantized.values, planner.layout(packed_as), quantized.scale, quantized.zero)
+
+
+def repack(packed: _kernels.Packed, layout: str) -> _kernels.Packed:
+    """The same weight in another layout of its format, bit for bit."""
+    return _kernels.Packed(packed.unpack(), layout, packed.scale, packed.zero)
 
 
 def forget_pack(weight: Tensor) -> None:

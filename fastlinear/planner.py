@@ -29,13 +29,13 @@ from fastlinear.candidates import (
     override,
     runnable,
 )
+from fastlinear.precision import DTYPES, Precision, dtype_of_rows, epilogue
+from fastlinear.quantize import Requantize
 from fastlinear.tuning_cache import Machine, Tuned, TuningCache
 
 __all__ = ["Chosen", "Operands", "Problem", "cache", "decide", "executable", "layout", "override"]
 
 _log = logging.getLogger("fastlinear")
-
-DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
 # fit its budget) and bytes of weight. A larger problem is tuned on its first rows and columns: the kernels see the same
@@ -45,11 +45,27 @@ _PROXY_ROWS, _PROXY_COLUMNS = 48, 128
 
 
 class Operands(NamedTuple):
-    """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels."""
+    """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels; rows, out:
+    how x and y are quantised; spare: the weight in panels of its own format, where the problem has a fallback."""
 
     weight: Tensor | None
     bias: Tensor | None
     packed: _kernels.Packed
+    rows: _kernels.RowQuantizer | None = None
+    out: Requantize | None = None
+    spare: _kernels.Packed | None = None
+
+    def head(self, n: int, transposed: bool) -> Operands:
+        """The first n output channels, rounded up to whole panels."""
+        n = max(packed.head(n).n for packed in (self.packed, self.spare) if packed is not None)
+        weight, bias, spare = self.weight, self.bias, self.spare
+        if weight is not None:
+            weight = weight[:, :n].contiguous() if transposed else weight[:n]
+        bias, spare = None if bias is None else bias[:n], None if spare is None else spare.head(n)
+        return self._replace(weight=weight, bias=bias, packed=self.packed.head(n), spare=spare)
+
+    def unquantized(self) -> Operands | None:
+        return None if self.spare is None else Operands(self.weight, self.bias, self.spare)
 
 
 def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
@@ -57,7 +73,7 @@ def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
     FASTLINEAR_AUTOTUNE allow), else the heuristic's."""
     name = override()
     if name is not None and _applies(name, problem, operands.weight):
-        return heuristic(problem)._replace(name=name, k_slices=1, source="override")
+        return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source="override"), problem)
     if not measure or _kernels.forked() or os.environ.get("FASTLINEAR_AUTOTUNE", "1") == "0":
         return heuristic(problem)
     return _remembered(problem) or _tuned(problem, operands)
@@ -68,24 +84,48 @@ def native(chosen: Chosen) -> _kernels.Plan:
     return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
 
 
-def executable(chosen: Chosen, problem: Problem, weight: Tensor | None) -> _kernels.Plan | Callable[..., Tensor]:
-    """What an Engine runs for `chosen`. weight: as the module holds it, None if it is frozen."""
-    if chosen.name not in torch_plans.NAMES:
-        return native(chosen)
-    names = (chosen.name, torch_plans.BASELINE)  # a tampered cache may name a way that torch refuses
-    return next(plan for name in names if (plan := _torch_plan(name, problem, weight))).run
+def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _kernels.Plan | Callable[..., Tensor]:
+    """What an Engine runs for `chosen`."""
+    if chosen.name in torch_plans.NAMES:
+        names = (chosen.name, torch_plans.BASELINE)  # a tampered cache may name a way that torch refuses
+        return next(plan for name in names if (plan := _torch_plan(name, problem, operands.weight))).run
+    spare = operands.unquantized() if chosen.refused else None
+    return native(chosen) if spare is None else functools.partial(_fall_back, chosen, problem, spare.packed)
+
+
+def _fall_back(
+    chosen: Chosen, problem: Problem, packed: _kernels.Packed, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    rows = x.reshape(-1, problem.k)
+    out = x.new_empty(len(rows), packed.n)
+    _kernels.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out)
+    return out.view(*x.shape[:-1], packed.n)
 
 
 def _applies(name: str, problem: Problem, weight: Tensor | None) -> bool:
     if name in torch_plans.NAMES:
         return _torch_plan(name, problem, weight) is not None
-    return any(row["name"] == name for row in able(problem))
+    return any(row["name"] == name for each in _ways(problem) for row in able(each))
+
+
+def _ways(problem: Problem) -> list[Problem]:
+    """The problem itself and, where it may fall back, the unquantised one."""
+    plain = problem.unquantized()
+    return [problem, plain] if problem.fallback and Precision(plain.packed).takes(DTYPES[problem.x]) else [problem]
+
+
+def _refusing(chosen: Chosen, problem: Problem) -> Chosen:
+    """`chosen`, which says so if it does not run on the quantised weight."""
+    refused = problem.fallback and not any(row["name"] == chosen.name for row in able(problem))
+    return chosen._replace(refused=problem.packed if refused else "")
 
 
 def _torch_plan(name: str, problem: Problem, weight: Tensor | None) -> torch_plans.TorchPlan | None:
-    """torch's way `name`, or None where it lacks the weight, would keep yet another pack of it, or torch refuses."""
-    if weight is None:
+    """torch's way `name`, or None where it is not admitted, would keep yet another pack of the weight, or is refused by
+    torch."""
+    if weight is None or not problem.admits_torch:
         return None
+    problem = problem.unquantized() if problem.fallback else problem
     if name != torch_plans.BASELINE and not problem.x == problem.packed == problem.held:
         return None
     try:
@@ -107,24 +147,30 @@ def cache() -> TuningCache:
 def _remembered(problem: Problem) -> Chosen | None:
     """What the cache knows; for a frozen layer also of the same layer before, if a kernel had won there."""
     frozen = problem.held == FROZEN
-    allowed = {*(c.name for c in native_candidates(problem)), *(() if frozen else torch_plans.NAMES)}
+    allowed = {c.name for each in _ways(problem) for c in native_candidates(each)}
+    allowed |= {*torch_plans.NAMES} if problem.admits_torch else set()
     for held in (problem.held, *(DTYPES if frozen else ())):
         tuned = cache().get(problem._replace(held=held).key())
         if tuned is not None and tuned.name in allowed:
             threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
             known = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "cache", tuned.table)
-            return known._replace(speedup=None if held == FROZEN else tuned.speedup)
+            compared = problem._replace(held=held).admits_torch
+            return _refusing(known._replace(speedup=tuned.speedup if compared else None), problem)
     return None
 
 
 def _tuned(problem: Problem, operands: Operands) -> Chosen:
     small, tensors = _proxy(problem, operands)
-    # A generator of its own: tuning must not move the user's random numbers.
-    x = torch.randn(small.m, small.k, generator=torch.Generator().manual_seed(0), dtype=DTYPES[problem.x])
-    natives = {_spell(c): c for c in native_candidates(problem)}
-    runs = [autotune.Candidate(name, _call_native(c, small, tensors, x)) for name, c in natives.items()]
-    baseline = torch_plans.BASELINE if tensors.weight is not None else _spell(heuristic(problem))
-    weights = [tensors.packed.data, *(() if tensors.weight is None else (tensors.weight,))]
+    x = _input(small)
+    natives: dict[str, Chosen] = {}
+    runs, weights = [], []
+    for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
+        found = {_spell(c): c for c in native_candidates(each)}
+        runs += [autotune.Candidate(name, _call_native(c, small, those, x)) for name, c in found.items()]
+        weights.append(those.packed.data)
+        natives |= found
+    baseline = torch_plans.BASELINE if _torch_plan(torch_plans.BASELINE, small, tensors.weight) else None
+    weights += [] if tensors.weight is None else [tensors.weight]
     for name in torch_plans.NAMES:
         plan = _torch_plan(name, small, tensors.weight)
         if plan is None or tensors.weight is None:
@@ -138,37 +184,43 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
             _kernels.evict(address, nbytes)
 
     with torch.inference_mode():
-        choice = autotune.choose(runs, baseline, evict=evict)
+        choice = autotune.choose(runs, baseline or _spell(heuristic(problem)), evict=evict)
     winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
-    winner = winner._replace(table=choice.table, speedup=None if tensors.weight is None else choice.speedup)
+    winner = winner._replace(table=choice.table, speedup=None if baseline is None else choice.speedup)
     if choice.decided:
         numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
         cache().put(problem.key(), Tuned(winner.name, numbers, choice.table, choice.speedup))
     _tell(problem, choice)
-    return winner
+    return _refusing(winner, problem)
+
+
+def _input(problem: Problem) -> Tensor:
+    # A generator of its own: tuning must not move the user's random numbers.
+    shape, generator = (problem.m, problem.k), torch.Generator().manual_seed(0)
+    if problem.x in DTYPES:
+        return torch.randn(shape, generator=generator, dtype=DTYPES[problem.x])
+    return torch.randint(0, 128, shape, generator=generator).to(dtype_of_rows(problem.x))
 
 
 def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """The problem to measure instead of `problem`, and its tensors."""
-    weight, bias, packed = operands
     area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
-    row_bytes = packed.dtype.itemsize * max(problem.k, 1)
+    row_bytes = operands.packed.dtype.itemsize * max(problem.k, 1)
     m, n = problem.m, min(problem.n, max(_PROXY_COLUMNS, _PROXY_BYTES // row_bytes))
     if m * n > area:
         m = min(m, max(_PROXY_ROWS, int(area / n)))
         n = min(n, max(_PROXY_COLUMNS, int(area / m)))
-    packed = packed.head(n)
-    if weight is not None:
-        weight = weight[:, : packed.n].contiguous() if problem.transposed else weight[: packed.n]
-    return problem._replace(m=m, n=packed.n), Operands(weight, None if bias is None else bias[: packed.n], packed)
+    head = operands.head(n, problem.transposed)
+    return problem._replace(m=m, n=head.packed.n), head
 
 
 def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor) -> Callable[[], object]:
-    plan = _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
-    epilogue = _kernels.Epilogue(() if problem.activation is None else (problem.activation,))
+    plan, steps = native(chosen), epilogue(problem.activation, tensors.out)
+    dtype = DTYPES.get(problem.x, torch.float32) if tensors.out is None else tensors.out.dtype
 
     def call() -> None:
-        _kernels.run(tensors.packed, plan, epilogue, x, tensors.bias, torch.empty(x.shape[0], problem.n, dtype=x.dtype))
+        out = torch.empty(x.shape[0], problem.n, dtype=dtype)
+        _kernels.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows)
 
     return call
 

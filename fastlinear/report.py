@@ -6,7 +6,7 @@ import platform
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,15 @@ from torch import nn
 from fastlinear import _kernels, linear
 from fastlinear.activations import Activation
 from fastlinear.packs import record_of
+from fastlinear.quality import UNKNOWN, Quality, quality_of
 from fastlinear.selection import linear_layers, why_skipped
 
 if TYPE_CHECKING:
     from fastlinear.candidates import Chosen
 
-_HEADER = ("layer", "n", "in x out", "weight", "activation", "M", "x", "runs on", "speed-up", "MiB")
-_SIDES = "<>><<><<>>"
+_HEADER = ("layer", "n", "in x out", "weight", "dB", "activation", "M", "x", "runs on", "speed-up", "MiB")
+_SIDES = "<>><><><<>>"
+_NOISE = _HEADER.index("dB")
 _TAIL = _HEADER.index("runs on")  # over the columns from here on the reason for a skip may spread
 _WIDTH, _TAIL_WIDTH = 120, 40
 _SOURCES = {
@@ -51,6 +53,7 @@ class LayerReport:
     reason: str | None = None  # why it was skipped
     frozen: bool = False
     origin: str = ""  # where the pack of a frozen layer comes from, unless it was packed here
+    quality: Quality = UNKNOWN  # of a quantised layer: signal to noise in dB
 
 
 class Report(tuple[LayerReport, ...]):
@@ -77,6 +80,8 @@ class Report(tuple[LayerReport, ...]):
         yield f"plans: {', '.join(f'{n} {_SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
         instead = sum(layer.pack_mib for layer in self if layer.frozen)
         yield f"extra memory: {self.pack_mib - instead:.1f} MiB of packed weights"
+        if any(layer.quality != UNKNOWN for layer in self):
+            yield "dB: signal to noise of the quantised weight / of the output on inputs of the calibration"
         if frozen := [layer for layer in self if layer.frozen]:
             origins = Counter(layer.origin for layer in frozen if layer.origin)
             notes = "".join(f"; {n} {origin}" for origin, n in origins.items())
@@ -108,6 +113,7 @@ def _describe(name: str, layer: Any) -> LayerReport:
         reason=None if fast else why_skipped(layer) or "convert was not called on it",
         frozen=frozen is not None,
         origin="" if frozen is None else frozen.origin,
+        quality=quality_of(layer) if fast else UNKNOWN,
     )
 
 
@@ -119,9 +125,9 @@ def _decision(buckets: tuple[Chosen, ...]) -> str:
 
 def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     """Equal for layers that share a row: those of repeated blocks."""
-    runs = tuple((chosen.x, chosen.bucket, chosen.name, chosen.speedup) for chosen in layer.buckets)
+    runs = tuple((chosen.x, chosen.bucket, chosen.name, chosen.speedup, chosen.refused) for chosen in layer.buckets)
     shape = (layer.in_features, layer.out_features, layer.dtype, layer.frozen)
-    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason
+    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, layer.quality == UNKNOWN
 
 
 def _pattern(layer: LayerReport) -> str:
@@ -133,27 +139,43 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
     first = layers[0]
     name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
     dtype = " ".join(_FORMATS.get(word, word) for word in (*first.dtype.split(), *["frozen"] * first.frozen))
-    head = (name, str(len(layers)), f"{first.in_features}x{first.out_features}", dtype, _text(first.activation))
+    shape, noise = f"{first.in_features}x{first.out_features}", _worst(layers)
+    head: tuple[str, ...] = (name, str(len(layers)), shape, dtype, noise, _text(first.activation))
     mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
     for chosen in first.buckets:
         speedup = "" if chosen.speedup is None else f"{chosen.speedup:.2f}x"
         yield (*head, str(chosen.bucket), chosen.x, chosen.name, speedup, mib)
-        head, mib = ("",) * 5, ""
+        head, mib = ("",) * len(head), ""
+        if chosen.refused:
+            yield (*head, "", "", f"({chosen.refused} refused)", "", "")
     outcome = f"skipped: {first.reason}" if first.reason else first.decision
     for line in textwrap.wrap(outcome, _TAIL_WIDTH) if not first.buckets else ():
         yield (*head, "", "", line)
-        head = ("",) * 5
+        head = ("",) * len(head)
+
+
+def _worst(layers: list[LayerReport]) -> str:
+    """Least signal to noise of weights and of outputs among layers."""
+    every = zip(*(layer.quality for layer in layers), strict=True)
+    return "/".join(f"{min(known):.0f}" for values in every if (known := [v for v in values if v is not None]))
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Columns as wide as their contents, but that of the names, which has what is left."""
-    whole = [row for row in rows if len(row) == len(_HEADER)]
-    widths = [max(len(row[i]) for row in (rows if i < _TAIL else whole)) for i in range(len(_HEADER))]
-    tail = max(_TAIL_WIDTH, len(" ".join("-" * width for width in widths[_TAIL:])))
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:_TAIL]) - _TAIL - tail)
+    hidden = set() if any(row[_NOISE] for row in rows[1:]) else {_NOISE}
+    rows, sides = [_without(row, hidden) for row in rows], _without(_SIDES, hidden)
+    columns, first = len(sides), _TAIL - len(hidden)  # of the tail
+    whole = [row for row in rows if len(row) == columns]
+    widths = [max(len(row[i]) for row in (rows if i < first else whole)) for i in range(columns)]
+    tail = max(_TAIL_WIDTH, len(" ".join("-" * width for width in widths[first:])))
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:first]) - first - tail)
     names = [row[0] if len(row[0]) <= widths[0] else "..." + row[0][3 - widths[0] :] for row in rows]
-    lines = [zip((name, *row[1:]), _SIDES, widths, strict=False) for name, row in zip(names, rows, strict=True)]
+    lines = [zip((name, *row[1:]), sides, widths, strict=False) for name, row in zip(names, rows, strict=True)]
     return [" ".join(f"{cell:{side}{width}}" for cell, side, width in line).rstrip() for line in lines]
+
+
+def _without(cells: Sequence[str], hidden: set[int]) -> tuple[str, ...]:
+    return tuple(cell for i, cell in enumerate(cells) if i not in hidden)
 
 
 def _text(activation: Activation | None) -> str:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastlinear import linear
 from fastlinear.frozen import is_frozen
+from fastlinear.packs import dtype_of
+from fastlinear.precision import ANYHOW, AS_HELD, DTYPES, Wanted, name_of
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]
@@ -45,8 +46,7 @@ def choose(
     include: Patterns | None,
     exclude: Patterns | None,
     filter_fn: Filter | None,
-    dtype: torch.dtype | None = None,
-    accumulate: str = "fp32",
+    asked: Wanted = ANYHOW,
 ) -> dict[nn.Module, str | None]:
     """For every linear layer the reason to leave it alone, or None to convert it (arguments as in `convert`).
 
@@ -56,13 +56,12 @@ def choose(
     layers = linear_layers(model)
     included = _hits(model, layers, "include", included_by or [])
     excluded = _hits(model, layers, "exclude", excluded_by or [])
-    as_before = dtype is None and accumulate == "fp32"
     uses: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(parameter, []).append(name)
 
     def reason(layer: nn.Module, name: str) -> str | None:
-        if linear.is_fast(layer) and (as_before or linear.precision(layer) == (dtype, accumulate)):
+        if linear.is_fast(layer) and _is_already(layer, name, asked):
             return "already fast"
         if is_frozen(layer):
             return "frozen in another precision, which unfreeze makes room for"
@@ -70,14 +69,16 @@ def choose(
             return f"excluded by {excluded[layer]}"
         if included_by is not None and layer not in included:
             return "not among the included layers"
-        if (obstacle := _obstacle(layer)) is not None:
+        if (obstacle := _obstacle(layer, asked, name)) is not None:
             return obstacle
-        if dtype not in (None, layer.weight.dtype) and layer not in included:
+        rounds = asked.packed not in (None, name_of(dtype_of(layer))) and linear.why_not(layer) is None
+        if rounds and layer not in included:
+            what = DTYPES.get(asked.packed or "", asked.packed)
             if name.split(".")[-1] == "lm_head":
-                return f"packing an lm_head as {dtype} is lossy: name it in include to have it"
+                return f"packing an lm_head as {what} is lossy: name it in include to have it"
             if len(uses[layer.weight]) > 1:
                 names = " and ".join(uses[layer.weight])
-                return f"packing a shared weight ({names}) as {dtype} is lossy: name the layer in include to have it"
+                return f"packing a shared weight ({names}) as {what} is lossy: name the layer in include to have it"
         return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
 
     reasons = {layer: reason(layer, names[0]) for layer, names in layers.items()}
@@ -87,10 +88,16 @@ def choose(
     return reasons
 
 
-def _obstacle(layer: nn.Module) -> str | None:
+def _is_already(layer: Any, name: str, asked: Wanted) -> bool:
+    if asked.packed is None and asked.everywhere.is_as(AS_HELD):
+        return True
+    return asked.why_not(name, layer.in_features) is None and linear.precision_of(layer).is_as(asked.of(name))
+
+
+def _obstacle(layer: nn.Module, asked: Wanted = ANYHOW, name: str = "") -> str | None:
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it"
-    return linear.why_not(layer)
+    return linear.why_not(layer, asked, name)
 
 
 def _as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:

@@ -1,4 +1,4 @@
-"""Every kernel that runs here, and every activation, against fp64."""
+"""Every kernel that runs here, and every activation, against fp64; integer products against their specification."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear import _kernels, activations
+from fastlinear import _kernels, activations, quantize
 from fastlinear.activations import Activation
+from fastlinear.precision import DTYPES, INTEGER_ROWS
+from fastlinear.quantize import Quantized, Rows
 
-_DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 _SHAPES = ((1, 64, 64), (5, 33, 7), (16, 96, 130), (67, 70, 301))  # around tiles, panels and the unrolling of K
 _FP16_SUMS = 64  # products that may be added in fp16 before the sum goes on in fp32
 _ULPS, _RELATIVE = 4, 1e-6  # an activation may be off by the larger of the two
@@ -24,8 +25,9 @@ def results() -> Iterator[tuple[str, str, float]]:
     for row in rows:
         for layout in row["reads"]:
             form = layout.split("/")[0]
-            yield row["name"], "sums" if form == row["format"] else f"sums of {form}", _worst_sum(row, layout)
-    for isa, row in {row["isa"]: row for row in reversed(rows)}.items():
+            worst = _worst_product if row["rows"] in INTEGER_ROWS else _worst_sum
+            yield row["name"], "sums" if form == row["format"] else f"sums of {form}", worst(row, layout)
+    for isa, row in {row["isa"]: row for row in reversed(rows) if row["format"] in DTYPES}.items():
         for name in activations.names():
             yield isa, name, _worst_activation(row, name)
 
@@ -33,11 +35,11 @@ def results() -> Iterator[tuple[str, str, float]]:
 def _worst_sum(row: dict[str, Any], layout: str) -> float:
     """Largest error of x W^T + b, for all formats of x that the kernel takes, over what is allowed: Higham's bound for
     sums of K + 1 terms, gamma_{K+2} (|x| |W|^T + |b|), and half a spacing of the output's format."""
-    dtype, worst = _DTYPES[layout.split("/")[0]], 0.0
+    dtype, worst = _kernels.PACKED[layout.split("/")[0]], 0.0
     free = row["rows"] == "fp32" and dtype is not torch.float32
-    for of_x in _DTYPES.values() if free else [_DTYPES[row["rows"]]]:
+    for of_x in DTYPES.values() if free else [DTYPES[row["rows"]]]:
         for m, k, n in _SHAPES:
-            x, weight, bias = torch.randn(m, k).to(of_x), torch.randn(n, k).to(dtype), torch.randn(n)
+            x, weight, bias = torch.randn(m, k).to(of_x), _weight(n, k, dtype), torch.randn(n)
             want = x.double() @ weight.double().T + bias
             share = _gamma(k + 2, torch.float32)
             if row["accumulate"] == "fp16":
@@ -48,6 +50,23 @@ def _worst_sum(row: dict[str, Any], layout: str) -> float:
                 error = (_run(row, layout, x, weight, bias, of_y) - want).abs()
                 worst = max(worst, _largest(error / (bound + (of_y is not torch.float32) * spacing / 2)))
     return worst
+
+
+def _worst_product(row: dict[str, Any], layout: str) -> float:
+    """0 where all bits are those of the specification, for every kind of rows; infinite where one is not."""
+    for kind in _kernels.ROW_KINDS:
+        rows = Rows(kind, 0.03, 100)
+        for m, k, n in _SHAPES:
+            weight = Quantized(_weight(n, k, torch.int8), torch.rand(n), torch.randint(-128, 128, (n,)).int())
+            x, bias = torch.randn(m, k), torch.randn(n)
+            got = _run(row, layout, x, weight, bias, torch.float32, rows=_kernels.RowQuantizer(*rows))
+            if not torch.equal(got, quantize.linear(x, weight, rows, bias)):
+                return float("inf")
+    return 0.0
+
+
+def _weight(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-128, 128, (n, k), dtype=dtype) if dtype is torch.int8 else torch.randn(n, k).to(dtype)
 
 
 def _gamma(n: int, dtype: torch.dtype) -> float:
@@ -61,8 +80,8 @@ def _worst_activation(row: dict[str, Any], name: str) -> float:
     Further to the left torch's own formula of gelu_tanh cancels, even in fp64.
     """
     activation = Activation(name, _kernels.activations()[name])
-    x = torch.linspace(-4, 8, 4001)[:, None].to(_DTYPES[row["rows"]])
-    ones = torch.ones(32, 1, dtype=_DTYPES[row["format"]])
+    x = torch.linspace(-4, 8, 4001)[:, None].to(DTYPES[row["rows"]])
+    ones = torch.ones(32, 1, dtype=DTYPES[row["format"]])
     got = _run(row, row["layout"], x, ones, torch.zeros(32), torch.float32, activation)
     want = activations.apply(activation, x.double())
     ulp = torch.exp2(torch.frexp(want.abs().clamp_min(2.0**-126)).exponent - 24.0)
@@ -73,14 +92,17 @@ def _run(
     row: dict[str, Any],
     layout: str,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor,
     dtype: torch.dtype,
     *steps: Activation,
+    rows: _kernels.RowQuantizer | None = None,
 ) -> Tensor:
-    out = torch.full((len(x), len(weight)), torch.nan, dtype=dtype)
-    packed = _kernels.Packed(weight, layout)
-    _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(steps), x, bias, out)
+    if isinstance(weight, Tensor) and weight.dtype is torch.int8:
+        weight = Quantized(weight, torch.ones(len(weight)))
+    parts = (weight,) if isinstance(weight, Tensor) else (weight.values, weight.scale, weight.zero)
+    packed, out = _kernels.Packed(parts[0], layout, *parts[1:]), torch.full((len(x), len(bias)), torch.nan, dtype=dtype)
+    _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(steps), x, bias, out, rows)
     return out
 
 

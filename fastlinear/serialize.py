@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from fastlinear import _engine, _kernels, fusion, linear, manifest, matching, packs, planner, safefile, torch_plans
 from fastlinear.bypass import forbid_bypasses
-from fastlinear.candidates import FROZEN, Problem
+from fastlinear.candidates import FROZEN
 from fastlinear.frozen import Frozen, hold
-from fastlinear.header import faults_of
+from fastlinear.header import faults_of, shown
 from fastlinear.manifest import Fused, Layer, Manifest, member
 from fastlinear.matching import Held, Match, tensors_of
+from fastlinear.precision import DTYPES, Precision
 from fastlinear.safefile import AnyPath, Blob, Mapped
+from fastlinear.stored_scheme import StoredScheme, check_channels
 from fastlinear.tuning_cache import Tuned
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_PACKED, _SMOOTH = "packed", "smooth"  # what the tensors of a layer are called that its module has not
 
 
 # ---- save ----
@@ -66,9 +70,13 @@ def save(model: nn.Module, path: AnyPath) -> None:
     panels: dict[Hashable, str] = {}
     for module, name in layers.items():
         blob, key = _blob(module)
-        packed = panels.setdefault(key, member(name, "packed"))
+        packed = panels.setdefault(key, member(name, _PACKED))
         blobs.setdefault(packed, blob)
         records.append(_record(module, name, packed))
+        if (smooth := module._precision.smooth) is not None:
+            entry = packed.removesuffix(_PACKED) + _SMOOTH
+            if tensors.setdefault(entry, smooth) is not smooth:
+                raise ValueError(f"two tensors of the file would be called {entry!r}")
         weight = module._parameters.get("weight")
         if weight is not None and _identity(weight) in stored:
             ties[member(name, "weight")] = stored[_identity(weight)]
@@ -104,14 +112,15 @@ def _blob(layer: Any) -> tuple[Blob, Hashable]:
     if frozen is not None:
         data = frozen.packed.data
         return Blob(data.nbytes, lambda: data), id(frozen)
-    weight, dtype, transposed = layer._parameters["weight"], layer.pack_dtype, layer._transposed
-    layout = planner.layout(_kernels.FORMATS[dtype])
+    weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
+    layout = planner.layout(precision.packed)
     nbytes = _kernels.packed_nbytes(layout, layer.out_features, layer.in_features)
-    return Blob(nbytes, lambda: packs.pack(weight, dtype, transposed).data), (_identity(weight), dtype, transposed)
+    key = _identity(weight), precision.packed, transposed, id(precision.smooth)
+    return Blob(nbytes, lambda: packs.pack(weight, precision, transposed).data), key
 
 
 def _record(layer: Any, name: str, panels: str) -> Layer:
-    frozen, packed = packs.record_of(layer), _kernels.FORMATS[layer.pack_dtype]
+    frozen, packed = packs.record_of(layer), layer.packed_as
     return Layer(
         name=name,
         n=layer.out_features,
@@ -123,28 +132,26 @@ def _record(layer: Any, name: str, panels: str) -> Layer:
         bias=None if layer.bias is None else _kernels.FORMATS[layer.bias.dtype],
         activation=layer.activation,
         transposed=layer._transposed,
-        accumulate=layer._accumulate,
+        accumulate=layer._precision.accumulate,
         tune=layer._tune,
+        quantized=_scheme(layer._precision, panels),
     )
+
+
+def _scheme(precision: Precision, panels: str) -> StoredScheme | None:
+    if precision.rows is None:
+        return None
+    smooth = None if precision.smooth is None else panels.removesuffix(_PACKED) + _SMOOTH
+    return StoredScheme(precision.rows._replace(smooth=None), precision.out, smooth)
 
 
 def _plans(layer: Any) -> Iterator[tuple[str, Tuned]]:
     """What was measured for the kernels of a layer, by the keys under which a process that loads it will ask."""
     for (engine, *_), chosen in list(layer._chosen.items()):
-        if engine is layer._engine and chosen.source in ("tuned", "cache") and chosen.name not in torch_plans.NAMES:
-            problem = Problem(
-                m=chosen.bucket,
-                n=layer.out_features,
-                k=layer.in_features,
-                x=chosen.x,
-                packed=_kernels.FORMATS[layer.pack_dtype],
-                held=FROZEN,
-                accumulate=layer._accumulate,
-                bias=layer.bias is not None,
-                activation=layer.activation,
-                transposed=layer._transposed,
-                threads=chosen.threads,
-            )
+        kept = not chosen.refused and chosen.name not in torch_plans.NAMES
+        if kept and engine is layer._engine and chosen.source in ("tuned", "cache"):
+            problem = layer.problem(engine, engine.packed, chosen.bucket, chosen.x, chosen.threads)
+            problem = problem._replace(held=FROZEN, fallback=False)
             numbers = {"threads": chosen.plan_threads, "k_slices": chosen.k_slices}
             yield problem.key(), Tuned(chosen.name, numbers)
 
@@ -173,7 +180,8 @@ def load(path: AnyPath, model: Model) -> Model:
         said = manifest.parse(mapped.contents)
         match = matching.match(model, said, mapped.contents)
     with torch.inference_mode(False):
-        frozen = _packs(said, mapped)
+        with faults_of(path):
+            frozen = _packs(said, mapped)
         _assign(match, said, mapped)
         for record in said.layers:
             _become(match.modules[record.name], record, frozen[record.panels], record.weight in match.stored)
@@ -193,10 +201,13 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
         if record.panels not in frozen:
             data = mapped.blob(record.panels, _kernels.packed_nbytes(record.layout, record.n, record.k))
             packed, origin = _kernels.Packed.over(data, record.layout, record.n, record.k), ""
+            check_channels(f"the layer {shown(record.name)}", packed)
+            smooth = record.quantized and record.quantized.smooth
             if layouts[record.packed] != record.layout:
-                repacked = _kernels.Packed(packed.unpack(), layouts[record.packed])
-                packed, origin = repacked, f"repacked from {record.layout}"
-            frozen[record.panels] = Frozen(packed, planner.DTYPES[record.held], origin=origin)
+                packed, origin = packs.repack(packed, layouts[record.packed]), f"repacked from {record.layout}"
+            frozen[record.panels] = Frozen(
+                packed, DTYPES[record.held], origin=origin, smooth=mapped.tensor(smooth) if smooth else None
+            )
     return frozen
 
 
@@ -213,12 +224,15 @@ def _assign(match: Match, said: Manifest, mapped: Mapped) -> None:
 
 def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -> None:
     """Makes a layer fast, and frozen unless its weight is stored plain, too; it then has that and its pack."""
-    dtype = None if record.packed == record.held else planner.DTYPES[record.packed]
+    precision = Precision(None if record.packed == record.held else record.packed, record.accumulate)
+    if record.quantized is not None:
+        rows = record.quantized.rows._replace(smooth=frozen.smooth)
+        precision = precision._replace(rows=rows, out=record.quantized.out)
     if not linear.is_fast(module):
         over = None if weight_is_plain else frozen
-        linear.adopt(module, record.activation, record.tune, record.name, dtype, record.accumulate, over)
+        linear.adopt(module, record.activation, record.tune, record.name, precision, over)
     else:
-        linear.set_precision(module, dtype, record.accumulate)
+        linear.set_precision(module, precision)
         if not weight_is_plain:
             hold(module, frozen)
     if weight_is_plain:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 from fastlinear import FastLinear, _kernels, activations, linear
+from fastlinear.precision import Precision
 
 K, N = 37, 70
 DTYPES = [torch.bfloat16, torch.float16]
@@ -198,7 +199,7 @@ def autocast_elsewhere() -> Iterator[None]:
 def test_another_devices_autocast_is_none(pairing: Pairing) -> None:
     """Autocast for another device changes nothing here."""
     fast = OFF(nn.Linear(K, N).to(pairing.held).eval().requires_grad_(False), dtype=None)
-    linear.set_precision(fast, pairing.packed, "fp32")
+    linear.set_precision(fast, Precision(_kernels.FORMATS[pairing.packed]))
     x = torch.randn(5, K).to(pairing.x)
     with autocast_elsewhere():
         y = fast(x)

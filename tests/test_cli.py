@@ -84,6 +84,16 @@ def test_bench_in_16_bits(dtype: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert f" {dtype}, activation relu" in text and re.search(r"^3x8x8 .* (torch|bf16|fp16)/", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8wo"])
+def test_bench_and_tune_in_int8(scheme: str, user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--quantize packs the weights in 8 bits, on which kernels of theirs run."""
+    assert cli.main(["bench", "--shapes", "3x8x8", "--dtype", "bfloat16", "--quantize", scheme]) == 0
+    text = capsys.readouterr().out
+    assert f" bfloat16 as {scheme}, " in text and re.search(rf"^3x8x8 .* ({scheme}|fp32)/", text, re.MULTILINE)
+    assert cli.main(["tune", "users_model:make", "--quantize", scheme]) == 0
+    assert re.search(rf"24x40 +fp32 as {scheme} .* {scheme}/", capsys.readouterr().out)
+
+
 def test_tune_reports_the_users_model(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """module:function is found in the working folder, converted and tuned."""
     assert cli.main(["tune", "users_model:make"]) == 0
@@ -98,7 +108,8 @@ def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     runnable = [row for row in fastlinear.kernels() if row["runnable"]]
     for row in runnable:
         assert len(re.findall(rf"^{row['name']} +sums", text, re.MULTILINE)) == len(row["reads"])
-    assert len(re.findall(" gelu ", text)) == len({row["isa"] for row in runnable})
+    floats = {row["isa"] for row in runnable if row["accumulate"] != "int32"}
+    assert len(re.findall(" gelu ", text)) == len(floats)
 
 
 @pytest.mark.parametrize("damage", [lambda y: y * (1 + 1e-4), lambda y: y.flip(0), lambda y: y * torch.nan])
@@ -108,8 +119,8 @@ def test_check_sees_a_wrong_kernel(
     """Scaled, reordered and missing results fail it, with exit code 1."""
     right = selfcheck._run
 
-    def wrong(*arguments: object) -> Tensor:
-        return damage(right(*arguments))
+    def wrong(*arguments: object, **options: object) -> Tensor:
+        return damage(right(*arguments, **options))
 
     monkeypatch.setattr(selfcheck, "_run", wrong)
     assert cli.main(["check"]) == 1
@@ -126,6 +137,7 @@ def test_check_sees_a_wrong_kernel(
         (["bench", "--threads", "none"], "'none'"),
         (["bench", "--activation", "swish"], "'swish'"),
         (["bench", "--dtype", "float64"], "'float64'"),
+        (["bench", "--quantize", "int3"], "'int3'"),
         (["tune", "users_model"], "'users_model'"),
         (["tune", "no_such_module:make"], "'no_such_module'"),
         (["tune", "users_model:mke"], "'mke'"),

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 from fastlinear import FastLinear, _kernels, activations, frozen, linear, packs, planner, torch_plans
+from fastlinear.precision import Precision
 
 K, N = 37, 70
 EVERY_PAIRING = pytest.mark.parametrize("pairing", PAIRINGS)
@@ -39,7 +40,7 @@ def layer_of(transposed: bool = False, pairing: Pairing = FP32, activation: str 
     layer: Any = (Conv1D(N, K) if transposed else nn.Linear(K, N)).to(pairing.held).eval()
     nn.init.normal_(layer.bias)
     dtype = None if pairing.held == pairing.packed else pairing.packed
-    linear.adopt(layer, activations.resolve(activation), tune, "fc", dtype)
+    linear.adopt(layer, activations.resolve(activation), tune, "fc", Precision(dtype and _kernels.FORMATS[dtype]))
     return layer.requires_grad_(False)
 
 
@@ -208,8 +209,8 @@ def test_a_weight_that_is_read_often_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     """After some calls nothing is unpacked any more, unless somebody wrote to what was kept: then it is the weight."""
     fast, unpacked = OFF(Curious().eval(), freeze=True), []
     weight = fast.fc.weight.clone()
-    real = frozen.ops.unpack
-    monkeypatch.setattr(frozen.ops, "unpack", lambda *args: unpacked.append(args) or real(*args))
+    real = frozen.op_form.unpack
+    monkeypatch.setattr(frozen.op_form, "unpack", lambda *args: unpacked.append(args) or real(*args))
     with torch.inference_mode():
         y = fast(inputs())
         assert len(unpacked) == 1 and fast.fc._frozen.kept is None
@@ -295,7 +296,7 @@ def test_another_precision_is_refused() -> None:
     fast = OFF(mlp(8, 8), freeze=True)
     with pytest.warns(UserWarning, match="frozen in another precision"):
         OFF(fast, dtype=torch.bfloat16, inplace=True)
-    assert fast[0].pack_dtype == torch.float32
+    assert fast[0].packed_as == "fp32"
     with pytest.raises(ValueError, match="cannot become a FastLinear: it is frozen"):
         FastLinear.from_linear(fast[0])
 
@@ -329,7 +330,7 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match=r"FastLinear cannot be frozen: its weight is torch.float64"):
         frozen.freeze_layer(layer)
     assert not frozen.is_frozen(fastlinear.freeze(layer))
-    pack = packs.pack(torch.randn(8, 9), torch.float32)
+    pack = packs.pack(torch.randn(8, 9), Precision("fp32"))
     with pytest.raises(ValueError, match="8 in and 8 out features cannot hold a weight of 8 x 9"):
         frozen.hold(layer, frozen.Frozen(pack, torch.float32))
 
@@ -337,10 +338,10 @@ def test_mistakes_are_told() -> None:
 def test_adopting_over_a_pack() -> None:
     """A layer on the meta device becomes a frozen one over a pack; others over the same record are tied to it."""
     weight, x = torch.randn(N, K), torch.randn(5, K)
-    record = frozen.Frozen(packs.pack(weight, torch.bfloat16), torch.float32, origin="repacked from bf16/64x2")
+    record = frozen.Frozen(packs.pack(weight, Precision("bf16")), torch.float32, origin="repacked from bf16/64x2")
     layers = [nn.Linear(K, N, bias=False, device="meta").eval() for _ in range(2)]
     for layer in layers:
-        linear.adopt(layer, activations.resolve("relu"), "off", "fc", torch.bfloat16, over=record)
+        linear.adopt(layer, activations.resolve("relu"), "off", "fc", Precision("bf16"), over=record)
     with torch.no_grad():
         check(layers[0](x), x, weight.bfloat16(), None, layers[0].activation)
     (row,) = fastlinear.report(layers[0])
@@ -383,7 +384,7 @@ def test_tuning_measures_kernels_only(pairing: Pairing) -> None:
     planner.cache().clear()
     before(x)
     (known,) = before.plans
-    again = frozen.Frozen(packs.pack(before.weight, before.pack_dtype), pairing.held)
+    again = frozen.Frozen(packs.pack(before.weight, before.precision), pairing.held)
     after = layer_of(pairing=pairing, activation="relu", tune="lazy")
     frozen.hold(after, again)
     after(x)
@@ -643,7 +644,7 @@ def test_autocast(transposed: bool, pairing: Pairing, dtype: torch.dtype) -> Non
         check(y, x.to(dtype), weight.t() if transposed else weight, layer.bias, layer.activation)
         assert y.dtype == dtype
     engines = dict(layer._casting)
-    assert set(engines) == {dtype} - {pairing.packed}
+    assert set(engines) == {_kernels.FORMATS[d] for d in {dtype} - {pairing.packed}}
     with torch.autocast("cpu", dtype):
         layer(x)
     assert dict(layer._casting) == engines
@@ -657,7 +658,7 @@ def test_the_op_takes_panels(pairing: Pairing) -> None:
     x = torch.randn(5, K).to(pairing.x)
     y = layer(x)
     op, record = torch.ops.fastlinear.linear.default, layer._frozen
-    rest = ("gelu", [], False, layer.pack_dtype, "fp32", *record.form)
+    rest = ("gelu", [], False, layer.packed_as, "fp32", *record.form)
     assert torch.equal(op(x, record.panels, layer.bias, *rest), y)
     torch.testing.assert_close(
         op(x, record.panels, layer.bias + 1, *rest),

@@ -43,28 +43,45 @@ PYTHON_ROOMS = {
     "tuning_cache": set(),
     "autotune": {"tuning_cache"},
     "torch_plans": {"activations"},
-    "candidates": {"_kernels", "activations", "torch_plans"},
-    "planner": {"_kernels", "activations", "autotune", "candidates", "torch_plans", "tuning_cache"},
-    "packs": {"_kernels", "_engine", "planner"},
-    "ops": {"_kernels", "activations"},
-    "frozen": {"_kernels", "_engine", "candidates", "packs", "planner", "ops", "torch_plans"},
-    "fast_module": {"_kernels", "_engine", "activations", "candidates", "frozen", "packs", "planner", "ops"},
-    "linear": {"_kernels", "activations", "fast_module", "frozen", "ops", "packs"},
-    "freeze": {"frozen", "ops", "packs"},
+    "quantize": set(),
+    "schemes": {"quantize"},
+    "foreign": {"quantize"},
+    "precision": {"_kernels", "activations", "quantize", "schemes"},
+    "op_form": {"activations", "precision", "quantize"},
+    "ops": {"_kernels", "activations", "op_form", "precision", "quantize"},
+    "candidates": {"_kernels", "activations", "precision", "torch_plans"},
+    "planner": {"_kernels", "activations", "autotune", "candidates", "precision", "quantize", "torch_plans"},
+    "packs": {"_kernels", "_engine", "planner", "precision", "quantize"},
+    "quality": {"_kernels", "packs", "quantize"},
+    "frozen": {"_kernels", "_engine", "candidates", "op_form", "packs", "planner", "precision", "quality"},
+    "fitness": {"foreign", "frozen", "packs", "precision", "quantize"},
+    "planned": {"_kernels", "_engine", "activations", "candidates", "frozen", "ops", "packs", "planner", "precision"},
+    "fast_module": {"_kernels", "_engine", "activations", "ops", "packs", "planned"},
+    "linear": {"activations", "fast_module", "fitness", "foreign", "frozen", "ops", "packs", "precision", "schemes"},
+    "freeze": {"frozen", "op_form", "packs"},
     "fusion": {"activations", "linear"},
-    "selection": {"frozen", "linear"},
+    "chains": {"activations", "fusion", "linear", "quantize"},
+    "selection": {"frozen", "linear", "packs", "precision"},
     "bypass": {"linear"},
-    "convert": {"activations", "linear", "freeze", "fusion", "selection", "bypass"},
-    "report": {"_kernels", "activations", "candidates", "linear", "packs", "selection"},
-    "selfcheck": {"_kernels", "activations"},
+    "calibration": {"quantize", "schemes", "selection", "tuning"},
+    "tuning": {"linear"},
+    "convert": {"bypass", "chains", "fitness", "freeze", "fusion", "linear", "precision", "schemes", "selection"},
+    "report": {"_kernels", "activations", "candidates", "linear", "packs", "quality", "selection"},
+    "selfcheck": {"_kernels", "activations", "precision", "quantize"},
     "header": set(),
     "safefile": {"header"},
-    "manifest": {"_kernels", "activations", "header", "linear"},
-    "matching": {"activations", "frozen", "fusion", "header", "linear", "manifest", "packs"},
-    "inspection": {"_kernels", "header", "manifest", "planner", "safefile"},
+    "stored_scheme": {"_kernels", "header", "precision", "quantize"},
+    "manifest": {"_kernels", "activations", "header", "linear", "precision", "stored_scheme"},
+    "matching": {"activations", "fitness", "frozen", "fusion", "header", "linear", "manifest", "packs"},
+    "inspection": {"_kernels", "header", "manifest", "planner", "quantize", "safefile", "stored_scheme"},
 }
+PYTHON_ROOMS["planner"] |= {"tuning_cache"}
+PYTHON_ROOMS["frozen"] |= {"torch_plans"}
+PYTHON_ROOMS["planned"] |= {"torch_plans"}
+PYTHON_ROOMS["convert"] |= {"tuning"}
 PYTHON_ROOMS["serialize"] = {"_engine", "_kernels", "bypass", "candidates", "frozen", "fusion", "header", "linear"}
-PYTHON_ROOMS["serialize"] |= {"manifest", "matching", "packs", "planner", "safefile", "torch_plans", "tuning_cache"}
+PYTHON_ROOMS["serialize"] |= {"manifest", "matching", "packs", "planner", "precision", "safefile", "stored_scheme"}
+PYTHON_ROOMS["serialize"] |= {"torch_plans", "tuning_cache"}
 PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
 
 MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 440, "*": 250}

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from fastlinear import FastLinear, _kernels, activations, linear, ops
+from fastlinear.precision import DTYPES, Precision
 
 K, N = 16, 32
 OP = torch.ops.fastlinear.linear.default
@@ -30,13 +31,13 @@ def layer_of(
     packed: torch.dtype | None = None,
 ) -> nn.Module:
     layer = (Conv1D(N, K) if transposed else nn.Linear(K, N, bias)).to(held)
-    linear.adopt(layer, activations.resolve(activation), "off", "fc", packed)
+    linear.adopt(layer, activations.resolve(activation), "off", "fc", Precision(packed and _kernels.FORMATS[packed]))
     return layer.eval().requires_grad_(False)
 
 
 def arguments(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
     name, params = layer.activation or ("identity", ())
-    return x, layer.weight, layer.bias, name, list(params), layer._transposed, layer.pack_dtype, "fp32"
+    return x, layer.weight, layer.bias, name, list(params), layer._transposed, layer.packed_as, "fp32"
 
 
 def formula(layer: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -47,7 +48,7 @@ def formula(layer: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor
 
 def bounded(y: Tensor, layer: nn.Module, x: Tensor, packed: torch.dtype | None = None) -> None:
     """Holds y to the bound of a kernel that runs on the packed weight."""
-    weight = layer.weight.to(packed or layer.pack_dtype)
+    weight = layer.weight.to(packed or DTYPES[layer.packed_as])
     check(y, x, weight.t() if layer._transposed else weight, layer.bias, layer.activation)
 
 
@@ -113,7 +114,7 @@ def test_the_op_finds_the_right_pack() -> None:
         bounded(y, layer, x)
         assert torch.equal(y, layer(x)) and len(layer.plans) == 1
     *rest, _, _ = arguments(exact, x)
-    bounded(OP(*rest, torch.float16, "fp32"), exact, x, torch.float16)
+    bounded(OP(*rest, "fp16", "fp32"), exact, x, torch.float16)
     assert len(exact.plans) + len(rounded.plans) == 3
 
 

@@ -11,14 +11,18 @@ from torch import nn
 import fastlinear
 from fastlinear import _engine, _kernels, linear
 from fastlinear.activations import Activation
+from fastlinear.quality import Quality
 from fastlinear.report import LayerReport, Report
 
 
 class Answer:
     """The part of a Chosen that a report shows."""
 
-    def __init__(self, bucket: int, name: str, source: str, speedup: float | None = None, x: str = "fp32") -> None:
+    def __init__(
+        self, bucket: int, name: str, source: str, speedup: float | None = None, x: str = "fp32", refused: str = ""
+    ) -> None:
         self.bucket, self.name, self.source, self.speedup, self.x = bucket, name, source, speedup, x
+        self.refused = refused
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Answer) and vars(self) == vars(other)
@@ -119,6 +123,13 @@ def test_table() -> None:
         entry("x", decision="skipped", reason="a long and winding reason " * 10),
         entry("x", activation=Activation("softplus", (2.00000001, 20.12345678))),
         entry("b" * 200, Answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456), dtype="float32 as bfloat16"),
+        entry(
+            "b" * 200,
+            Answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456, "uint8", "int8"),
+            dtype="bfloat16 as int8wo",
+            quality=Quality(41.5, 138.2),
+            frozen=True,
+        ),
         entry("b" * 200, dtype="float32 as bfloat16", decision="skipped", reason="a long and winding reason " * 10),
         entry(""),
     ],
@@ -129,6 +140,25 @@ def test_table_fits(layer: LayerReport) -> None:
     assert max(map(len, text.splitlines())) <= 120
     assert re.fullmatch(r"[ -~\n]+", text)
     assert " ".join(text.split()).count("winding") == (layer.reason or "").count("winding")
+
+
+def test_errors_and_refusals() -> None:
+    """Layers alike show the least signal to noise among them; a bucket that int8 lost says so below."""
+    runs = Answer(8, "int8/avx512_vnni/6x64", "tuned"), Answer(32, "fp32/avx512/14x32", "tuned", 1.5, refused="int8")
+    table = Report(
+        [
+            entry(f"layer.{i}.fc", *runs, dtype="float32 as int8", activation=None, quality=Quality(40.0 - i, 30.4 + i))
+            for i in range(3)
+        ]
+        + [entry("head", Answer(8, "int8wo/avx512/6x64", "cache"), dtype="float32 as int8wo", quality=Quality(39.9))]
+        + [entry("stock", Answer(8, "fp32/avx512/6x64", "cache"))]
+    )
+    lines = [" ".join(line.split()) for line in str(table).splitlines()]
+    assert lines[0] == "layer n in x out weight dB activation M x runs on speed-up MiB"
+    assert lines[2] == "layer.*.fc 3 768x3072 fp32 as int8 38/30 8 fp32 int8/avx512_vnni/6x64 27.00"
+    assert lines[3:5] == ["32 fp32 fp32/avx512/14x32 1.50x", "(int8 refused)"]
+    assert lines[5] == "head 1 768x3072 fp32 as int8wo 40 gelu 8 fp32 int8wo/avx512/6x64 9.00"
+    assert lines[6] == "stock 1 768x3072 fp32 gelu 8 fp32 fp32/avx512/6x64 9.00" and "dB: signal" in str(table)
 
 
 def test_columns_stand_below_their_heads() -> None:

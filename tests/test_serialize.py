@@ -34,6 +34,7 @@ from fastlinear import (
     torch_plans,
 )
 from fastlinear.frozen import Frozen, is_frozen, record_of
+from fastlinear.precision import DTYPES, Precision
 
 IDS = torch.tensor([0, 3, 4])
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(7))
@@ -138,8 +139,8 @@ def test_every_format(path: Path, pairing: Pairing, transposed: bool, accumulate
     model = fastlinear.load(path, on_meta(make))
     x = torch.randn(5, 37).to(pairing.x)
     assert torch.equal(answers(model, x), answers(fast, x))
-    assert (model[0].pack_dtype, model[0].weight.dtype) == (pairing.packed, pairing.held)
-    assert linear.precision(model[0]) == (dtype, accumulate)
+    assert (DTYPES[model[0].packed_as], model[0].weight.dtype) == (pairing.packed, pairing.held)
+    assert linear.precision_of(model[0]) == Precision(dtype and _kernels.FORMATS[dtype], accumulate)
     assert torch.equal(model[0].weight, fast[0].weight.to(pairing.packed).to(pairing.held))
     assert torch.equal(model[0].bias, fast[0].bias) and model[0].bias.dtype == pairing.held
 

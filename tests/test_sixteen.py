@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 from fastlinear import FastLinear, _kernels, activations, candidates, linear, planner, torch_plans
+from fastlinear.precision import DTYPES, FP32, Precision
 
 K, N = 37, 70
 NARROW = [dtype for dtype in _kernels.FORMATS if dtype != torch.float32]
@@ -43,7 +44,7 @@ def layer_of(
 def bounded(y: Tensor, layer: FastLinear, x: Tensor) -> None:
     """Holds y to the bound of a kernel for this x and this layer's packed weight."""
     assert y.dtype == x.dtype
-    check(y, x, layer.weight.to(layer.pack_dtype), layer.bias, layer.activation)
+    check(y, x, layer.weight.to(DTYPES[layer.packed_as]), layer.bias, layer.activation)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def test_inputs_of_every_form(pairing: Pairing, view: str) -> None:
 def test_conv1d(pairing: Pairing) -> None:
     """GPT-2's Conv1D, whose weight is [in, out], in every pairing."""
     conv = Conv1D(N, K).to(pairing.held).requires_grad_(False).eval()
-    linear.adopt(conv, tune="off", dtype=None if pairing.packed == pairing.held else pairing.packed)
+    linear.adopt(conv, tune="off", precision=Precision(_kernels.FORMATS[pairing.packed]))
     x = torch.randn(2, 3, K).to(pairing.x)
     check(conv(x), x, conv.weight.t().to(pairing.packed), conv.bias)
     assert conv.pack_nbytes > 0
@@ -228,12 +229,12 @@ def test_changes_of_state(pairing: Pairing, change: str) -> None:
         if layer.bias.dtype not in (torch.float32, layer.weight.dtype):
             layer.bias = nn.Parameter(layer.bias.float())
         layer.requires_grad_(False)
-        x = x.to(layer.weight.dtype) if layer.pack_dtype == torch.float32 else x
+        x = x.to(layer.weight.dtype) if layer.packed_as == FP32 else x
         for _ in range(2):
             bounded(layer(x), layer, x)
-    assert layer._engine.packed.dtype == layer.pack_dtype and layer.pack_nbytes > 0
+    assert layer._engine.packed.format == layer.packed_as and layer.pack_nbytes > 0
     asked = pairing.packed if pairing.packed != pairing.held else layer.weight.dtype
-    assert layer.pack_dtype == asked
+    assert DTYPES[layer.packed_as] == asked
 
 
 @EVERY_PAIRING
@@ -247,7 +248,7 @@ def test_copies(pairing: Pairing, way: Callable[[FastLinear], FastLinear]) -> No
     layer, x = layer_of(pairing), torch.randn(5, K).to(pairing.x)
     expected = layer(x)
     other = way(layer)
-    assert other.pack_nbytes == 0 and other.pack_dtype == pairing.packed
+    assert other.pack_nbytes == 0 and DTYPES[other.packed_as] == pairing.packed
     assert torch.equal(other(x), expected)
 
 
@@ -337,13 +338,14 @@ def test_converting_once_more(dtype: torch.dtype) -> None:
     other = next(d for d in NARROW if d != dtype)
     fast = OFF(stock)
     again = OFF(fast, dtype=dtype)
-    assert [layer.pack_dtype for layer in (again[0], again[2])] == [dtype] * 2
-    assert [layer.pack_dtype for layer in (fast[0], fast[2])] == [torch.float32] * 2
-    assert OFF(again)[0].pack_dtype == dtype and OFF(again, dtype=other)[0].pack_dtype == other
+    assert [DTYPES[layer.packed_as] for layer in (again[0], again[2])] == [dtype] * 2
+    assert [DTYPES[layer.packed_as] for layer in (fast[0], fast[2])] == [torch.float32] * 2
+    kinds = [OFF(again), OFF(again, dtype=other)]
+    assert [DTYPES[fast[0].packed_as] for fast in kinds] == [dtype, other]
     part = OFF(fast, dtype=dtype, include="2")
-    assert [layer.pack_dtype for layer in (part[0], part[2])] == [torch.float32, dtype]
+    assert [DTYPES[layer.packed_as] for layer in (part[0], part[2])] == [torch.float32, dtype]
     sums = OFF(again, accumulate="fp16")
-    assert (sums[0].pack_dtype, sums[0]._accumulate) == (dtype, "fp16")
+    assert sums[0].precision == Precision(_kernels.FORMATS[dtype], "fp16")
     with torch.no_grad():
         torch.testing.assert_close(again(x), stock(x), rtol=0.05, atol=0.05)
     assert str(fastlinear.unconvert(again)) == str(stock) and again.state_dict().keys() == stock.state_dict().keys()
@@ -356,7 +358,7 @@ def test_a_failing_example_is_undone(dtype: torch.dtype) -> None:
     fast = OFF(mlp(8, 8).eval())
     with pytest.raises(RuntimeError):
         fastlinear.convert(fast, dtype=dtype, inplace=True, tune="now", example_inputs=torch.zeros(3, 9))
-    assert fast[0].pack_dtype == torch.float32
+    assert fast[0].packed_as == FP32
 
 
 ALLOWED = "dtype must be None, torch.bfloat16 or torch.float16, but is"
@@ -514,4 +516,4 @@ def test_fp16_sums_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not names & coarse and candidates.heuristic(problem_of(half, m)).name in names
         names = {c.name for c in candidates.native_candidates(problem_of(half, m, "fp16"))}
         assert names & coarse == coarse
-    assert FastLinear(8, 8, accumulate="fp16")._accumulate == "fp16"
+    assert FastLinear(8, 8, accumulate="fp16")._precision.accumulate == "fp16"

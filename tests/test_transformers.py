@@ -114,7 +114,7 @@ def test_gpt2_head_is_not_rounded_unasked() -> None:
     fast = OFF(model, dtype=torch.bfloat16)
     assert len(fast_names(fast)) == 2 * 4 and type(fast.lm_head) is nn.Linear
     both = OFF(fast, dtype=torch.bfloat16, include="lm_head")
-    assert len(fast_names(both)) == 2 * 4 + 1 and both.lm_head.pack_dtype == torch.bfloat16
+    assert len(fast_names(both)) == 2 * 4 + 1 and both.lm_head.packed_as == "bf16"
     ids = torch.arange(14).reshape(2, 7)
     for converted in (fast, both):
         assert converted.lm_head.weight is converted.transformer.wte.weight is model.transformer.wte.weight

@@ -1,0 +1,106 @@
+"""Rivals that live in processes and an environment of their own (rival.py), asked one at a time to take their turn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import quantised
+from timing import settle
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parent / ".venv-peers"
+PINS = HERE / "rivals.txt"
+RIVALS = {"int8": ("onnxruntime", "openvino"), "int8wo": ("openvino_fp32",)}  # by format
+
+
+def environment() -> Path:
+    """The interpreter of .venv-peers, which is made here if it is not what rivals.txt asks for."""
+    python, made_of = FOLDER / "bin" / "python", FOLDER / PINS.name
+    if not made_of.exists() or made_of.read_bytes() != PINS.read_bytes():
+        print(f"making {FOLDER}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", PINS], check=True)
+        made_of.write_bytes(PINS.read_bytes())
+    return python
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Of what is pinned."""
+    frozen = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
+    installed = dict(line.split("==") for line in frozen.splitlines() if "==" in line)
+    return {name: installed[name] for name in ("onnxruntime", "openvino")}
+
+
+class Remote:
+    """One rival: what peers.Candidate is for a call of this process."""
+
+    def __init__(self, command: Sequence[str | Path], name: str, threads: int) -> None:
+        self.name = name
+        command = [*command, name, str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._folder = tempfile.TemporaryDirectory()
+
+    def close(self) -> None:
+        with self._process:  # closes its stdin, which ends it
+            self._folder.cleanup()
+
+    def layers(self, layer: nn.Linear, copies: int) -> None:
+        """Hands over the layer, its weight quantised as FastLinear's is, to be built so many times."""
+        self._copies = copies
+        weight, scale = quantised(layer.weight)
+        self._write(weight=weight, scale=scale, bias=layer.bias.float())
+        self._ask("layers", self._folder.name, copies)
+
+    def bind(self, x: Tensor, n: int) -> Remote:
+        """Hands over the x of the next cell."""
+        self._write(x=x.float(), y=torch.zeros(len(x), n))
+        self._ask("answer", self._folder.name)
+        return self
+
+    def answer(self) -> Tensor:
+        """Of the last of the layers."""
+        return torch.from_numpy(np.load(Path(self._folder.name, "y.npy")))
+
+    def rotation(self, hot: bool) -> Remote:
+        self.cost = float(self._ask("rotate", 1 if hot else self._copies))
+        return self
+
+    def sample(self) -> float:
+        """Seconds a call, once the threads of this process have gone to sleep."""
+        settle()
+        return float(self._ask("sample"))
+
+    def _write(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            np.save(Path(self._folder.name, f"{name}.npy"), tensor.detach().numpy())
+
+    def _ask(self, *command: Any) -> Any:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin and stdout
+        print(json.dumps(command), file=stdin, flush=True)
+        line = stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended, asked for {command[0]}; its last words are above")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def remotes(python: Path | None, form: str, threads: int) -> Iterator[list[Remote]]:
+    """The rivals of a format, with pools of so many threads; none without an interpreter to run them."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for name in RIVALS.get(form, ()):
+            if python is not None:
+                started.append(Remote([python, HERE / "rival.py"], name, threads))
+                stack.callback(started[-1].close)
+        yield started

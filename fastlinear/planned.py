@@ -1,0 +1,179 @@
+"""The part of a fast layer that packs its weight and plans its calls, when a call first needs it.
+
+An engine (guards, packed weight, plans) is for one precision: the layer has its own, and gets another for each format
+that autocast packs its weight in. They and the record of what was chosen are never saved, pickled or copied; a copy
+makes its own at its first call, or has the pack of a frozen layer from the start.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlinear import _engine, _kernels, ops, planner, torch_plans
+from fastlinear._engine import Engine
+from fastlinear.activations import Activation
+from fastlinear.candidates import FROZEN, Chosen, Problem
+from fastlinear.frozen import Freezable
+from fastlinear.packs import dtype_of, odd_dtype, pack, record_of, why_unfit
+from fastlinear.packs import lock as _lock
+from fastlinear.precision import AS_HELD, Precision, epilogue, long_name, name_of
+
+
+class Planned(Freezable):
+    """What a fast layer needs beside its parameters to run natively."""
+
+    _precision = AS_HELD  # as it was asked for
+    _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs
+    _tune: str
+    weight: Tensor
+    bias: Any  # Tensor or None; mypy takes the constructor's argument for it
+    activation: Activation | None
+    in_features: int
+    out_features: int
+
+    @property
+    def packed_as(self) -> str:
+        """The format that the weight is packed in."""
+        frozen = record_of(self)
+        return (self._precision.packed or name_of(self.weight.dtype)) if frozen is None else str(frozen.packed.format)
+
+    @property
+    def precision(self) -> Precision:
+        """As it was asked for, with the format that the weight is packed in."""
+        return self._precision._replace(packed=self.packed_as)
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"."""
+        return " as ".join(dict.fromkeys((long_name(name_of(dtype_of(self))), long_name(self.packed_as))))
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether there are kernels for the dtypes of x, weight, bias and pack."""
+        return self.precision.takes(x.dtype) and odd_dtype(dtype_of(self), self.bias) is None
+
+    def _differentiated(self, x: Tensor) -> bool:
+        if self.training or not torch.is_grad_enabled():
+            return self.training
+        operands = (x, None if record_of(self) else self.weight, self.bias)
+        return any(t is not None and t.requires_grad for t in operands)
+
+    def _native(self, x: Tensor, packed_as: str) -> Tensor | None:
+        """The answer of the engine with a pack in that format, packed and planned for if need be; None where torch has
+        to compute it."""
+        engine = self._engine if packed_as == self.packed_as else self._casting.get(packed_as)
+        if engine is None:
+            engine = self._casting.setdefault(packed_as, self._new_engine(AS_HELD))
+        y = engine.attempt(self, x)
+        if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
+            return y
+        fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self.in_features
+        if fit and not self._differentiated(x) and self._prepare(engine, packed_as, x):
+            y = engine.attempt(self, x)
+        return y
+
+    def _prepare(self, engine: Engine, packed_as: str, x: Tensor) -> bool:
+        """Packs and plans what a call with x needs; False where torch has to run it."""
+        if os.environ.get("FASTLINEAR_DISABLE", "0") != "0":
+            return False
+        with _lock:
+            if engine is not self._engine and engine is not self._casting.get(packed_as):
+                return False  # another thread has just frozen or reset the layer
+            if not engine.fresh(self):
+                frozen = record_of(self)
+                if why_unfit(self) is not None or self._frozen is not frozen:
+                    return False
+                weight = self.weight  # read once: another thread may be setting it, to one of another dtype
+                version = _engine.version_of(weight)
+                if engine is self._engine:
+                    packed_as = self._precision.packed or name_of(weight.dtype)
+                packed = pack(weight, self._precision_in(engine, packed_as), self._transposed)
+                if frozen is None:
+                    engine.take(weight, version, packed)
+                else:
+                    engine.hold(packed)
+                for key in [key for key in self._chosen if key[0] is engine]:
+                    del self._chosen[key]
+            m = x.shape[:-1].numel()
+            if m > 0:
+                self._plan(engine, _engine.bucket(m), x.dtype)
+        return True
+
+    def _precision_in(self, engine: Engine, packed_as: str) -> Precision:
+        """What an engine of this layer computes in: what was asked for, or what autocast does to that."""
+        asked = self._precision if engine is self._engine else AS_HELD
+        return asked._replace(packed=packed_as, accumulate=self._precision.accumulate)
+
+    def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
+        threads, packed, form = _kernels.num_threads(), engine.packed, name_of(x)
+        if packed is None or (engine, threads, form, m) in self._chosen:
+            return
+        precision = self._precision_in(engine, packed.format)
+        if not precision.takes(x):
+            return
+        weight, bias = None if record_of(self) else self.weight, self.bias
+        problem = self.problem(engine, packed, m, form, threads)
+        spare = None
+        if weight is not None and problem.fallback:
+            spare = pack(weight, Precision(problem.held), self._transposed)
+        operands = planner.Operands(
+            weight=None if weight is None else weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            packed=packed,
+            rows=engine.rows,
+            out=precision.out,
+            spare=spare,
+        )
+        chosen = planner.decide(problem, operands, measure=self._tune == "lazy")
+        engine.plan_for(m, threads, x, planner.executable(chosen, problem, operands))
+        self._chosen[engine, threads, form, m] = chosen
+        if spare is not None and weight is not None and chosen.refused and chosen.name not in torch_plans.NAMES:
+            holder = self._casting.setdefault(spare.format, self._new_engine(AS_HELD))  # counts, and shares, its memory
+            if not holder.fresh(self):
+                holder.take(weight, _engine.version_of(weight), spare)
+
+    def problem(self, engine: Engine, packed: _kernels.Packed, m: int, x: str, threads: int) -> Problem:
+        """What a plan for m rows of format x is made for."""
+        frozen, precision = record_of(self), self._precision_in(engine, packed.format)
+        return Problem(
+            m=m,
+            n=packed.n,
+            k=packed.k,
+            x=x,
+            packed=packed.format,
+            held=name_of(dtype_of(self)) if frozen is None else FROZEN,
+            accumulate=precision.accumulate,
+            bias=self.bias is not None,
+            activation=self.activation,
+            transposed=self._transposed,
+            threads=threads,
+            scheme=precision.scheme,
+            fallback=precision.fallback and frozen is None,
+        )
+
+    def _new_engine(self, precision: Precision) -> Engine:
+        return Engine(epilogue(self.activation, precision.out), self._transposed, precision.quantizer())
+
+    def _reset(self) -> None:
+        engine, frozen = self._new_engine(self._precision), record_of(self)
+        if frozen is not None:
+            frozen.layers.add(self)
+            engine.hold(frozen.packed)
+        vars(self).update(_engine=engine, _casting={}, _chosen={})
+        ops.register(self)
+
+    @property
+    def plans(self) -> tuple[Chosen, ...]:
+        """What runs for each format of x and bucket of M met so far, under torch's present number of threads."""
+        threads = _kernels.num_threads()
+        chosen = [chosen for (_, t, *_), chosen in list(self._chosen.items()) if t == threads]
+        return tuple(sorted(chosen, key=lambda c: (c.x, c.bucket)))
+
+    @property
+    def pack_nbytes(self) -> int:
+        """Bytes of the packed weight, in all formats; 0 before the first call."""
+        packs = [engine.packed for engine in (self._engine, *self._casting.values())]
+        return sum(packed.nbytes for packed in packs if packed is not None)

@@ -1,0 +1,814 @@
+"""Layers and models in int8: every scheme computes what quantize.py says, in every state, on every way to get
+there."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import OFF, Model, fast_names, inputs, mlp, same_tensors
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fastlinear
+from fastlinear import (
+    FastLinear,
+    Int8Dynamic,
+    Int8Static,
+    Int8WeightOnly,
+    _kernels,
+    activations,
+    linear,
+    planner,
+    quantize,
+    torch_plans,
+)
+from fastlinear.candidates import native_candidates
+from fastlinear.precision import DTYPES, wanted
+from fastlinear.schemes import Scheme
+
+K, N = 37, 70
+
+# What a scheme is made from: a model and inputs to calibrate it with.
+SCHEMES: dict[str, Callable[[nn.Module, Tensor], Scheme]] = {
+    "dynamic": lambda model, x: Int8Dynamic(),
+    "asymmetric": lambda model, x: Int8Dynamic(asymmetric=True),
+    "smoothed": lambda model, x: Int8Dynamic(calibration=fastlinear.calibrate(model, [x], smooth=0.5)),
+    "static u8": lambda model, x: Int8Static(fastlinear.calibrate(model, [x])),
+    "static s8": lambda model, x: Int8Static(fastlinear.calibrate(model, [x], symmetric=True)),
+    "static, smoothed": lambda model, x: Int8Static(fastlinear.calibrate(model, [x], smooth=0.5)),
+    "weight-only": lambda model, x: Int8WeightOnly(),
+}
+STATIC = [name for name in SCHEMES if name.startswith("static")]
+FLOATS = list(_kernels.FORMATS)
+KINDS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "conv1d": lambda k, n: Conv1D(n, k)}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_float = pytest.mark.parametrize("dtype", FLOATS)
+
+
+def layer_of(
+    scheme: str,
+    activation: object = "relu",
+    kind: str = "linear",
+    held: torch.dtype = torch.float32,
+    bias: bool = True,
+    tune: str = "off",
+    k: int = K,
+    n: int = N,
+) -> Any:
+    """A fast layer with random parameters, under a scheme whose calibration saw normal inputs."""
+    stock = KINDS[kind](k, n).to(held).eval().requires_grad_(False)
+    stock.weight.normal_()
+    asked = wanted(quantize=SCHEMES[scheme](stock, torch.randn(64, k).to(held)))
+    if not bias:
+        stock.bias = None
+    linear.adopt(stock, activations.resolve(activation), tune, "fc", asked.of(""))
+    return stock
+
+
+def spec(layer: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """What quantize.py says that the layer makes of x; with another weight in the place of its own, if one is given."""
+    weight = layer.weight if weight is None else weight
+    precision = layer._precision
+    quantized = quantize.quantize_weight(weight.t() if layer._transposed else weight, precision.smooth)
+    function = None if layer.activation is None else lambda y: activations.apply(layer.activation, y)
+    return quantize.linear(x, quantized, precision.rows, layer.bias, function, precision.out)
+
+
+def agrees(layer: Any, y: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+    """Holds y to the specification: bit for bit where sums are of integers and the activation is exact."""
+    want = spec(layer, x, weight)
+    assert y.dtype == want.dtype and y.shape == want.shape
+    exact = layer._precision.rows is not None and (layer.activation is None or layer.activation.name == "relu")
+    tolerance = 0 if exact else max(1e-5, 4 * torch.finfo(y.dtype).eps)
+    torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance * 30, equal_nan=True)
+
+
+def is_native(layer: Any) -> bool:
+    """Whether everything so far ran on kernels that read the layer's own pack."""
+    return bool(layer.plans) and all(
+        layer._engine.packed.layout in row["reads"]
+        for row in _kernels.kernels()
+        for chosen in layer.plans
+        if row["name"] == chosen.name
+    )
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+@every_scheme
+@every_kind
+@every_float
+def test_the_layer_is_the_specification(scheme: str, kind: str, dtype: torch.dtype) -> None:
+    """fp32, bf16 and fp16 inputs of a layer of either dtype, with and without bias, for small and large M."""
+    for held, bias in ((torch.float32, True), (torch.bfloat16, True), (torch.float16, False)):
+        layer = layer_of(scheme, kind=kind, held=held, bias=bias)
+        for m in (0, 1, 3, 16, 67):
+            x = torch.randn(m, K).to(dtype)
+            agrees(layer, layer(x), x)
+        assert is_native(layer) and layer.pack_nbytes > 0 and layer.weight.dtype == held
+
+
+@every_scheme
+@pytest.mark.parametrize("activation", [None, *activations.names()])
+def test_every_activation(scheme: str, activation: str | None) -> None:
+    """The activation follows in fp32 and is rounded once."""
+    layer = layer_of(scheme, activation)
+    for dtype in FLOATS:
+        x = torch.randn(2, 3, K).to(dtype)
+        agrees(layer, layer(x), x)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "1-D": lambda x: x[0],
+    "3-D": lambda x: x.view(2, 3, K),
+    "M=0": lambda x: x[:0],
+    "every second row": lambda x: x[::2],
+    "columns of a wider tensor": lambda x: torch.cat([x, x, x], 1)[:, K : 2 * K],
+    "every second element": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "expanded": lambda x: x[:1].expand(5, K),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@every_scheme
+def test_inputs_of_every_form(scheme: str, view: str) -> None:
+    """Any shape and stride."""
+    layer, x = layer_of(scheme), VIEWS[view](torch.randn(6, K))
+    agrees(layer, layer(x), x.contiguous())
+
+
+@every_scheme
+def test_odd_rows(scheme: str) -> None:
+    """Rows of zeros, of one value, huge and tiny ones, with infinities and NaN: what the specification says."""
+    layer, x = layer_of(scheme, None), torch.randn(8, K)
+    x[0], x[1], x[2] = 0, 3.5, 1e-40
+    x[3] *= 1e30
+    x[4, 5], x[5, 7], x[6, 0] = torch.inf, -torch.inf, torch.nan
+    agrees(layer, layer(x), x)
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+@pytest.mark.parametrize("dtype", quantize.BYTES)
+def test_static_layers_take_integers(scheme: str, dtype: torch.dtype) -> None:
+    """uint8 and int8 inputs are what the scheme would have made of x; the output is fp32."""
+    layer = layer_of(scheme)
+    x = torch.randint(0, 256, (5, K)).sub(128 if dtype == torch.int8 else 0).to(dtype)
+    y = layer(x)
+    agrees(layer, y, x)
+    assert y.dtype == torch.float32 and [chosen.x for chosen in layer.plans] == [str(dtype).removeprefix("torch.")]
+    u = quantize.quantize_rows(torch.randn(5, K), layer._precision.rows)[0]
+    torch.testing.assert_close(layer._torch(u), layer(u), rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "weight-only"])
+def test_others_do_not_take_integers(scheme: str) -> None:
+    """Without a scale for them integers are torch's own error, as in nn.Linear."""
+    x = torch.ones(5, K, dtype=torch.uint8)
+    with pytest.raises(RuntimeError) as expected:
+        nn.Linear(K, N)(x)
+    with pytest.raises(RuntimeError) as error:
+        layer_of(scheme, None)(x)
+    assert str(error.value) == str(expected.value)
+
+
+@every_scheme
+def test_memory(scheme: str) -> None:
+    """A packed weight takes 1.02 bytes a parameter at most, beside 4 bytes for each scale, sum and zero point."""
+    layer = layer_of(scheme, k=512, n=1024)
+    layer(torch.randn(3, 512))
+    assert layer.pack_nbytes <= 1.02 * 512 * 1024 + 3 * 4 * 1024
+
+
+@every_scheme
+def test_threads_change_no_bit(scheme: str) -> None:
+    """Two threads of torch's pool compute what one does."""
+    layer, x = layer_of(scheme, k=512, n=300), torch.randn(64, 512)
+    expected = layer(x)
+    torch.set_num_threads(2)
+    assert torch.equal(layer(x), expected)
+
+
+# ---- what torch computes instead -------------------------------------------------------------------------------------
+
+
+@every_scheme
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_are_those_of_the_parameter(scheme: str, training: bool) -> None:
+    """Where gradients are wanted the layer is nn.Linear with its own weight."""
+    layer = layer_of(scheme, "tanh").requires_grad_().train(training)
+    results = []
+    for call in (layer, lambda x: F.linear(x, layer.weight, layer.bias).tanh()):
+        leaf = torch.ones(5, K).requires_grad_()
+        layer.zero_grad()
+        y = call(leaf)
+        y.sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad, layer.bias.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert layer.pack_nbytes == 0
+
+
+@every_scheme
+def test_disable(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTLINEAR_DISABLE=1 leaves all to torch and the parameter."""
+    monkeypatch.setenv("FASTLINEAR_DISABLE", "1")
+    layer, x = layer_of(scheme), torch.randn(5, K)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias).relu()) and layer.pack_nbytes == 0
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda m: m.weight.mul_(-2),
+    ".data = t": lambda m: setattr(m.weight, "data", torch.randn_like(m.weight)),
+    "written through .data, and refresh": lambda m: (m.weight.data.mul_(3), fastlinear.refresh(m)),
+    "a new Parameter": lambda m: setattr(m, "weight", nn.Parameter(torch.randn(N, K), requires_grad=False)),
+    "half": lambda m: m.half(),
+    "load_state_dict": lambda m: m.load_state_dict({"weight": torch.ones(N, K), "bias": torch.ones(N)}),
+    "bias replaced": lambda m: setattr(m, "bias", nn.Parameter(torch.randn(N), requires_grad=False)),
+}
+
+
+@every_scheme
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_state(scheme: str, change: str) -> None:
+    """The very next call has the new values, quantised anew."""
+    layer, x = layer_of(scheme), torch.randn(5, K)
+    layer(x)
+    with torch.no_grad():
+        CHANGES[change](layer)
+        for _ in range(2):
+            agrees(layer, layer(x), x)
+
+
+@every_scheme
+@pytest.mark.parametrize(
+    "way", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_copies(scheme: str, way: Callable[[Any], Any], freeze: bool) -> None:
+    """Copies keep the scheme, and a frozen one its integers."""
+    layer, x = layer_of(scheme), torch.randn(5, K)
+    expected = layer(x)
+    other = way(fastlinear.freeze(layer) if freeze else layer)
+    assert torch.equal(other(x), expected) and other.precision.is_as(layer.precision)
+    assert other.packed_as == layer.packed_as and torch.equal(other.weight, layer.weight)
+
+
+def test_a_weight_that_cannot_be_quantised() -> None:
+    """An infinity that comes into a weight is told at the call that would have to quantise it."""
+    layer = layer_of("dynamic")
+    layer.weight[3, 5] = torch.inf
+    with pytest.raises(ValueError, match=r"a weight with inf \(at \[3, 5\]\) cannot be quantised to int8"):
+        layer(torch.randn(5, K))
+
+
+# ---- modes of torch --------------------------------------------------------------------------------------------------
+
+
+@every_scheme
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_autocast(scheme: str, cast: torch.dtype) -> None:
+    """Under autocast x is cast, the output is of its dtype, and the integers stay what they are."""
+    layer, x = layer_of(scheme), torch.randn(5, K)
+    with torch.autocast("cpu", cast):
+        y = layer(x)
+        agrees(layer, y, x.to(cast))
+        if scheme in STATIC:
+            u = torch.randint(0, 256, (5, K), dtype=torch.uint8)
+            agrees(layer, layer(u), u)
+    assert not layer._casting
+
+
+@every_scheme
+@every_kind
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) -> None:
+    """A profile shows the op, a compiled layer is one: the same bits as in an eager call, frozen or not."""
+    layer, x = layer_of(scheme, kind=kind), torch.randn(5, K)
+    if freeze:
+        fastlinear.freeze(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    xs = [x, torch.randint(0, 256, (5, K), dtype=torch.uint8)] if scheme in STATIC else [x]
+    for each in xs:
+        with torch.no_grad(), torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+            expected = layer(each)
+            with torch.autograd.profiler.profile() as profile:
+                assert torch.equal(layer(each), expected)
+            assert "fastlinear::linear" in {event.name for event in profile.function_events}
+            assert torch.equal(compiled(each), expected)
+
+
+@every_scheme
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
+    """Schema, fake tensors and dispatch pass torch's own opcheck."""
+    from fastlinear import op_form
+
+    layer, x = layer_of(scheme), torch.randn(5, K)
+    weight, form = layer.weight, ("", 0, 0)
+    if freeze:
+        fastlinear.freeze(layer)
+        weight, form = layer._frozen.panels, layer._frozen.form
+    rest = op_form.arguments(layer.activation, False, layer.packed_as, layer._precision, form)
+    op = torch.ops.fastlinear.linear.default
+    torch.library.opcheck(op, (x, weight, layer.bias, *rest))
+    assert torch.equal(op(x, weight, layer.bias, *rest), layer(x))
+    foreign = op(x, weight.clone(), layer.bias, *rest)  # nobody's: torch computes it
+    torch.testing.assert_close(foreign, F.linear(x, layer.weight, layer.bias).relu())
+    if scheme in STATIC:
+        u = quantize.quantize_rows(x, layer._precision.rows)[0]
+        torch.library.opcheck(op, (u, weight, layer.bias, *rest))
+        to_bytes = rest._replace(out=torch.uint8, out_scale=0.1, out_zero=3)
+        torch.library.opcheck(op, (u, weight, layer.bias, *to_bytes))
+        assert op(x, weight, layer.bias, *to_bytes).dtype == torch.uint8
+
+
+@every_scheme
+@pytest.mark.parametrize("freeze", [False, True])
+def test_vmap_export_and_functional_call(scheme: str, freeze: bool) -> None:
+    """What transforms torch's calls sees nn.Linear's numbers, within the error of the scheme."""
+    layer, x = layer_of(scheme), torch.randn(4, 5, K)
+    close = {"rtol": 0.05, "atol": 0.5}
+    want = F.linear(x, layer.weight, layer.bias).relu()
+    if freeze:
+        fastlinear.freeze(layer)
+    torch.testing.assert_close(torch.vmap(layer)(x), want, **close)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), want, **close)
+    lent = {"weight": torch.randn(N, K), "bias": torch.randn(N)}
+    y = torch.func.functional_call(layer, lent, (x,))
+    torch.testing.assert_close(y, F.linear(x, lent["weight"], lent["bias"]).relu(), **close)
+    torch.testing.assert_close(layer(x), want, **close)
+
+
+# ---- frozen ----------------------------------------------------------------------------------------------------------
+
+
+@every_scheme
+@every_kind
+def test_freeze_keeps_the_integers(scheme: str, kind: str) -> None:
+    """The same bits out, a weight that is the dequantised one, and a Parameter of it after unfreeze."""
+    layer, x = layer_of(scheme, kind=kind), torch.randn(5, K)
+    smooth, weight = layer._precision.smooth, layer.weight.t() if kind == "conv1d" else layer.weight
+    wanted = quantize.dequantize(quantize.quantize_weight(weight, smooth))
+    wanted = wanted if smooth is None else wanted * smooth
+    wanted = wanted.t() if kind == "conv1d" else wanted
+    expected = layer(x)
+    fastlinear.freeze(layer)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.weight, wanted) and torch.equal(layer.state_dict()["weight"], wanted)
+    assert "weight" not in dict(layer.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.requires_grad_()
+    y = layer(x.requires_grad_())  # with gradients, through the dequantised weight
+    torch.testing.assert_close(y, F.linear(x, wanted.t() if kind == "conv1d" else wanted, layer.bias).relu())
+    fastlinear.unfreeze(layer)
+    assert torch.equal(layer.weight, wanted) and isinstance(layer.weight, nn.Parameter)
+
+
+def test_a_calibration_is_let_go() -> None:
+    """Inputs that a calibration kept serve the report; a frozen layer needs them no more."""
+    layer = layer_of("static u8")
+    assert layer._precision.sample is not None
+    (before,) = fastlinear.report(layer)
+    fastlinear.freeze(layer)
+    (after,) = fastlinear.report(layer)
+    assert layer._precision.sample is None and before.quality == (None, None)
+    assert None not in after.quality and after.quality == fastlinear.report(copy.copy(layer))[0].quality
+
+
+# ---- weights of others -----------------------------------------------------------------------------------------------
+
+
+def theirs(zeros: bool) -> quantize.Quantized:
+    values = torch.randint(-128, 128, (N, K)).to(torch.int8)
+    zero = torch.randint(-128, 128, (N,), dtype=torch.int32) if zeros else None
+    return quantize.Quantized(values, torch.rand(N) / 64, zero)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scheme", [Int8Dynamic(), Int8Dynamic(asymmetric=True), Int8WeightOnly()], ids=repr)
+@every_float
+def test_weights_of_others(zeros: bool, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Integers and scales that somebody else produced are computed with as they are, zero points included."""
+    weight, bias, x = theirs(zeros), torch.randn(N), torch.randn(5, K).to(dtype)
+    arguments = (weight.values, weight.scale, weight.zero, bias, "relu")
+    if zeros and scheme.rows("") is None:
+        with pytest.raises(ValueError, match="Int8WeightOnly has no zero points, which its weight has"):
+            FastLinear.from_quantized(*arguments, quantize=scheme)
+        return
+    layer = FastLinear.from_quantized(*arguments, quantize=scheme).eval()
+    layer._tune = "off"
+    want = quantize.linear(x, weight, scheme.rows(""), bias, torch.relu)
+    tolerance = 1e-4 if scheme.rows("") is None else 0
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want, rtol=max(tolerance, 0.02 * (tolerance > 0)), atol=tolerance)
+    assert isinstance(layer, FastLinear) and torch.equal(layer.weight, quantize.dequantize(weight))
+
+
+class FromTorchao(Tensor):
+    """The parts of torchao's integer tensors that are looked at."""
+
+    @staticmethod
+    def __new__(cls, weight: quantize.Quantized) -> "FromTorchao":
+        made = Tensor._make_wrapper_subclass(cls, weight.values.shape, dtype=torch.float32)
+        made.whole, made.qdata, made.scale, made.zero_point = weight, weight.values, weight.scale, weight.zero
+        made.block_size = (1, weight.values.shape[1])
+        return made
+
+    def __repr__(self, **_: object) -> str:
+        return "FromTorchao()"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default, f"{func} would need the numbers"
+        return cls(args[0].whole)
+
+
+def test_models_that_torchao_quantised() -> None:
+    """convert takes their integers over, beside layers that it quantises itself; what fails leaves theirs in place."""
+    weight, x = theirs(True), torch.randn(5, K)
+    model = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 8)).eval()
+    model[0].weight = nn.Parameter(FromTorchao(weight), requires_grad=False)
+    with pytest.warns(UserWarning, match="FromTorchao"):
+        assert fast_names(OFF(nn.Sequential(model[0]), inplace=True)) == set()
+    with pytest.raises(RuntimeError):
+        fastlinear.convert(model, quantize=Int8Dynamic(), inplace=True, tune="now", example_inputs=torch.ones(1, 99))
+    assert not fast_names(model) and type(model[0].weight.data) is FromTorchao
+    fast = OFF(model, quantize=Int8Dynamic(), inplace=True)
+    assert fast_names(fast) == {"0", "2"}
+    with torch.no_grad():
+        want = quantize.linear(x, weight, quantize.Rows(), fast[0].bias, torch.relu)
+        assert torch.equal(fast[0](x), want)
+        agrees(fast[2], fast(x), want)
+    assert torch.equal(fast[0].weight, quantize.dequantize(weight))
+
+
+def test_what_is_quantised_already_cannot_be_smoothed() -> None:
+    """Smoothing divides the weight's columns, which somebody else's integers were not: refused, never wrong."""
+    stock, weight = nn.Sequential(nn.Linear(K, N)).eval(), theirs(False)
+    smoothed = SCHEMES["smoothed"](stock, torch.randn(64, K))
+    stock[0].weight = nn.Parameter(FromTorchao(weight), requires_grad=False)
+    with pytest.warns(UserWarning, match="nothing to convert .*quantised already, and so cannot be smoothed"):
+        OFF(stock, quantize=smoothed, inplace=True)
+    alone = SCHEMES["smoothed"](nn.Linear(K, N), torch.randn(64, K))
+    with pytest.raises(ValueError, match="quantised already, and so cannot be smoothed"):
+        FastLinear.from_quantized(weight.values, weight.scale, quantize=alone)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@every_scheme
+@pytest.mark.parametrize("inplace", [False, True])
+def test_convert(scheme: str, inplace: bool) -> None:
+    """Parameters and state dict stay as they are, every layer is quantised, and the model says nearly the same."""
+    model, x = Model(3).eval(), inputs()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    made = SCHEMES[scheme](model, torch.randn(50, 8))
+    with torch.no_grad():
+        want = model(x)
+        fast = OFF(model, quantize=made, inplace=inplace)
+        y = fast(x)
+    assert (y - want).abs().max() <= 0.1 * want.abs().max()
+    assert same_tensors(fast.state_dict(), state)
+    assert all(parameter is parameters[name] for name, parameter in fast.named_parameters())
+    layers = [layer for layer in fast.modules() if linear.is_fast(layer)]
+    assert len(layers) == 7 and all(layer._engine.packed.format == made.packed for layer in layers)
+    for layer in layers:
+        x = torch.randn(5, layer.in_features)
+        with torch.no_grad():
+            agrees(layer, layer(x), x)
+    assert str(fastlinear.unconvert(fast)) == str(Model(3).eval())
+
+
+@every_scheme
+def test_converting_once_more(scheme: str) -> None:
+    """A fast model takes a scheme, and leaves it again for a dtype; the same scheme again changes nothing."""
+    stock = mlp(8, 16, 8).eval()
+    made = SCHEMES[scheme](stock, torch.randn(20, 8))
+    fast = OFF(stock, quantize=made)
+    engines = [fast[i]._engine for i in (0, 2)]
+    same = OFF(fast, quantize=made, inplace=True)
+    assert same is fast and [fast[i]._engine for i in (0, 2)] == engines
+    other = OFF(fast, quantize=Int8WeightOnly())
+    assert [other[i].packed_as for i in (0, 2)] == [Int8WeightOnly.packed] * 2
+    narrow = OFF(fast, dtype=torch.bfloat16)
+    assert narrow[0].packed_as == "bf16" and narrow[0]._precision.rows is None
+    assert OFF(fast)[0].packed_as == made.packed and OFF(OFF(stock), quantize=made)[0].packed_as == made.packed
+    assert vars(fastlinear.unconvert(fast)[0]).keys() == vars(stock[0]).keys()
+
+
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(8, 8), mlp(8, 8)
+        self.out, self.lm_head = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.out.weight = self.embed.weight
+
+
+def reasons(model: nn.Module) -> dict[str, str | None]:
+    return {row.name: row.reason for row in fastlinear.report(model)}
+
+
+@pytest.mark.parametrize("scheme", [Int8Dynamic(), Int8WeightOnly()], ids=repr)
+def test_what_is_lossy_has_to_be_asked_for(scheme: Scheme) -> None:
+    """Tied weights and lm_head are left alone unless they are included, as with dtype=."""
+    fast = OFF(Language().eval(), quantize=scheme)
+    assert fast_names(fast) == {"body.0"}
+    said = reasons(fast)
+    assert "embed.weight and out.weight" in str(said["out"]) and f"as {scheme.packed} is lossy" in str(said["lm_head"])
+    assert fast_names(OFF(Language().eval(), quantize=scheme, include="*")) == {"body.0", "out", "lm_head"}
+
+
+def test_what_cannot_be_quantised_is_left_alone() -> None:
+    """Layers that the calibration did not see, too many columns, infinities: a reason each, beside converted ones."""
+    most = _kernels.dot_limit()
+    model = nn.ModuleDict({"far": nn.Linear(4, 4), "near": nn.Linear(4, 4), "long": nn.Linear(most + 1, 1)}).eval()
+    calibration = fastlinear.calibrate(nn.ModuleDict({"near": model["near"]})["near"], [torch.randn(5, 4)])
+    calibration = type(calibration)({"near": calibration.layers[""]}, {"far": "no batch reached it"})
+    fast = OFF(model, quantize=Int8Static(calibration))
+    assert fast_names(fast) == {"near"}
+    assert reasons(fast)["far"] == "no batch reached it" and "of this name" in str(reasons(fast)["long"])
+    fast = OFF(model, quantize=Int8Dynamic())
+    assert fast_names(fast) == {"near", "far"} and f"more than the {most}" in str(reasons(fast)["long"])
+    assert fast_names(OFF(model, quantize=Int8WeightOnly())) == {"near", "far", "long"}
+    with torch.no_grad():
+        model["far"].weight[1, 2] = torch.nan
+    fast = OFF(model, quantize=Int8Dynamic())
+    assert fast_names(fast) == {"near"} and "infinities or NaN" in str(reasons(fast)["far"])
+    with pytest.raises(ValueError, match="cannot become a FastLinear: its weight has infinities"):
+        FastLinear.from_linear(model["far"], quantize=Int8Dynamic())
+
+
+def test_bad_arguments() -> None:
+    """One clear error each, before anything has changed."""
+    model = mlp(8, 8)
+    for arguments, error, message in (
+        ({"quantize": "int8"}, TypeError, "quantize must be None or one of fastlinear's Int8Dynamic, .* but is 'int8'"),
+        ({"quantize": Int8Dynamic}, TypeError, "quantize must be None or one of"),
+        (
+            {"quantize": Int8Dynamic(), "dtype": torch.half},
+            ValueError,
+            "by dtype=torch.float16 or by .* not by both",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            fastlinear.convert(model, inplace=True, **arguments)
+        with pytest.raises(error, match=message):
+            FastLinear.from_linear(model[0], **arguments)
+    assert not fast_names(model)
+    with pytest.raises(ValueError, match="it was calibrated with 8 input features, but has 9"):
+        scheme = SCHEMES["smoothed"](model[0], torch.randn(5, 8))
+        FastLinear.from_linear(nn.Linear(9, 8), quantize=scheme)
+
+
+# ---- static chains ---------------------------------------------------------------------------------------------------
+
+
+def chained(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    calibration = fastlinear.calibrate(model, [x], **options)
+    return OFF(model, quantize=Int8Static(calibration, chain=True), include="*")
+
+
+def middles(model: nn.Module, x: Tensor) -> list[torch.dtype]:
+    """The dtypes of what the fast layers return."""
+    seen: list[torch.dtype] = []
+    layers = [layer for layer in model.modules() if linear.is_fast(layer)]
+    hooks = [layer.register_forward_hook(lambda m, x, y: seen.append(y.dtype)) for layer in layers]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@every_float
+def test_a_chain_is_never_floating_point(symmetric: bool, dtype: torch.dtype) -> None:
+    """In a two-layer MLP the first layer hands bytes to the second, which are those of the specification."""
+    model, x = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 8)).eval(), torch.randn(64, K)
+    fast = chained(model, x, symmetric=symmetric)
+    x = x[:5].to(dtype)
+    assert middles(fast, x) == [torch.uint8, torch.float32]
+    with torch.no_grad():
+        middle = fast[0](x)
+        agrees(fast[0], middle, x)
+        assert middle.dtype == torch.uint8 and middle.float().std() > 1
+        agrees(fast[2], fast(x), middle)
+        torch.testing.assert_close(fast(x), model(x.float()), rtol=0.05, atol=0.05)
+        assert is_native(fast[0]) and is_native(fast[2])
+
+
+def test_what_may_stand_between() -> None:
+    """Activations that are absorbed, nn.Identity, Dropout in eval mode, nested sequences; nothing that computes."""
+    x = torch.randn(50, 8)
+
+    def links(*between: nn.Module, **options: Any) -> int:
+        fast = chained(nn.Sequential(nn.Linear(8, 8), *between, nn.Linear(8, 8)).eval(), x, **options)
+        return sum(dtype == torch.uint8 for dtype in middles(fast, x))
+
+    assert links() == links(nn.GELU()) == links(nn.ReLU(), nn.Identity(), nn.Dropout()) == 1
+    assert links(nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.Identity()))) == 2
+    assert links(nn.ReLU(), nn.LayerNorm(8)) == links(nn.Softmax(-1)) == links(nn.ReLU(), nn.Tanh()) == 0
+    assert links(nn.ReLU(), smooth=0.5) == 0
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    calibration = fastlinear.calibrate(model, [x])
+    assert middles(OFF(model, quantize=Int8Static(calibration)), x) == [torch.float32] * 2
+    twice = nn.Sequential(model[0], model[0], model[2])
+    assert middles(chained(twice, x), x) == [torch.float32] * 3
+    hooked = copy.deepcopy(model)
+    hooked[0].register_forward_hook(lambda m, x, y: None)
+    assert middles(chained(hooked, x), x) == [torch.float32] * 2
+
+
+def test_chains_train_export_and_end() -> None:
+    """In training, in an exported program and after unconvert all is floating point; compiled it is as in eager."""
+    model, x = mlp(8, 16, 4).eval(), torch.randn(50, 8)
+    fast = chained(model, x)
+    with torch.no_grad():
+        expected = fast(x)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(fast, backend="aot_eager", fullgraph=True)(x), expected)
+        exported = torch.export.export(fast, (x,)).module()(x)
+        torch.testing.assert_close(exported, model(x))
+    torch.testing.assert_close(fast(x), model(x))  # wanting gradients
+    fast.train()(x).sum().backward()
+    assert all(p.grad is not None for p in fast.parameters())
+    with torch.no_grad():
+        assert torch.equal(fastlinear.unconvert(fast).eval()(x), model(x))
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+
+@every_scheme
+def test_tuning_measures_kernels_of_the_pack(scheme: str) -> None:
+    """Candidates are the kernels that read the layout, integers of one ISA only; torch computes other numbers."""
+    layer, x = layer_of(scheme, tune="lazy", n=71), torch.randn(40, K)
+    planner.cache().clear()
+    agrees(layer, layer(x), x)
+    (chosen,) = layer.plans
+    names = {name.split()[0] for name, _ in chosen.table}
+    rows = [row for row in _kernels.kernels() if row["name"] in names]
+    layout = layer._engine.packed.layout
+    assert chosen.source == "tuned" and chosen.speedup is None and not names & {*torch_plans.NAMES}
+    assert rows and len(rows) == len(names) and all(layout in row["reads"] for row in rows)
+    if layer._precision.rows is not None:
+        assert len({row["isa"] for row in rows}) == 1
+    layer._reset()
+    layer(x)
+    assert layer.plans[0].source in ("cache", "tuned")
+
+
+def test_no_two_schemes_share_a_plan() -> None:
+    """What quantises rows otherwise, smooths or requantises is another problem, as is what may fall back."""
+    layers = [layer_of(scheme) for scheme in SCHEMES]
+    chain = chained(mlp(K, N, 8).eval(), torch.randn(5, K))[0]
+    falling = FastLinear.from_linear(nn.Linear(K, N), "relu", quantize=Int8Dynamic(fallback=True)).eval()
+    keys = []
+    with torch.no_grad():
+        for layer in (*layers, chain, falling):
+            layer._tune = "off"
+            layer(torch.randn(5, K))
+            keys.append(layer.problem(layer._engine, layer._engine.packed, 5, "fp32", 1).key())
+    assert len(set(keys)) == len(keys) - 1  # static u8 and s8 are one kind of work
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_override(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTLINEAR_KERNEL names the kernel, and with it the layout, of int8 as of all else; torch's ways do not apply."""
+    packed = layer_of(scheme).packed_as
+    for row in _kernels.kernels():
+        if row["runnable"] and row["format"] == packed:
+            monkeypatch.setenv("FASTLINEAR_KERNEL", row["name"])
+            layer, x = layer_of(scheme), torch.randn(5, K)
+            agrees(layer, layer(x), x)
+            assert [(c.name, c.source) for c in layer.plans] == [(row["name"], "override")]
+            assert layer._engine.packed.layout == row["layout"]
+    monkeypatch.setenv("FASTLINEAR_KERNEL", torch_plans.BASELINE)
+    layer = layer_of(scheme)
+    agrees(layer, layer(x), x)
+    assert layer.plans[0].name != torch_plans.BASELINE
+
+
+def falling_back(monkeypatch: pytest.MonkeyPatch, winner: Callable[[str], bool]) -> list[list[str]]:
+    """From here on every tuning is won by the first candidate whose name `winner` accepts; what ran in each."""
+    from fastlinear import autotune
+
+    ran: list[list[str]] = []
+
+    def choose(candidates: Any, baseline: str, **_: Any) -> autotune.Choice:
+        for candidate in candidates:
+            candidate.run()
+        names = [candidate.name for candidate in candidates]
+        ran.append(names)
+        return autotune.Choice(next(filter(winner, names)), ((names[0], 1.0),), 2.0, True, 1, 1, 0.0)
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    planner.cache().clear()
+    return ran
+
+
+@pytest.mark.parametrize("held", FLOATS)
+@pytest.mark.parametrize("of_x", FLOATS)
+def test_fallback(held: torch.dtype, of_x: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fallback=True the parameter's own format competes, native and in torch; where it wins it runs, the report
+    says that int8 was refused, and its pack is counted; a frozen layer has nothing to fall back on."""
+    stock = nn.Linear(K, N).to(held).eval().requires_grad_(False)
+    x, form = torch.randn(2, 3, K).to(of_x), _kernels.FORMATS[held]
+    want = F.linear(x, stock.weight.to(of_x), stock.bias.to(of_x)).relu()
+    plain = FastLinear.from_linear(stock, "relu").eval()
+    natives = {row["name"] for row in _kernels.kernels()} if plain.precision.takes(of_x) else set()
+    for kind in ("torch", "native"):
+        if kind == "native" and not natives:
+            continue
+
+        def winner(name: str, kind: str = kind) -> bool:
+            return name == torch_plans.BASELINE if kind == "torch" else DTYPES.keys() & {name.split("/")[0]} != set()
+
+        ran = falling_back(monkeypatch, winner)
+        layer = FastLinear.from_linear(stock, "relu", quantize=Int8Dynamic(fallback=True)).eval()
+        y = layer(x)
+        torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
+        (chosen,) = layer.plans
+        assert chosen.refused == "int8" and (chosen.name in torch_plans.NAMES) == (kind == "torch")
+        assert "(int8 refused)" in str(fastlinear.report(layer))
+        assert any(name.startswith("int8/") for name in ran[0]) and torch_plans.BASELINE in ran[0]
+        counted = {form} if kind == "native" else set()
+        assert {engine.packed.format for engine in layer._casting.values()} == counted
+        layer._reset()
+        assert torch.equal(layer(x), y) and layer.plans[0].source == "cache" and layer.plans[0].refused == "int8"
+        assert len(ran) == 1
+        layer._tune = "off"
+        fastlinear.freeze(layer)
+        layer(x)
+        assert not layer.plans[0].refused and layer.plans[0].name.startswith("int8/")
+        fastlinear.unfreeze(layer)
+
+
+def test_int8_that_wins_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fallback=True, too, the report is silent where int8 is faster, and no second pack stays."""
+    falling_back(monkeypatch, lambda name: name.startswith("int8/"))
+    layer, x = (
+        FastLinear.from_linear(nn.Linear(K, N), "relu", quantize=Int8Dynamic(fallback=True)).eval(),
+        torch.ones(5, K),
+    )
+    with torch.no_grad():
+        agrees(layer, layer(x), x)
+    assert not layer.plans[0].refused and not layer._casting and "refused" not in str(fastlinear.report(layer))
+    assert layer.plans[0].speedup == 2.0
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@every_scheme
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_report_tells_the_error(scheme: str, freeze: bool) -> None:
+    """Signal to noise of the weight, and of the output where calibration ran; of repeated layers the least."""
+    model, x = Model(2).eval(), torch.randn(50, 8)
+    fast = OFF(model, quantize=SCHEMES[scheme](model, x))
+    assert all(row.quality == (None, None) for row in fastlinear.report(fast))
+    with torch.no_grad():
+        fast(x)
+    weights = {name: layer.weight.detach().clone() for name, layer in fast.named_modules() if linear.is_fast(layer)}
+    if freeze:
+        fastlinear.freeze(fast)
+    calibrated = "static" in scheme or scheme == "smoothed"
+    for row in fastlinear.report(fast):
+        smooth = fast.get_submodule(row.name)._precision.smooth
+        quantized = quantize.quantize_weight(weights[row.name], smooth)
+        assert row.quality.weight == pytest.approx(quantize.weight_snr(weights[row.name], quantized, smooth))
+        assert (row.quality.output is not None) == calibrated and 25 < row.quality.weight < 70
+        assert not calibrated or 15 < row.quality.output < 70
+    text = str(fastlinear.report(fast))
+    assert " dB " in text.splitlines()[0] and "dB: signal to noise" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert f"quantized={fast.head._precision.scheme}" in repr(fast.head) or not fast.head._precision.scheme
+
+
+def test_reports_without_int8_have_no_such_column() -> None:
+    """Models of floats are reported as ever."""
+    assert " dB " not in str(fastlinear.report(OFF(Model(1).eval())))
+
+
+def test_candidates_are_told_by_the_table() -> None:
+    """A problem in each integer format has native candidates for every M, from the best ISA that has them."""
+    for packed, scheme in itertools.product(_kernels.PACKED.keys() - DTYPES.keys(), ("symmetric", "static-smooth")):
+        problem = planner.Problem(1, N, K, "fp32", packed, "fp32", "fp32", True, None, False, 1, scheme)
+        for m in (1, 16, 512):
+            found = native_candidates(problem._replace(m=m))
+            assert found and {c.name.split("/")[1] for c in found} <= {
+                row["isa"] for row in _kernels.kernels() if row["runnable"]
+            }
