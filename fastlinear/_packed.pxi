@@ -156,8 +156,9 @@ cdef class Packed:
     cdef object channels(self, const void* values, object dtype):
         if values == NULL:
             return None
-        cdef ptrdiff_t begin = <const char*> values - <const char*> <size_t> self.data.data_ptr()
-        return self.data[begin : begin + 4 * self.n].view(dtype)
+        # In the storage, since those of a head lie beyond its panels.
+        cdef ptrdiff_t begin = <const char*> values - <const char*> <size_t> self.data.untyped_storage().data_ptr()
+        return self.data.as_strided((4 * self.n,), (1,), begin).view(dtype)
 
     @property
     def scale(self):

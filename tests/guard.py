@@ -17,7 +17,8 @@ from torch import Tensor
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 MAP_NORESERVE = 0x4000  # Linux; the mmap module has a name for it only from Python 3.13 on
-CANARY = -17280.0  # a number of every format; far from all results, so that arithmetic on it shows
+CANARY = -17280.0  # a number of every floating format; far from all results, so that arithmetic on it shows
+CANARY_BYTE = 113  # of integers
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -47,7 +48,7 @@ def guarded(values: Tensor, at: Literal["start", "end"], *, stride: int | None =
     memory = mmap.mmap(-1, room + 2 * PAGE)
     first = PAGE + offset * size if at == "start" else PAGE + room - (count + offset) * size
     flat = torch.frombuffer(memory, dtype=values.dtype, count=count, offset=first)
-    flat.fill_(CANARY)
+    flat.fill_(canary(values.dtype))
     strides = (*(stride * math.prod(values.shape[i + 1 : -1]) for i in range(values.dim() - 1)), 1)
     operand = flat.as_strided(values.shape, strides)
     operand.copy_(values)
@@ -56,16 +57,20 @@ def guarded(values: Tensor, at: Literal["start", "end"], *, stride: int | None =
     return operand
 
 
+def canary(dtype: torch.dtype) -> float:
+    return CANARY if dtype.is_floating_point else CANARY_BYTE
+
+
 def canaried(
     rows: int, columns: int, stride: int, dtype: torch.dtype = torch.float32, margin: int = 16
 ) -> tuple[Tensor, Callable[[], bool]]:
     """An output [rows, columns] with CANARY before, after and in the gaps, and a function: are they all intact?"""
-    flat = torch.full((margin + rows * stride + margin,), CANARY, dtype=dtype)
+    flat = torch.full((margin + rows * stride + margin,), canary(dtype), dtype=dtype)
     outside = torch.ones(flat.shape, dtype=torch.bool)
     outside.as_strided((rows, columns), (stride, 1), margin).fill_(False)
     output = flat.as_strided((rows, columns), (stride, 1), margin)
-    output.fill_(math.nan)  # what is never written shows, too
-    return output, lambda: bool((flat[outside] == CANARY).all())
+    output.fill_(math.nan if dtype.is_floating_point else canary(dtype))  # what is never written shows, too
+    return output, lambda: bool((flat[outside] == canary(dtype)).all())
 
 
 def sparse(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,13 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastlinear import _kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 Steps = Iterable[tuple[str, tuple[float, ...]]]
-FORMATS = list(_kernels.FORMATS.values())  # in the order of enum Format
+FORMATS = [*_kernels.PACKED, "uint8"]  # in the order of enum Format
+OF_DTYPE = {**_kernels.FORMATS, torch.int8: "int8", torch.uint8: "uint8"}  # of x, biases and outputs
 ACTIVATIONS = list(_kernels.activations())
 
 # ---- how an ISA is executed ------------------------------------------------------------------------------------------
@@ -34,6 +36,8 @@ EMULATIONS = {path.stem: path for path in ROOT.glob("tests/emulated/*.cpp")}
 
 # One instruction that only this ISA has, and a return.
 PROBES = {
+    "avx_vnni": bytes.fromhex("c4e27d50c0 c3"),  # {vex} vpdpbusd %ymm0,%ymm0,%ymm0
+    "avx512_vnni": bytes.fromhex("62f27d4850c0 c3"),  # vpdpbusd %zmm0,%zmm0,%zmm0
     "avx512_bf16": bytes.fromhex("62f27e4852c0 c3"),  # vdpbf16ps %zmm0,%zmm0,%zmm0
     "avx512_fp16": bytes.fromhex("62f57c4858c0 c3"),  # vaddph %zmm0,%zmm0,%zmm0
 }
@@ -62,7 +66,7 @@ def way(isa: str) -> str:
         return f"skipped: FASTLINEAR_MAX_ISA is {os.environ['FASTLINEAR_MAX_ISA']}"
     if isa in PROBES and executes(PROBES[isa]):
         return HIDDEN
-    if isa in EMULATIONS and "avx512" in known:
+    if isa in EMULATIONS and ("avx512" if isa.startswith("avx512") else "avx2") in known:
         return EMULATED
     return f"skipped: this CPU has no {isa}"
 
@@ -134,6 +138,29 @@ class Panels(ctypes.Structure):
         ("format", ctypes.c_uint8),
         ("nr", ctypes.c_ssize_t),
         ("kr", ctypes.c_ssize_t),
+        ("zeros", ctypes.c_bool),
+    ]
+
+
+class Quantizer(ctypes.Structure):
+    """RowQuantizer of integer_rows.hpp."""
+
+    _fields_ = [
+        ("kind", ctypes.c_uint8),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_int32),
+        ("smooth", ctypes.c_void_p),
+    ]
+
+
+class Affine(ctypes.Structure):
+    """As in quantization.hpp."""
+
+    _fields_ = [
+        ("inverse", ctypes.c_float),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("zero", ctypes.c_int32),
     ]
 
 
@@ -148,7 +175,7 @@ class Program(ctypes.Structure):
 def operand(values: Tensor | None) -> Operand:
     if values is None:
         return Operand(None, 0, 0)
-    return Operand(values.data_ptr(), values.stride(0), FORMATS.index(_kernels.FORMATS[values.dtype]))
+    return Operand(values.data_ptr(), values.stride(0), FORMATS.index(OF_DTYPE[values.dtype]))
 
 
 def program(steps: Steps) -> Program:
@@ -156,6 +183,21 @@ def program(steps: Steps) -> Program:
     indices = (ctypes.c_ssize_t * len(given))(*(ACTIVATIONS.index(name) for name, _ in given))
     params = (ctypes.c_float * (2 * len(given)))(*(p for _, step in given for p in (*step, 0.0, 0.0)[:2]))
     return Program(len(given), indices, params)
+
+
+def quantizer(rows: _kernels.RowQuantizer | None, smooth: Tensor) -> Quantizer:
+    """`smooth`: that of the rows, padded."""
+    if rows is None:
+        return Quantizer()
+    kind = _kernels.ROW_KINDS.index(rows.kind)
+    return Quantizer(kind, rows.scale, rows.zero, None if rows.smooth is None else smooth.data_ptr())
+
+
+def affine(out: tuple[torch.dtype, float, int] | None) -> Affine:
+    if out is None:
+        return Affine()
+    _, scale, zero = out
+    return Affine(torch.tensor(scale, dtype=torch.float32).reciprocal().item(), -zero, 255 - zero, zero)
 
 
 Product = Callable[..., Tensor]
@@ -175,17 +217,23 @@ def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels:
         threads: int,
         k_slices: int,
         out: Tensor,
+        rows: _kernels.RowQuantizer | None = None,
+        integers: tuple[torch.dtype, float, int] | None = None,
     ) -> Tensor:
         assert packed.layout in kernel["reads"]
         format, shape = packed.layout.split("/")
         panels = place(packed.data)
+        smooth = torch.zeros(0) if rows is None or rows.smooth is None else rows.smooth
+        smooth = torch.nn.functional.pad(smooth, (0, -len(smooth) % 16))
         parts = (
             Sizes(threads, k_slices, len(x), packed.n, packed.k),
             operand(x),
-            Panels(panels.data_ptr(), FORMATS.index(format), *map(int, shape.split("x"))),
+            quantizer(rows, smooth),
+            Panels(panels.data_ptr(), FORMATS.index(format), *map(int, shape.split("x")), packed.zero is not None),
             operand(b),
             operand(out),
             program(steps),
+            affine(integers),
         )
         assert function(str(kernel["name"]).encode(), *map(ctypes.byref, parts)), "no memory"
         return out

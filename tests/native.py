@@ -20,11 +20,13 @@ from oracle import Dtypes, Result, Sums
 from torch import Tensor
 
 from fastlinear import _kernels
+from fastlinear.quantize import Quantized, Requantize, Rows
 
 Kernel = dict[str, Any]
 Note = Callable[[str], object]
 
-DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+DTYPES = _kernels.PACKED  # of weights, by format
+FLOATS = list(_kernels.FORMATS)  # what x, biases and outputs may be
 FP16_BLOCK = 64  # products that a kernel which accumulates in fp16 may add before it promotes the sum
 
 
@@ -36,11 +38,10 @@ def on(kernel: Kernel, layout: str) -> Kernel:
     that these may have; `dtypes`, a few combinations in which each of them appears; `sums`, how it adds up.
     """
     format, shape = layout.split("/")
-    weight = DTYPES[format]
-    of_x = [DTYPES[kernel["rows"]]]
-    if kernel["rows"] == "fp32" and weight != torch.float32:
-        of_x = list(DTYPES.values())
-    of_bias = list(dict.fromkeys((weight, torch.float32)))
+    weight, sums_integers = DTYPES[format], kernel["accumulate"] == "int32"
+    any_x = sums_integers or (kernel["rows"] == "fp32" and weight != torch.float32)
+    of_x = FLOATS if any_x else [DTYPES[kernel["rows"]]]
+    of_bias = list(dict.fromkeys((weight, torch.float32))) if weight.is_floating_point else FLOATS
     return kernel | {
         "id": kernel["name"] if layout == kernel["reads"][0] else f"{kernel['name']} on {layout}",
         "way": library.way(kernel["isa"]),
@@ -61,8 +62,10 @@ def together(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 ALL = [on(kernel, layout) for kernel in _kernels.kernels() for layout in kernel["reads"]]
-TABLE = [kernel for kernel in ALL if kernel["id"] == kernel["name"]]
-RUNNABLE = [kernel for kernel in ALL if kernel["runnable"]]
+INTEGER = [kernel for kernel in ALL if kernel["accumulate"] == "int32"]  # integer products; all others are floating
+FLOATING = [kernel for kernel in ALL if kernel not in INTEGER]
+TABLE = [kernel for kernel in FLOATING if kernel["id"] == kernel["name"]]
+RUNNABLE = [kernel for kernel in FLOATING if kernel["runnable"]]
 EXECUTED = [kernel for kernel in ALL if "skipped" not in kernel["way"]]
 LAYOUTS = list(dict.fromkeys((k["layout"], DTYPES[k["format"]], k["nr"], k["kr"]) for k in ALL))
 ACTIVATIONS = [*_kernels.activations().items()]
@@ -74,8 +77,9 @@ def parameter(kernel: Kernel, *more: Any, id: str = "") -> Any:
     return pytest.param(kernel, *more, id=id or kernel["id"], marks=[] if kernel in EXECUTED else [skip])
 
 
-# `for every kernel of the table, on every layout that it reads`.
-every_kernel = pytest.mark.parametrize("kernel", [parameter(kernel) for kernel in ALL])
+# `for every kernel of the table that sums floating-point products, on every layout that it reads`, and the others.
+every_kernel = pytest.mark.parametrize("kernel", [parameter(kernel) for kernel in FLOATING])
+every_integer_kernel = pytest.mark.parametrize("kernel", [parameter(kernel) for kernel in INTEGER])
 
 products: Counter[str] = Counter()  # how many were computed on each row, for the report at the end
 
@@ -94,7 +98,48 @@ def run(
     """steps(x [M, K] @ w [N, K].T + b [N]) on this kernel. `out` [M, N] is written if given, else a NaN tensor as x."""
     y = torch.full((x.shape[0], w.shape[0]), torch.nan, dtype=x.dtype) if out is None else out
     products[kernel["id"]] += 1
-    return product(kernel, _kernels.Packed(w, kernel["layout"]), x, b, steps, threads, k_slices, y)
+    return product(kernel, pack(w, kernel["layout"]), x, b, steps, threads, k_slices, y)
+
+
+def integers(
+    kernel: Kernel,
+    x: Tensor,
+    q: Quantized,
+    rows: Rows,
+    b: Tensor | None = None,
+    steps: Steps = (),
+    to: torch.dtype | Requantize | None = None,
+    *,
+    threads: int = 1,
+    k_slices: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`quantize.linear` on this integer kernel: x [M, K], q [N, K], `to` the dtype of the result, or what makes
+    integers of it. `out` [M, N] is written if given."""
+    requantize = to if isinstance(to, Requantize) else None
+    dtype = requantize.dtype if requantize else to or (x.dtype if x.dtype.is_floating_point else torch.float32)
+    y = torch.full((len(x), len(q.values)), 77, dtype=dtype) if out is None else out
+    packed = pack(q.values, kernel["layout"], q.scale, q.zero)
+    products[kernel["id"]] += 1
+    return product(
+        kernel,
+        packed,
+        x,
+        b,
+        steps,
+        threads,
+        k_slices,
+        y,
+        _kernels.RowQuantizer(*rows),
+        requantize and tuple(requantize),
+    )
+
+
+def pack(w: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None) -> _kernels.Packed:
+    """w [N, K] in `layout`; int8 weights without a `scale` are integers."""
+    if w.dtype == torch.int8 and scale is None:
+        scale = torch.ones(len(w))
+    return _kernels.Packed(w, layout, scale, zero)
 
 
 def product(
@@ -106,11 +151,14 @@ def product(
     threads: int,
     k_slices: int,
     out: Tensor,
+    rows: _kernels.RowQuantizer | None = None,
+    requantize: tuple[torch.dtype, float, int] | None = None,
 ) -> Tensor:
-    """`run` on a packed weight, into `out`."""
+    """`run` or `integers` on a packed weight, into `out`."""
     if not kernel["runnable"]:
-        return library.product()(kernel, packed, x, b, steps, threads, k_slices, out)
-    _kernels.run(packed, _kernels.Plan(kernel["name"], threads, k_slices), _kernels.Epilogue(steps), x, b, out)
+        return library.product()(kernel, packed, x, b, steps, threads, k_slices, out, rows, requantize)
+    plan, epilogue = _kernels.Plan(kernel["name"], threads, k_slices), _kernels.Epilogue(steps, requantize)
+    _kernels.run(packed, plan, epilogue, x, b, out, rows)
     return out
 
 
@@ -135,9 +183,12 @@ def random_case(m: int, n: int, k: int, dtypes: Dtypes) -> tuple[Tensor, Tensor,
     return x, w, b
 
 
+OF_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by the bytes of an element
+
+
 def bits(values: Tensor) -> Tensor:
     """The bit patterns of values, so that NaN equals itself and -0 differs from 0."""
-    return values.contiguous().view({2: torch.int16, 4: torch.int32}[values.element_size()])
+    return values.contiguous().view(OF_BITS[values.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -147,7 +198,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a format that have these bit patterns (any integers, of which the last bits count)."""
-    return patterns.to({2: torch.int16, 4: torch.int32}[dtype.itemsize]).view(dtype)
+    return patterns.to(OF_BITS[dtype.itemsize]).view(dtype)
 
 
 def driver_constant(name: str) -> int:

@@ -230,11 +230,19 @@ def random_case(
     m: int, n: int, k: int, dtypes: Dtypes = FP32, *, bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [m, k], w [n, k], b [n] as in a trained layer: normal, with sums of about unit variance."""
-    return stored(dtypes, torch.randn(m, k), torch.randn(n, k) / math.sqrt(max(k, 1)), torch.randn(n) if bias else None)
+    x, w = torch.randn(m, k), torch.randn(n, k) / math.sqrt(max(k, 1))
+    factor = whole_factor(w, dtypes.weight)
+    return stored(dtypes, x / factor, w * factor, torch.randn(n) if bias else None)
+
+
+def whole_factor(w: Tensor, dtype: torch.dtype) -> float:
+    """For int8, which has no fractions: what makes 127 of the largest number of w; else 1."""
+    return 127 / float(w.abs().max()) if dtype == torch.int8 and w.any() else 1.0
 
 
 def stored(dtypes: Dtypes, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in these formats."""
+    """The operands in these formats, to the nearest."""
+    w = w if dtypes.weight.is_floating_point else w.round()
     return x.to(dtypes.x), w.to(dtypes.weight), None if b is None else b.to(dtypes.bias)
 
 
@@ -263,8 +271,10 @@ def adversarial_cases(
 
     What is tiny or huge is so for the format of x and for that of w.
     """
-    for name, x, w, b in _adversarial(k, m, n, torch.finfo(dtypes.x), torch.finfo(dtypes.weight)):
-        yield name, *stored(dtypes, x, w, b)
+    of_weight = torch.finfo(dtypes.weight if dtypes.weight.is_floating_point else torch.float32)
+    for name, x, w, b in _adversarial(k, m, n, torch.finfo(dtypes.x), of_weight):
+        if dtypes.weight.is_floating_point or w.isfinite().all():
+            yield name, *stored(dtypes, x, w * whole_factor(w, dtypes.weight), b)
 
 
 def _adversarial(

@@ -12,11 +12,12 @@ from fastlinear import _kernels
 Leaf = tuple[int, int, int, int]
 Machine = dict[Any, Any]
 
-# Bits of leaf 1 ecx; of leaf 7 ebx; of leaf 7 edx; of leaf 7, subleaf 1, eax.
+# Bits of leaf 1 ecx; of leaf 7 ebx; of leaf 7 ecx; of leaf 7 edx; of leaf 7, subleaf 1, eax.
 FMA, OSXSAVE, AVX, F16C = 1 << 12, 1 << 27, 1 << 28, 1 << 29
 AVX2, F, DQ, BW, VL = 1 << 5, 1 << 16, 1 << 17, 1 << 30, 1 << 31
+VNNI = 1 << 11
 FP16 = 1 << 23
-BF16 = 1 << 5
+AVX_VNNI, BF16 = 1 << 4, 1 << 5
 SSE_ONLY, YMM, ZMM = 0x3, 0x7, 0xE7  # XCR0; bit 0 is x87, which is always set
 
 
@@ -41,11 +42,11 @@ def caches(leaf: int, *described: Leaf) -> dict[tuple[int, int], Leaf]:
 
 
 def machine(maker: str, name: str, leaf1: int, leaf7: int, xcr0: int, max_leaf: int, **extra: Any) -> Machine:
-    """`extra`: caches; edx, of leaf 7; and subleaves and eax1, the highest subleaf of leaf 7 and eax of its first."""
+    """`extra`: caches; ecx and edx, of leaf 7; and subleaves and eax1, its highest subleaf and eax of its first."""
     return {
         (0, 0): vendor(maker, max_leaf),
         (1, 0): (0, 0, leaf1, 0),
-        (7, 0): (extra.get("subleaves", 1), leaf7, 0, extra.get("edx", 0)),
+        (7, 0): (extra.get("subleaves", 1), leaf7, extra.get("ecx", 0), extra.get("edx", 0)),
         (7, 1): (extra.get("eax1", 0), 0, 0, 0),
         (0x80000000, 0): (0x80000020, 0, 0, 0),
         **text(name),
@@ -58,7 +59,8 @@ INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 # Registers as such machines report them, reduced to the leaves and bits that matter.
 LEAF1_INTEL, LEAF1_AMD = 0x7FFEFBFF, 0x7ED8320B
 SKX, ADL, SPR, ZEN2, ZEN4 = 0xD39FFFFB, 0x239CA7EB, 0xF3BFBFFF, 0x219C91A9, 0xF1BF97A9
-SPR_EDX, SPR_EAX1 = 0xFFDD4412, 0x1C30
+SPR_ECX, SPR_EDX, SPR_EAX1 = 0xFB417FFE, 0xFFDD4412, 0x1C30
+SPR_MORE = {"ecx": SPR_ECX, "edx": SPR_EDX, "eax1": SPR_EAX1}
 KB, MB = 1 << 10, 1 << 20
 
 SKX_CACHES = caches(
@@ -78,8 +80,8 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
     ),
     (
         "Zen 4",
-        machine(AMD, "AMD EPYC 9654 96-Core Processor", LEAF1_AMD, ZEN4, 0x2E7, 16, edx=SPR_EDX & ~FP16, eax1=BF16),
-        ["scalar", "avx2", "avx512", "avx512_bf16"],
+        machine(AMD, "AMD EPYC 9654 96-Core Processor", LEAF1_AMD, ZEN4, 0x2E7, 16, ecx=0x405FCE, eax1=BF16),
+        ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"],
         (0, 0, 0),
     ),
     (
@@ -89,27 +91,31 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
         (32 * KB, 1 * MB, 19712 * KB),
     ),
     (
-        "Alder Lake: AVX-512 fused off",
-        machine(INTEL, "12th Gen Intel(R) Core(TM) i9-12900K", LEAF1_INTEL, ADL, 0x207, 32),
-        ["scalar", "avx2"],
+        "Alder Lake: AVX-512 fused off, AVX-VNNI",
+        machine(INTEL, "12th Gen Intel(R) Core(TM) i9-12900K", LEAF1_INTEL, ADL, 0x207, 32, eax1=0x400810),
+        ["scalar", "avx2", "avx_vnni"],
         (0, 0, 0),
     ),
     (
-        "Cooper Lake: BF16 without FP16",
-        machine(INTEL, "Intel(R) Xeon(R) Platinum 8380H CPU @ 2.90GHz", LEAF1_INTEL, SKX, 0xE7, 22, eax1=0x20),
-        ["scalar", "avx2", "avx512", "avx512_bf16"],
+        "Cooper Lake: BF16 and VNNI without FP16",
+        machine(
+            INTEL, "Intel(R) Xeon(R) Platinum 8380H CPU @ 2.90GHz", LEAF1_INTEL, SKX, 0xE7, 22, ecx=VNNI, eax1=BF16
+        ),
+        ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"],
         (0, 0, 0),
     ),
     (
-        "Ice Lake: neither",
-        machine(INTEL, "Intel(R) Xeon(R) Platinum 8380 CPU @ 2.30GHz", LEAF1_INTEL, SPR, 0xE7, 27, subleaves=0),
-        ["scalar", "avx2", "avx512"],
+        "Ice Lake: VNNI alone",
+        machine(
+            INTEL, "Intel(R) Xeon(R) Platinum 8380 CPU @ 2.30GHz", LEAF1_INTEL, SPR, 0xE7, 27, subleaves=0, ecx=VNNI
+        ),
+        ["scalar", "avx2", "avx512", "avx512_vnni"],
         (0, 0, 0),
     ),
     (
         "Sapphire Rapids, AMX state enabled",
-        machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32, edx=SPR_EDX, eax1=SPR_EAX1),
-        ["scalar", "avx2", "avx512", "avx512_bf16", "avx512_fp16"],
+        machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32, **SPR_MORE),
+        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16"],
         (0, 0, 0),
     ),
     (
@@ -131,9 +137,9 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
         (0, 0, 0),
     ),
     (
-        "FP16 and BF16 on a system that does not save ZMM registers",
-        machine(INTEL, "Xeon", LEAF1_INTEL, SPR, YMM, 32, edx=SPR_EDX, eax1=SPR_EAX1),
-        ["scalar", "avx2"],
+        "FP16, BF16 and VNNI on a system that does not save ZMM registers",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SPR, YMM, 32, **SPR_MORE),
+        ["scalar", "avx2", "avx_vnni"],
         (0, 0, 0),
     ),
     (
@@ -145,6 +151,12 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
     (
         "Nehalem: no AVX",
         machine(INTEL, "Intel(R) Core(TM) i7 CPU 920", 0x0098E3BD, 0, 0, 11),
+        ["scalar"],
+        (0, 0, 0),
+    ),
+    (
+        "AVX-VNNI and VNNI on a system that saves SSE registers alone",
+        machine(INTEL, "Xeon", LEAF1_INTEL, SPR, SSE_ONLY, 32, **SPR_MORE),
         ["scalar"],
         (0, 0, 0),
     ),
@@ -213,14 +225,15 @@ def test_each_bit_of_leaf_1_is_needed(missing: int) -> None:
 
 @pytest.mark.parametrize("missing", [F, DQ, BW, VL], ids=["F", "DQ", "BW", "VL"])
 def test_each_bit_of_avx512_is_needed(missing: int) -> None:
-    """Without any one of them AVX2 is the best, whatever is built on it."""
-    described = machine(INTEL, "", LEAF1_INTEL, SPR & ~missing, ZMM, 32, edx=SPR_EDX, eax1=SPR_EAX1)
-    assert _kernels.detect(described)["isas"] == ["scalar", "avx2"]
+    """Without any one of them AVX2 and what needs no more are the best, whatever is built on AVX-512."""
+    described = machine(INTEL, "", LEAF1_INTEL, SPR & ~missing, ZMM, 32, **SPR_MORE)
+    assert _kernels.detect(described)["isas"] == ["scalar", "avx2", "avx_vnni"]
 
 
 def test_no_avx2_means_no_avx512() -> None:
-    """An ISA is offered only with all below it."""
-    assert _kernels.detect(machine(INTEL, "", LEAF1_INTEL, SKX & ~AVX2, ZMM, 22))["isas"] == ["scalar"]
+    """An ISA is offered only with what it is built on."""
+    described = machine(INTEL, "", LEAF1_INTEL, SPR & ~AVX2, ZMM, 32, **SPR_MORE)
+    assert _kernels.detect(described)["isas"] == ["scalar"]
 
 
 def test_an_endless_list_of_caches_ends() -> None:
@@ -236,9 +249,10 @@ def test_this_machine_agrees_with_the_kernel() -> None:
     needs = {
         "scalar": set(),
         "avx2": {"avx", "avx2", "fma", "f16c"},
+        "avx_vnni": {"avx", "avx2", "fma", "f16c", "avx_vnni"},
         "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
     }
-    needs |= {isa: needs["avx512"] | {isa} for isa in ("avx512_bf16", "avx512_fp16")}
+    needs |= {isa: needs["avx512"] | {isa} for isa in ("avx512_vnni", "avx512_bf16", "avx512_fp16")}
     found = _kernels.cpu_info()
     allowed = [isa for isa, needed in needs.items() if needed <= flags]
     assert found["isas"] == allowed[: len(found["isas"])] and found["isas"][0] == "scalar"

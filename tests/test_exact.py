@@ -86,7 +86,9 @@ def formats(kernel: Kernel, which: int) -> Dtypes:
 
 def middling(values: Tensor) -> Tensor:
     """The same signs, with absolute values from 1/2 to 1: products, sums and what powers of two make of them are as
-    far from the ends of fp16 as numbers can be."""
+    far from the ends of fp16 as numbers can be. Integers as they are."""
+    if not values.is_floating_point():
+        return values
     return values.sign() * (0.5 + values.abs() % 0.5)
 
 

@@ -19,8 +19,8 @@ SIXTEEN_BIT = [dtype for dtype in native.DTYPES.values() if dtype.itemsize == 2]
 
 
 def patterns(dtype: torch.dtype) -> Tensor:
-    """Every number of a 16-bit format; of fp32, those and what lies around them (`floats`)."""
-    return native.of_bits(torch.arange(1 << 16), dtype) if dtype.itemsize == 2 else floats()
+    """Every number of a format of up to 16 bits; of fp32, those and what lies around them (`floats`)."""
+    return floats() if dtype.itemsize == 4 else native.of_bits(torch.arange(1 << 8 * dtype.itemsize), dtype)
 
 
 @cache
@@ -145,20 +145,23 @@ def test_fp16_sums_are_promoted(kernel: Kernel) -> None:
 
 
 def test_the_table_pairs_the_formats() -> None:
-    """Every format has kernels on every ISA with vectors of its own; fp32 kernels widen the others and nothing else
-    does; in all, each format of x meets each 16-bit weight."""
-    formats = list(_kernels.FORMATS.values())
-    assert formats == ["fp32", "bf16", "fp16"]
+    """Every format has kernels on every ISA with vectors of its own; fp32 kernels widen all of them but that of
+    integer products, and nothing else does; in all, each format of x meets each 16-bit weight."""
+    formats = list(_kernels.PACKED)
+    assert formats == [*_kernels.FORMATS.values(), "int8wo", "int8"] == ["fp32", "bf16", "fp16", "int8wo", "int8"]
     table = _kernels.kernels()
     for kernel in table:
         assert kernel["reads"][0] == kernel["layout"] and len(set(kernel["reads"])) == len(kernel["reads"])
         assert kernel["format"] == kernel["name"].split("/")[0] == kernel["layout"].split("/")[0]
-        assert kernel["rows"] in ("fp32", kernel["format"])
+        integers = kernel["format"] == "int8"
+        assert kernel["rows"] in (("uint8", "int16") if integers else ("fp32", kernel["format"]))
+        assert integers == (kernel["accumulate"] == "int32")
         widens = {layout.split("/")[0] for layout in kernel["reads"][1:]}
-        assert widens == (set(formats[1:]) if kernel["format"] == "fp32" else set())
+        assert widens == (set(formats[1:-1]) if kernel["format"] == "fp32" else set())
     for isa in ("scalar", "avx2", "avx512"):
         own = [kernel for kernel in table if kernel["isa"] == isa]
         assert {kernel["format"] for kernel in own} == set(formats)
-        assert {kernel["rows"] for kernel in own} == {kernel["accumulate"] for kernel in own} == {"fp32"}
+        floating = [kernel for kernel in own if kernel["format"] != "int8"]
+        assert {kernel["rows"] for kernel in floating} == {kernel["accumulate"] for kernel in floating} == {"fp32"}
     met = {(dtypes.x, dtypes.weight) for kernel in native.ALL for dtypes in kernel["dtypes"]}
-    assert met >= set(itertools.product(native.DTYPES.values(), SIXTEEN_BIT))
+    assert met >= set(itertools.product(native.FLOATS, SIXTEEN_BIT))

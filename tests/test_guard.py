@@ -26,7 +26,7 @@ def _dies_of(action: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
 
 
-every_size = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+every_size = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
 
 
 @every_size
@@ -52,7 +52,7 @@ def test_one_byte_outside_is_fatal(at: Edge, shape: tuple[int, ...], stride: int
 def test_offset_changes_the_alignment(at: Edge, dtype: torch.dtype) -> None:
     """`offset` moves the operand by single elements, so every alignment modulo 64 bytes is reachable."""
     values = torch.randn(4, 32).to(dtype)
-    addresses = {guard.guarded(values, at, offset=offset).data_ptr() % 64 for offset in range(32)}
+    addresses = {guard.guarded(values, at, offset=offset).data_ptr() % 64 for offset in range(64)}
     assert addresses == set(range(0, 64, dtype.itemsize))
 
 
@@ -61,7 +61,7 @@ def test_an_empty_operand_is_allowed() -> None:
     assert guard.guarded(torch.empty(3, 0), "end").shape == (3, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8], ids=str)
 @pytest.mark.parametrize("position", [15, 16 + 5, 16 + 7, 16 + 3 * 8, 16 + 3 * 8 + 15])
 def test_a_touched_canary_is_seen(position: int, dtype: torch.dtype) -> None:
     """A write before, between or after the rows of an output is found; writes to the output are not."""

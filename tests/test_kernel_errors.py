@@ -98,7 +98,8 @@ def test_what_is_no_dense_cpu_tensor_of_a_format(given: str, what: str) -> None:
     shape = {"x": (M, K), "bias": (N,), "out": (M, N), "weight": (N, K)}[what]
     value = NOT_A_TENSOR[given](shape)
     act = (lambda: Packed(value, LAYOUT)) if what == "weight" else (lambda: product(**{what: value}))
-    refused(TypeError, f"{what} must be a dense fp32 or bf16 or fp16 CPU tensor, not a", act)
+    integers = "" if what == "bias" else " or int8 or uint8"
+    refused(TypeError, f"{what} must be a dense fp32 or bf16 or fp16{integers} CPU tensor, not a", act)
 
 
 SHAPES: dict[str, tuple[str, Callable[[], Any], str]] = {
@@ -134,16 +135,19 @@ def test_a_weight_has_two_dimensions(dims: int) -> None:
     refused(ValueError, f"weight must have 2 dimensions, not {dims}", lambda: Packed(torch.ones((2,) * dims), LAYOUT))
 
 
-@pytest.mark.parametrize("kernel", [k for k in native.TABLE if k["runnable"]], ids=lambda kernel: kernel["name"])
+OWN = [kernel for kernel in native.ALL if kernel["id"] == kernel["name"]]
+
+
+@pytest.mark.parametrize("kernel", [k for k in OWN if k["runnable"]], ids=lambda kernel: kernel["name"])
 def test_a_kernel_reads_its_layouts_alone(kernel: native.Kernel) -> None:
     """Every other layout is refused: the message names the kernel, what it reads and what was given."""
     for layout, dtype, *_ in native.LAYOUTS:
         if layout not in kernel["reads"]:
             given: dict[str, Any] = {
-                "packed": Packed(torch.ones(N, K, dtype=dtype), layout),
+                "packed": native.pack(torch.ones(N, K, dtype=dtype), layout),
                 "plan": Plan(kernel["name"]),
             }
-            given["x"] = torch.ones(M, K, dtype=native.DTYPES[kernel["rows"]])
+            given["x"] = torch.ones(M, K, dtype=kernel["of_x"][0])
             message = f"{kernel['name']}.*{kernel['layout']}.*{layout}"
             refused(ValueError, message, lambda given=given: product(**given))
 
@@ -152,8 +156,8 @@ def test_a_kernel_reads_its_layouts_alone(kernel: native.Kernel) -> None:
 def test_a_kernel_takes_its_formats_of_x_alone(kernel: native.Kernel) -> None:
     """16-bit rows where the kernel reads others, or the weight is fp32: the message names kernel, layout and format."""
     weight = torch.ones(N, K, dtype=native.DTYPES[kernel["format"]])
-    given: dict[str, Any] = {"packed": Packed(weight, kernel["layout"]), "plan": Plan(kernel["name"])}
-    for dtype in native.DTYPES.values():
+    given: dict[str, Any] = {"packed": native.pack(weight, kernel["layout"]), "plan": Plan(kernel["name"])}
+    for dtype in (*native.FLOATS, torch.int8, torch.uint8):
         x = torch.ones(M, K, dtype=dtype)
         if dtype in kernel["of_x"]:
             product(**given, x=x)
@@ -165,7 +169,7 @@ def test_a_kernel_takes_its_formats_of_x_alone(kernel: native.Kernel) -> None:
 def test_a_weight_is_of_its_layouts_format() -> None:
     """No layout holds another format: the message names the layout, its format and the weight's."""
     for layout, of_layout, *_ in native.LAYOUTS:
-        for dtype in native.DTYPES.values():
+        for dtype in (*native.FLOATS, torch.int8, torch.uint8):
             if dtype != of_layout:
                 weight = torch.ones(N, K, dtype=dtype)
                 refused(TypeError, f"{layout}.*{of_layout}.*{dtype}", lambda w=weight, to=layout: Packed(w, to))
@@ -215,7 +219,7 @@ def test_unknown_names_and_numbers(case: str) -> None:
     refused(*UNKNOWN[case])
 
 
-@pytest.mark.parametrize("kernel", [k for k in native.TABLE if not k["runnable"]], ids=lambda kernel: kernel["name"])
+@pytest.mark.parametrize("kernel", [k for k in OWN if not k["runnable"]], ids=lambda kernel: kernel["name"])
 def test_a_kernel_of_another_cpu_is_refused(kernel: native.Kernel) -> None:
     """A row of the table that may not run here cannot be planned."""
     refused(ValueError, f"{kernel['name']}.*runs here", lambda: Plan(kernel["name"]))

@@ -131,10 +131,12 @@ def test_a_special_weight_stays_in_its_channel(kernel: Kernel, value: float) -> 
         x, w, b = native.random_case(m, n, k, dtypes)
         for column in range(n):
             special, bias = w.clone(), b.clone()
-            special[column, column % k] = value
+            if dtypes.weight.is_floating_point:
+                special[column, column % k] = value
             bias[(column + 1) % n] = value
             y = native.run(kernel, x, special, bias)
-            assert native.check(kernel, y, x, special, bias).nonfinite == 2 * m
+            columns = 1 + dtypes.weight.is_floating_point
+            assert native.check(kernel, y, x, special, bias).nonfinite == columns * m
 
 
 @every_kernel
@@ -245,6 +247,11 @@ def test_the_probe_tells_instructions_apart() -> None:
         ("avx512_fp16", ["avx512"], False, library.EMULATED),
         ("avx512_fp16", ["avx2"], False, "skipped: this CPU has no avx512_fp16"),
         ("avx512_bf16", ["avx512"], False, "skipped: this CPU has no avx512_bf16"),
+        ("avx512_vnni", ["avx512"], True, library.HIDDEN),
+        ("avx512_vnni", ["avx512"], False, "skipped: this CPU has no avx512_vnni"),
+        ("avx_vnni", ["avx2"], True, library.HIDDEN),
+        ("avx_vnni", ["avx2"], False, library.EMULATED),
+        ("avx_vnni", [], False, "skipped: this CPU has no avx_vnni"),
         ("avx512", ["avx2"], True, "skipped: this CPU has no avx512"),
     ],
 )

@@ -20,15 +20,28 @@ CPP_ROOMS = {
     "dlpack.hpp": set(),
     "epilogue.hpp": set(),
     "conversion.hpp": set(),
+    "quantization.hpp": set(),
     "formats/*": set(),
     "pack.hpp": {"kernel.hpp", "parallel.hpp"},
-    "vec/*": {"formats/*", "conversion.hpp"},
-    "epilogues/*": {"vec/*", "epilogue.hpp", "epilogues/*"},
+    "vec/partial.hpp": set(),
+    "vec/*": {"formats/*", "conversion.hpp", "quantization.hpp", "vec/partial.hpp"},
+    "epilogues/*": {"vec/*", "vec/partial.hpp", "epilogue.hpp", "epilogues/*"},
     "rows.hpp": {"kernel.hpp", "conversion.hpp"},
     "kernels/*": {"kernel.hpp", "formats/*", "kernels/*"},
-    "registry.hpp": {"kernel.hpp", "epilogue.hpp", "conversion.hpp"},
+    "registry.hpp": {"kernel.hpp", "epilogue.hpp", "conversion.hpp", "quantization.hpp"},
     "grid.hpp": {"kernel.hpp", "pack.hpp"},
-    "gemm.hpp": {"kernel.hpp", "epilogue.hpp", "grid.hpp", "rows.hpp", "parallel.hpp", "registry.hpp"},
+    "integer_rows.hpp": {"formats/*", "pack.hpp", "parallel.hpp", "registry.hpp", "rows.hpp"},
+    "problem.hpp": {"epilogue.hpp", "integer_rows.hpp", "pack.hpp", "quantization.hpp", "rows.hpp"},
+    "finish.hpp": {"grid.hpp", "problem.hpp", "registry.hpp"},
+    "gemm.hpp": {
+        "finish.hpp",
+        "grid.hpp",
+        "integer_rows.hpp",
+        "parallel.hpp",
+        "problem.hpp",
+        "registry.hpp",
+        "rows.hpp",
+    },
     "benchmarks/*": set(),
     "csrc/registry.cpp": {"registry.hpp", "epilogues/*"},
     "csrc/*.cpp": {"kernel.hpp", "target.hpp", "registry.hpp", "vec/*", "epilogues/*", "kernels/*"},
@@ -86,7 +99,7 @@ PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__m
 
 MOST_LINES = {"include/fastlinear/kernels/*": 150, "fastlinear/_kernels.pyx": 440, "*": 250}
 SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include", "csrc", "examples", "benchmarks"))]
-SUFFIXES = {".py", ".pyi", ".pyx", ".hpp", ".cpp"}
+SUFFIXES = {".py", ".pyi", ".pyx", ".pxi", ".hpp", ".cpp"}
 
 # (what, in which paths, why not)
 FORBIDDEN = [
@@ -162,6 +175,9 @@ def test_cpp_arrows() -> None:
         ("include/fastlinear/kernels/avx512_bf16/bf16.hpp", "kernels/avx512/bf16.hpp"),
         ("include/fastlinear/kernels/tile.hpp", "kernels/avx512/fp32.hpp"),
         ("include/fastlinear/vec/convert.hpp", "vec/avx512.hpp"),
+        ("include/fastlinear/vec/quantize.hpp", "integer_rows.hpp"),
+        ("include/fastlinear/kernels/avx2/int8.hpp", "quantization.hpp"),
+        ("include/fastlinear/finish.hpp", "gemm.hpp"),
         ("include/fastlinear/epilogues/relu.hpp", "formats/bf16.hpp"),
         ("include/fastlinear/formats/bf16.hpp", "kernel.hpp"),
         ("include/fastlinear/gemm.hpp", "formats/bf16.hpp"),

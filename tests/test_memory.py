@@ -12,8 +12,10 @@ import native
 import oracle
 import pytest
 import torch
-from native import Kernel, Note, every_kernel
+from native import Kernel, Note, every_integer_kernel, every_kernel
 from torch import Tensor
+
+from fastlinear.quantize import Quantized, Requantize, Rows
 
 SHAPES = ("one", "tile", "tile and one", "ragged")
 EDGES: tuple[Literal["start", "end"], ...] = ("start", "end")
@@ -155,3 +157,83 @@ def test_infinities_meet_no_padding(kernel: Kernel) -> None:
     for (m, n, k), dtypes in itertools.product(shapes, kernel["dtypes"]):
         x, w, b = oracle.stored(dtypes, torch.full((m, k), math.inf), torch.ones(n, k), torch.ones(n))
         assert (native.run(kernel, x, w, b) == math.inf).all()
+
+
+# ---- integer products ------------------------------------------------------------------------------------------------
+
+FORMS = [  # rows, dtype of x, dtype of the bias, output
+    (Rows("symmetric"), torch.float32, torch.float32, torch.float32),
+    (Rows("asymmetric"), torch.bfloat16, torch.float16, torch.bfloat16),
+    (Rows("static", 0.02, 9), torch.uint8, torch.float32, Requantize(torch.uint8, 0.1, 30)),
+    (Rows("static", 0.02, 9), torch.int8, torch.bfloat16, torch.float16),
+]
+
+
+def integer_case(m: int, n: int, k: int, of_x: torch.dtype, of_bias: torch.dtype) -> tuple[Tensor, Quantized, Tensor]:
+    values, zero = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.randint(-128, 128, (n,), dtype=torch.int32)
+    x = (torch.randn(m, k) * (1 if of_x.is_floating_point else 40)).to(of_x)
+    return x, Quantized(values, torch.rand(n) / 100, zero), torch.randn(n).to(of_bias)
+
+
+@pytest.mark.parametrize("k_slices", [1, 3])
+@pytest.mark.parametrize("size", SHAPES)
+@every_integer_kernel
+def test_integer_products_touch_nothing_outside(kernel: Kernel, size: str, k_slices: int) -> None:
+    """x, bias, smoothing and out flush against forbidden pages at either end, in each form: no fault, the same bits."""
+    m, n, k = shape(kernel, size)
+
+    def action(note: Note) -> None:
+        for rows, of_x, of_bias, to in FORMS:
+            x, q, b = integer_case(m, n, k, of_x, of_bias)
+            smooth = torch.rand(k) + 0.5 if of_x.is_floating_point else None
+            rows = rows._replace(smooth=smooth)
+            expected = native.integers(kernel, x, q, rows, b, [("relu", ())], to, k_slices=k_slices)
+            operands = {"x": x, "bias": b, "out": torch.full_like(expected, 77)}
+            for name, at, offset, gap in itertools.product(operands, EDGES, (0, 1), (0, 3)):
+                note(f"{rows.kind} {of_x}: {name} at its {at}, {offset} elements off, rows {gap} elements apart")
+                stride = operands[name].shape[-1] + gap
+                near = operands | {name: guard.guarded(operands[name], at, stride=stride, offset=offset)}
+                fenced = rows if smooth is None else rows._replace(smooth=guard.guarded(smooth, at))
+                given = (near["x"], q, fenced, near["bias"], [("relu", ())], to)
+                y = native.integers(kernel, *given, k_slices=k_slices, out=near["out"])
+                assert native.same_bits(y, expected)
+
+    native.in_child(action)
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@every_integer_kernel
+def test_integer_products_write_the_output_alone(kernel: Kernel, size: str) -> None:
+    """What lies between the rows of out and around it is intact; what lies around x, NaN or not, never leaks."""
+    m, n, k = shape(kernel, size)
+    for (rows, of_x, of_bias, to), gap, threads in native.together(FORMS, (0, 1, 16, 100), (1, 2)):
+        x, q, b = integer_case(m, n, k, of_x, of_bias)
+        expected = native.integers(kernel, x, q, rows, b, (), to)
+        out, intact = guard.canaried(m, n, n + gap, expected.dtype)
+        amid = torch.full((m + 2, k + 40), math.nan if of_x.is_floating_point else 99).to(of_x)
+        amid[1 : m + 1, 7 : k + 7] = x
+        torch.set_num_threads(threads)
+        native.integers(kernel, amid[1 : m + 1, 7 : k + 7], q, rows, b, (), to, threads=threads, out=out)
+        assert intact() and native.same_bits(out, expected)
+
+
+@every_integer_kernel
+def test_integer_scratch_never_leaks(kernel: Kernel) -> None:
+    """After wider, longer rows of NaN and of bytes, the next product has its usual bits, also past the end of K."""
+    for rows, of_x, of_bias, to in FORMS:
+        x, q, b = integer_case(kernel["mr"] + 1, kernel["columns"] + 1, 9, of_x, of_bias)
+        expected = native.integers(kernel, x, q, rows, b, (), to, k_slices=2)
+        _, wide, _ = integer_case(1, len(b), 300, of_x, of_bias)
+        for poison in (torch.full((50, 300), math.nan), torch.full((50, 300), 255, dtype=torch.uint8)):
+            native.integers(kernel, poison, wide, Rows("static", 1.0, 255), k_slices=3)
+            assert native.same_bits(native.integers(kernel, x, q, rows, b, (), to, k_slices=2), expected)
+
+
+@every_integer_kernel
+def test_integer_rows_past_2_to_31(kernel: Kernel) -> None:
+    """Rows of x and of out that lie gigabytes apart are found."""
+    for rows, of_x, of_bias, to in FORMS[::3]:
+        x, q, b = integer_case(4, 4, 21, of_x, of_bias)
+        expected = native.integers(kernel, x, q, rows, b, (), to)
+        y = native.integers(kernel, far(x), q, rows, b, (), to, out=far(torch.zeros_like(expected)))
+        assert native.same_bits(y.contiguous(), expected)

@@ -13,6 +13,7 @@ import native
 import pytest
 import test_exact
 import test_formats
+import test_int8
 import test_kernels
 import test_memory
 import torch
@@ -44,6 +45,49 @@ CONVERT, VEC = "include/fastlinear/vec/convert.hpp", "include/fastlinear/vec/avx
 TALL = "fp32/avx512/14x32"
 TALL_BF16, TALL_PAIRS, WIDENING = "bf16/avx512/14x32", "bf16/avx512_bf16/14x32", "fp32/avx512/14x32 on bf16/32x2"
 
+INTEGER_ROWS, FINISH, QUANTIZE = (
+    f"include/fastlinear/{name}.hpp" for name in ("integer_rows", "finish", "vec/quantize")
+)
+WORDS, QUADS, BYTES = "int8/avx512/6x32", "int8/avx512_vnni/14x32", "int8/scalar/4x8"
+INTEGERS = [
+    ("symmetric rows reach to 126", INTEGER_ROWS, "-127.0f, 127.0f", "-127.0f, 126.0f", QUADS),
+    ("symmetric rows divide by 128", INTEGER_ROWS, "/ 127.0f", "/ 128.0f", QUADS),
+    ("asymmetric zero points are cut off", INTEGER_ROWS, "nearest(-e.least", "std::floor(-e.least", QUADS),
+    ("asymmetric rows saturate at 254", INTEGER_ROWS, "255.0f - zero, row.zero}", "254.0f - zero, row.zero}", QUADS),
+    ("tiny rows keep a scale", INTEGER_ROWS, "scale < std::numeric_limits<float>::min()", "scale <= 0.0f", QUADS),
+    (
+        "NaN is overlooked",
+        INTEGER_ROWS,
+        "finite ? quantization_.finite : quantization_.any",
+        "quantization_.finite",
+        QUADS,
+    ),
+    ("smoothing is forgotten in fp32", INTEGER_ROWS, " && quantizer_.smooth == nullptr)", ")", QUADS),
+    ("s8 rows are taken as u8", INTEGER_ROWS, "if (x_.format == Format::int8) add_middle(to, k_);", "", QUADS),
+    ("s8 rows are taken as u8, int16", INTEGER_ROWS, "? kMiddle : 0;", "? 0 : 0;", WORDS),
+    ("int16 rows keep their zero point", INTEGER_ROWS, "scale.zero = 0;  //", ";  //", WORDS),
+    ("rows are summed without their zero point", INTEGER_ROWS, "row)[k] - zero;", "row)[k];", QUADS),
+    ("column sums are those of the first tile", FINISH, "w.sums + column", "w.sums", QUADS),
+    ("zero points are those of the first tile", FINISH, "w.zeros + column", "w.zeros", QUADS),
+    ("the zero points of x are not subtracted", QUANTIZE, "- I::set(row.zero) * sums", "- I::set(0) * sums", BYTES),
+    ("the zero points of W are not subtracted", QUANTIZE, "if (t.zeros != nullptr)", "if (false)", BYTES),
+    ("scales are fused", QUANTIZE, "rounded(rounded(to_float(sum) * scale)", "rounded((to_float(sum) * scale)", BYTES),
+    ("the bias is fused", QUANTIZE, "rounded(rounded(to_float(sum) * scale)", "(rounded(to_float(sum) * scale)", BYTES),
+    (
+        "ties go up",
+        VEC,
+        "cvtps_epi32(kAll, a.v)",
+        "cvt_roundps_epi32(kAll, a.v + 0.5f, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)",
+        WORDS,
+    ),
+    ("slices are added as floats", DRIVER, "if (sums != Format::int32)", "if (true)", QUADS),
+    ("integer rows of a second block begin at the first", DRIVER, "p.x.at(rows.begin, 0)", "p.x.at(0, 0)", QUADS),
+    ("the bias is added twice", FINISH, "s.bias = nullptr;\n  }\n  for (;", "}\n  for (;", QUADS),
+    ("s8 outputs are u8", FINISH, "if (p.y.format == Format::int8)", "if (false)", QUADS),
+    ("scales of the first tile serve all", FINISH, "w.scales + column", "w.scales", QUADS),
+    ("rows of the first tile serve all", FINISH, "job.row_scales + first_row", "job.row_scales", QUADS),
+]
+
 BROKEN = [
     Mutant("the last k is dropped", SCALAR, "k < t.k;", "k + 1 < t.k;"),
     Mutant("the last k is dropped, AVX2", TILE, "k + kr <= t.k;", "k + kr < t.k;", "fp32/avx2/6x16"),
@@ -57,20 +101,20 @@ BROKEN = [
         "const Vector x = Op::row(a + (R > 1 && r < 2 ? 1 - r : r) * lda);",
         TALL,
     ),
-    Mutant("K blocks overwrite each other", SCALAR, "t.accumulate ? tile[r * Columns + j] : 0.0f", "0.0f"),
+    Mutant("K blocks overwrite each other", SCALAR, "t.accumulate ? tile[r * Columns + j] : Sum{}", "Sum{}"),
     Mutant(
         "K blocks overwrite each other, driver",
         DRIVER,
         "a.accumulate = block.begin > slice.begin",
         "a.accumulate = false",
     ),
-    Mutant("the bias is skipped", DRIVER, "s.bias = i == 0 && job.bias != nullptr", "s.bias = false"),
-    Mutant("the bias is added in every step", DRIVER, "i == 0 && job.bias", "job.bias"),
+    Mutant("the bias is skipped", FINISH, "job.bias == nullptr ? nullptr : job.bias + column", "nullptr"),
+    Mutant("the bias is added in every step", FINISH, "[i](s);\n    s.bias = nullptr;", "[i](s);"),
     Mutant(
-        "a column too many is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"
+        "a column too many is stored", FINISH, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"
     ),
     Mutant(
-        "a column too few is stored", DRIVER, "std::min(columns, p.n - column)", "std::min(columns, p.n - column - 1)"
+        "a column too few is stored", FINISH, "std::min(columns, p.n - column)", "std::min(columns, p.n - column - 1)"
     ),
     Mutant("the second K slice is lost", DRIVER, "slice = 1; slice < ", "slice = 2; slice < "),
     Mutant(
@@ -132,7 +176,7 @@ BROKEN = [
         "(p.bias.format) % 2 + 1].widen",
         TALL_BF16,
     ),
-    Mutant("outputs are narrowed one column too far", DRIVER, "y(r), s.cols)", "y(r), s.cols + 1)", TALL_BF16),
+    Mutant("outputs are narrowed one column too far", FINISH, "y(r), s.cols)", "y(r), s.cols + 1)", TALL_BF16),
     Mutant(
         "bf16 outputs are cut off",
         VEC,
@@ -182,11 +226,13 @@ BROKEN = [
         "promote_after = 1 << 30",
         "fp16/avx512_fp16/12x64",
     ),
+    *(Mutant(*changed) for changed in INTEGERS),
     Mutant("fp16 sums are lost when promoted", HALVES, "add = true;", "add = t.accumulate;", "fp16/avx512_fp16/12x64"),
 ]
 # Changes that may cost time and nothing else.
 HARMLESS = [
     Mutant("prefetches the wrong place", DRIVER, "a.prefetch_stride = ", "a.prefetch_stride = 17 * "),
+    Mutant("what follows the last k is not cleared", INTEGER_ROWS, "(groups - k_)", "(0 * groups)", WORDS),
     Mutant("a unit a thread", GRID, "units_per_thread = 4", "units_per_thread = 1"),
     Mutant("small blocks", GRID, "panel_block_bytes = 512 << 10", "panel_block_bytes = 4 << 10"),
 ]
@@ -197,7 +243,8 @@ def edges(kernel: Kernel) -> None:
         test_kernels.held_to_the_bound(kernel, case)
 
 
-# The tests a mutant has to get past; each is called with a kernel.
+KINDS = test_int8.KINDS.items()
+# The tests a mutant has to get past; each is called with a kernel: those of numbers, those of integers.
 CHECKS: dict[str, Callable[[Kernel], None]] = {
     "edges": edges,
     "blocks": partial(test_kernels.test_blocks_of_k_and_of_rows, k_slices=1),
@@ -214,6 +261,13 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "fp16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.float16),
     "promotion": test_formats.test_fp16_sums_are_promoted,
 }
+OF_INTEGERS: dict[str, Callable[[Kernel], None]] = {
+    "layers": test_int8.test_layers_are_the_specifications,
+    **{f"odd {kind} rows": partial(test_int8.test_odd_rows, rows=rows, of_x=torch.float32) for kind, rows in KINDS},
+    "blocks of rows": partial(test_int8.test_more_rows_than_a_block, rows=test_int8.KINDS["symmetric"]),
+    "smoothed rows": partial(test_int8.test_smoothed_rows, rows=test_int8.KINDS["symmetric"]),
+    "integer scratch": test_memory.test_integer_scratch_never_leaks,
+}
 
 
 def row(name: str) -> Kernel:
@@ -227,7 +281,7 @@ def caught_by(path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> st
     """The first check that the library there does not pass; dying of a signal is failing."""
     monkeypatch.setattr(native, "product", library.product_of(path))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # torch has no other threads in a forked child
-    for name, check in CHECKS.items():
+    for name, check in (OF_INTEGERS if kernel in native.INTEGER else CHECKS).items():
         try:
             native.in_child(lambda note, check=check: check(kernel))
         except AssertionError as error:
@@ -266,7 +320,7 @@ def test_a_harmless_change_passes(mutant: Mutant, libraries: Libraries, monkeypa
 
 
 def against_a_page(panels: Tensor, at: Literal["start", "end"]) -> Tensor:
-    return guard.guarded(panels.view(torch.float16), at)
+    return guard.guarded(panels, at)
 
 
 @native.every_kernel
@@ -282,5 +336,22 @@ def test_panels_are_not_left(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) ->
                     note(f"panels at their {at}: {m} x {n} x {k}, {k_slices} slices")
                     x, w, _ = native.exact_case(kernel, m, n, k, kernel["dtypes"][0])
                     native.check(kernel, native.run(kernel, x, w, k_slices=k_slices), x, w, exact=True)
+
+    native.in_child(action)
+
+
+@native.every_integer_kernel
+def test_integer_panels_are_not_left(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor beyond the scales, sums and zero points behind the panels of integer products."""
+    unchanged = library.build().unchanged
+
+    def action(note: native.Note) -> None:
+        for at in ("start", "end"):
+            monkeypatch.setattr(native, "product", library.product_of(unchanged, partial(against_a_page, at=at)))
+            for n in (1, kernel["nr"], kernel["columns"], 2 * kernel["columns"] + 1):
+                for m, k, k_slices in [(1, 1, 1), (kernel["mr"] + 1, 23, 1), (2 * kernel["mr"], 23, 3)]:
+                    note(f"panels at their {at}: {m} x {n} x {k}, {k_slices} slices")
+                    q = test_int8.weight(n, k, zeros=True)
+                    test_int8.held(kernel, torch.randn(m, k), q, test_int8.KINDS["asymmetric"], k_slices=k_slices)
 
     native.in_child(action)

@@ -12,12 +12,16 @@ from fastlinear import _kernels
 # What a symbol of each may use, its own first; "baseline" is every symbol that names none of them.
 MAY_USE = {"baseline": ["baseline"]}
 MAY_USE["avx2"] = ["avx2", *MAY_USE["baseline"]]
+MAY_USE["avx_vnni"] = ["avx_vnni", *MAY_USE["avx2"]]
 MAY_USE["avx512"] = ["avx512", *MAY_USE["avx2"]]
+MAY_USE["avx512_vnni"] = ["avx512_vnni", *MAY_USE["avx512"]]
 MAY_USE["avx512_bf16"] = ["avx512_bf16", *MAY_USE["avx512"]]
 MAY_USE["avx512_fp16"] = ["avx512_fp16", *MAY_USE["avx512"]]
 ISAS = list(MAY_USE)[:0:-1]  # widest first: a symbol that names several may use what the widest may
 
 # What AT&T syntax shows of an instruction set.
+AVX_VNNI_ONLY = re.compile(r"^\{vex\} vpdp")
+VNNI_ONLY = re.compile(r"^vpdp(bu|ws)sds?\b")
 BF16_ONLY = re.compile(r"^v(dpbf16ps|cvtne2?ps2bf16)")
 FP16_ONLY = re.compile(r"^v(?!cvtph2ps\b|cvtps2ph\b)(\w+(ph|sh)|cvt\w*(ph|sh)\w*|movw)\b")  # but F16C's two
 AVX512_ONLY = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b|\{1to\d+\}")
@@ -28,7 +32,7 @@ NOT_AVX = re.compile(r"^ver[rw]\b|^vm[a-z]+\b(?!.*%[xyz]mm)")  # v... mnemonics 
 SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(\S.*)$")
 JUMP = re.compile(r"^(?:bnd )?j[a-z]+\s+([0-9a-f]+)\b")
-MULTIPLY_ADD = re.compile(r"^v(fmadd\w*p[sh]|dpbf16ps)\b")
+MULTIPLY_ADD = re.compile(r"^(\{vex\} )?v(fmadd\w*p[sh]|dpbf16ps|pdpbusd|pmaddwd)\b")
 
 Instructions = list[tuple[int, str]]
 
@@ -52,6 +56,10 @@ def isa_of(symbol: str) -> str:
 
 
 def isa_needed(instruction: str) -> str:
+    if AVX_VNNI_ONLY.search(instruction):
+        return "avx_vnni"
+    if VNNI_ONLY.search(instruction):
+        return "avx512_vnni"
     if BF16_ONLY.search(instruction):
         return "avx512_bf16"
     if FP16_ONLY.search(instruction):
@@ -122,6 +130,10 @@ def test_every_isa_of_the_table_is_known() -> None:
         ("vcvtps2ph $0x0,%xmm1,(%rax)", "avx2"),
         ("vcvtph2ps (%rax),%zmm1{%k1}{z}", "avx512"),
         ("vphaddd %ymm0,%ymm1,%ymm2", "avx2"),
+        ("vpmaddwd %ymm0,%ymm1,%ymm2", "avx2"),
+        ("{vex} vpdpbusd %ymm0,%ymm1,%ymm2", "avx_vnni"),
+        ("vpdpbusd %zmm0,%zmm1,%zmm2", "avx512_vnni"),
+        ("vpdpwssds %zmm0,%zmm1,%zmm2", "avx512_vnni"),
         ("vdpbf16ps %zmm1,%zmm2,%zmm3", "avx512_bf16"),
         ("vcvtneps2bf16 %zmm1,%ymm2", "avx512_bf16"),
         ("vcvtne2ps2bf16 %zmm1,%zmm2,%zmm3", "avx512_bf16"),
@@ -152,7 +164,10 @@ def test_inner_loops_do_not_spill(isa: str) -> None:
     assert spills == {}
 
 
-@pytest.mark.parametrize("multiply_add", ["vfmadd231ps", "vdpbf16ps", "vfmadd132ph"])
+MULTIPLY_ADDS = ["vfmadd231ps", "vdpbf16ps", "vfmadd132ph", "vpmaddwd", "vpdpbusd", "{vex} vpdpbusd"]
+
+
+@pytest.mark.parametrize("multiply_add", MULTIPLY_ADDS)
 def test_a_spill_is_seen(multiply_add: str) -> None:
     """The search for stack traffic can fail."""
     body = [

@@ -20,6 +20,7 @@ struct Panels {
   const char* data;
   Format format;
   ptrdiff_t nr, kr;
+  bool zeros;  // whether it has zero points
 };
 
 struct Steps {
@@ -28,10 +29,12 @@ struct Steps {
   const float* params;           // kMaxParams a step
 };
 
-// x [m, k]; panels: W [n, k]; bias [n], or no data; y [m, n].
+// x [m, k], which `rows` quantizes for integer products; panels: W [n, k]; bias [n], or no data; y [m, n], which `out`
+// makes integers, where it is of them.
 extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const Sizes* s, const Operand* x,
-                                                       const Panels* w, const Operand* bias, const Operand* y,
-                                                       const Steps* steps) {
+                                                       const fastlinear::RowQuantizer* rows, const Panels* w,
+                                                       const Operand* bias, const Operand* y, const Steps* steps,
+                                                       const fastlinear::Affine* out) {
   using namespace fastlinear;
   const Plan plan{find_kernel(kernel), s->threads, s->k_slices};
   EpilogueProgram program{};
@@ -40,11 +43,14 @@ extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const
     program.steps[i] = find_step(plan.kernel->isa, static_cast<std::size_t>(steps->activations[i]));
     for (std::size_t j = 0; j < kMaxParams; ++j) program.params[i][j] = steps->params[i * kMaxParams + j];
   }
-  const Weight weight{w->data, {w->format, w->nr, w->kr}};
+  program.out = *out;
+  Weight weight = weight_at({w->format, w->nr, w->kr}, s->n, s->k, w->data);
+  if (!w->zeros) weight.zeros = nullptr;
   return gemm({s->m,
                s->n,
                s->k,
                {x->data, x->stride, x->format},
+               *rows,
                weight,
                {bias->data, bias->format},
                {y->data, y->stride, y->format},
