@@ -91,8 +91,9 @@ class RowWorker {
       scale = shift(r, to);
     if (format_ == Format::int16) scale.zero = 0;  // it is subtracted already
     if (sums_) scale.sum = sum(to, scale.zero);
-    const std::ptrdiff_t groups = ceil_div(k_, Int8::dot_kr) * Int8::dot_kr;
-    std::memset(to + k_ * element_bytes(format_), 0, static_cast<std::size_t>((groups - k_) * element_bytes(format_)));
+    if (const std::ptrdiff_t rest = k_ % Int8::dot_kr; rest > 0)
+      std::memset(to + k_ * element_bytes(format_), 0,
+                  static_cast<std::size_t>((Int8::dot_kr - rest) * element_bytes(format_)));
   }
 
  private:
