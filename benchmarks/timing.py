@@ -15,6 +15,7 @@ SAMPLE = 1e-3  # seconds that the calls of a sample last at least
 SLOW = 0.25  # a call that takes longer is sampled as it is: next to that, what the others evicted is read in no time
 REST = 2e-3  # seconds that a process at rest spends next to no time on a CPU
 COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
+WAKE = 2e-3  # seconds of untimed calls that bring back the threads and the code of a process that rested
 
 
 class Timing(NamedTuple):
@@ -43,8 +44,9 @@ class Rotation:
         wanted = SAMPLE if self._hot else min(COLD_SAMPLE, once * len(calls))
         self._count = math.ceil(max(wanted, SAMPLE) / once)
         # Before a hot sample, as many untimed calls bring back what the other candidates evicted: the last-level cache
-        # takes in a weight of its own size only after several passes.
-        self._warm_up = self._count if self._hot and once < SLOW else 0
+        # takes in a weight of its own size only after several passes. Before a cold one, whose weights may not be
+        # there, the pool and all else are brought back: where others ran in their own processes, all was asleep.
+        self._warm_up = 0 if once >= SLOW else max(self._count * self._hot, math.ceil(WAKE / once))
         self.cost = once * (self._count + self._warm_up)  # seconds that one sample takes
 
     def _seconds(self, count: int) -> float:
