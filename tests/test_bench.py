@@ -439,7 +439,7 @@ class Toy(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_demo_compares_dtypes(
+def test_the_demo_compares_precisions(
     dtype: torch.dtype, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stock fp32, stock and converted 16 bits: times, speed-ups, memory and cosine similarity of the embeddings."""
@@ -452,7 +452,7 @@ def test_the_demo_compares_dtypes(
     wide = Toy().eval()
     narrow = copy.deepcopy(wide).to(dtype)
     batch = {"input_ids": torch.arange(12).view(3, 4), "attention_mask": torch.ones(3, 4, dtype=torch.int64)}
-    minilm.compare_dtypes({"wide": wide, "narrow": narrow, "fast": fastlinear.convert(narrow)}, {3: batch}, batch)
+    minilm.compare_precisions({"wide": wide, "narrow": narrow, "fast": fastlinear.convert(narrow)}, {3: batch}, batch)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["batch", "wide", "narrow", "fast", "over", "wide", "over", "narrow"] in rows
     times, speedups = zip(*[(row[1:7:2], row[7:]) for row in rows if row[:1] == ["3"]], strict=True)

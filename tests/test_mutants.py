@@ -232,7 +232,7 @@ BROKEN = [
 # Changes that may cost time and nothing else.
 HARMLESS = [
     Mutant("prefetches the wrong place", DRIVER, "a.prefetch_stride = ", "a.prefetch_stride = 17 * "),
-    Mutant("what follows the last k is not cleared", INTEGER_ROWS, "(groups - k_)", "(0 * groups)", WORDS),
+    Mutant("what follows the last k is not cleared", INTEGER_ROWS, "(Int8::dot_kr - rest)", "(0 * rest)", WORDS),
     Mutant("a unit a thread", GRID, "units_per_thread = 4", "units_per_thread = 1"),
     Mutant("small blocks", GRID, "panel_block_bytes = 512 << 10", "panel_block_bytes = 4 << 10"),
 ]

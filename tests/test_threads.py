@@ -150,7 +150,7 @@ def test_same_bits_for_any_number_of_threads(kernel: native.Kernel, k_slices: in
 SETUP = """
 import os, sys, time, threading, multiprocessing
 import torch
-from fastlinear import FastLinear, _kernels, fast_module
+from fastlinear import FastLinear, _kernels, packs
 
 def layer_of(n):
     layer = FastLinear(512, n, activation="relu").eval().requires_grad_(False)
@@ -193,7 +193,7 @@ print("after a parallel region:", forked())
 
 held, release = threading.Event(), threading.Event()
 def hold():
-    with fast_module._lock:
+    with packs.lock:
         held.set()
         release.wait()
 holder = threading.Thread(target=hold)
