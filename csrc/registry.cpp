@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <string_view>
 
 #include "fastlinear/epilogues/all.hpp"
 
@@ -12,6 +13,9 @@ extern const IsaTable kAvx512Fp16Table, kAvx512Bf16Table, kAvx512VnniTable, kAvx
     kScalarTable;
 
 namespace {
+
+static_assert(kActivations[kIdentity].name == std::string_view("identity"));
+static_assert(kActivations[kRelu].name == std::string_view("relu"));
 
 // Best first.
 const IsaTable* const kTables[] = {&kAvx512Fp16Table, &kAvx512Bf16Table, &kAvx512VnniTable, &kAvx512Table,

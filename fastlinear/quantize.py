@@ -23,6 +23,7 @@ from torch import Tensor
 TINY = 2.0**-126  # of a smaller scale the reciprocal may be infinite: such a row or channel counts as zeros
 KINDS = ("symmetric", "asymmetric", "static")
 BYTES = (torch.uint8, torch.int8)
+BLOCK = 1 << 18  # so many numbers of a weight are quantised at a time: what is computed on the way stays in cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +90,22 @@ def quantize_weight(weight: Tensor, smooth: Tensor | None = None) -> Quantized:
     smooth: what x [..., K] will be multiplied by, so that each column of the weight is divided by it first.
     Raises ValueError for infinities and NaN.
     """
-    w = weight.detach().float()
-    w = w if smooth is None else w / smooth
-    if not bool(w.isfinite().all()):
+    w = weight.detach()
+    blocks = [_quantize_channels(block, smooth) for block in w.split(max(1, BLOCK // max(1, w.shape[1])))]
+    values, scale = map(torch.cat, zip(*blocks, strict=True))
+    if not bool(scale.isfinite().all()):
+        w = w.float() if smooth is None else w.float() / smooth
         row, column = (~w.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantised to int8")
+    return Quantized(values, scale)
+
+
+def _quantize_channels(weight: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    w = weight.float() if smooth is None else weight.float() / smooth
     scale = _amax(w) / 127
     scale = torch.where(scale < TINY, 0.0, scale)
     values = torch.where(scale[:, None] > 0, torch.round(w / scale[:, None]).clamp(-127, 127), 0.0)
-    return Quantized(values.to(torch.int8), scale)
+    return values.to(torch.int8), scale
 
 
 def dequantize(weight: Quantized) -> Tensor:

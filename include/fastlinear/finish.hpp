@@ -17,7 +17,8 @@ struct Job {
   const Conversion* conversions;  // of the kernel's ISA, by format
   const float* bias;              // n of them, or null
   const RowScale* row_scales;     // of integer rows
-  bool plain;                     // the epilogue is no more than a bias
+  std::size_t absorbed;           // 1 if dequantizing does the first step of the epilogue as well, by `floor`
+  float floor;                    // 0 for ReLU, else -infinity
   Grid grid;
   float* partial;  // with K slices: the tiles of all units; otherwise null, tiles are finished where they are made
 
@@ -34,8 +35,8 @@ struct Job {
 inline void dequantize_tile(const Job& job, const StepArgs& s, std::ptrdiff_t first_row, std::ptrdiff_t column) {
   const Weight& w = job.p.weight;
   const Quantization& quantization = find_quantization(job.plan.kernel->isa);
-  DequantizeArgs args{s.in,   s.ld_in,           s.out,   s.ld_out, s.rows, s.cols,
-                      s.bias, w.scales + column, nullptr, nullptr,  nullptr};
+  DequantizeArgs args{s.in,   s.ld_in,           s.out,   s.ld_out, s.rows,  s.cols,
+                      s.bias, w.scales + column, nullptr, nullptr,  nullptr, job.floor};
   if (job.row_scales == nullptr) return quantization.scale_columns(args);
   args.sums = w.sums + column;
   args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
@@ -67,8 +68,8 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
   s.bias = job.bias == nullptr ? nullptr : job.bias + column;
   std::size_t i = 0;
   if (p.weight.scales != nullptr) {
-    if (job.plain) i = p.epilogue.count;
-    to_y(job.plain);
+    i = job.absorbed;
+    to_y(i == p.epilogue.count);
     dequantize_tile(job, s, rows.begin, column);
     s.bias = nullptr;
   }

@@ -5,6 +5,7 @@
 // and K slices are added in order.
 #pragma once
 
+#include <limits>
 #include <new>
 
 #include "fastlinear/finish.hpp"
@@ -143,8 +144,11 @@ inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
 inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_scales) {
   const Conversion* conversions = find_conversions(plan.kernel->isa);
   const Grid grid(plan, p.weight.layout.kr, p.m, p.n, p.k);
-  const bool plain = p.epilogue.count == 1 && p.epilogue.steps[0] == find_step(plan.kernel->isa, 0);
-  Job job{p, plan, conversions, wide_bias(p, conversions), row_scales, plain, grid, nullptr};
+  const Step first = p.epilogue.steps[0];
+  const bool relu = first == find_step(plan.kernel->isa, kRelu);
+  const std::size_t absorbed = relu || first == find_step(plan.kernel->isa, kIdentity);
+  const float floor = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  Job job{p, plan, conversions, wide_bias(p, conversions), row_scales, absorbed, floor, grid, nullptr};
   Scratch slices;
   if (plan.k_slices > 1)
     job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());

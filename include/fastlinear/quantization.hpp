@@ -36,6 +36,7 @@ struct DequantizeArgs {
   const std::int32_t* sums;    // of the columns of W
   const std::int32_t* zeros;   // of the columns, or null where all are 0
   const RowScale* row_scales;  // of the rows
+  float floor;                 // of y: 0 for ReLU, else -infinity; a NaN passes
 };
 
 // x -> integers; false if there is a NaN among x, which becomes the lowest one.
@@ -50,9 +51,9 @@ struct Quantization {
   Extremes (*extremes)(const float* x, std::ptrdiff_t n);
   Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
   QuantizeTo any, finite;                                   // the latter for x without NaN, and faster
-  // y = (float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, the sums being int32
+  // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor), the sums being int32
   void (*dequantize)(const DequantizeArgs& args);
-  // y = sum * scale_w + bias, the sums being fp32
+  // y = max(sum * scale_w + bias, floor), the sums being fp32
   void (*scale_columns)(const DequantizeArgs& args);
 };
 

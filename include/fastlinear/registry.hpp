@@ -34,8 +34,11 @@ struct IsaTable {
 const Kernel* kernel_at(std::size_t i);
 const Kernel* find_kernel(const char* name);
 
-// Activations; nullptr past the end. "identity" is the first.
+// Activations; nullptr past the end.
 const Activation* activation_at(std::size_t i);
+
+// The first two activations, in whose place dequantizing has a maximum that costs nothing.
+inline constexpr std::size_t kIdentity = 0, kRelu = 1;
 
 // The step that applies activation i, the conversions (one a format), and the quantization, for kernels of `isa`.
 Step find_step(Isa isa, std::size_t i);

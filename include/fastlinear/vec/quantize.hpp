@@ -94,15 +94,19 @@ template <class F>
 template <class F, class I>
 void dequantize(const DequantizeArgs& args) {
   const DequantizeArgs t = args;  // a copy, which the tile cannot alias
+  const F floor = F::set(t.floor);
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
     const F scale = F::load(t.scales + c), bias = load_bias<F>(t.bias, c, t.cols - c);
     const I sums = I::load(t.sums + c);
+    std::int32_t zero = t.row_scales[0].zero;  // in general that of all rows
+    I shift = I::set(zero) * sums;
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
       const RowScale row = t.row_scales[r];
-      I sum = I::load(t.in + r * t.ld_in + c) - I::set(row.zero) * sums;
+      if (row.zero != zero) shift = I::set(zero = row.zero) * sums;
+      I sum = I::load(t.in + r * t.ld_in + c) - shift;
       if (t.zeros != nullptr) sum = sum - I::set(row.sum) * I::load(t.zeros + c);
       const F y = rounded(rounded(to_float(sum) * scale) * F::set(row.scale)) + bias;
-      store_valid(t.out + r * t.ld_out + c, y, t.cols - c);
+      store_valid(t.out + r * t.ld_out + c, max(floor, y), t.cols - c);
     }
   }
 }
@@ -110,11 +114,12 @@ void dequantize(const DequantizeArgs& args) {
 template <class F>
 void scale_columns(const DequantizeArgs& args) {
   const DequantizeArgs t = args;
+  const F floor = F::set(t.floor);
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
     const F scale = F::load(t.scales + c), bias = load_bias<F>(t.bias, c, t.cols - c);
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
       const F y = rounded(F::load(t.in + r * t.ld_in + c) * scale) + bias;
-      store_valid(t.out + r * t.ld_out + c, y, t.cols - c);
+      store_valid(t.out + r * t.ld_out + c, max(floor, y), t.cols - c);
     }
   }
 }
