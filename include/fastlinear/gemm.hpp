@@ -20,7 +20,8 @@ namespace fastlinear {
 
 namespace gemm_detail {
 
-// With more rows than this there is time between two lines of the panel to fetch a third.
+// With more rows than this, or with bytes that are widened to fp32, there is time between two lines of the panel to
+// fetch a third. Otherwise a single tile only streams, and the hardware's own prefetcher does that better.
 inline constexpr std::ptrdiff_t kStreamingRows = 6;
 
 // What one thread needs to work on units of a job.
@@ -62,9 +63,9 @@ class Worker {
       a.k = block.size();
       a.accumulate = block.begin > slice.begin;
       set_panels(a, weights + block.begin * k_bytes, panel_bytes);
-      // Each row tile brings its share of what comes next into L2: the next K block, or the next group. A single tile
-      // of few rows only streams, and the hardware's own prefetcher does that better.
-      const bool last = block.end == slice.end, prefetches = tiles.size() > 1 || p.m > kStreamingRows;
+      // Each row tile brings its share of what comes next into L2: the next K block, or the next group.
+      const bool last = block.end == slice.end;
+      const bool prefetches = tiles.size() > 1 || p.m > kStreamingRows || packed.format == Format::int8wo;
       const char* next =
           last ? weights + kernel.panels * panel_bytes + slice.begin * k_bytes : weights + block.end * k_bytes;
       const std::ptrdiff_t groups = ceil_div(a.k, kernel.layout.kr);

@@ -54,13 +54,15 @@ template <class Op, std::ptrdiff_t R, std::ptrdiff_t V>
 
 // R of MR rows, P of Columns / nr panels. Row tiles are balanced, so one with less than half of the rows is the only
 // one: it streams the panel, the hardware prefetches, and our own prefetches would only cost it bandwidth (7 % at R =
-// 1). More than two lines a group do not help (measured with one panel and with two).
+// 1, but 1 % where bytes are widened to fp32, which takes longer than reading them). More than two lines a group do not
+// help (measured with one panel and with two).
 template <class Op, std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
 void multiply(const TileArgs& t) {
   using Vector = typename Op::Vector;
   using Weight = typename Op::Weight;
   constexpr std::ptrdiff_t nr = Op::layout.nr, kr = Op::layout.kr, per_panel = nr / Op::lanes, V = P * per_panel;
-  constexpr bool prefetches = MR > 1 && 2 * R >= MR;
+  constexpr bool slow = sizeof(Weight) == 1 && std::is_same_v<typename Op::Sum, float>;
+  constexpr bool prefetches = (MR > 1 || slow) && 2 * R >= MR;
   constexpr bool two_lines = P * nr * kr * std::ptrdiff_t{sizeof(Weight)} >= 128;
   const auto* a = static_cast<const typename Op::Row*>(t.a);
   auto* sums = static_cast<typename Op::Sum*>(t.tile);
