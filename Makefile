@@ -12,8 +12,9 @@ WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
 
+# The tests fork thousands of children: with its heap in huge pages a process has fewer page tables to copy for each.
 test: .venv/built
-	$(BIN)/pytest -q
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q
 
 exhaustive: .venv/built
 	$(BIN)/pytest -q -m exhaustive

@@ -93,7 +93,7 @@ class Wanted(NamedTuple):
         """That of the layer called `name`, of which `why_not` has nothing to say."""
         if self.scheme is None:
             return self.everywhere
-        observed = None if self.scheme.calibration is None else self.scheme.calibration.layers.get(name)
+        observed = self.scheme.observed(name)
         return self.everywhere._replace(
             packed=self.scheme.packed,
             rows=self.scheme.rows(name),
@@ -117,8 +117,9 @@ class Wanted(NamedTuple):
             return f"its {k} input features are more than the {most} whose products an int32 sum holds"
         if rows.smooth is not None and theirs is not None:
             return "its weight is quantised already, and so cannot be smoothed: calibrate it as it is"
-        if rows.smooth is not None and len(rows.smooth) != k:
-            return f"it was calibrated with {len(rows.smooth)} input features, but has {k}"
+        observed = self.scheme.observed(name)
+        if observed is not None and observed.inputs.shape[1] != k:
+            return f"it was calibrated with {observed.inputs.shape[1]} input features, but has {k}"
         return None
 
 

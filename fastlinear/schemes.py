@@ -61,6 +61,10 @@ class Scheme:
             elif not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, but is {value!r}")
 
+    def observed(self, name: str) -> Observed | None:
+        """What the calibration, if there is one, says of the layer of this name."""
+        return None if self.calibration is None else self.calibration.layers.get(name)
+
     def rows(self, name: str) -> Rows | None:
         """How the layer of this name quantises its input; None where it does not."""
         return None
@@ -85,7 +89,7 @@ class Int8Dynamic(Scheme):
     calibration: Calibration | None = None
 
     def rows(self, name: str) -> Rows:
-        observed = None if self.calibration is None else self.calibration.layers.get(name)
+        observed = self.observed(name)
         kind = "asymmetric" if self.asymmetric else "symmetric"
         return Rows(kind, smooth=None if observed is None else observed.smooth)
 

@@ -471,7 +471,6 @@ def test_the_demo_compares_precisions(
     [
         ("float32", "avx2", None),
         ("bfloat16", None, None),
-        ("float16", "avx2", None),
         ("float32", None, "int8"),
         ("bfloat16", "avx2", "int8wo"),
     ],

@@ -568,9 +568,10 @@ def test_bad_arguments() -> None:
         with pytest.raises(error, match=message):
             FastLinear.from_linear(model[0], **arguments)
     assert not fast_names(model)
-    with pytest.raises(ValueError, match="it was calibrated with 8 input features, but has 9"):
-        scheme = SCHEMES["smoothed"](model[0], torch.randn(5, 8))
-        FastLinear.from_linear(nn.Linear(9, 8), quantize=scheme)
+    for scheme in ("smoothed", "static u8"):
+        asked = SCHEMES[scheme](model[0], torch.randn(5, 8))
+        with pytest.raises(ValueError, match="it was calibrated with 8 input features, but has 9"):
+            FastLinear.from_linear(nn.Linear(9, 8), quantize=asked)
 
 
 # ---- static chains ---------------------------------------------------------------------------------------------------
