@@ -1,9 +1,11 @@
-"""Candidates in turn: A B C, B C A, ..., so that drift and noise hit all alike, and the lower quartile of each."""
+"""Candidates in turn, in an order that is shuffled for every round, so that drift, noise and what the one before leaves
+behind hit all alike; and the lower quartile of each."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,10 +90,10 @@ def race(
     cost = time.perf_counter() - start + sum(rotation.cost for rotation in candidates.values())
     rounds = min(most, max(least, int(seconds / cost)))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
+    shuffled = random.Random(0)
+    for _ in range(rounds):
         each_round()
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in shuffled.sample(names, len(names)):
             samples[name].append(candidates[name].sample())
     return {
         name: Timing(sorted(times)[len(times) // 4], statistics.median(times), rounds)
