@@ -32,8 +32,9 @@ class Mutant(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """The source that has to be compiled again: the driver's, or that of the row's ISA."""
-        return "product" if Path(self.file).parent.name == "fastlinear" else self.row.split("/")[1]
+        """The source that has to be compiled again: the driver's, or that of the row's ISA, or of its vectors."""
+        isa, folder = self.row.split("/")[1], Path(self.file).parent.name
+        return "product" if folder == "fastlinear" else isa.removesuffix("_bf16") if folder == "vec" else isa
 
 
 DRIVER, GRID, ROWS = (f"include/fastlinear/{name}.hpp" for name in ("gemm", "grid", "rows"))
@@ -44,6 +45,7 @@ BF16, PAIRS, HALVES = (
 CONVERT, VEC = "include/fastlinear/vec/convert.hpp", "include/fastlinear/vec/avx512.hpp"
 TALL = "fp32/avx512/14x32"
 TALL_BF16, TALL_PAIRS, WIDENING = "bf16/avx512/14x32", "bf16/avx512_bf16/14x32", "fp32/avx512/14x32 on bf16/32x2"
+PAIRING = "bf16/avx512_bf16/14x32 on int8wo/32x1"
 
 INTEGER_ROWS, FINISH, QUANTIZE = (
     f"include/fastlinear/{name}.hpp" for name in ("integer_rows", "finish", "vec/quantize")
@@ -148,6 +150,7 @@ BROKEN = [
         TALL_PAIRS,
     ),
     Mutant("even and odd k are swapped", BF16, "step == 0", "step == 1", TALL_BF16),
+    Mutant("even and odd k are swapped in pairing", CONVERT, "(g + 1) * nr + j) : V", "g * nr + j) : V", PAIRING),
     Mutant("even and odd k are swapped in widening", CONVERT, "even, odd);", "odd, even);", WIDENING),
     Mutant(
         "odd k are not masked in widening",

@@ -1,4 +1,4 @@
-// The contract of conversions between a 16-bit format and fp32, which is what rows.hpp, gemm.hpp and the output need.
+// The contract of conversions between formats, which is what rows.hpp, gemm.hpp and the output need.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,10 @@ namespace fastlinear {
 struct Conversion {
   void (*widen)(const void* in, float* out, std::ptrdiff_t n);   // exact
   void (*narrow)(const float* in, void* out, std::ptrdiff_t n);  // to nearest, ties to even; NaN stays NaN
-  // The first k steps of a packed panel -> the same panel in fp32, [k][nr].
-  void (*widen_panel)(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, float* out);
+  // The first k steps of a packed panel -> the same panel in fp32, [k][nr]; or, of int8 where an ISA multiplies bf16,
+  // in bf16, [(k + 1) / 2][nr][2]. Both exact.
+  void (*widen_panel)(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* out);
+  void (*pair_panel)(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* out) = nullptr;
 };
 
 }  // namespace fastlinear

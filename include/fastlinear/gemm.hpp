@@ -5,6 +5,7 @@
 // and K slices are added in order.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <new>
 
@@ -84,19 +85,20 @@ class Worker {
     }
   }
 
-  // The panels at `packed`, panel_bytes apart: as they are, or widened where the kernel reads fp32 and they are not.
+  // The panels at `packed`, panel_bytes apart: as they are, or in the format that the kernel reads, if that is another.
   // Widening costs one load, one instruction and one store a vector, once for all row tiles, and the copy stays in L2.
   void set_panels(TileArgs& a, const char* packed, std::ptrdiff_t panel_bytes) {
-    const Layout& layout = job_.p.weight.layout;
+    const Layout &layout = job_.p.weight.layout, &read = job_.plan.kernel->layout;
     a.panel = packed;
     a.panel_stride = panel_bytes;
-    if (layout == job_.plan.kernel->layout) return;
-    const auto widen_panel = job_.conversions[static_cast<std::size_t>(layout.format)].widen_panel;
-    float* wide = wide_.floats(a.panels * layout.nr * a.k);
-    for (std::ptrdiff_t i = 0; i < a.panels; ++i)
-      widen_panel(packed + i * panel_bytes, layout.nr, a.k, wide + i * layout.nr * a.k);
-    a.panel = wide;
-    a.panel_stride = layout.nr * a.k * std::ptrdiff_t{sizeof(float)};
+    if (layout == read) return;
+    const Conversion& conversion = job_.conversions[static_cast<std::size_t>(layout.format)];
+    const auto convert = read.format == Format::fp32 ? conversion.widen_panel : conversion.pair_panel;
+    const std::ptrdiff_t bytes = ceil_div(a.k, read.kr) * read.kr * read.nr * element_bytes(read.format);
+    auto* const copies = static_cast<char*>(wide_.bytes(a.panels * bytes));
+    for (std::ptrdiff_t i = 0; i < a.panels; ++i) convert(packed + i * panel_bytes, read.nr, a.k, copies + i * bytes);
+    a.panel = copies;
+    a.panel_stride = bytes;
   }
 
   // Kept from call to call, one for each thread.
@@ -144,7 +146,7 @@ inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
 
 inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_scales) {
   const Conversion* conversions = find_conversions(plan.kernel->isa);
-  const Grid grid(plan, p.weight.layout.kr, p.m, p.n, p.k);
+  const Grid grid(plan, std::max(p.weight.layout.kr, plan.kernel->layout.kr), p.m, p.n, p.k);
   const Step first = p.epilogue.steps[0];
   const bool relu = first == find_step(plan.kernel->isa, kRelu);
   const std::size_t absorbed = relu || first == find_step(plan.kernel->isa, kIdentity);

@@ -28,7 +28,7 @@ struct Unit {
 
 class Grid {
  public:
-  // K is cut between groups of kr elements, those of the packed weight.
+  // K is cut between groups of kr elements: of the packed weight, or of the kernel if those are longer.
   Grid(const Plan& plan, std::ptrdiff_t kr, std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t k) : m_(m), k_(k) {
     const Kernel& kernel = *plan.kernel;
     const std::ptrdiff_t row_tile_bytes = kernel.mr * std::max(k, one) * element_bytes(kernel.rows);

@@ -66,8 +66,9 @@ struct Kernel {
 
   // Whether it can run on a weight in this layout: its own, or one that the driver widens panel by panel.
   constexpr bool reads(const Layout& packed) const {
-    return packed == layout ||
-           (layout.format == Format::fp32 && packed.format <= Format::int8wo && packed.nr == layout.nr);
+    const bool widened = layout.format == Format::fp32 && packed.format <= Format::int8wo;
+    const bool paired = layout.format == Format::bf16 && rows == Format::bf16 && packed.format == Format::int8wo;
+    return packed == layout || ((widened || paired) && packed.nr == layout.nr);
   }
 };
 

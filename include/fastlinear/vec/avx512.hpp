@@ -42,6 +42,11 @@ struct F32 {
     even.v = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, both, 16));
     odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  // Of values that bf16 holds.
+  static void store_pairs(Bf16* p, F32 even, F32 odd) {
+    const __m512i low = _mm512_maskz_srli_epi32(kAll, _mm512_castps_si512(even.v), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd.v)));
+  }
   // As formats/bf16.hpp rounds; vcvtneps2bf16 would flush denormals.
   static void store(Bf16* p, F32 x) {
     const __m512i bits = _mm512_castps_si512(x.v);

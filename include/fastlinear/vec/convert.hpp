@@ -37,8 +37,9 @@ void narrow(const float* in, void* out, std::ptrdiff_t n) {
 
 // nr is a multiple of every vector's width.
 template <class V, class Element>
-void widen_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, float* out) {
+void widen_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* to) {
   const auto* in = static_cast<const Element*>(panel);
+  auto* out = static_cast<float*>(to);
   if constexpr (Element::kr == 1) {
     convert_n<V>(in, out, nr * k);
   } else {
@@ -52,13 +53,33 @@ void widen_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, float* 
   }
 }
 
+template <class V>
+void pair_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* to) {
+  const auto* in = static_cast<const Int8*>(panel);
+  auto* out = static_cast<Bf16*>(to);
+  for (std::ptrdiff_t g = 0; g < k; g += 2)
+    for (std::ptrdiff_t j = 0; j < nr; j += V::width) {
+      const V odd = g + 1 < k ? V::load(in + (g + 1) * nr + j) : V::set(0.0f);
+      V::store_pairs(out + g * nr + 2 * j, V::load(in + g * nr + j), odd);
+    }
+}
+
+// Null for the vectors of ISAs that do not multiply bf16.
+template <class V>
+inline constexpr decltype(Conversion::pair_panel) pairing = [] {
+  if constexpr (requires { &V::store_pairs; })
+    return pair_panel<V>;
+  else
+    return nullptr;
+}();
+
 // In the order of enum Format.
 template <class V>
 inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, nullptr},
     {widen<V, Bf16>, narrow<V, Bf16>, widen_panel<V, Bf16>},
     {widen<V, Fp16>, narrow<V, Fp16>, widen_panel<V, Fp16>},
-    {nullptr, nullptr, widen_panel<V, Int8>},
+    {nullptr, nullptr, widen_panel<V, Int8>, pairing<V>},
 };
 
 }  // namespace fastlinear
