@@ -319,9 +319,7 @@ def test_layers_in_a_chain(kernel: Kernel, dtype: torch.dtype) -> None:
 
 # ---- weights alone ---------------------------------------------------------------------------------------------------
 
-every_weight_only_kernel = pytest.mark.parametrize(
-    "kernel", [native.parameter(kernel) for kernel in native.FLOATING if kernel["format"] == "int8wo"]
-)
+WEIGHT_ONLY = [kernel for kernel in native.FLOATING if kernel["format"] == "int8wo"]
 
 
 def weight_only(kernel: Kernel, x: Tensor, q: Quantized, b: Tensor | None, steps: Steps = (), **how: Any) -> Tensor:
@@ -330,8 +328,10 @@ def weight_only(kernel: Kernel, x: Tensor, q: Quantized, b: Tensor | None, steps
     return native.product(kernel, packed, x, b, steps, how.get("threads", 1), how.get("k_slices", 1), out)
 
 
-@pytest.mark.parametrize("of_x", native.FLOATS, ids=str)
-@every_weight_only_kernel
+@pytest.mark.parametrize(
+    ("kernel", "of_x"),
+    [native.parameter(kernel, x, id=f"{kernel['id']}-{x}") for kernel in WEIGHT_ONLY for x in kernel["of_x"]],
+)
 def test_weights_alone(kernel: Kernel, of_x: torch.dtype) -> None:
     """Within the bound of fp32 sums for the weight scale * q; exact for integers and scales that are powers of two."""
     n = kernel["columns"] + 3
@@ -348,12 +348,12 @@ def test_weights_alone(kernel: Kernel, of_x: torch.dtype) -> None:
         assert torch.equal(y.double(), want)
 
 
-@every_weight_only_kernel
+@pytest.mark.parametrize("kernel", [native.parameter(kernel) for kernel in WEIGHT_ONLY])
 def test_weights_alone_are_scaled_once(kernel: Kernel) -> None:
     """y = (sum * scale) + bias, each rounded once, so that the bits are the same on every ISA where the sums are."""
-    x, q = torch.randint(-8, 9, (5, 33)).float(), weight(41, 33)
+    x, q = torch.randint(-8, 9, (5, 33)).to(kernel["of_x"][0]), weight(41, 33)
     b = torch.randn(41)
-    want = (x @ q.values.float().T) * q.scale + b
+    want = (x.float() @ q.values.float().T) * q.scale + b
     assert native.same_bits(weight_only(kernel, x, q, b), want)
     assert native.same_bits(weight_only(kernel, x, q, b, k_slices=2, threads=2), want)
 
