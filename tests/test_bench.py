@@ -477,9 +477,9 @@ def test_the_demo_compares_precisions(
     ("dtype", "limit", "quantize"),
     [
         ("float32", "avx2", None),
-        ("bfloat16", None, None),
         ("float32", None, "int8"),
-        ("bfloat16", "avx2", "int8wo"),
+        pytest.param("bfloat16", None, None, marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", "avx2", "int8wo", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_tiny_run_writes_figures_and_plot(

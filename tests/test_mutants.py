@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import guard
 import library
@@ -309,7 +309,19 @@ def libraries(request: pytest.FixtureRequest) -> Iterator[Libraries]:
         yield {m.name: pool.submit(change, m.name, m.file, m.old, m.new, m.unit) for m in mutants}
 
 
-@pytest.mark.parametrize("mutant", BROKEN, ids=lambda mutant: mutant.name)
+def test_no_mutant_is_stale() -> None:
+    """What it changes stands in the source once."""
+    for mutant in (*BROKEN, *HARMLESS):
+        assert (library.ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+
+
+def thinned(mutants: list[Mutant]) -> list[Any]:
+    """Every third of them; the others belong to the exhaustive tests."""
+    more = [pytest.mark.exhaustive]
+    return [pytest.param(m, id=m.name, marks=more if i % 3 else []) for i, m in enumerate(mutants)]
+
+
+@pytest.mark.parametrize("mutant", thinned(BROKEN))
 def test_a_broken_source_is_caught(mutant: Mutant, libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least one check fails; which one is printed (pytest -s)."""
     kernel = row(mutant.row)
