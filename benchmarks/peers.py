@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fastlinear
 from fastlinear import _engine, planner
 from fastlinear.candidates import Chosen
+from fastlinear.quantize import quantize_weight
 
 Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
 
@@ -89,9 +90,9 @@ def inductor(layers: Sequence[nn.Linear], m: int) -> list[Call]:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values [N, K], symmetric in each row, and the rows' scales fp32 [N]; as FastLinear's own."""
-    scale = weight.detach().float().abs().amax(1) / 127
-    return (weight.detach() / scale[:, None]).round().to(torch.int8), scale
+    """int8 values [N, K], symmetric in each row, and the rows' scales fp32 [N]; FastLinear's own."""
+    own = quantize_weight(weight)
+    return own.values, own.scale
 
 
 def quantize_dynamic(layers: Sequence[nn.Linear], m: int, engine: str) -> list[Call]:

@@ -6,10 +6,9 @@ import torch
 from torch.autograd import forward_ad, profiler
 
 from fastlinear._kernels cimport (
-    STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute, is_float,
-    look_at, need, pool_size
+    FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute,
+    format_of_x, is_float, look_at, need, pool_size
 )
-from fastlinear._kernels import FORMATS
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
@@ -71,10 +70,6 @@ def version_of(tensor):
     return None if tensor.is_inference() else tensor._version
 
 
-cdef enum:  # of enum Format
-    FP32, BF16, FP16, INT8WO, INT8, UINT8
-
-
 cdef class Engine:
     """The hot path of one layer: looks at the module and the input, and runs the plan for this M; about 2 us.
 
@@ -121,9 +116,7 @@ cdef class Engine:
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
         """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan, or
         (x, weight, bias) -> y."""
-        cdef int index = {torch.int8: INT8, torch.uint8: UINT8}.get(dtype, -1)
-        if index < 0:
-            index = list(FORMATS).index(dtype)
+        cdef int index = format_of_x(dtype)
         cdef Format x_format = <Format> index
         if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, self.rows, x_format):
             raise ValueError(f"kernel {plan.kernel!r} does not take x of {dtype} and layout {self.packed.layout!r}")

@@ -145,6 +145,9 @@ cdef enum:
 cdef enum:
     STATIC = 2  # RowKind::fixed
 
+cdef enum:  # of enum Format
+    FP32, BF16, FP16, INT8WO, INT8, UINT8, INT16, INT32
+
 # A dense tensor of one of our formats in this machine's memory, as the kernels see it; strides in elements.
 cdef struct View:
     char* data
@@ -161,6 +164,7 @@ cdef struct Matrix:
     ptrdiff_t stride
 
 cdef ptrdiff_t pool_size() noexcept
+cdef int format_of_x(object dtype) except -1
 cdef bint look_at(object tensor, View* v)
 cdef bint as_rows(View* v, Matrix* rows) noexcept
 cdef View need(object tensor, str what, bint integers=*) except *

@@ -7,8 +7,10 @@ cdef tuple dtypes = (  # in the order of enum Format
 FORMATS = {dtypes[i]: kFormatNames[i].decode() for i in range(kFloatFormats)}
 PACKED = {kFormatNames[i].decode(): dtypes[i] for i in range(kPackedFormats)}
 
-cdef enum:  # of enum Format
-    FP32, BF16, FP16, INT8WO, INT8, UINT8, INT16, INT32
+
+# Of x, whose int8 is not that of a weight; ValueError for a dtype that no kernel reads.
+cdef int format_of_x(object dtype) except -1:
+    return INT8 if dtype is torch.int8 else dtypes.index(dtype, 0, INT16)
 
 
 # DLPack's codes: 0 and 1 are integers with and without a sign, 2 is IEEE floating point, 4 is bfloat. Negative for what
@@ -65,7 +67,7 @@ cdef bint look_at_slowly(object tensor, View* v):
             or tensor.is_nested or tensor.dim() > MAX_DIMS):
         return False
     v.data = <char*> <size_t> tensor.data_ptr()
-    i = INT8 if tensor.dtype is torch.int8 else dtypes.index(tensor.dtype)
+    i = format_of_x(tensor.dtype)
     v.format = <Format> i
     v.ndim = tensor.dim()
     for i in range(v.ndim):

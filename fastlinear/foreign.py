@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear.quantize import Quantized
+from fastlinear.quantize import Quantized, is_zero
 
 _PARTS = ("qdata", "scale", "zero_point", "block_size")  # what torchao's integer tensors have in common
 
@@ -27,7 +27,7 @@ def quantized(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> Quan
         raise ValueError(f"the scale of an int8 weight must be floating-point, but is {scale.dtype}")
     if zero is not None and (zero.dtype.is_floating_point or zero.dtype.is_complex or zero.dtype is torch.bool):
         raise ValueError(f"the zero of an int8 weight must be of an integer dtype, but is {zero.dtype}")
-    if zero is not None and bool(((zero < -128) | (zero > 127)).any()):
+    if zero is not None and not is_zero(zero):  # an int64 would wrap around below
         raise ValueError("the zero of an int8 weight must be from -128 to 127 in every channel")
     if zero is not None:
         zero = _one_dim(zero.int(), values) if bool(zero.any()) else None

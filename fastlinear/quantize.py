@@ -44,10 +44,20 @@ class Quantized:
         _check_tensor("scale", self.scale, torch.float32, f"[{n}]", self.scale.shape == (n,))
         if self.zero is not None:
             _check_tensor("zero", self.zero, torch.int32, f"[{n}]", self.zero.shape == (n,))
-        if not bool((self.scale.isfinite() & (self.scale >= 0)).all()):
+        if not is_scale(self.scale):
             raise ValueError("the scale of an int8 weight must be finite and not negative in every channel")
-        if self.zero is not None and not bool(((self.zero >= -128) & (self.zero <= 127)).all()):
+        if self.zero is not None and not is_zero(self.zero):
             raise ValueError("the zero of an int8 weight must be from -128 to 127 in every channel")
+
+
+def is_scale(scale: Tensor) -> bool:
+    """Whether all of it can scale a channel."""
+    return bool((scale.isfinite() & (scale >= 0)).all())
+
+
+def is_zero(zero: Tensor) -> bool:
+    """Whether all of it can be the zero point of a channel."""
+    return bool(((zero >= -128) & (zero <= 127)).all())
 
 
 class Rows(NamedTuple):

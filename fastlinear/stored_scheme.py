@@ -14,7 +14,7 @@ import torch
 from fastlinear import _kernels
 from fastlinear.header import Contents, shown
 from fastlinear.precision import PRODUCTS, epilogue, name_of
-from fastlinear.quantize import BYTES, Requantize, Rows
+from fastlinear.quantize import BYTES, Requantize, Rows, is_scale, is_zero
 
 _FIELDS = ("rows", "out", "smooth")
 
@@ -70,9 +70,9 @@ def check_entry(who: str, scheme: StoredScheme | None, k: int, contents: Content
 def check_channels(who: str, packed: _kernels.Packed) -> None:
     """ValueError where the scales or zero points of a weight are none."""
     scale, zero = packed.scale, packed.zero
-    if scale is not None and not bool((scale.isfinite() & (scale >= 0)).all()):
+    if scale is not None and not is_scale(scale):
         raise ValueError(f"{who} has scales that are negative or not finite")
-    if zero is not None and not bool(((zero >= -128) & (zero <= 127)).all()):
+    if zero is not None and not is_zero(zero):
         raise ValueError(f"{who} has zero points beyond int8")
     if zero is not None and packed.k > _kernels.dot_limit(True):
         raise ValueError(f"{who} has {packed.k} columns, more than a sum of integers with zero points holds")

@@ -15,10 +15,11 @@ struct Job {
   const Problem& p;
   const Plan& plan;
   const Conversion* conversions;  // of the kernel's ISA, by format
-  const float* bias;              // n of them, or null
-  const RowScale* row_scales;     // of integer rows
-  std::size_t absorbed;           // 1 if dequantizing does the first step of the epilogue as well, by `floor`
-  float floor;                    // 0 for ReLU, else -infinity
+  const Quantization& quantization;
+  const float* bias;           // n of them, or null
+  const RowScale* row_scales;  // of integer rows
+  std::size_t absorbed;        // 1 if dequantizing does the first step of the epilogue as well, by `floor`
+  float floor;                 // 0 for ReLU, else -infinity
   Grid grid;
   float* partial;  // with K slices: the tiles of all units; otherwise null, tiles are finished where they are made
 
@@ -34,14 +35,12 @@ struct Job {
 // The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out.
 inline void dequantize_tile(const Job& job, const StepArgs& s, std::ptrdiff_t first_row, std::ptrdiff_t column) {
   const Weight& w = job.p.weight;
-  const Quantization& quantization = find_quantization(job.plan.kernel->isa);
-  DequantizeArgs args{s.in,   s.ld_in,           s.out,   s.ld_out, s.rows,  s.cols,
-                      s.bias, w.scales + column, nullptr, nullptr,  nullptr, job.floor};
-  if (job.row_scales == nullptr) return quantization.scale_columns(args);
+  DequantizeArgs args{s.in, s.ld_in, s.out, s.ld_out, s.rows, s.cols, w.scales + column, s.bias, job.floor};
+  if (job.row_scales == nullptr) return job.quantization.scale_columns(args);
   args.sums = w.sums + column;
   args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
   args.row_scales = job.row_scales + first_row;
-  quantization.dequantize(args);
+  job.quantization.dequantize(args);
 }
 
 // A row of numbers -> the integers of y.
@@ -84,7 +83,7 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
     if (is_float(p.y.format))
       job.conversions[static_cast<std::size_t>(p.y.format)].narrow(tile + r * columns, y(r), s.cols);
     else
-      quantize_output(p, find_quantization(job.plan.kernel->isa), tile + r * columns, s.cols, y(r));
+      quantize_output(p, job.quantization, tile + r * columns, s.cols, y(r));
 }
 
 }  // namespace gemm_detail

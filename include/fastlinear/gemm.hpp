@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <new>
 
 #include "fastlinear/finish.hpp"
@@ -150,8 +149,9 @@ inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_sca
   const Step first = p.epilogue.steps[0];
   const bool relu = first == find_step(plan.kernel->isa, kRelu);
   const std::size_t absorbed = relu || first == find_step(plan.kernel->isa, kIdentity);
-  const float floor = relu ? 0.0f : -std::numeric_limits<float>::infinity();
-  Job job{p, plan, conversions, wide_bias(p, conversions), row_scales, absorbed, floor, grid, nullptr};
+  const float floor = relu ? 0.0f : -kInfinity;
+  const Quantization& quantization = find_quantization(plan.kernel->isa);
+  Job job{p, plan, conversions, quantization, wide_bias(p, conversions), row_scales, absorbed, floor, grid, nullptr};
   Scratch slices;
   if (plan.k_slices > 1)
     job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());

@@ -106,9 +106,7 @@ class RowWorker {
       std::memcpy(row, x_.at(r, 0), static_cast<std::size_t>(k_) * sizeof(float));
     else
       conversions_[static_cast<std::size_t>(x_.format)].widen(x_.at(r, 0), row, k_);
-    if (quantizer_.smooth != nullptr)
-      quantization_.scale_columns({row, k_, row, k_, 1, k_, nullptr, quantizer_.smooth, nullptr, nullptr, nullptr,
-                                   -std::numeric_limits<float>::infinity()});
+    if (quantizer_.smooth != nullptr) quantization_.scale_columns({row, k_, row, k_, 1, k_, quantizer_.smooth});
     return row;
   }
 

@@ -4,8 +4,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace fastlinear {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // How one row of x became integers: x = scale * (u - zero). A scale of NaN makes the row of y NaN.
 struct RowScale {
@@ -31,12 +34,12 @@ struct DequantizeArgs {
   float* out;
   std::ptrdiff_t ld_out;
   std::ptrdiff_t rows, cols;
-  const float* bias;           // `cols` of them, or null
-  const float* scales;         // of the columns; readable as far as `in` is
-  const std::int32_t* sums;    // of the columns of W
-  const std::int32_t* zeros;   // of the columns, or null where all are 0
-  const RowScale* row_scales;  // of the rows
-  float floor;                 // of y: 0 for ReLU, else -infinity; a NaN passes
+  const float* scales;                   // of the columns; readable as far as `in` is
+  const float* bias = nullptr;           // `cols` of them, or null
+  float floor = -kInfinity;              // of y: 0 for ReLU; a NaN passes
+  const std::int32_t* sums = nullptr;    // of the columns of W
+  const std::int32_t* zeros = nullptr;   // of the columns, or null where all are 0
+  const RowScale* row_scales = nullptr;  // of the rows
 };
 
 // x -> integers; false if there is a NaN among x, which becomes the lowest one.

@@ -16,11 +16,7 @@ template <class V, class F>
   const V bias = load_bias<V>(s.bias, c, valid);
   for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
     const V y = F::template apply<V>(V::load(s.in + r * s.ld_in + c) + bias, params);
-    float* const out = s.out + r * s.ld_out + c;
-    if (valid < V::width)
-      V::store_n(out, y, valid);
-    else
-      V::store(out, y);
+    store_valid(s.out + r * s.ld_out + c, y, valid);
   }
 }
 

@@ -1,4 +1,4 @@
-// The last, partial vector of a row, written once over a vector type: nothing is read beyond the row.
+// The last, partial vector of a row, written once over a vector type: nothing is read or written beyond the row.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,15 @@ template <class V>
 [[gnu::always_inline]] inline V load_bias(const float* bias, std::ptrdiff_t c, std::ptrdiff_t valid) {
   if (bias == nullptr) return V::set(0.0f);
   return valid >= V::width ? V::load(bias + c) : load_partial<V>(bias + c, valid);
+}
+
+// The first `valid` of the floats, or all if that is more.
+template <class V>
+[[gnu::always_inline]] inline void store_valid(float* out, V x, std::ptrdiff_t valid) {
+  if (valid < V::width)
+    V::store_n(out, x, valid);
+  else
+    V::store(out, x);
 }
 
 }  // namespace fastlinear

@@ -83,14 +83,6 @@ bool quantize(const float* x, std::ptrdiff_t n, const Affine& affine, void* out)
   return all_zero(quantizing.odd);
 }
 
-template <class F>
-[[gnu::always_inline]] inline void store_valid(float* out, F x, std::ptrdiff_t valid) {
-  if (valid < F::width)
-    F::store_n(out, x, valid);
-  else
-    F::store(out, x);
-}
-
 template <class F, class I>
 void dequantize(const DequantizeArgs& args) {
   const DequantizeArgs t = args;  // a copy, which the tile cannot alias

@@ -5,17 +5,17 @@
 //
 // The verbs, which mean the same in vec/avx2.hpp and vec/avx512.hpp, lane by lane:
 //   load, store    `width` elements of any format at any address; store_n only the first n < width, floats
-//   load_pairs     `width` pairs: their first and their second elements
+//   load_pairs     `width` pairs: their first and their second elements; store_pairs (AVX-512 only) the reverse
+//   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
+//   select_gt      a > b ? x : y
+//   round          to the nearest integer, ties to even
+//   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
 //   rounded        as fp32 holds it
 //   least, greatest, all_zero   of the lanes, none of them NaN for the first two
 // and of I32, `width` int32, which wrap around:
 //   max_magnitude  the larger of them and of the bits of |x|
 //   nearest        the nearest integers, ties to even
 //   store          to uint8 and int16, which hold them
-//   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
-//   select_gt      a > b ? x : y
-//   round          to the nearest integer, ties to even
-//   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
 #pragma once
 
 #include <cstddef>
