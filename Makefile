@@ -29,7 +29,7 @@ lint: .venv/ready
 	$(BIN)/clang-format --dry-run -Werror $(HEADERS) $(UNITS) $(PROGRAMS)
 	set -e; for cxx in $(COMPILERS); do \
 	  for unit in $(UNITS) $(PROGRAMS); do $$cxx $(WARN) $$unit; done; \
-	  for header in $(wildcard include/fastlinear/*.hpp); do $$cxx $(WARN) -include $$header -x c++ /dev/null; done; \
+	  for header in $(wildcard $(addprefix include/fastlinear/,$(addsuffix /*.hpp,contract host formats weight driver))); do $$cxx $(WARN) -include $$header -x c++ /dev/null; done; \
 	done
 
 .venv/ready: requirements-dev.txt

@@ -6,22 +6,22 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx2,fma,f16c")
 
 // clang-format off: the vector type comes first
-#include "fastlinear/vec/avx2.hpp"
-#include "fastlinear/vec/convert.hpp"
-#include "fastlinear/vec/quantize.hpp"
+#include "fastlinear/isa/avx2/vec.hpp"
+#include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
-#include "fastlinear/kernels/avx2/fp32.hpp"
-#include "fastlinear/kernels/avx2/bf16.hpp"
-#include "fastlinear/kernels/avx2/fp16.hpp"
-#include "fastlinear/kernels/avx2/int8wo.hpp"
-#include "fastlinear/kernels/avx2/int8.hpp"
+#include "fastlinear/isa/avx2/fp32.hpp"
+#include "fastlinear/isa/avx2/bf16.hpp"
+#include "fastlinear/isa/avx2/fp16.hpp"
+#include "fastlinear/isa/avx2/int8wo.hpp"
+#include "fastlinear/isa/avx2/int8.hpp"
 // clang-format on
 
 namespace fastlinear {

@@ -6,22 +6,22 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 // clang-format off: the vector type comes first
-#include "fastlinear/vec/avx512.hpp"
-#include "fastlinear/vec/convert.hpp"
-#include "fastlinear/vec/quantize.hpp"
+#include "fastlinear/isa/avx512/vec.hpp"
+#include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
-#include "fastlinear/kernels/avx512/fp32.hpp"
-#include "fastlinear/kernels/avx512/bf16.hpp"
-#include "fastlinear/kernels/avx512/fp16.hpp"
-#include "fastlinear/kernels/avx512/int8wo.hpp"
-#include "fastlinear/kernels/avx512/int8.hpp"
+#include "fastlinear/isa/avx512/fp32.hpp"
+#include "fastlinear/isa/avx512/bf16.hpp"
+#include "fastlinear/isa/avx512/fp16.hpp"
+#include "fastlinear/isa/avx512/int8wo.hpp"
+#include "fastlinear/isa/avx512/int8.hpp"
 // clang-format on
 
 namespace fastlinear {

@@ -6,13 +6,13 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512fp16")
 
-#include "fastlinear/kernels/avx512_fp16/fp16.hpp"
+#include "fastlinear/isa/avx512_fp16/fp16.hpp"
 
 namespace fastlinear {
 

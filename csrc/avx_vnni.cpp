@@ -6,13 +6,13 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 
-#include "fastlinear/kernels/avx_vnni/int8.hpp"
+#include "fastlinear/isa/avx_vnni/int8.hpp"
 
 namespace fastlinear {
 

@@ -1,10 +1,9 @@
-#include "fastlinear/registry.hpp"
-
 #include <cmath>
 #include <cstring>
 #include <iterator>
 #include <string_view>
 
+#include "fastlinear/contract/isa.hpp"
 #include "fastlinear/epilogues/all.hpp"
 
 namespace fastlinear {

@@ -6,20 +6,16 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 // clang-format off: the vector type comes first
-#include "fastlinear/vec/scalar.hpp"
-#include "fastlinear/vec/convert.hpp"
-#include "fastlinear/vec/quantize.hpp"
+#include "fastlinear/isa/scalar/vec.hpp"
+#include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
-#include "fastlinear/kernels/scalar/fp32.hpp"
-#include "fastlinear/kernels/scalar/bf16.hpp"
-#include "fastlinear/kernels/scalar/fp16.hpp"
-#include "fastlinear/kernels/scalar/int8wo.hpp"
-#include "fastlinear/kernels/scalar/int8.hpp"
+#include "fastlinear/isa/scalar/kernels.hpp"
 // clang-format on
 
 namespace fastlinear {

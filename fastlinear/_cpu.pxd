@@ -2,7 +2,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libcpp cimport bool as cbool
 
 
-cdef extern from "fastlinear/cpu.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/host/cpu.hpp" namespace "fastlinear" nogil:
     ctypedef struct CpuidRegisters:
         uint32_t eax
         uint32_t ebx
@@ -21,7 +21,7 @@ cdef extern from "fastlinear/cpu.hpp" namespace "fastlinear" nogil:
     CpuSource this_cpu()
     void flush(const char*, size_t)
 
-cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
     size_t kIsas
     const char** kIsaNames
 

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 
 
-cdef extern from "fastlinear/dlpack.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/host/dlpack.hpp" namespace "fastlinear" nogil:
     ctypedef struct DlDevice:
         int32_t device_type
     ctypedef struct DlDataType:
@@ -22,7 +22,7 @@ cdef extern from "fastlinear/dlpack.hpp" namespace "fastlinear" nogil:
         uint32_t major
         int (*peek)(void*, DlTensor*)
 
-cdef extern from "fastlinear/kernel.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
     ctypedef int Format "fastlinear::Format"
     ctypedef int Isa "fastlinear::Isa"
     ctypedef struct Layout:
@@ -52,7 +52,7 @@ cdef extern from "fastlinear/formats/int8.hpp" namespace "fastlinear" nogil:
     ptrdiff_t kDotLimit
     ptrdiff_t kDotLimitWithZeros
 
-cdef extern from "fastlinear/registry.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
     ctypedef void (*Step)()
     ctypedef struct Activation "fastlinear::Activation":
         const char* name
@@ -63,7 +63,7 @@ cdef extern from "fastlinear/registry.hpp" namespace "fastlinear" nogil:
     const Activation* activation_at(size_t)
     Step find_step(Isa, size_t)
 
-cdef extern from "fastlinear/parallel.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
     cppclass ThreadPool:
         cbool attach(const char*)
         void stop_after_fork()
@@ -71,7 +71,11 @@ cdef extern from "fastlinear/parallel.hpp" namespace "fastlinear" nogil:
         ptrdiff_t size()
     ThreadPool& thread_pool()
 
-cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/host/memory.hpp" namespace "fastlinear" nogil:
+    size_t kHugePage
+    void advise_huge_pages(void*, size_t)
+
+cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     ctypedef struct WeightView "fastlinear::WeightView<void>":
         void* data
         ptrdiff_t n
@@ -84,8 +88,6 @@ cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
         const float* scales
         const int32_t* sums
         const int32_t* zeros
-    size_t kHugePage
-    void advise_huge_pages(void*, size_t)
     ptrdiff_t panels_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t packed_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t channel_arrays(Format)
@@ -94,7 +96,7 @@ cdef extern from "fastlinear/pack.hpp" namespace "fastlinear" nogil:
     void pack_channels(const Layout&, const WeightView&, const float*, const int32_t*, char*)
     void unpack_weight(const Layout&, const void*, const WeightView&)
 
-cdef extern from "fastlinear/gemm.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
     ctypedef struct CPlan "fastlinear::Plan":
         const Kernel* kernel
         ptrdiff_t threads

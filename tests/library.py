@@ -143,7 +143,7 @@ class Panels(ctypes.Structure):
 
 
 class Quantizer(ctypes.Structure):
-    """RowQuantizer of integer_rows.hpp."""
+    """RowQuantizer of driver/integer_rows.hpp."""
 
     _fields_ = [
         ("kind", ctypes.c_uint8),
@@ -154,7 +154,7 @@ class Quantizer(ctypes.Structure):
 
 
 class Affine(ctypes.Structure):
-    """As in quantization.hpp."""
+    """As in contract/quantization.hpp."""
 
     _fields_ = [
         ("inverse", ctypes.c_float),

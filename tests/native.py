@@ -203,7 +203,7 @@ def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
 
 def driver_constant(name: str) -> int:
     """A block size of grid.hpp, so that tests which cross a block keep crossing it when it is changed."""
-    source = (ROOT / "include/fastlinear/grid.hpp").read_text()
+    source = (ROOT / "include/fastlinear/driver/grid.hpp").read_text()
     match = re.search(rf"\b{name} = (\d+)(?: << (\d+))?;", source)
     assert match, f"grid.hpp has no constant {name}"
     return int(match[1]) << int(match[2] or 0)

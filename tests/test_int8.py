@@ -201,7 +201,7 @@ def test_other_activations_follow_the_numbers(kernel: Kernel) -> None:
 @every_integer_kernel
 def test_more_rows_than_a_block(kernel: Kernel, rows: Rows) -> None:
     """Rows are quantised a few MB at a time: of more, each is what it is alone."""
-    source = (ROOT / "include/fastlinear/gemm.hpp").read_text()
+    source = (ROOT / "include/fastlinear/driver/gemm.hpp").read_text()
     (shift,) = re.findall(r"kBlockBytes = 4 << (\d+);", source)
     k = 8188
     m = (4 << int(shift)) // (k * (2 if kernel["rows"] == "int16" else 1)) + 2 * kernel["mr"] + 1
@@ -484,7 +484,7 @@ def test_what_a_quantizer_and_an_epilogue_say() -> None:
 
 def test_both_encodings_are_of_one_instruction() -> None:
     """The VNNI kernels of 256 and of 512 bits write the same text, so what runs here stands for what is emulated."""
-    kernels = [ROOT / f"include/fastlinear/kernels/{isa}/int8.hpp" for isa in ("avx_vnni", "avx512_vnni")]
+    kernels = [ROOT / f"include/fastlinear/isa/{isa}/int8.hpp" for isa in ("avx_vnni", "avx512_vnni")]
     narrow, wide = (re.findall(r"asm\((.*)\);", path.read_text()) for path in kernels)
     assert [text.replace("%{vex%} ", "").replace('x"(', 'v"(') for text in narrow] == wide and len(wide) == 1
 

@@ -33,23 +33,25 @@ class Mutant(NamedTuple):
     @property
     def unit(self) -> str:
         """The source that has to be compiled again: the driver's, or that of the row's ISA, or of its vectors."""
-        isa, folder = self.row.split("/")[1], Path(self.file).parent.name
-        return "product" if folder == "fastlinear" else isa.removesuffix("_bf16") if folder == "vec" else isa
+        isa, (_, _, room, *inner) = self.row.split("/")[1], self.file.split("/")
+        if room == "driver":
+            return "product"
+        return inner[0] if room == "isa" else isa.removesuffix("_bf16") if inner[0] in OF_VECTORS else isa
 
 
-DRIVER, GRID, ROWS = (f"include/fastlinear/{name}.hpp" for name in ("gemm", "grid", "rows"))
-TILE, SCALAR = "include/fastlinear/kernels/tile.hpp", "include/fastlinear/kernels/scalar/tile.hpp"
-BF16, PAIRS, HALVES = (
-    f"include/fastlinear/kernels/{path}.hpp" for path in ("avx512/bf16", "avx512_bf16/bf16", "avx512_fp16/fp16")
+OF_VECTORS = ("convert.hpp", "quantize.hpp")  # generic code that an ISA with vectors of its own compiles
+DRIVER, GRID, ROWS, INTEGER_ROWS, FINISH = (
+    f"include/fastlinear/driver/{name}.hpp" for name in ("gemm", "grid", "rows", "integer_rows", "finish")
 )
-CONVERT, VEC = "include/fastlinear/vec/convert.hpp", "include/fastlinear/vec/avx512.hpp"
+TILE, CONVERT, QUANTIZE = (f"include/fastlinear/generic/{name}.hpp" for name in ("tile", "convert", "quantize"))
+SCALAR, BF16, PAIRS, HALVES, VEC = (
+    f"include/fastlinear/isa/{path}.hpp"
+    for path in ("scalar/kernels", "avx512/bf16", "avx512_bf16/bf16", "avx512_fp16/fp16", "avx512/vec")
+)
 TALL = "fp32/avx512/14x32"
 TALL_BF16, TALL_PAIRS, WIDENING = "bf16/avx512/14x32", "bf16/avx512_bf16/14x32", "fp32/avx512/14x32 on bf16/32x2"
 PAIRING = "bf16/avx512_bf16/14x32 on int8wo/32x1"
 
-INTEGER_ROWS, FINISH, QUANTIZE = (
-    f"include/fastlinear/{name}.hpp" for name in ("integer_rows", "finish", "vec/quantize")
-)
 WORDS, QUADS, BYTES = "int8/avx512/6x32", "int8/avx512_vnni/14x32", "int8/scalar/4x8"
 INTEGERS = [
     ("symmetric rows reach to 126", INTEGER_ROWS, "-127.0f, 127.0f", "-127.0f, 126.0f", QUADS),

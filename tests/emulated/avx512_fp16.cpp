@@ -8,9 +8,9 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
@@ -28,7 +28,7 @@ namespace fastlinear::avx512_fp16 {
   return __builtin_bit_cast(__m512h, _mm512_loadu_si512(p));
 }
 
-// Masks of all lanes, for GCC 12's sake: see vec/avx512.hpp.
+// Masks of all lanes, for GCC 12's sake: see isa/avx512/vec.hpp.
 inline __m512d widen(__m128i x) { return _mm512_maskz_cvtps_pd(0xff, _mm256_cvtph_ps(x)); }
 
 // To float, cut off and made odd where that lost something; then to nearest, which sees what was lost: rounded once.
@@ -54,7 +54,7 @@ inline __m128i narrow(__m512d x) {
 
 }  // namespace fastlinear::avx512_fp16
 
-#include "fastlinear/kernels/avx512_fp16/fp16.hpp"
+#include "fastlinear/isa/avx512_fp16/fp16.hpp"
 
 namespace fastlinear {
 

@@ -7,13 +7,13 @@
 #include <iterator>
 #include <utility>
 
-#include "fastlinear/kernel.hpp"
-#include "fastlinear/registry.hpp"
-#include "fastlinear/target.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx2,fma,f16c")
 
-#include "fastlinear/kernels/tile.hpp"
+#include "fastlinear/generic/tile.hpp"
 
 namespace fastlinear::avx_vnni {
 
@@ -31,7 +31,7 @@ inline __m256i dot(__m256i x, __m256i w, __m256i c) {
 
 // What the text is; tests/test_int8.py compares it with that of AVX512-VNNI.
 #define asm(...) c = dot(x, w, c)
-#include "fastlinear/kernels/avx_vnni/int8.hpp"
+#include "fastlinear/isa/avx_vnni/int8.hpp"
 #undef asm
 
 namespace fastlinear {

@@ -17,8 +17,8 @@
 #include <string>
 #include <vector>
 
-#include "fastlinear/cpu.hpp"
-#include "fastlinear/registry.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/host/cpu.hpp"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // gemm() behind a C function, so that tests/library.py can load the library's own sources: changed in one place, or for
 // kernels that the installed library does not run here. Serial: no thread pool is attached.
-#include "fastlinear/gemm.hpp"
-#include "fastlinear/registry.hpp"
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/driver/gemm.hpp"
 
 using fastlinear::Format;
 using std::ptrdiff_t;

@@ -1,7 +1,7 @@
 // The activations of the library, in the order of the registry. To add one: a file, and a name in this list.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/elu.hpp"
 #include "fastlinear/epilogues/gelu.hpp"
 #include "fastlinear/epilogues/gelu_tanh.hpp"
@@ -16,8 +16,8 @@
 #include "fastlinear/epilogues/sigmoid.hpp"
 #include "fastlinear/epilogues/silu.hpp"
 #include "fastlinear/epilogues/softplus.hpp"
-#include "fastlinear/epilogues/step.hpp"
 #include "fastlinear/epilogues/tanh.hpp"
+#include "fastlinear/generic/step.hpp"
 
 namespace fastlinear {
 

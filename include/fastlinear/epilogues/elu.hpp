@@ -1,7 +1,7 @@
 // x if x > 0, else alpha * (e^x - 1); parameter alpha. Below -30, e^x - 1 is -1.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

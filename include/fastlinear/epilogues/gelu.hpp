@@ -8,7 +8,7 @@
 // x - min(x, 0) is max(x, 0), and NaN at -inf as torch has it.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

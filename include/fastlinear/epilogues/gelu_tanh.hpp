@@ -6,7 +6,7 @@
 // The clamp: above 6 the result is x, below -10.9 it is 0.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

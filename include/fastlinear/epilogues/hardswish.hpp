@@ -1,7 +1,7 @@
 // x * min(max(x + 3, 0), 6) / 6. The factor is finished first, so that large x do not overflow.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 
 namespace fastlinear::epilogues {
 

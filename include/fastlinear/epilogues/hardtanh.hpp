@@ -1,7 +1,7 @@
 // min(max(x, low), high); parameters low, high.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 
 namespace fastlinear::epilogues {
 

@@ -1,7 +1,7 @@
 // x: for the bias alone, or a plain store.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 
 namespace fastlinear::epilogues {
 

@@ -1,7 +1,7 @@
 // x if x > 0, else slope * x; parameter slope.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 
 namespace fastlinear::epilogues {
 

@@ -1,4 +1,4 @@
-// The mathematics the activations share: exp and expm1 over a vector type V (vec/<isa>.hpp).
+// The mathematics the activations share: exp and expm1 over a vector type V (isa/<isa>/vec.hpp).
 //
 // A result must be right to 4 ulp or 1e-6 over all floats, so e^x is kept in two parts, p * 2^n, as long as possible:
 // the functions finish their arithmetic on p, which is near 1, and scale last. That way a result in the denormal range

@@ -3,7 +3,7 @@
 // One factor of 2^n is kept back and applied last. The clamp: above 20 the result is x, below -109 it is 0.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

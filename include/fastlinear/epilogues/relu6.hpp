@@ -1,7 +1,7 @@
 // min(max(x, 0), 6).
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 
 namespace fastlinear::epilogues {
 

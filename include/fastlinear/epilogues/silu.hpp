@@ -3,7 +3,7 @@
 // The clamp: above 25 the result is x, below -109 it is 0.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

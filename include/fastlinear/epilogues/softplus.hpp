@@ -6,7 +6,7 @@
 // 4e-6 of t, is recovered by an FMA and added to the exponent.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

@@ -1,7 +1,7 @@
 // tanh(x) = (e^2x - 1) / (e^2x + 1), by expm1, which is exact to first order near 0. Beyond +-20 it is +-1.
 #pragma once
 
-#include "fastlinear/epilogue.hpp"
+#include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/math.hpp"
 
 namespace fastlinear::epilogues {

@@ -1,0 +1,10 @@
+// The arithmetic of blocks that everybody shares.
+#pragma once
+
+#include <cstddef>
+
+namespace fastlinear {
+
+constexpr std::ptrdiff_t ceil_div(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b; }
+
+}  // namespace fastlinear

@@ -1,0 +1,55 @@
+// The contract between the driver (driver/gemm.hpp) and the micro-kernels (isa/<isa>/<format>.hpp).
+//
+// A kernel computes one tile of raw sums: rows of A times packed panels of W. It never allocates, never threads,
+// never reads a byte outside its rows of A and its panels, and writes only its scratch tile. It knows nothing of
+// bias, activation, output type or edges of y: the driver clips, the epilogue finishes (epilogue.hpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fastlinear/contract/format.hpp"
+
+namespace fastlinear {
+
+enum class Isa : std::uint8_t { scalar, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16 };
+
+inline constexpr std::size_t kIsas = 7;
+inline constexpr const char* kIsaNames[kIsas] = {"scalar",      "avx2",        "avx_vnni",   "avx512",
+                                                 "avx512_vnni", "avx512_bf16", "avx512_fp16"};
+
+struct TileArgs {
+  const void* a;       // first row of the tile, `rows` rows (1..mr) of k elements
+  std::ptrdiff_t lda;  // elements from one row of A to the next
+  std::ptrdiff_t rows;
+  const void* panel;            // first packed panel; `panels` of them (1..kernel.panels)
+  std::ptrdiff_t panel_stride;  // bytes from one panel to the next
+  std::ptrdiff_t panels;
+  std::ptrdiff_t k;                // elements; only the last block of K may end within a group of kr, which integer
+                                   // rows fill up with anything, since the panel has zeros there
+  void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
+  bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
+  const char* prefetch;            // each group brings a line or two from here towards L2, then moves on by
+  std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
+};
+
+struct Kernel {
+  const char* name;  // "fp32/avx512/6x64": format of the weight, ISA, rows x columns of the tile
+  Isa isa;
+  Format rows;  // the form of A it reads
+  Layout layout;
+  std::ptrdiff_t mr, panels;
+  void (*run)(const TileArgs&);
+  Format accumulate = Format::fp32;  // of the sums: int32 of integers; fp16 for up to 64 products, if users ask for it
+
+  constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
+
+  // Whether it can run on a weight in this layout: its own, or one that the driver widens panel by panel.
+  constexpr bool reads(const Layout& packed) const {
+    const bool widened = layout.format == Format::fp32 && packed.format <= Format::int8wo;
+    const bool paired = layout.format == Format::bf16 && rows == Format::bf16 && packed.format == Format::int8wo;
+    return packed == layout || ((widened || paired) && packed.nr == layout.nr);
+  }
+};
+
+}  // namespace fastlinear

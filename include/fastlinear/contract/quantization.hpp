@@ -1,0 +1,63 @@
+// The contract between numbers and integers, which is what the driver needs of int8. The formulas
+// are those of fastlinear/quantize.py, step by step in fp32 and never fused, so that all ISAs give the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+namespace fastlinear {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// How one row of x became integers: x = scale * (u - zero). A scale of NaN makes the row of y NaN.
+struct RowScale {
+  float scale;
+  std::int32_t zero;
+  std::int32_t sum;  // of (u - zero), where the weight has zero points
+};
+
+struct Extremes {
+  float least, greatest;  // of the row and 0
+  bool finite;            // no infinity, no NaN; the extremes mean nothing otherwise
+};
+
+// u = round(clamp(x * inverse, low, high)) + zero
+struct Affine {
+  float inverse, low, high;
+  std::int32_t zero;
+};
+
+struct DequantizeArgs {
+  const float* in;  // sums of the kernel, rows x cols; `in` and `out` as in StepArgs
+  std::ptrdiff_t ld_in;
+  float* out;
+  std::ptrdiff_t ld_out;
+  std::ptrdiff_t rows, cols;
+  const float* scales;                   // of the columns; readable as far as `in` is
+  const float* bias = nullptr;           // `cols` of them, or null
+  float floor = -kInfinity;              // of y: 0 for ReLU; a NaN passes
+  const std::int32_t* sums = nullptr;    // of the columns of W
+  const std::int32_t* zeros = nullptr;   // of the columns, or null where all are 0
+  const RowScale* row_scales = nullptr;  // of the rows
+};
+
+// x -> integers; false if there is a NaN among x, which becomes the lowest one.
+using Quantize = bool (*)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
+
+struct QuantizeTo {
+  Quantize uint8, int16;
+};
+
+// The functions of one ISA; `n` elements side by side at any address.
+struct Quantization {
+  Extremes (*extremes)(const float* x, std::ptrdiff_t n);
+  Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
+  QuantizeTo any, finite;                                   // the latter for x without NaN, and faster
+  // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor), the sums being int32
+  void (*dequantize)(const DequantizeArgs& args);
+  // y = max(sum * scale_w + bias, floor), the sums being fp32
+  void (*scale_columns)(const DequantizeArgs& args);
+};
+
+}  // namespace fastlinear

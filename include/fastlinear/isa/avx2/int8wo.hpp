@@ -1,0 +1,23 @@
+// int8 weights for fp32 rows on AVX2, widened in the inner loop by vpmovsxbd and vcvtdq2ps. fp32.hpp's tiles and
+// budget.
+#pragma once
+
+#include "fastlinear/formats/int8.hpp"
+#include "fastlinear/isa/avx2/fp32.hpp"
+
+namespace fastlinear::avx2 {
+
+struct Int8Weights : Fp32Weights {
+  using Weight = Int8;
+  static constexpr Layout layout{Format::int8wo, 16, Int8::kr};
+
+  static Vector weights(const Int8* p, std::ptrdiff_t) { return F32::load(p).v; }
+};
+
+inline constexpr Kernel kInt8woKernels[] = {
+    kernels::row<kernels::Tile<Int8Weights>, 6, 1>("int8wo/avx2/6x16", Isa::avx2),
+    kernels::row<kernels::Tile<Int8Weights>, 3, 2>("int8wo/avx2/3x32", Isa::avx2),
+    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx2/1x64", Isa::avx2),
+};
+
+}  // namespace fastlinear::avx2

@@ -1,0 +1,26 @@
+// int8 weights for fp32 rows on AVX-512, widened in the inner loop by vpmovsxbd and vcvtdq2ps. fp32.hpp's tiles and
+// budget, and bf16.hpp's 1x128.
+//
+// Widening is two instructions of shuffle and FMA ports a vector: with many row tiles the driver's widening into cache
+// is the better bargain.
+#pragma once
+
+#include "fastlinear/formats/int8.hpp"
+#include "fastlinear/isa/avx512/fp32.hpp"
+
+namespace fastlinear::avx512 {
+
+struct Int8Weights : Fp32Weights {
+  using Weight = Int8;
+  static constexpr Layout layout{Format::int8wo, 32, Int8::kr};
+
+  static Vector weights(const Int8* p, std::ptrdiff_t) { return F32::load(p).v; }
+};
+
+inline constexpr Kernel kInt8woKernels[] = {
+    kernels::row<kernels::Tile<Int8Weights>, 6, 2>("int8wo/avx512/6x64", Isa::avx512),
+    kernels::row<kernels::Tile<Int8Weights>, 14, 1>("int8wo/avx512/14x32", Isa::avx512),
+    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx512/1x128", Isa::avx512),
+};
+
+}  // namespace fastlinear::avx512
