@@ -1,14 +1,26 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: auto_pickle=False, language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # distutils: language = c++
 """The hot path of one layer, from the module and its input to the output: guards, looks, plan, kernel; about 2 us."""
 
+import os
+
 import torch
 from torch.autograd import forward_ad, profiler
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._device import DeviceContext
+
+from libc.stdint cimport int64_t
+from libcpp cimport bool as cbool
 
 from fastlinear._kernels cimport (
     FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute,
-    format_of_x, is_float, look_at, need, pool_size
+    element_bytes, format_of_x, is_float, look_at, need, pool_size
 )
+
+cdef extern from "fastlinear/weight/sample.hpp" namespace "fastlinear" nogil:
+    cppclass Sample:
+        void take(const char*, ptrdiff_t, const int64_t*, const int64_t*)
+        cbool holds(const char*)
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
@@ -33,6 +45,7 @@ def bucket(ptrdiff_t m):
 
 
 # Why the engine does not answer a call.
+DISABLED = "disabled"    # FASTLINEAR_DISABLE says so
 UNFIT = "unfit"          # it must go through torch: gradients, a mode that watches, another dtype or device
 AUTOCAST = "autocast"    # some autocast is on, and nothing else watches
 PROFILED = "profiled"    # it should show up in the profile
@@ -40,6 +53,7 @@ STALE = "stale"          # the weight is not packed, or changed since
 UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads
 
 cdef object Tensor = torch.Tensor
+cdef object Parameter = torch.nn.Parameter
 cdef object is_grad_enabled = torch.is_grad_enabled
 cdef object is_autocast_enabled = torch._C._is_any_autocast_enabled
 cdef object forward_ad_module = forward_ad
@@ -47,15 +61,30 @@ cdef object profiler_module = profiler
 cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
     torch._C._functorch.peek_interpreter_stack,
     torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
     torch._C._is_tracing,
 )
+cdef object function_modes = torch._C._len_torch_function_stack
+cdef object function_mode = torch._C._get_function_stack_at
+cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of looking it up
+cdef object expired = torch.UntypedStorage._expired
+
+# What os.environ keeps its bytes in, where a look costs 15 ns; os.environ itself costs a small product.
+cdef dict environment = getattr(os.environ, "_data", {})
+cdef bytes DISABLE = b"FASTLINEAR_DISABLE"
+
+
+cdef bint disabled() except -1:
+    value = environment.get(DISABLE)
+    return value is not None and value != b"0"
 
 
 cdef bint watched() except -1:
     for mode in modes:
         level = mode()
         if level is not None and level is not False and level != 0:
+            return True
+    for i in range(<int> function_modes()):
+        if type(function_mode(i)) is not DeviceContext:  # a default device changes nothing but factories
             return True
     return forward_ad_module._current_level >= 0
 
@@ -65,9 +94,55 @@ cdef tuple own_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks
 cdef tuple global_hooks = tuple(getattr(torch.nn.modules.module, "_global" + name) for name in own_hooks)
 
 
-# None for a tensor made in inference mode, whose changes torch does not count.
-def version_of(tensor):
-    return None if tensor.is_inference() else tensor._version
+cdef class Fingerprint:
+    """What a weight is at the moment: its storage, address, shape, strides, dtype, torch's count of its changes, and a
+    sample of its contents. TypeError for what is no dense CPU tensor of floats.
+
+    The sample sees what torch does not count: fused optimizers, collectives, writes through an alias or by another
+    process. The storage is held weakly, which keeps its identity from being used again, not its memory.
+    """
+
+    cdef View view
+    cdef Sample sample
+    cdef object version  # None for a tensor made in inference mode, whose changes torch does not count
+    cdef object storage, address  # a StorageWeakRef, and what torch knows that by
+
+    def __init__(self, weight):
+        self.view = need(weight, "weight")
+        self.version = None if weight.is_inference() else weight._version
+        self.storage = StorageWeakRef(weight.untyped_storage())
+        self.address = self.storage.cdata
+        if self.view.ndim == 2:
+            self.sample.take(self.view.data, element_bytes(self.view.format), self.view.shape, self.view.stride)
+
+    @property
+    def memory(self):
+        """What storage and address are known by while this lives."""
+        return self.address, <size_t> self.view.data
+
+    def fits(self, weight):
+        """Whether `weight` is, and holds, what it did."""
+        return self.holds(weight)
+
+    cdef bint holds(self, object weight) except -1:
+        cdef View w
+        cdef int i
+        if not look_at(weight, &w) or w.data != self.view.data or w.ndim != self.view.ndim:
+            return False
+        if <int> w.format != <int> self.view.format:
+            return False
+        for i in range(w.ndim):
+            if w.shape[i] != self.view.shape[i] or w.stride[i] != self.view.stride[i]:
+                return False
+        if self.version is not None and weight._version != self.version or expired(self.address):
+            return False
+        return self.sample.holds(w.data)
+
+
+# A pack pays for itself within some calls. One whose weight changed before that many were answered makes its successor
+# wait until the weight has stood still for as many: meanwhile torch answers, as fast as for any other weight.
+cdef enum:
+    TRIAL = 8
 
 
 cdef class Engine:
@@ -76,15 +151,18 @@ cdef class Engine:
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
     `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for narrower ones.
     `rows` quantizes x for integer products; x may be integers, too, where it is static. What the engine cannot answer
-    goes to `module._slow(x, why)`, why being UNFIT, AUTOCAST, PROFILED, STALE or UNPLANNED.
+    goes to `module._slow(x, why)`, why being UNFIT, AUTOCAST, PROFILED, STALE, UNPLANNED or DISABLED.
     """
 
     cdef readonly Packed packed
     cdef readonly Epilogue epilogue
     cdef readonly RowQuantizer rows
     cdef readonly bint transposed
-    cdef object weight, version  # of the parameter that was packed; both None where there is none: a frozen layer
-    cdef void* weight_data
+    cdef object weight        # the parameter that was packed, or waits to be; None for a frozen layer
+    cdef Fingerprint fingerprint    # of it as it was then
+    cdef object bias          # the last one that was found fit
+    cdef ptrdiff_t answered, waits  # calls by this pack, and those for which a weight has yet to stand still
+    cdef tuple planned_for    # layout, n and k of the packs that `plans` are for
     cdef dict plans           # (threads, format of x) -> plans by bucket index
     cdef list current         # the plans for `threads` and `x_format`
     cdef ptrdiff_t threads
@@ -98,20 +176,55 @@ cdef class Engine:
 
     def drop(self):
         """Forgets the packed weight and the plans."""
-        self.packed = self.weight = None
+        self.packed = self.weight = self.fingerprint = self.bias = self.planned_for = None
         self.plans = {}
-        self.threads = 0
+        self.threads = self.answered = self.waits = 0
 
-    def take(self, weight, version, Packed packed not None):
-        """Uses `packed`, which holds the parameter `weight` as it was when `version_of(weight)` was `version`."""
-        cdef View v = need(weight, "weight")
-        self.drop()
-        self.weight, self.version, self.weight_data, self.packed = weight, version, v.data, packed
+    def ready(self, weight):
+        """Whether `weight`, of which there is no pack, is to be packed now rather than left to torch for this call. A
+        pack of what it was is let go."""
+        if self.packed is not None:
+            self.waits = 0 if self.answered >= TRIAL else TRIAL
+            self.packed = None
+        if self.waits == 0:
+            return True
+        if weight is self.weight and self.fingerprint.holds(weight):
+            self.waits -= 1
+        else:
+            self.weight, self.fingerprint, self.waits = weight, Fingerprint(weight), TRIAL
+        return self.waits == 0
+
+    def settle(self):
+        """Has the next call pack a weight that changed, however often it did."""
+        self.answered, self.waits = TRIAL, 0
+
+    def take(self, weight, Fingerprint fingerprint not None, Packed packed not None):
+        """Uses `packed`, which holds the parameter `weight` as it was when `fingerprint` was taken. Kernels that were
+        planned for a pack of the same layout and size stay, other plans go; False where all do."""
+        return self.replace(weight, fingerprint, packed)
 
     def hold(self, Packed packed not None):
         """Uses `packed` for a module without a parameter "weight", a frozen one."""
-        self.drop()
+        self.replace(None, None, packed)
+
+    cdef bint replace(self, weight, Fingerprint fingerprint, Packed packed) except -1:
+        cdef tuple planned_for = (packed.layout, packed.n, packed.k)
+        cdef bint same = planned_for == self.planned_for
+        cdef dict plans = {}
+        if same:  # in a new dict: another thread may be using the old one, with the old pack
+            for key, planned in self.plans.items():
+                plans[key] = [plan if type(plan) is Plan else None for plan in planned]
+        self.packed = None  # not fresh until all the rest is set
+        self.threads, self.answered, self.waits = 0, 0, 0
+        self.plans, self.planned_for = plans, planned_for
+        self.weight, self.fingerprint = weight, fingerprint
         self.packed = packed
+        return same
+
+    def planned(self, ptrdiff_t m, ptrdiff_t threads, dtype):
+        """Whether there is a plan for x of `dtype` and the bucket of m while torch has `threads` threads."""
+        cdef int index = format_of_x(dtype)
+        return plans_of(self.plans, threads, <Format> index)[bucket_index(m)] is not None
 
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
         """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan, or
@@ -126,20 +239,16 @@ cdef class Engine:
         """True while the packed weight is the module's."""
         return self.holds((<dict> module.__dict__)["_parameters"].get("weight"))
 
-    # The identity of the parameter, the memory behind it and torch's count of its changes. `.data.copy_()` moves none
-    # of them; that is what refresh() is for.
     cdef bint holds(self, object weight) except -1:
-        cdef View w
         if weight is None:
             return self.weight is None and self.packed is not None
-        return (weight is self.weight and look_at(weight, &w) and w.data == self.weight_data
-                and (self.version is None or weight._version == self.version))
+        return self.packed is not None and weight is self.weight and self.fingerprint.holds(weight)
 
     def __call__(self, module, x):
         """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile(), an x
         that is no plain tensor."""
         cdef dict state = <dict> PyObject_GenericGetDict(module, NULL)
-        if type(x) is not Tensor or "forward" in state or "_compiled_call_impl" in state:
+        if not is_plain(x) or "forward" in state or "_compiled_call_impl" in state:
             return None
         for name in own_hooks:
             if <dict> state[name]:
@@ -154,7 +263,7 @@ cdef class Engine:
         return self.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x)
 
     cdef object guarded(self, module, dict state, x):
-        if type(x) is not Tensor or watched():
+        if not is_plain(x) or watched():
             return module._slow(x, UNFIT)
         if profiler_module._is_profiler_enabled:
             return module._slow(x, PROFILED)
@@ -175,6 +284,8 @@ cdef class Engine:
         cdef Bias added
         cdef ptrdiff_t threads
         cdef dict params = <dict> state["_parameters"]
+        if disabled():
+            return DISABLED
         weight = params.get("weight")
         bias = params.get("bias", UNFIT)
         if bias is UNFIT or weight is None and (self.weight is not None or self.packed is None):
@@ -191,7 +302,7 @@ cdef class Engine:
         cdef dict plans = self.plans
         cdef list current
 
-        if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != packed.k or x.is_neg():
+        if not look_at(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] != packed.k or is_neg(x):
             return UNFIT
         if <int> v.format != FP32 and (<int> packed.shape.format == FP32 or not is_float(v.format) and (
                 self.rows is None or <int> self.rows.quantizer.kind != STATIC)):
@@ -201,6 +312,10 @@ cdef class Engine:
             return UNFIT if dense is x else self.answer(state, dense)
         added.data = NULL
         if bias is not None:
+            if bias is not self.bias:
+                if not is_plain(bias) or is_neg(bias):
+                    return UNFIT
+                self.bias = bias
             if not (look_at(bias, &b) and is_float(b.format) and b.ndim == 1 and b.shape[0] == packed.n
                     and (b.stride[0] == 1 or packed.n < 2)
                     and (<int> b.format == FP32 or <int> packed.shape.format != FP32)):
@@ -215,8 +330,11 @@ cdef class Engine:
             if plans is self.plans:
                 self.current, self.threads, self.x_format = current, threads, v.format
         plan = current[bucket_index(rows.m)]
+        if rows.m > 0 and plan is None:
+            return UNPLANNED
+        self.answered += 1
         if rows.m > 0 and type(plan) is not Plan:
-            return UNPLANNED if plan is None else plan(x, weight, bias)
+            return plan(x, weight, bias)
 
         y = new_output(x, &v, packed.n, self.epilogue.dtype)
         if rows.m > 0 and packed.n > 0:
@@ -224,6 +342,11 @@ cdef class Engine:
             out.data, out.format, out.m, out.stride = w.data, w.format, rows.m, packed.n
             compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out)
         return y
+
+
+# A subclass may mean another thing than its memory says.
+cdef inline bint is_plain(object tensor):
+    return type(tensor) is Tensor or type(tensor) is Parameter
 
 
 cdef list plans_of(dict plans, ptrdiff_t threads, Format x_format):

@@ -15,8 +15,8 @@ cdef object place(size_t nbytes):
     if last is not None:
         begin = last.data.storage_offset() + (last.data.nbytes + 63) // 64 * 64
         if begin + nbytes <= last.data.untyped_storage().nbytes():
-            return torch.empty(0, dtype=torch.uint8).set_(last.data.untyped_storage(), begin, (nbytes,))
-    chunk = torch.empty(max(nbytes, CHUNK) + kHugePage, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu").set_(last.data.untyped_storage(), begin, (nbytes,))
+    chunk = torch.empty(max(nbytes, CHUNK) + kHugePage, dtype=torch.uint8, device="cpu")
     begin = <size_t> -<ptrdiff_t> <size_t> chunk.data_ptr() % kHugePage
     advise_huge_pages(<void*> <size_t> chunk.data_ptr(), chunk.nbytes)
     return chunk[begin : begin + nbytes]
@@ -146,7 +146,7 @@ cdef class Packed:
 
     def unpack(self):
         """The weight [n, k], bit for bit as it was packed."""
-        weight = torch.empty((self.n, self.k), dtype=self.dtype)
+        weight = torch.empty((self.n, self.k), dtype=self.dtype, device="cpu")
         cdef View w = need(weight, "weight", integers=True)
         cdef WeightView target = as_weight(&w)
         with nogil:

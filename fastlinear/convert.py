@@ -165,7 +165,9 @@ def unconvert(model: Model) -> Model:
 def refresh(model: Model) -> Model:
     """Drop all packed weights, so that the next call packs them anew, and return the model.
 
-    Needed only after a write that torch does not count, such as `weight.data.copy_(...)`. Frozen layers keep theirs.
+    Changes of weights are seen by themselves: torch counts them, and where it does not (fused optimizers, collectives,
+    writes through `.data`, an alias or another process) a sample of the contents tells. Needed only after a change that
+    goes unseen: a few elements written through `.data`. Frozen layers keep their packs.
     """
     check_module("refresh", model)
     for layer in fast_layers(model):

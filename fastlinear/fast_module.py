@@ -66,7 +66,7 @@ class FastModule(Planned):
         if why == _engine.AUTOCAST:
             y = self._under_autocast(x)
         else:
-            y = None if why == _engine.UNFIT else self._native(x, self.packed_as)
+            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._native(x, self.packed_as)
         return self._torch(x) if y is None else y
 
     def _under_autocast(self, x: Tensor) -> Tensor | None:

@@ -169,12 +169,17 @@ def release(module: nn.Module) -> None:
 def refresh(module: Any) -> None:
     """Forgets plans and packed weight, but for that of a frozen layer.
 
-    Needed only after a change that torch does not count: through `.data`, or in place on a weight made in inference
-    mode.
+    Needed only after a change that goes unseen: a few elements written through `.data`.
     """
     if module._parameters.get("weight") is not None:
         forget_pack(module.weight)
     module._reset()
+
+
+def settle(module: Any) -> None:
+    """Has the next call pack a fast layer's weight, even where that has kept changing."""
+    for engine in (module._engine, *module._casting.values()):
+        engine.settle()
 
 
 def is_fast(module: nn.Module) -> bool:

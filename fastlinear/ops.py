@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlinear import _kernels, activations
 from fastlinear.activations import Activation
@@ -92,7 +92,7 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    if type(x) is not Tensor or x.is_nested or x.dim() == 0 or x.shape[-1] != layer.in_features:
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.dim() == 0 or x.shape[-1] != layer.in_features:
         return False
     if weight is not None and weight.dim() != 2:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlinear import _engine, _kernels, planner
 from fastlinear.precision import DTYPES, Precision, is_same
@@ -19,8 +19,9 @@ lock = threading.RLock()  # packing, planning, freezing; a call that is packed a
 if hasattr(os, "register_at_fork"):  # another thread may have held it
     os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
 
-# parameter -> layout and smoothing -> what the parameter was when it was packed, and the pack
-_packs = WeakIdKeyDictionary()
+# (memory of the weight, whether it is transposed, layout, smoothing) -> what it was when it was packed, and its pack. No
+# reference to a Parameter is held, not even a weak one, which torch.utils.swap_tensors refuses.
+_packs: dict[tuple[Any, ...], tuple[_engine.Fingerprint, weakref.ref[_kernels.Packed]]] = {}
 
 
 def record_of(module: nn.Module) -> Any:
@@ -50,6 +51,8 @@ def why_unfit(module: nn.Module, but: str = "") -> str | None:
             return f"its {what} is on device {tensor.device}"
         if tensor is not None and tensor.layout is not torch.strided:
             return f"its {what} is {tensor.layout}, not dense"
+        if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
+            return f"its {what} is a lazily negated or conjugated view"
     return odd_dtype(dtype_of(module), bias)
 
 
@@ -68,25 +71,39 @@ def odd_dtype(weight: torch.dtype, bias: Tensor | None) -> str | None:
     return None
 
 
-def pack(weight: Tensor, precision: Precision, transposed: bool = False, compare: bool = False) -> _kernels.Packed:
+def pack(
+    weight: Tensor,
+    precision: Precision,
+    transposed: bool = False,
+    compare: bool = False,
+    fingerprint: _engine.Fingerprint | None = None,
+) -> _kernels.Packed:
     """The weight [n, k], or [k, n] if transposed, in the format `precision.packed` and the layout of this machine.
 
-    A pack that there is already is used again, but with `compare` only if it holds the very weight. Raises ValueError
-    where the format is of integers and the weight has infinities or NaN, or too many columns.
+    A pack that there is already is used again, but with `compare` only if it holds the very weight. fingerprint: of the
+    weight, if the caller took one before. Raises ValueError where the format is of integers and the weight has
+    infinities or NaN, or too many columns.
     """
     assert precision.packed is not None
     layout, smooth = planner.layout(precision.packed), precision.smooth
-    key = layout, None if smooth is None else smooth.numpy().tobytes()
-    state = (weight.data_ptr(), _engine.version_of(weight), weight.dtype, transposed)
-    known, shared = _packs.setdefault(weight, {}).get(key, (None, None))
-    packed = shared() if shared is not None and known == state else None
+    # Before the contents are read: what is written meanwhile is then seen at the next call.
+    fingerprint = fingerprint or _engine.Fingerprint(weight)
+    key = (fingerprint.memory, transposed, layout, None if smooth is None else smooth.numpy().tobytes())
+    known, shared = _packs.get(key, (None, None))
+    packed = shared() if shared is not None and known is not None and known.fits(weight) else None
     if packed is None or compare:
         dense = weight.detach().t() if transposed else weight.detach()
         contents = _contents(dense, precision.packed, smooth)
         if packed is None or not _holds(packed, *contents):
             packed = _kernels.Packed(contents[0], layout, *contents[1:])
-        _packs[weight][key] = state, weakref.ref(packed)
+        reference = weakref.ref(packed, functools.partial(_forget, key))
+        _packs[key] = fingerprint, reference
     return packed
+
+
+def _forget(key: tuple[Any, ...], reference: weakref.ref[_kernels.Packed]) -> None:
+    if _packs.get(key, (None, None))[1] is reference:
+        del _packs[key]
 
 
 def _contents(dense: Tensor, packed_as: str, smooth: Tensor | None) -> tuple[Any, ...]:
@@ -112,5 +129,8 @@ def repack(packed: _kernels.Packed, layout: str) -> _kernels.Packed:
 
 
 def forget_pack(weight: Tensor) -> None:
-    """The next `pack` of this parameter packs anew, even where torch saw no change."""
-    _packs.pop(weight, None)
+    """The next `pack` of this parameter packs anew, even where no change was seen."""
+    if weight.device.type == "cpu" and type(weight) in (nn.Parameter, Tensor) and weight.layout is torch.strided:
+        address = weight.data_ptr()
+        for key in [key for key in list(_packs) if key[0][1] == address]:
+            _packs.pop(key, None)

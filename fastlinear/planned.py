@@ -7,7 +7,6 @@ makes its own at its first call, or has the pack of a frozen layer from the star
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -70,15 +69,18 @@ class Planned(Freezable):
         y = engine.attempt(self, x)
         if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
             return y
-        fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self.in_features
+        fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self._columns()
         if fit and not self._differentiated(x) and self._prepare(engine, packed_as, x):
             y = engine.attempt(self, x)
         return y
 
+    def _columns(self) -> int:
+        """Of x. The weight may have been given another shape through `.data`."""
+        weight = self._parameters.get("weight")
+        return self.in_features if weight is None else int(weight.shape[0 if self._transposed else -1])
+
     def _prepare(self, engine: Engine, packed_as: str, x: Tensor) -> bool:
         """Packs and plans what a call with x needs; False where torch has to run it."""
-        if os.environ.get("FASTLINEAR_DISABLE", "0") != "0":
-            return False
         with _lock:
             if engine is not self._engine and engine is not self._casting.get(packed_as):
                 return False  # another thread has just frozen or reset the layer
@@ -87,16 +89,20 @@ class Planned(Freezable):
                 if why_unfit(self) is not None or self._frozen is not frozen:
                     return False
                 weight = self.weight  # read once: another thread may be setting it, to one of another dtype
-                version = _engine.version_of(weight)
                 if engine is self._engine:
                     packed_as = self._precision.packed or name_of(weight.dtype)
-                packed = pack(weight, self._precision_in(engine, packed_as), self._transposed)
-                if frozen is None:
-                    engine.take(weight, version, packed)
-                else:
+                precision = self._precision_in(engine, packed_as)
+                # What is rounded or quantized is the pack's numbers, whatever torch would be quicker with.
+                rounded = engine is self._engine and (precision.scheme or packed_as != name_of(weight.dtype))
+                if frozen is None and not engine.ready(weight) and not rounded:
+                    return False
+                fingerprint = _engine.Fingerprint(weight)
+                packed = pack(weight, precision, self._transposed, fingerprint=fingerprint)
+                if frozen is not None:
                     engine.hold(packed)
-                for key in [key for key in self._chosen if key[0] is engine]:
-                    del self._chosen[key]
+                elif not engine.take(weight, fingerprint, packed):
+                    for key in [key for key in self._chosen if key[0] is engine]:
+                        del self._chosen[key]
             m = x.shape[:-1].numel()
             if m > 0:
                 self._plan(engine, _engine.bucket(m), x.dtype)
@@ -109,7 +115,7 @@ class Planned(Freezable):
 
     def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
         threads, packed, form = _kernels.num_threads(), engine.packed, name_of(x)
-        if packed is None or (engine, threads, form, m) in self._chosen:
+        if packed is None or engine.planned(m, threads, x):
             return
         precision = self._precision_in(engine, packed.format)
         if not precision.takes(x):
@@ -127,13 +133,15 @@ class Planned(Freezable):
             out=precision.out,
             spare=spare,
         )
-        chosen = planner.decide(problem, operands, measure=self._tune == "lazy")
+        # What was chosen stays when the weight changes, but torch's own packs do not.
+        known = self._chosen.get((engine, threads, form, m))
+        chosen = known or planner.decide(problem, operands, measure=self._tune == "lazy")
         engine.plan_for(m, threads, x, planner.executable(chosen, problem, operands))
         self._chosen[engine, threads, form, m] = chosen
         if spare is not None and weight is not None and chosen.refused and chosen.name not in torch_plans.NAMES:
             holder = self._casting.setdefault(spare.format, self._new_engine(AS_HELD))  # counts, and shares, its memory
             if not holder.fresh(self):
-                holder.take(weight, _engine.version_of(weight), spare)
+                holder.take(weight, _engine.Fingerprint(weight), spare)
 
     def problem(self, engine: Engine, packed: _kernels.Packed, m: int, x: str, threads: int) -> Problem:
         """What a plan for m rows of format x is made for."""

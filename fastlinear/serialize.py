@@ -236,4 +236,4 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
         if not weight_is_plain:
             hold(module, frozen)
     if weight_is_plain:
-        module._engine.take(module.weight, _engine.version_of(module.weight), frozen.packed)
+        module._engine.take(module.weight, _engine.Fingerprint(module.weight), frozen.packed)

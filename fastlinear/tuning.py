@@ -50,6 +50,7 @@ def run_to_tune(model: nn.Module, example: Any, progress: bool | None) -> None:
                 advance()
 
         for layer in tuple(pending):
+            linear.settle(layer)
             stack.callback(layer.register_forward_hook(done).remove)
         stack.enter_context(torch.no_grad())
         call(model, example)

@@ -152,7 +152,8 @@ def test_a_layer_is_found_by_all_that_makes_it() -> None:
         layer.weight.mul_(-2)
         torch.testing.assert_close(OP(x, weight, bias, name, params, transposed), formula(layer, x))
         layer.weight.data = torch.randn(N, K)
-        torch.testing.assert_close(OP(*arguments(layer, x)), formula(layer, x))
+        for _ in range(10):  # torch answers until the weight has stood still
+            torch.testing.assert_close(OP(*arguments(layer, x)), formula(layer, x))
     assert layer._engine.fresh(layer)
 
 
