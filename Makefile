@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 HEADERS := $(shell find include -name '*.hpp')
+TEST_HEADERS := $(wildcard tests/*/*.hpp)
 UNITS := $(wildcard csrc/*.cpp)
 PROGRAMS := $(wildcard tests/*/*.cpp benchmarks/*.cpp)
 COMPILERS := $(CXX) $(if $(shell command -v clang++ 2>/dev/null),clang++)
@@ -26,7 +27,7 @@ lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PATH="$(BIN):$$PATH" cython-lint fastlinear/*.pyx fastlinear/*.px[di]
-	$(BIN)/clang-format --dry-run -Werror $(HEADERS) $(UNITS) $(PROGRAMS)
+	$(BIN)/clang-format --dry-run -Werror $(HEADERS) $(TEST_HEADERS) $(UNITS) $(PROGRAMS)
 	set -e; for cxx in $(COMPILERS); do \
 	  for unit in $(UNITS) $(PROGRAMS); do $$cxx $(WARN) $$unit; done; \
 	  for header in $(wildcard $(addprefix include/fastlinear/,$(addsuffix /*.hpp,contract host formats weight driver))); do $$cxx $(WARN) -include $$header -x c++ /dev/null; done; \

@@ -57,14 +57,25 @@ cdef uint64_t fake_xcr0(void* context) noexcept with gil:
     return (<dict> context).get("xcr0", 0)
 
 
-def detect(machine: dict):
-    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}."""
+cdef CpuSource described(dict machine):
     cdef CpuSource source
     source.cpuid = fake_cpuid
     source.xcr0 = fake_xcr0
     source.context = <void*> machine
-    cdef Cpu c = detect_cpu(source)
+    return source
+
+
+def detect(machine: dict):
+    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}."""
+    cdef Cpu c = detect_cpu(described(machine))
     return describe_cpu(c)
+
+
+def pretend(machine):
+    """From now on `cpu_info`, and with it what may run here, is that of a machine described as for `detect`, or of this
+    one again if that is None. For tests, which bring what carries out the instructions that this CPU lacks."""
+    global cpu
+    cpu = detect_cpu(this_cpu() if machine is None else described(machine))
 
 
 def evict(size_t address, size_t nbytes):

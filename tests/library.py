@@ -1,8 +1,8 @@
 """How each ISA is executed here, and the library's own sources compiled behind one C function.
 
-The installed library runs what CPUID allows. Everything else of the table is run by a library built here: from the
-sources as they are, where a probe shows that the CPU executes what CPUID hides; with tests/emulated/<isa>.cpp in the
-place of csrc/<isa>.cpp, where it does not. The same build, with one source changed, makes the mutants.
+The installed library runs everything of the table: what CPUID allows as users run it, what it hides on a machine that
+it is made to believe in, natively where a probe shows that the CPU executes it, else with the help of tests/emulator.
+A build of its sources with one of them changed makes the mutants.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import emulator
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ ACTIVATIONS = list(_kernels.activations())
 # ---- how an ISA is executed ------------------------------------------------------------------------------------------
 
 NATIVELY, HIDDEN, EMULATED = "natively", "natively, though CPUID hides it", "emulated"
-EMULATIONS = {path.stem: path for path in ROOT.glob("tests/emulated/*.cpp")}
+EMULATIONS = {"avx512_fp16": "avx512", "avx_vnni": "avx2"}  # what the emulator knows, and what it needs itself
 
 # One instruction that only this ISA has, and a return.
 PROBES = {
@@ -44,10 +46,11 @@ PROBES = {
 
 
 def executes(code: bytes) -> bool:
-    """Whether a child process that calls these bytes lives on."""
+    """Whether a child process that calls these bytes lives on, without help."""
     child = os.fork()
     if child == 0:
         faulthandler.disable()
+        signal.signal(signal.SIGILL, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         memory.write(code)
@@ -66,7 +69,7 @@ def way(isa: str) -> str:
         return f"skipped: FASTLINEAR_MAX_ISA is {os.environ['FASTLINEAR_MAX_ISA']}"
     if isa in PROBES and executes(PROBES[isa]):
         return HIDDEN
-    if isa in EMULATIONS and ("avx512" if isa.startswith("avx512") else "avx2") in known:
+    if EMULATIONS.get(isa) in known:
         return EMULATED
     return f"skipped: this CPU has no {isa}"
 
@@ -79,9 +82,7 @@ class Build:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        units = sorted(ROOT.glob("csrc/*.cpp"))
-        self.units = [EMULATIONS[u.stem] if way(u.stem) == EMULATED else u for u in units]
-        self.units.append(ROOT / "tests/mutants/product.cpp")
+        self.units = [*sorted(ROOT.glob("csrc/*.cpp")), ROOT / "tests/mutants/product.cpp"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.objects = list(pool.map(lambda u: self.compile(u, ROOT, folder / f"{u.stem}.o"), self.units))
         self.unchanged = self.link("unchanged", self.objects)
@@ -120,7 +121,7 @@ _folder = tempfile.TemporaryDirectory(prefix="fastlinear-build-")
 
 @cache
 def build() -> Build:
-    """The sources as they are, but for what is emulated; compiled when they are first asked for."""
+    """The sources as they are, compiled when they are first asked for."""
     return Build(Path(_folder.name))
 
 
@@ -221,6 +222,8 @@ def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels:
         integers: tuple[torch.dtype, float, int] | None = None,
     ) -> Tensor:
         assert packed.layout in kernel["reads"]
+        if way(str(kernel["isa"])) == EMULATED:
+            emulator.install()
         format, shape = packed.layout.split("/")
         panels = place(packed.data)
         smooth = torch.zeros(0) if rows is None or rows.smooth is None else rows.smooth
@@ -239,8 +242,3 @@ def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels:
         return out
 
     return product
-
-
-@cache
-def product() -> Product:
-    return product_of(build().unchanged)

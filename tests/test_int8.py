@@ -479,14 +479,7 @@ def test_what_a_quantizer_and_an_epilogue_say() -> None:
     assert to(torch.int8).out == (torch.int8, 0.5, 7) and Epilogue().out is None
 
 
-# ---- the kernels' text -----------------------------------------------------------------------------------------------
-
-
-def test_both_encodings_are_of_one_instruction() -> None:
-    """The VNNI kernels of 256 and of 512 bits write the same text, so what runs here stands for what is emulated."""
-    kernels = [ROOT / f"include/fastlinear/isa/{isa}/int8.hpp" for isa in ("avx_vnni", "avx512_vnni")]
-    narrow, wide = (re.findall(r"asm\((.*)\);", path.read_text()) for path in kernels)
-    assert [text.replace("%{vex%} ", "").replace('x"(', 'v"(') for text in narrow] == wide and len(wide) == 1
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_whole() -> None:
