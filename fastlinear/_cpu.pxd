@@ -15,6 +15,9 @@ cdef extern from "fastlinear/host/cpu.hpp" namespace "fastlinear" nogil:
     ctypedef struct Cpu:
         char[13] vendor
         char[49] model
+        uint32_t family
+        uint32_t number
+        uint32_t stepping
         cbool[7] isa
         size_t[3] cache
     Cpu detect_cpu(const CpuSource&)

@@ -33,6 +33,9 @@ cdef dict describe_cpu(Cpu& c):
     return {
         "vendor": (<bytes> (<const char*> c.vendor)).decode(errors="replace"),
         "model": (<bytes> (<const char*> c.model)).decode(errors="replace").strip(),
+        "family": c.family,
+        "number": c.number,
+        "stepping": c.stepping,
         "isas": [kIsaNames[i].decode() for i in range(kIsas) if c.isa[i]],
         "l1d": c.cache[0],
         "l2": c.cache[1],
@@ -41,7 +44,8 @@ cdef dict describe_cpu(Cpu& c):
 
 
 def cpu_info():
-    """What this CPU is: vendor, model, the ISAs that may run (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
+    """What this CPU is: vendor, brand ("model"), the numbers of its family, model and stepping, the ISAs that may run
+    (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
     info = describe_cpu(cpu)
     info["isas"] = [kIsaNames[i].decode() for i in range(kIsas) if isa_allowed(i)]
     return info

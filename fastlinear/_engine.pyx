@@ -11,7 +11,9 @@ from torch.utils._device import DeviceContext
 
 from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from fastlinear import environment
 from fastlinear._kernels cimport (
     FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute,
     element_bytes, format_of_x, is_float, look_at, need, pool_size
@@ -24,6 +26,12 @@ cdef extern from "fastlinear/weight/sample.hpp" namespace "fastlinear" nogil:
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
+
+# time.monotonic()
+cdef double monotonic() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + 1e-9 * now.tv_nsec
 
 # Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...).
 cdef enum:
@@ -50,7 +58,7 @@ UNFIT = "unfit"          # it must go through torch: gradients, a mode that watc
 AUTOCAST = "autocast"    # some autocast is on, and nothing else watches
 PROFILED = "profiled"    # it should show up in the profile
 STALE = "stale"          # the weight is not packed, or changed since
-UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads
+UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads, or one that is due
 
 cdef object Tensor = torch.Tensor
 cdef object Parameter = torch.nn.Parameter
@@ -69,13 +77,13 @@ cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of loo
 cdef object expired = torch.UntypedStorage._expired
 
 # What os.environ keeps its bytes in, where a look costs 15 ns; os.environ itself costs a small product.
-cdef dict environment = getattr(os.environ, "_data", {})
+cdef dict variables = getattr(os.environ, "_data", {})
+cdef object is_disabled = environment.disabled
 cdef bytes DISABLE = b"FASTLINEAR_DISABLE"
 
 
 cdef bint disabled() except -1:
-    value = environment.get(DISABLE)
-    return value is not None and value != b"0"
+    return variables.get(DISABLE) is not None and is_disabled()
 
 
 cdef bint watched() except -1:
@@ -227,8 +235,8 @@ cdef class Engine:
         return plans_of(self.plans, threads, <Format> index)[bucket_index(m)] is not None
 
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
-        """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan, or
-        (x, weight, bias) -> y."""
+        """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan,
+        (x, weight, bias) -> y, or None to have it asked for again."""
         cdef int index = format_of_x(dtype)
         cdef Format x_format = <Format> index
         if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, self.rows, x_format):
@@ -330,8 +338,9 @@ cdef class Engine:
             if plans is self.plans:
                 self.current, self.threads, self.x_format = current, threads, v.format
         plan = current[bucket_index(rows.m)]
-        if rows.m > 0 and plan is None:
-            return UNPLANNED
+        if rows.m > 0:
+            if plan is None or type(plan) is Plan and (<Plan> plan).due > 0 and monotonic() > (<Plan> plan).due:
+                return UNPLANNED
         self.answered += 1
         if rows.m > 0 and type(plan) is not Plan:
             return plan(x, weight, bias)

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
 
 
 cdef extern from "fastlinear/host/dlpack.hpp" namespace "fastlinear" nogil:
@@ -70,6 +71,7 @@ cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
         cbool forked()
         ptrdiff_t size()
     ThreadPool& thread_pool()
+    vector[long] thread_ids(const ThreadPool&) except +
 
 cdef extern from "fastlinear/host/memory.hpp" namespace "fastlinear" nogil:
     size_t kHugePage
@@ -186,6 +188,7 @@ cdef class Packed:
 
 cdef class Plan:
     cdef readonly str kernel, layout
+    cdef public double due
     cdef CPlan plan
 
 cdef class Epilogue:

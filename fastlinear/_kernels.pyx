@@ -31,6 +31,11 @@ def num_threads():
     return pool_size()
 
 
+def pool_threads():
+    """The kernel's ids of the threads that run calls of this thread, itself first."""
+    return tuple(dict.fromkeys(thread_ids(thread_pool())))
+
+
 def _attach_pool():
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     return any(thread_pool().attach(os.fsencode(os.path.join(folder, name)))
@@ -75,9 +80,7 @@ cdef tuple reads(const Kernel* kernel):
     return tuple(names)
 
 
-def kernels():
-    """The kernel table, best ISA first: one dict a kernel. `runnable` tells whether this CPU (and FASTLINEAR_MAX_ISA)
-    allows it, `reads` which layouts it runs on: its own, and those that are widened to it panel by panel."""
+cdef tuple kernel_rows():
     rows = []
     cdef size_t i = 0
     cdef const Kernel* k = kernel_at(0)
@@ -91,7 +94,16 @@ def kernels():
         })
         i += 1
         k = kernel_at(i)
-    return rows
+    return tuple(rows)
+
+
+cdef tuple table = kernel_rows()
+
+
+def kernels():
+    """The kernel table, best ISA first: one dict a kernel. `runnable` tells whether this CPU (and FASTLINEAR_MAX_ISA)
+    allows it, `reads` which layouts it runs on: its own, and those that are widened to it panel by panel."""
+    return [dict(row) for row in table]
 
 
 def activations():
@@ -132,7 +144,10 @@ include "_packed.pxi"
 # ---- plans, epilogues, products ----
 
 cdef class Plan:
-    """How to run one product: the kernel by its name in the table, threads (at least 1), slices of K (at least 1)."""
+    """How to run one product: the kernel by its name in the table, threads (at least 1), slices of K (at least 1).
+
+    `due`: when, by time.monotonic(), an engine is to ask for a better plan than this; 0 for never.
+    """
 
     def __init__(self, str kernel not None, ptrdiff_t threads=1, ptrdiff_t k_slices=1):
         if threads < 1 or k_slices < 1 or threads > 4096 or k_slices > 4096:

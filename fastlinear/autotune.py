@@ -11,6 +11,15 @@ Pure policy: the candidates and the clock are passed in; nothing here knows what
 3. Duel. The winner of a race is partly a lucky one, so the best challenger meets the baseline afresh, in ABBA pairs,
    and is adopted only if it is faster with confidence.
 
+On a busy machine a sample may tell who had the CPUs instead of who is faster: a pool of threads waits for the one that
+is not running. `waited` says how long they stood in line, and a sample in which they did is taken anew; where it stays
+so, its round or pair counts for nobody. Where too few are left, or the duel claims far more than the best calls of both
+do (a hypervisor steals and does not say so), nothing was learned: the choice is `busy`.
+
+After a pause the threads of a pool may wake up on one CPU and share it for some 10 ms, and then a call of 17 us on two
+threads takes milliseconds; no sample shows this, since samples have the pool awake. So where one thread needs less than
+WAKE, plans on several are not considered.
+
 The race is that of gemma.cpp's MMAutoTune, but ranks by an interquartile mean, not by the minimum: threads that are not
 pinned see "lucky shots" of 1.2x to 1.6x (highway's auto_tune.h).
 
@@ -43,12 +52,22 @@ CLEAR_LOSS = math.log(1.25)  # slower than that in two rounds, and in all: out
 ROUNDS_TO_JUDGE = 4  # smaller losses are judged after so many, when one spike or lucky shot no longer decides
 CERTAIN = 2.5  # standard errors: a race makes many comparisons, many times over
 CONFIDENT = 1.645  # standard errors of a one-sided 95 % bound
+STOLEN_SHARE, STOLEN = 0.05, 20e-6  # a sample is stolen if threads waited for this share of it and these seconds
+TRIES = 3  # at a sample that is stolen
+PATIENCE = 2  # budgets that stolen samples may take beside the one
+MOST_STOLEN = 0.5  # of the samples; if it is more, the rest is not believed either
+UNBELIEVED = math.log(2)  # gain of a duel beyond that of the best calls of both, which no steal lengthens
+SPREAD = math.log(1.25)  # by how much a speed-up may exceed that of the best calls
+WAKE = (
+    20e-6  # seconds; several threads save less than this, and lose some 100 us to 10 ms at the first calls of a burst
+)
 PRIOR_NOISE, PRIOR_WEIGHT = 0.03, 2  # spread of a paired log ratio assumed beforehand, and the observations it is worth
 
 
 class Candidate(NamedTuple):
     name: str
     run: Callable[[], object]  # one call
+    threads: int = 0  # that it runs on; 0 where only it knows
 
 
 class Choice(NamedTuple):
@@ -59,6 +78,7 @@ class Choice(NamedTuple):
     rounds: int
     pairs: int
     seconds: float
+    busy: bool = False  # True: others had the CPUs, so that nothing here is to be believed; the baseline stays
 
 
 Score = tuple[float, ...]  # log seconds, cold and hot or one of them; or the difference of two such, a log ratio
@@ -69,9 +89,21 @@ Estimate = tuple[float, float]  # centre and standard error, widened as Student'
 class _Runner:
     name: str
     run: Callable[[], object]
+    threads: int = 0
     call: float = math.inf  # seconds of its fastest call yet
     cost: float = 0.0  # seconds that its next sample will take
     scores: list[Score] = field(default_factory=list)  # one a round
+
+
+class Duel(NamedTuple):
+    gains: list[Score]  # log ratios baseline / challenger, one a pair
+    best: float  # that of the best calls of both
+
+
+def _best(runner: _Runner) -> float:
+    """The score that its best calls make, hot and cold each."""
+    columns = [min(column) for column in zip(*runner.scores, strict=True)]
+    return math.fsum(columns) / len(columns)
 
 
 def _minus(a: Score, b: Score) -> Score:
@@ -131,7 +163,13 @@ class _Bench:
     evict: Callable[[], object] | None
     baseline: str
     deadline: float
+    waited: Callable[[], float]
+    floor: float  # seconds; less is a fault of the clock
+    patience: float  # seconds by which the deadline may yet move, as stolen time is given back
     hot: bool = True
+    samples: int = 0
+    stolen: int = 0
+    spoilt: bool = False  # the present round or pair is, by a sample that was stolen in all tries
 
     def _seconds(self, run: Callable[[], object], repeat: int) -> float:
         began = self.clock()
@@ -150,10 +188,47 @@ class _Bench:
         return True
 
     def _calibrate(self, runner: _Runner) -> None:
-        runner.call = self._seconds(runner.run, 1)
+        for _ in range(TRIES):  # while the CPU is stolen, or the call so short that its first run may hide that
+            before = self.waited()
+            runner.call = min(runner.call, self._seconds(runner.run, 1))
+            short = runner.call < 2 * WAKE
+            if (not short and not self._is_stolen(runner.call, before)) or self.clock() > self.deadline:
+                break
+
+    def _is_stolen(self, seconds: float, before: float) -> bool:
+        return self.waited() - before > max(STOLEN, STOLEN_SHARE * seconds)
 
     def _sample(self, runner: _Runner) -> None:
-        began = self.clock()
+        """Appends a score: one that was not stolen, if TRIES or the time left are enough for that."""
+        for _ in range(TRIES):
+            began, before = self.clock(), self.waited()
+            score = self._score(runner)
+            cost = self.clock() - began
+            self.samples += 1
+            if not self._is_stolen(cost, before) and min(score) >= math.log(max(self.floor, 1e-9)):
+                runner.cost = cost
+                break
+            self.stolen += 1
+            given_back = min(cost, self.patience)
+            self.patience -= given_back
+            self.deadline += given_back
+            if self.clock() + runner.cost > self.deadline:
+                self.spoilt = True
+                break
+        else:
+            self.spoilt = True
+        runner.scores.append(score)
+
+    def _together(self, runners: Sequence[_Runner]) -> tuple[list[_Runner], bool]:
+        """Samples each once: those that survive, and whether all samples count. If not, none is kept."""
+        self.spoilt = False
+        live = [r for r in runners if self._survives(self._sample, r)]
+        if self.spoilt:
+            for r in live:
+                r.scores.pop()
+        return live, not self.spoilt
+
+    def _score(self, runner: _Runner) -> Score:
         score: Score = ()
         if self.evict is not None:
             self.evict()
@@ -162,8 +237,7 @@ class _Bench:
             seconds = self._seconds(runner.run, math.ceil(SAMPLE / runner.call))
             runner.call = min(runner.call, seconds)
             score += (math.log(seconds),)
-        runner.scores.append(score)
-        runner.cost = self.clock() - began
+        return score
 
     def warm_up(self, runners: Sequence[_Runner]) -> list[_Runner]:
         """Those that run, fastest first. Where not even half the PASSES fit, more rounds beat hot samples."""
@@ -171,7 +245,8 @@ class _Bench:
         self.hot = self.evict is None or PASSES / 2 * sum(2 * r.call for r in live) <= self.deadline - self.clock()
         for r in live:
             r.cost = r.call * (self.hot + (self.evict is not None))
-        return live
+        serial = min((r.call for r in live if r.threads == 1), default=math.inf)
+        return live if serial >= WAKE else [r for r in live if r.threads < 2 or r.name == self.baseline]
 
     def _affordable(self, live: Sequence[_Runner], reserve: float) -> list[_Runner]:
         """As many of the best as one more round has time for."""
@@ -182,25 +257,30 @@ class _Bench:
         """Who was never beaten, best first, and the number of rounds; keeps `reserve` seconds for the duel."""
         rounds = 0
         while len(affordable := self._affordable(live, reserve)) > 1:
-            live = _ranked([r for r in rng.sample(affordable, len(affordable)) if self._survives(self._sample, r)])
+            live, counts = self._together(rng.sample(affordable, len(affordable)))
+            if not counts:
+                continue
+            live = _ranked(live)
             live = live[:1] + [r for r in live[1:] if not _has_lost(_behind(r, live[0]))]
             rounds += 1
         return live, rounds
 
-    def duel(self, challenger: _Runner, baseline: _Runner) -> list[Score]:
-        """Log ratios baseline / challenger of fresh ABBA pairs, at least one; none if the challenger failed."""
+    def duel(self, challenger: _Runner, baseline: _Runner) -> Duel:
+        """Fresh ABBA pairs, of which at least one is tried; none if the challenger failed."""
         challenger, baseline = replace(challenger, scores=[]), replace(baseline, scores=[])
         gains: list[Score] = []
-        while not gains or self.clock() + challenger.cost + baseline.cost <= self.deadline:
-            order = (challenger, baseline) if len(gains) % 2 else (baseline, challenger)
-            if not all(self._survives(self._sample, r) for r in order):
-                return []
+        tried = 0
+        while not tried or self.clock() + challenger.cost + baseline.cost <= self.deadline:
+            order = (challenger, baseline) if tried % 2 else (baseline, challenger)
+            tried += 1
+            if len(self._together(order)[0]) < 2:
+                return Duel([], 0.0)
             gains = _behind(baseline, challenger)
             if len(gains) >= PAIRS:
                 gain, error = estimate(gains)
                 if abs(gain) > CERTAIN * error:
                     break
-        return gains
+        return Duel(gains, _best(baseline) - _best(challenger) if gains else 0.0)
 
 
 def _table(runners: Sequence[_Runner], leader: _Runner) -> tuple[tuple[str, float], ...]:
@@ -220,31 +300,41 @@ def choose(
     evict: Callable[[], object] | None = None,
     budget: float = BUDGET,
     rng: random.Random | None = None,
+    waited: Callable[[], float] = lambda: 0.0,
+    floor: float = 0.0,
 ) -> Choice:
     """The candidate to use: the baseline, or one that is faster with confidence.
 
     `candidates` include the baseline. `evict`, common to all, takes the operands out of the caches; None where they
-    exceed the caches anyway. No measurement begins that is likely to end after `budget` seconds of `clock`, but every
-    candidate runs at least once, and the best challenger meets the baseline at least once more. The challenger is
-    adopted if the 95 % bound of its gain is above zero; the baseline stays, decided, if a gain of 2 % is beyond the
-    bound; otherwise noise hides the answer, and the baseline stays, undecided.
+    exceed the caches anyway. No measurement begins that is likely to end after `budget` seconds of `clock`, stolen time
+    aside, but every candidate runs at least once, and the best challenger meets the baseline at least once more. The
+    challenger is adopted if the 95 % bound of its gain is above zero; the baseline stays, decided, if a gain of 2 % is
+    beyond the bound; otherwise noise hides the answer, and the baseline stays, undecided.
+
+    `waited` gives the seconds for which the threads have stood in line for a CPU so far; `floor` those that no call can
+    do without, whatever runs it.
 
     A candidate that raises is left out with a warning in the log; what the baseline raises is passed on.
     """
     if baseline not in [c.name for c in candidates]:
         raise ValueError(f"baseline {baseline!r} is not among the candidates {[c.name for c in candidates]}")
     began = clock()
-    bench = _Bench(clock, evict, baseline, began + budget)
-    runners = bench.warm_up([_Runner(c.name, c.run) for c in candidates])
+    bench = _Bench(clock, evict, baseline, began + budget, waited, floor, PATIENCE * budget)
+    runners = bench.warm_up([_Runner(c.name, c.run, c.threads) for c in candidates])
     live, rounds = bench.race(runners, rng or random.Random(0), (1 - RACE_SHARE) * budget)
     base = next(r for r in runners if r.name == baseline)
     challenger = next((r for r in live if r is not base), None)
-    gains = bench.duel(challenger, base) if challenger else []
+    duel = bench.duel(challenger, base) if challenger else Duel([], 0.0)
+    gains = duel.gains
     table = _table(runners, live[0] if live else base)
     name, speedup, decided = baseline, 1.0, challenger is None
+    busy = bench.stolen > MOST_STOLEN * bench.samples or (bench.stolen > 0 and challenger is not None and not gains)
     if challenger and gains:
         gain, error = estimate(gains)
         decided = gain + CONFIDENT * error < TOLERANCE
+        busy = busy or gain > duel.best + UNBELIEVED
         if gain > CONFIDENT * error if len(gains) >= FEW_PAIRS else _clear(gains):
-            name, speedup, decided = challenger.name, math.exp(gain), True
-    return Choice(name, table, speedup, decided, rounds, len(gains), clock() - began)
+            name, speedup, decided = challenger.name, math.exp(min(gain, duel.best + SPREAD)), True
+    if busy:
+        name, speedup, decided = baseline, 1.0, False
+    return Choice(name, table, speedup, decided, rounds, len(gains), clock() - began, busy)

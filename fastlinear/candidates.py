@@ -6,10 +6,12 @@ and makes any rows into integers for a kernel that reads those.
 
 from __future__ import annotations
 
-import os
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fastlinear import _kernels, torch_plans
+from fastlinear import _kernels, environment, torch_plans
 from fastlinear.activations import Activation
 from fastlinear.precision import DTYPES, FP32, INTEGER_ROWS
 
@@ -26,6 +28,7 @@ _MIN_SLICE_K = 256
 class Problem(NamedTuple):
     """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n].
 
+    `layout` is that of the pack; "" for a weight that is yet to be packed, which will be as `layout()` says.
     `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
     there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
     x and y are quantised (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
@@ -44,6 +47,12 @@ class Problem(NamedTuple):
     threads: int
     scheme: str = ""
     fallback: bool = False
+    layout: str = ""
+
+    @property
+    def panels(self) -> str:
+        """The layout that a kernel has to read."""
+        return self.layout or layout(self.packed)
 
     @property
     def admits_torch(self) -> bool:
@@ -52,14 +61,14 @@ class Problem(NamedTuple):
 
     def unquantized(self) -> Problem:
         """The same on a weight packed in the parameter's own format."""
-        return self._replace(packed=self.held, scheme="", fallback=False)
+        return self._replace(packed=self.held, scheme="", fallback=False, layout="")
 
     def key(self) -> str:
         epilogue = (
             "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
         )
         flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
-        formats = f"x={self.x},packed={self.packed},held={self.held},sums={self.accumulate}"
+        formats = f"x={self.x},packed={self.panels},held={self.held},sums={self.accumulate}"
         formats += f",scheme={self.scheme}" * bool(self.scheme) + ",fallback" * self.fallback
         return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
 
@@ -73,67 +82,89 @@ class Chosen(NamedTuple):
     name: str  # a kernel of the table, or "torch/linear", "torch/mkl", "torch/mkldnn"
     plan_threads: int
     k_slices: int
-    source: str  # "tuned", "cache", "heuristic" or "override"
+    source: str  # "tuned", "cache", "neighbor" (measured for a batch size nearby), "heuristic" or "override"
     table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
     speedup: float | None = None  # time of torch/linear over that of the choice, where measured
     refused: str = ""  # the format of the pack, where something on the parameter's own was faster and may run
+    provisional: str = ""  # why it could not be measured, where a later call is to try again, or has tried in vain
 
 
-def runnable() -> list[dict[str, Any]]:
-    return [row for row in _kernels.kernels() if row["runnable"]]
+Row = Mapping[str, Any]  # of the kernel table
+
+
+@functools.cache
+def runnable() -> tuple[Row, ...]:
+    return tuple(MappingProxyType(row) for row in _kernels.kernels() if row["runnable"])
 
 
 def override() -> str | None:
     """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise."""
-    name = os.environ.get("FASTLINEAR_KERNEL")
+    name = environment.kernel()
+    if name is None:
+        return None
     allowed = [*(row["name"] for row in runnable()), *torch_plans.NAMES]
-    if name is not None and name not in allowed:
+    if name not in allowed:
         raise ValueError(f"FASTLINEAR_KERNEL is {name!r}; on this CPU it may be one of {', '.join(allowed)}")
     return name
 
 
 def layout(packed: str) -> str:
     """The layout to pack weights of a format in: one that the kernel FASTLINEAR_KERNEL names can read, if there is one,
-    else that of the best kernel of this format that runs here."""
-    rows, name = runnable(), override()
-    read = [layout for row in rows if row["name"] == name for layout in row["reads"]]
-    own = [row["layout"] for row in rows if row["format"] == packed]
+    else that of the best kernel of this format that runs here. Asked when a weight is packed; from then on the pack
+    knows."""
+    return _layout(packed, override())
+
+
+@functools.cache
+def _layout(packed: str, name: str | None) -> str:
+    read = [layout for row in runnable() if row["name"] == name for layout in row["reads"]]
+    own = [row["layout"] for row in runnable() if row["format"] == packed]
     return str(next(layout for layout in (*read, *own) if layout.split("/")[0] == packed))
 
 
-def able(problem: Problem) -> list[dict[str, Any]]:
+def able(problem: Problem) -> tuple[Row, ...]:
     """The kernels that can compute it: they read its panels, and its rows as they are or widened."""
-    wanted = layout(problem.packed)
-    rows = {FP32, problem.x, *INTEGER_ROWS}
-    return [row for row in runnable() if wanted in row["reads"] and row["rows"] in rows]
+    return _able(problem.panels, problem.x)
+
+
+@functools.cache
+def _able(layout: str, x: str) -> tuple[Row, ...]:
+    rows = {FP32, x, *INTEGER_ROWS}
+    return tuple(row for row in runnable() if layout in row["reads"] and row["rows"] in rows)
+
+
+@functools.cache
+def _likely(layout: str, x: str, accumulate: str) -> tuple[Row, ...]:
+    """Of the able kernels that read the same things in the same way, only the best ISA's: a tuning has no time for the
+    scalar ones. All integers are one way. Coarse sums have to be asked for."""
+    rows = _able(layout, x)
+    best = {_way(row): row["isa"] for row in reversed(rows)}
+    return tuple(
+        row for row in rows if row["isa"] == best[_way(row)] and row["accumulate"] not in _COARSE - {accumulate}
+    )
 
 
 def native_candidates(problem: Problem) -> list[Chosen]:
     """The able kernels that may be fastest, on one thread and on all, with K slices where the tiles are too few.
 
-    Of those that read the same things in the same way, only the best ISA's: a tuning has no time for the scalar ones.
-    All integers are one way.
     Without further row tiles to share a widened panel, widening it is work in vain.
     """
-    work, wanted, rows = problem.m * problem.n * problem.k, layout(problem.packed), able(problem)
-    best = {_way(row): row["isa"] for row in reversed(rows)}
+    work, panels = problem.m * problem.n * problem.k, problem.panels
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
-        for row in rows
-        if row["isa"] == best[_way(row)]
-        if row["accumulate"] not in _COARSE - {problem.accumulate}
-        if row["layout"] == wanted or problem.m > row["mr"]
+        for row in _likely(panels, problem.x, problem.accumulate)
+        if row["layout"] == panels or problem.m > row["mr"]
         for threads in sorted(counts)
         for slices in _slices(problem, row, threads)
     ]
 
 
-def _way(row: dict[str, Any]) -> tuple[str, str]:
+def _way(row: Row) -> tuple[str, str]:
     return row["format"], "integers" if row["rows"] in INTEGER_ROWS else row["rows"]
 
 
-def _slices(problem: Problem, row: dict[str, Any], threads: int) -> list[int]:
+def _slices(problem: Problem, row: Row, threads: int) -> list[int]:
     tiles = -(-max(problem.m, 1) // row["mr"]) * -(-max(problem.n, 1) // row["columns"])
     slices = -(-threads // tiles)
     return [1, slices] if slices > 1 and problem.k // slices >= _MIN_SLICE_K else [1]

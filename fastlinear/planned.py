@@ -19,7 +19,7 @@ from fastlinear.candidates import FROZEN, Chosen, Problem
 from fastlinear.frozen import Freezable
 from fastlinear.packs import dtype_of, odd_dtype, pack, record_of, why_unfit
 from fastlinear.packs import lock as _lock
-from fastlinear.precision import AS_HELD, Precision, epilogue, long_name, name_of
+from fastlinear.precision import AS_HELD, Precision, dtype_of_rows, epilogue, long_name, name_of
 
 
 class Planned(Freezable):
@@ -103,9 +103,9 @@ class Planned(Freezable):
                 elif not engine.take(weight, fingerprint, packed):
                     for key in [key for key in self._chosen if key[0] is engine]:
                         del self._chosen[key]
-            m = x.shape[:-1].numel()
-            if m > 0:
-                self._plan(engine, _engine.bucket(m), x.dtype)
+        m = x.shape[:-1].numel()
+        if m > 0:
+            self._plan(engine, _engine.bucket(m), x.dtype)
         return True
 
     def _precision_in(self, engine: Engine, packed_as: str) -> Precision:
@@ -114,18 +114,53 @@ class Planned(Freezable):
         return asked._replace(packed=packed_as, accumulate=self._precision.accumulate)
 
     def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
-        threads, packed, form = _kernels.num_threads(), engine.packed, name_of(x)
-        if packed is None or engine.planned(m, threads, x):
+        threads = _kernels.num_threads()
+        key = engine, threads, name_of(x), m
+        with _lock:
+            asked = None if self._settled(key, x) else self._question(engine, m, x, threads)
+            known = self._chosen.get(key)
+        if asked is None:
             return
+        problem, operands = asked
+        if (
+            known is None or known.provisional
+        ):  # else it stayed when the weight changed, and only torch's own pack is due
+            # Without the lock: this may measure, and others have layers to pack.
+            known = planner.decide(problem, operands, measure=self._tune == "lazy")
+        chosen = known
+        runs = planner.executable(chosen, problem, operands)
+        with _lock:
+            if engine.packed is not operands.packed or not engine.fresh(self) or self._settled(key, x):
+                return  # repacked or planned by another thread meanwhile, or about to be
+            engine.plan_for(m, threads, x, runs)
+            self._chosen[key] = chosen
+            spare, weight = operands.spare, self._parameters.get("weight")
+            if spare is not None and weight is not None and chosen.refused and chosen.name not in torch_plans.NAMES:
+                holder = self._casting.setdefault(spare.format, self._new_engine(AS_HELD))  # counts, and shares, it
+                if not holder.fresh(self):
+                    holder.take(weight, _engine.Fingerprint(weight), spare)
+
+    def _settled(self, key: tuple[Engine, int, str, int], x: torch.dtype) -> bool:
+        """Whether the engine has a plan that is not to be asked for again."""
+        engine, threads, _, m = key
+        return key in self._chosen and not self._chosen[key].provisional and engine.planned(m, threads, x)
+
+    def _question(
+        self, engine: Engine, m: int, x: torch.dtype, threads: int
+    ) -> tuple[Problem, planner.Operands] | None:
+        """What a plan is to be found for, and the tensors to measure with; None where there are no kernels."""
+        packed = engine.packed
+        if packed is None:
+            return None
         precision = self._precision_in(engine, packed.format)
         if not precision.takes(x):
-            return
+            return None
         weight, bias = None if record_of(self) else self.weight, self.bias
-        problem = self.problem(engine, packed, m, form, threads)
+        problem = self.problem(engine, packed, m, name_of(x), threads)
         spare = None
         if weight is not None and problem.fallback:
             spare = pack(weight, Precision(problem.held), self._transposed)
-        operands = planner.Operands(
+        return problem, planner.Operands(
             weight=None if weight is None else weight.detach(),
             bias=None if bias is None else bias.detach(),
             packed=packed,
@@ -133,15 +168,15 @@ class Planned(Freezable):
             out=precision.out,
             spare=spare,
         )
-        # What was chosen stays when the weight changes, but torch's own packs do not.
-        known = self._chosen.get((engine, threads, form, m))
-        chosen = known or planner.decide(problem, operands, measure=self._tune == "lazy")
-        engine.plan_for(m, threads, x, planner.executable(chosen, problem, operands))
-        self._chosen[engine, threads, form, m] = chosen
-        if spare is not None and weight is not None and chosen.refused and chosen.name not in torch_plans.NAMES:
-            holder = self._casting.setdefault(spare.format, self._new_engine(AS_HELD))  # counts, and shares, its memory
-            if not holder.fresh(self):
-                holder.take(weight, _engine.Fingerprint(weight), spare)
+
+    def ask_again(self) -> None:
+        """Forgets the plans that were to be measured but are not, so that the next call that needs one asks anew."""
+        with _lock:
+            for key, chosen in list(self._chosen.items()) if self._tune == "lazy" else ():
+                if chosen.source in ("heuristic", "neighbor"):
+                    engine, threads, x, m = key
+                    engine.plan_for(m, threads, dtype_of_rows(x), None)
+                    del self._chosen[key]
 
     def problem(self, engine: Engine, packed: _kernels.Packed, m: int, x: str, threads: int) -> Problem:
         """What a plan for m rows of format x is made for."""
@@ -160,6 +195,7 @@ class Planned(Freezable):
             threads=threads,
             scheme=precision.scheme,
             fallback=precision.fallback and frozen is None,
+            layout=packed.layout,
         )
 
     def _new_engine(self, precision: Precision) -> Engine:

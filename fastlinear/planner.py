@@ -7,6 +7,7 @@ to call them and how to make their weights cold.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear import _kernels, autotune, torch_plans
+from fastlinear import _engine, _kernels, autotune, environment, measuring, torch_plans
 from fastlinear.candidates import (
     FROZEN,
     Chosen,
@@ -32,16 +33,22 @@ from fastlinear.candidates import (
 from fastlinear.precision import DTYPES, Precision, dtype_of_rows, epilogue
 from fastlinear.quantize import Requantize
 from fastlinear.tuning_cache import Machine, Tuned, TuningCache
+from fastlinear.waits import Waits
 
 __all__ = ["Chosen", "Operands", "Problem", "cache", "decide", "executable", "layout", "override"]
 
 _log = logging.getLogger("fastlinear")
 
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
-# fit its budget) and bytes of weight. A larger problem is tuned on its first rows and columns: the kernels see the same
-# K, panels and row tiles.
-_PROXY_WORK, _PROXY_BYTES = 20e6, 4 << 20
-_PROXY_ROWS, _PROXY_COLUMNS = 48, 128
+# fit its budget), and on as much weight as the second-level caches hold twice, so that it comes from beyond them. A
+# larger problem is tuned on its first rows and columns: the kernels see the same K, panels and row tiles, and each
+# thread has at least one group of panels of the widest kernels.
+_PROXY_WORK, _PROXY_CACHES = 20e6, 2
+_PROXY_ROWS, _PROXY_COLUMNS = 48, 64
+
+# No CPU is faster than this, a thread: 1024 multiply-adds of AMX int8, or reading 128 bytes of L1, in each of 6 billion
+# cycles a second. What seems so was not measured.
+_MOST_WORK, _MOST_BYTES = 6e9 * 1024, 6e9 * 128
 
 
 class Operands(NamedTuple):
@@ -70,13 +77,23 @@ class Operands(NamedTuple):
 
 def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
     """What to run: what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if `measure` and
-    FASTLINEAR_AUTOTUNE allow), else the heuristic's."""
+    FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
     name = override()
     if name is not None and _applies(name, problem, operands.weight):
         return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source="override"), problem)
-    if not measure or _kernels.forked() or os.environ.get("FASTLINEAR_AUTOTUNE", "1") == "0":
+    if not measure or _kernels.forked() or not environment.measures():
         return heuristic(problem)
-    return _remembered(problem) or _tuned(problem, operands)
+    known = _remembered(problem)
+    if known is not None:
+        return known
+    key = problem.key()
+    with measuring.process.turn(key) as why_not:
+        if why_not == measuring.SPENT:
+            return _neighbor(problem) or heuristic(problem)
+        if why_not:
+            return heuristic(problem)._replace(provisional=why_not)
+        # Another layer's call may have measured this while the turn was waited for.
+        return _remembered(problem) or _tuned(problem, operands)
 
 
 def native(chosen: Chosen) -> _kernels.Plan:
@@ -90,7 +107,9 @@ def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _kernels
         names = (chosen.name, torch_plans.BASELINE)  # a tampered cache may name a way that torch refuses
         return next(plan for name in names if (plan := _torch_plan(name, problem, operands.weight))).run
     spare = operands.unquantized() if chosen.refused else None
-    return native(chosen) if spare is None else functools.partial(_fall_back, chosen, problem, spare.packed)
+    kernel = native(chosen)
+    kernel.due = measuring.process.due(problem.key(), chosen.provisional) if chosen.provisional else 0.0
+    return kernel if spare is None else functools.partial(_fall_back, chosen, problem, spare.packed)
 
 
 def _fall_back(
@@ -138,24 +157,57 @@ def _torch_plan(name: str, problem: Problem, weight: Tensor | None) -> torch_pla
 @functools.cache
 def cache() -> TuningCache:
     """What was tuned on this machine, by `Problem.key()`."""
-    info = _kernels.cpu_info()
-    machine = Machine(info["model"], tuple(info["isas"]), version("fastlinear"), torch.__version__)
+    machine = Machine(
+        _processor(), tuple(_kernels.cpu_info()["isas"]), f"{version('fastlinear')} {_build()}", torch.__version__
+    )
     names = {row["name"] for row in runnable()} | set(torch_plans.NAMES)
     return TuningCache(machine, names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
 
 
-def _remembered(problem: Problem) -> Chosen | None:
-    """What the cache knows; for a frozen layer also of the same layer before, if a kernel had won there."""
-    frozen = problem.held == FROZEN
-    allowed = {c.name for each in _ways(problem) for c in native_candidates(each)}
-    allowed |= {*torch_plans.NAMES} if problem.admits_torch else set()
-    for held in (problem.held, *(DTYPES if frozen else ())):
-        tuned = cache().get(problem._replace(held=held).key())
-        if tuned is not None and tuned.name in allowed:
-            threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
-            known = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "cache", tuned.table)
-            compared = problem._replace(held=held).admits_torch
-            return _refusing(known._replace(speedup=tuned.speedup if compared else None), problem)
+def _processor() -> str:
+    """What tells CPUs of equal brand apart: family, model and stepping, caches, CPUs."""
+    info = _kernels.cpu_info()
+    caches = "/".join(str(info[level] >> 10) for level in ("l1d", "l2", "l3"))
+    version = f"family {info['family']} model {info['number']} stepping {info['stepping']}"
+    return f"{info['model']}, {version}, caches {caches} KiB, {os.cpu_count()} CPUs"
+
+
+def _build() -> str:
+    """Digest of the library with the kernels: another build may rank them differently."""
+    with open(_kernels.__file__, "rb") as library:
+        return hashlib.sha256(library.read()).hexdigest()[:12]
+
+
+def _remembered(problem: Problem, of: Problem | None = None) -> Chosen | None:
+    """What the cache knows of the problem (or of one like it, `of`), if today it would be a candidate, name and
+    numbers; for a frozen layer also what was known of the same layer before, if a kernel had won there."""
+    like = problem if of is None else of
+    for held in (problem.held, *(DTYPES if problem.held == FROZEN else ())):
+        tuned = cache().get(like._replace(held=held).key())
+        known = None if tuned is None else _among_candidates(tuned, problem)
+        if tuned is not None and known is not None:
+            compared = of is None and problem._replace(held=held).admits_torch
+            known = known._replace(source="cache", table=tuned.table, speedup=tuned.speedup if compared else None)
+            return _refusing(known, problem)
+    return None
+
+
+def _among_candidates(tuned: Tuned, problem: Problem) -> Chosen | None:
+    """The candidate that was meant, if there is one."""
+    threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
+    meant = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "tuned")
+    admitted = problem.admits_torch and meant.name in torch_plans.NAMES and threads == slices == 1
+    return meant if admitted or any(meant in native_candidates(each) for each in _ways(problem)) else None
+
+
+def _neighbor(problem: Problem) -> Chosen | None:
+    """What was measured for the bucket of M next to this one, or the one after that."""
+    up = _engine.bucket(problem.m + 1)
+    down = max(1, problem.m - 1 if problem.m <= 8 else _engine.bucket(problem.m * 2 // 3))
+    for m in (down, up, _engine.bucket(max(1, problem.m // 2)), _engine.bucket(2 * problem.m)):
+        known = _remembered(problem, of=problem._replace(m=m))
+        if known is not None:
+            return known._replace(source="neighbor", table=())
     return None
 
 
@@ -166,7 +218,9 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
     runs, weights = [], []
     for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
         found = {_spell(c): c for c in native_candidates(each)}
-        runs += [autotune.Candidate(name, _call_native(c, small, those, x)) for name, c in found.items()]
+        runs += [
+            autotune.Candidate(name, _call_native(c, small, those, x), c.plan_threads) for name, c in found.items()
+        ]
         weights.append(those.packed.data)
         natives |= found
     baseline = torch_plans.BASELINE if _torch_plan(torch_plans.BASELINE, small, tensors.weight) else None
@@ -183,14 +237,24 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
         for address, nbytes in blocks:
             _kernels.evict(address, nbytes)
 
-    with torch.inference_mode():
-        choice = autotune.choose(runs, baseline or _spell(heuristic(problem)), evict=evict)
+    with torch.inference_mode(), Waits(_kernels.pool_threads()) as waited:
+        choice = autotune.choose(
+            runs,
+            baseline or _spell(heuristic(problem)),
+            evict=evict,
+            waited=waited,
+            floor=_least_seconds(small, tensors),
+        )
+    _tell(problem, choice)
+    if choice.busy:
+        measuring.process.failed(problem.key())
+        return heuristic(problem)._replace(provisional=measuring.BUSY)
+    measuring.process.succeeded(problem.key())
     winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
     winner = winner._replace(table=choice.table, speedup=None if baseline is None else choice.speedup)
-    if choice.decided:
-        numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
-        cache().put(problem.key(), Tuned(winner.name, numbers, choice.table, choice.speedup))
-    _tell(problem, choice)
+    numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
+    keep = cache().put if choice.decided else cache().hold
+    keep(problem.key(), Tuned(winner.name, numbers, choice.table, choice.speedup))
     return _refusing(winner, problem)
 
 
@@ -206,12 +270,20 @@ def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """The problem to measure instead of `problem`, and its tensors."""
     area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
     row_bytes = operands.packed.dtype.itemsize * max(problem.k, 1)
-    m, n = problem.m, min(problem.n, max(_PROXY_COLUMNS, _PROXY_BYTES // row_bytes))
+    nbytes = _PROXY_CACHES * (_kernels.cpu_info()["l2"] or 1 << 20) * problem.threads
+    least = _PROXY_COLUMNS * max(2, problem.threads)
+    m, n = problem.m, min(problem.n, max(least, nbytes // row_bytes))
     if m * n > area:
         m = min(m, max(_PROXY_ROWS, int(area / n)))
-        n = min(n, max(_PROXY_COLUMNS, int(area / m)))
+        n = min(n, max(least, int(area / m)))
     head = operands.head(n, problem.transposed)
     return problem._replace(m=m, n=head.packed.n), head
+
+
+def _least_seconds(problem: Problem, operands: Operands) -> float:
+    """What a call takes at the very least."""
+    work, nbytes = problem.m * problem.n * problem.k, operands.packed.nbytes
+    return max(work / _MOST_WORK, nbytes / _MOST_BYTES) / problem.threads
 
 
 def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor) -> Callable[[], object]:
@@ -235,8 +307,9 @@ def _tell(problem: Problem, choice: autotune.Choice) -> None:
     lines = [f"AUTOTUNE linear({problem.m}x{problem.k}, {problem.n}x{problem.k}) {problem.key()}"]
     lines += [f"  {name:<28} {ms:9.4f} ms {best / ms:6.1%}" for name, ms in choice.table]
     verdict = f"chosen: {choice.name}" if choice.decided else f"too noisy to tell: {choice.name} for now"
+    verdict = "the machine was busy: a plan by rule for now" if choice.busy else verdict
     lines.append(f"{verdict}; {choice.rounds} rounds, {choice.seconds * 1e3:.1f} ms")
-    if os.environ.get("FASTLINEAR_VERBOSE", "0") != "0":
+    if environment.verbose():
         print("\n".join(lines), file=sys.stderr)
     else:
         _log.debug("\n".join(lines))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlinear import linear
+from fastlinear import linear, measuring
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,6 +22,8 @@ _log = logging.getLogger("fastlinear")
 
 def tune(model: Model, example: Any, *, progress: bool | None = None) -> Model:
     """Run `model` once without gradients, so that every fast layer chooses its kernels now, and return it.
+
+    What first calls could not measure, because their seconds were spent or the machine was busy, is measured now.
 
     example: what to call the model with: a tensor, a tuple of arguments, or a mapping of keyword arguments. Each batch
         size is tuned for itself: call this once with every one that matters.
@@ -52,6 +54,9 @@ def run_to_tune(model: nn.Module, example: Any, progress: bool | None) -> None:
         for layer in tuple(pending):
             linear.settle(layer)
             stack.callback(layer.register_forward_hook(done).remove)
+        for layer in tuple(pending):
+            layer.ask_again()
+        stack.enter_context(measuring.process.thorough())
         stack.enter_context(torch.no_grad())
         call(model, example)
     if pending:
@@ -68,7 +73,7 @@ def _progress(stack: ExitStack, total: int, wanted: bool | None) -> Callable[[],
     return update
 
 
-def fast_layers(model: nn.Module) -> list[nn.Module]:
+def fast_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if linear.is_fast(module)]
 
 

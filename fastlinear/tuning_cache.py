@@ -22,9 +22,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastlinear import environment
+
 _log = logging.getLogger("fastlinear")
 
-VARIABLE = "FASTLINEAR_CACHE_DIR"
 MAX_BYTES = 4 << 20  # some 8000 shapes; a larger file is not ours
 MAX_TEXT = 200  # characters of a key or a name
 MAX_ROWS = 256  # of a table
@@ -49,7 +50,7 @@ class Tuned(NamedTuple):
 
 def default_folder() -> Path | None:
     """$FASTLINEAR_CACHE_DIR, else fastlinear in $XDG_CACHE_HOME or ~/.cache; None where there is no home either."""
-    if chosen := os.environ.get(VARIABLE):
+    if chosen := environment.cache_folder():
         return Path(chosen)
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if shared.is_absolute():  # the XDG specification: a relative one is to be ignored
@@ -112,6 +113,7 @@ class TuningCache:
         self.machine = {**machine._asdict(), "isas": list(machine.isas)}
         self._known, self._limits = known, limits
         self._own: dict[str, Tuned] = {}
+        self._held: dict[str, Tuned] = {}
         self._found: dict[str, Tuned] | None = None
         folder = folder or default_folder()
         digest = hashlib.sha256(json.dumps(self.machine).encode()).hexdigest()[:16]
@@ -121,7 +123,7 @@ class TuningCache:
     def get(self, key: str) -> Tuned | None:
         if self._found is None:
             self._found = self._read()
-        return self._own.get(key) or self._found.get(key)
+        return self._own.get(key) or self._held.get(key) or self._found.get(key)
 
     def __len__(self) -> int:
         """Entries in the file as it is now, and those it refused."""
@@ -133,14 +135,19 @@ class TuningCache:
             self._found = self._read()
         self._found = self._believed(entries) | self._found
 
+    def hold(self, key: str, value: Tuned) -> None:
+        """Remembers it for this process alone: `get` gives it, no file will."""
+        self._held[key] = value
+
     def put(self, key: str, value: Tuned) -> None:
         self._own[key] = value
+        self._held.pop(key, None)
         # Merged with what is there by now, so that processes that tune at the same time lose nothing.
         self._locked(lambda path: self._replace(path, {**self._read(), **self._own}))
 
     def clear(self) -> None:
         """Forget everything, on disk too."""
-        self._own, self._found = {}, {}
+        self._own, self._held, self._found = {}, {}, {}
         self._locked(lambda path: path.unlink(missing_ok=True))
 
     def _locked(self, change: Callable[[Path], None]) -> None:
@@ -159,7 +166,7 @@ class TuningCache:
                 "%s may name a folder that is writable",
                 self.path.parent,
                 error.strerror or error,
-                VARIABLE,
+                "FASTLINEAR_CACHE_DIR",
             )
 
     def _replace(self, path: Path, entries: Mapping[str, Tuned]) -> None:

@@ -15,9 +15,30 @@ _cache = tempfile.TemporaryDirectory(prefix="fastlinear-tests-")
 os.environ["FASTLINEAR_CACHE_DIR"] = _cache.name
 
 
+class Idle:
+    """A `waits.Waits` of threads that never wait."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self) -> float:
+        return 0.0
+
+    def __enter__(self) -> "Idle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
-def same_start() -> Iterator[None]:
-    """Seeds torch and runs the test on one thread of torch's pool; a test that wants more says so itself."""
+def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds torch and runs the test on one thread of torch's pool; a test that wants more says so itself. Tuning has
+    all its seconds, and, unless a test brings its own `waits`, holds the machine for idle: other tests keep it busy."""
+    from fastlinear import measuring, planner
+
+    measuring.process.reset()
+    monkeypatch.setattr(planner, "Waits", Idle)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield

@@ -28,10 +28,13 @@ CPP_ROOMS = {
 PYTHON_ROOMS = {
     "_cpu": set(),
     "_kernels": {"_cpu"},
-    "_engine": {"_kernels"},
+    "_engine": {"_kernels", "environment"},
     "activations": set(),
-    "tuning_cache": set(),
-    "autotune": {"tuning_cache"},
+    "environment": set(),
+    "measuring": set(),
+    "waits": set(),
+    "tuning_cache": {"environment"},
+    "autotune": set(),
     "torch_plans": {"activations"},
     "quantize": set(),
     "schemes": {"quantize"},
@@ -39,7 +42,7 @@ PYTHON_ROOMS = {
     "precision": {"_kernels", "activations", "quantize", "schemes"},
     "op_form": {"activations", "precision", "quantize"},
     "ops": {"_kernels", "activations", "op_form", "precision", "quantize"},
-    "candidates": {"_kernels", "activations", "precision", "torch_plans"},
+    "candidates": {"_kernels", "activations", "environment", "precision", "torch_plans"},
     "planner": {"_kernels", "activations", "autotune", "candidates", "precision", "quantize", "torch_plans"},
     "packs": {"_kernels", "_engine", "planner", "precision", "quantize"},
     "quality": {"_kernels", "packs", "quantize"},
@@ -54,7 +57,7 @@ PYTHON_ROOMS = {
     "selection": {"frozen", "linear", "packs", "precision"},
     "bypass": {"linear"},
     "calibration": {"quantize", "schemes", "selection", "tuning"},
-    "tuning": {"linear"},
+    "tuning": {"linear", "measuring"},
     "convert": {"bypass", "chains", "fitness", "freeze", "fusion", "linear", "precision", "schemes", "selection"},
     "report": {"_kernels", "activations", "candidates", "linear", "packs", "quality", "selection"},
     "selfcheck": {"_kernels", "activations", "precision", "quantize"},
@@ -65,9 +68,9 @@ PYTHON_ROOMS = {
     "matching": {"activations", "fitness", "frozen", "fusion", "header", "linear", "manifest", "packs"},
     "inspection": {"_kernels", "header", "manifest", "planner", "quantize", "safefile", "stored_scheme"},
 }
-PYTHON_ROOMS["planner"] |= {"tuning_cache"}
+PYTHON_ROOMS["planner"] |= {"_engine", "environment", "measuring", "tuning_cache", "waits"}
 PYTHON_ROOMS["frozen"] |= {"torch_plans"}
-PYTHON_ROOMS["planned"] |= {"torch_plans"}
+PYTHON_ROOMS["planned"] |= {"environment", "torch_plans"}
 PYTHON_ROOMS["convert"] |= {"tuning"}
 PYTHON_ROOMS["serialize"] = {"_engine", "_kernels", "bypass", "candidates", "frozen", "fusion", "header", "linear"}
 PYTHON_ROOMS["serialize"] |= {"manifest", "matching", "packs", "planner", "precision", "safefile", "stored_scheme"}

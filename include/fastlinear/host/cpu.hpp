@@ -26,8 +26,9 @@ struct CpuSource {
 struct Cpu {
   char vendor[13];
   char model[49];
-  std::array<bool, 7> isa;           // in the order of enum Isa
-  std::array<std::size_t, 3> cache;  // L1d, L2, L3 in bytes; 0 where the CPU does not say
+  std::uint32_t family, number, stepping;  // as Intel and AMD number them
+  std::array<bool, 7> isa;                 // in the order of enum Isa
+  std::array<std::size_t, 3> cache;        // L1d, L2, L3 in bytes; 0 where the CPU does not say
 };
 
 namespace cpu_detail {
@@ -86,6 +87,13 @@ inline Cpu detect_cpu(const CpuSource& source) {
   std::memcpy(cpu.vendor, &id.ebx, 4);
   std::memcpy(cpu.vendor + 4, &id.edx, 4);
   std::memcpy(cpu.vendor + 8, &id.ecx, 4);
+
+  // Leaf 1: the extended family and model count where the short ones are full.
+  const std::uint32_t version = id.eax >= 1 ? source.cpuid(1, 0, source.context).eax : 0;
+  const std::uint32_t family = version >> 8 & 15, number = version >> 4 & 15;
+  cpu.family = family == 15 ? family + (version >> 20 & 255) : family;
+  cpu.number = family == 6 || family == 15 ? number | (version >> 16 & 15) << 4 : number;
+  cpu.stepping = version & 15;
 
   const std::uint32_t max_extended = source.cpuid(0x80000000u, 0, source.context).eax;
   if (max_extended >= 0x80000004u) {

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -58,6 +60,13 @@ class ThreadPool {
   NumThreads count_ = nullptr;
   bool forked_ = false;
 };
+
+// The kernel's ids of the threads that work for the caller, itself first.
+inline std::vector<long> thread_ids(const ThreadPool& pool) {
+  std::vector<long> ids(static_cast<std::size_t>(pool.size()));
+  pool.run(pool.size(), [&](std::ptrdiff_t i) { ids[static_cast<std::size_t>(i)] = syscall(SYS_gettid); });
+  return ids;
+}
 
 inline ThreadPool& thread_pool() {
   static ThreadPool pool;
