@@ -19,8 +19,8 @@ lock = threading.RLock()  # packing, planning, freezing; a call that is packed a
 if hasattr(os, "register_at_fork"):  # another thread may have held it
     os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
 
-# (memory of the weight, whether it is transposed, layout, smoothing) -> what it was when it was packed, and its pack. No
-# reference to a Parameter is held, not even a weak one, which torch.utils.swap_tensors refuses.
+# (memory of the weight, whether it is transposed, layout, smoothing) -> what it was when it was packed, and its pack.
+# No reference to a Parameter is held, not even a weak one, which torch.utils.swap_tensors refuses.
 _packs: dict[tuple[Any, ...], tuple[_engine.Fingerprint, weakref.ref[_kernels.Packed]]] = {}
 
 
