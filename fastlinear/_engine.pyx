@@ -33,23 +33,33 @@ cdef double monotonic() noexcept nogil:
     clock_gettime(CLOCK_MONOTONIC, &now)
     return now.tv_sec + 1e-9 * now.tv_nsec
 
-# Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...).
+# Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...) up to 2^40, which stands for all beyond it: more
+# rows than memory holds, unless they are one row expanded.
 cdef enum:
-    BUCKETS = 96
+    LAST_OCTAVE = 40
+    BUCKETS = 9 + 2 * (LAST_OCTAVE - 3)
 
-cdef int bucket_index(ptrdiff_t m) noexcept:
-    cdef int octave = 3
+cdef struct Bucket:
+    int index       # in a list of plans
+    ptrdiff_t rows  # the largest M in it, or 2^40
+
+cdef inline Bucket bucket_of(ptrdiff_t m) noexcept:
+    cdef Bucket b
+    cdef int octave = 4
+    b.index, b.rows = <int> m, m
     if m <= 8:
-        return <int> m
-    while m > <ptrdiff_t> 2 << octave:
+        return b
+    while octave < LAST_OCTAVE and m > (<ptrdiff_t> 1) << octave:
         octave += 1
-    return 8 + 2 * (octave - 3) + (1 if m <= <ptrdiff_t> 3 << (octave - 1) else 2)
+    b.index, b.rows = 8 + 2 * (octave - 3), (<ptrdiff_t> 1) << octave
+    if m <= b.rows // 4 * 3:
+        b.index, b.rows = b.index - 1, b.rows // 4 * 3
+    return b
 
 
 def bucket(ptrdiff_t m):
-    """The bucket of M: the smallest of 0..8, 12, 16, 24, 32, 48, 64, 96 ... that is not below it."""
-    cdef int i = bucket_index(m) - 9
-    return m if m <= 8 else (3 << (i // 2 + 2)) if i % 2 == 0 else (16 << (i // 2))
+    """The bucket of M: the smallest of 0..8, 12, 16, 24, 32, 48, 64, 96 ... that is not below it; at most 2^40."""
+    return bucket_of(m).rows
 
 
 # Why the engine does not answer a call.
@@ -232,7 +242,7 @@ cdef class Engine:
     def planned(self, ptrdiff_t m, ptrdiff_t threads, dtype):
         """Whether there is a plan for x of `dtype` and the bucket of m while torch has `threads` threads."""
         cdef int index = format_of_x(dtype)
-        return plans_of(self.plans, threads, <Format> index)[bucket_index(m)] is not None
+        return plans_of(self.plans, threads, <Format> index)[bucket_of(m).index] is not None
 
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
         """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan,
@@ -241,7 +251,7 @@ cdef class Engine:
         cdef Format x_format = <Format> index
         if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, self.rows, x_format):
             raise ValueError(f"kernel {plan.kernel!r} does not take x of {dtype} and layout {self.packed.layout!r}")
-        plans_of(self.plans, threads, x_format)[bucket_index(m)] = plan
+        plans_of(self.plans, threads, x_format)[bucket_of(m).index] = plan
 
     def fresh(self, module):
         """True while the packed weight is the module's."""
@@ -337,7 +347,7 @@ cdef class Engine:
             current = plans_of(plans, threads, v.format)
             if plans is self.plans:
                 self.current, self.threads, self.x_format = current, threads, v.format
-        plan = current[bucket_index(rows.m)]
+        plan = current[bucket_of(rows.m).index]
         if rows.m > 0:
             if plan is None or type(plan) is Plan and (<Plan> plan).due > 0 and monotonic() > (<Plan> plan).due:
                 return UNPLANNED

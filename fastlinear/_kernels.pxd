@@ -73,9 +73,10 @@ cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
     ThreadPool& thread_pool()
     vector[long] thread_ids(const ThreadPool&) except +
 
-cdef extern from "fastlinear/host/memory.hpp" namespace "fastlinear" nogil:
-    size_t kHugePage
-    void advise_huge_pages(void*, size_t)
+cdef extern from "fastlinear/host/memory.hpp" namespace "fastlinear":
+    cppclass PackMemory:
+        char* take(size_t) except +
+        void give_back(char*, size_t) except +
 
 cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     ctypedef struct WeightView "fastlinear::WeightView<void>":
@@ -173,16 +174,21 @@ cdef bint look_at(object tensor, View* v)
 cdef bint as_rows(View* v, Matrix* rows) noexcept
 cdef View need(object tensor, str what, bint integers=*) except *
 
+cdef class Block:
+    cdef char* data
+    cdef readonly size_t nbytes
+
 cdef class Packed:
-    cdef readonly ptrdiff_t n, k
+    cdef readonly ptrdiff_t n, k, nbytes
     cdef readonly str layout, format
-    cdef readonly object data, dtype
+    cdef readonly object dtype
+    cdef object memory  # what has the panels at its beginning and exports them as a buffer
     cdef Layout shape
     cdef Weight weight
     cdef bint zeros_known  # weight.zeros is null where there are none
     cdef object __weakref__
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1
-    cdef int find(self, bint zeros) except -1
+    cdef int find(self, const char* panels, bint zeros) except -1
     cdef Weight* read(self) noexcept
     cdef object channels(self, const void* values, object dtype)
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from fastlinear._cpu import cpu_info as cpu_info
 from fastlinear._cpu import detect as detect
@@ -35,7 +36,7 @@ class Packed:
         self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None
     ) -> None: ...
     @staticmethod
-    def over(data: Tensor, layout: str, n: int, k: int) -> Packed: ...
+    def over(data: Buffer, layout: str, n: int, k: int) -> Packed: ...
     def head(self, n: int) -> Packed: ...
     def unpack(self) -> Tensor: ...
 

@@ -7,13 +7,13 @@ No torch header is used. A tensor is read through the C table that torch.Tensor 
 """
 
 import os
-import threading
-import weakref
 
 import torch
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 
 from fastlinear._cpu cimport isa_allowed
@@ -48,8 +48,6 @@ def forked():
 
 
 def _after_fork():
-    global placing
-    placing = threading.Lock()  # another thread may have held it
     thread_pool().stop_after_fork()
 
 

@@ -1,25 +1,20 @@
 # Part of _kernels.pyx: packed weights, and where they lie.
 
-# Packs lie one behind the other in chunks of 2 MB pages, since most are too small to fill one. A chunk is freed with
-# the last pack in it; `newest` is the pack that new ones are put behind while it lives.
-cdef enum:
-    CHUNK = 32 << 20
-
-newest = None  # a weak reference
-placing = threading.Lock()
+cdef PackMemory pack_memory
 
 
-cdef object place(size_t nbytes):
-    cdef size_t begin
-    last = None if newest is None else newest()
-    if last is not None:
-        begin = last.data.storage_offset() + (last.data.nbytes + 63) // 64 * 64
-        if begin + nbytes <= last.data.untyped_storage().nbytes():
-            return torch.empty(0, dtype=torch.uint8, device="cpu").set_(last.data.untyped_storage(), begin, (nbytes,))
-    chunk = torch.empty(max(nbytes, CHUNK) + kHugePage, dtype=torch.uint8, device="cpu")
-    begin = <size_t> -<ptrdiff_t> <size_t> chunk.data_ptr() % kHugePage
-    advise_huge_pages(<void*> <size_t> chunk.data_ptr(), chunk.nbytes)
-    return chunk[begin : begin + nbytes]
+# Memory of a pack. It goes when nobody has it any more: neither the pack nor a tensor over it.
+cdef class Block:
+    def __cinit__(self, size_t nbytes):
+        self.data = pack_memory.take(nbytes)
+        self.nbytes = nbytes
+
+    def __dealloc__(self):
+        if self.data != NULL:
+            pack_memory.give_back(self.data, self.nbytes)
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data, <Py_ssize_t> self.nbytes, False, flags)
 
 
 def packed_nbytes(str layout not None, ptrdiff_t n, ptrdiff_t k):
@@ -55,8 +50,11 @@ cdef class Packed:
 
     weight: CPU tensor of shape [n, k] and of the layout's format, any strides. An int8 one means scale * (weight -
     zero), with the fp32 [n] `scale` and the int32 [n] `zero`, or None for 0, which alone a weight-only layout takes.
-    `data` is the 1-D uint8 tensor that holds the panels, and these. Raises TypeError or ValueError where the weight or
-    the layout is not one the kernels read.
+    Raises TypeError or ValueError where the weight or the layout is not one the kernels read, MemoryError for want of
+    memory.
+
+    The kernels read memory that no tensor owns. `data` is a view of it by a new tensor with a storage of its own, which
+    may outlive the pack, and whose memory may move without harm; `scale` and `zero` are copies.
     """
 
     def __init__(self, weight, str layout not None, scale=None, zero=None):
@@ -73,11 +71,9 @@ cdef class Packed:
         if zero is not None and arrays < 3 or scale is not None and arrays < 1:
             raise ValueError(f"layout {layout!r} holds no {'scales' if arrays < 1 else 'zero points'}")
         check_dot_limit(self.shape, self.k, zero is not None)
-        global newest
-        with placing:
-            self.data = place(packed_bytes(self.shape, self.n, self.k))
-            newest = weakref.ref(self)
-        self.find(zero is not None)
+        cdef Block block = Block(packed_nbytes(layout, self.n, self.k))
+        self.memory = block
+        self.find(block.data, zero is not None)
         cdef char* panels = <char*> self.weight.panels
         cdef const float* scales = <const float*> <size_t> (0 if scale is None else scale.data_ptr())
         cdef const int32_t* zeros = <const int32_t*> <size_t> (0 if zero is None else zero.data_ptr())
@@ -93,8 +89,9 @@ cdef class Packed:
         self.layout, self.n, self.k = layout, n, k
         return 0
 
-    cdef int find(self, bint zeros) except -1:
-        self.weight = weight_at(self.shape, self.n, self.k, <const char*> <size_t> self.data.data_ptr())
+    cdef int find(self, const char* panels, bint zeros) except -1:
+        self.nbytes = packed_bytes(self.shape, self.n, self.k)
+        self.weight = weight_at(self.shape, self.n, self.k, panels)
         self.zeros_known = self.weight.zeros == NULL or not zeros
         if not zeros:
             self.weight.zeros = NULL
@@ -115,25 +112,33 @@ cdef class Packed:
 
     @staticmethod
     def over(data, str layout not None, ptrdiff_t n, ptrdiff_t k):
-        """The weight [n, k] whose panels `data` holds, a file's mapping, say: 1-D uint8 CPU tensor of exactly
-        `packed_nbytes(layout, n, k)` bytes at a multiple of 64. It is kept alive, not copied and never written.
+        """The weight [n, k] whose panels `data` holds, a file's mapping, say: any buffer (PEP 3118) of exactly
+        `packed_nbytes(layout, n, k)` bytes at a multiple of 64, which stay where they are as long as it lives. It is
+        kept alive, not copied and never written.
 
         Raises ValueError where it is not of that form.
         """
         cdef Packed packed = Packed.__new__(Packed)
-        cdef size_t nbytes = packed_nbytes(layout, n, k)
-        fit = data.dtype is torch.uint8 and data.dim() == 1 and data.device.type == "cpu" and data.is_contiguous()
-        if not fit or <size_t> data.numel() != nbytes or data.data_ptr() % 64:
-            raise ValueError(f"panels of [{n}, {k}] in {layout!r} are {nbytes} bytes of uint8 at a multiple of 64, not "
-                             f"{describe(data)} at {data.data_ptr() % 64} beyond one")
+        cdef Py_ssize_t nbytes = packed_nbytes(layout, n, k)
+        cdef Py_buffer found
+        packed.memory = memoryview(data)
+        PyObject_GetBuffer(packed.memory, &found, PyBUF_SIMPLE)
+        cdef const char* panels = <const char*> found.buf
+        cdef Py_ssize_t given = found.len
+        PyBuffer_Release(&found)  # the memoryview holds it, too
+        if given != nbytes or nbytes > 0 and <size_t> panels % 64 != 0:
+            raise ValueError(f"panels of [{n}, {k}] in {layout!r} are {nbytes} bytes at a multiple of 64, not {given} "
+                             f"bytes at {<size_t> panels % 64} beyond one")
         packed.name_layout(layout, n, k)
-        packed.data = data
-        packed.find(True)
+        packed.find(panels, True)
         return packed
 
     @property
-    def nbytes(self):
-        return self.data.nbytes
+    def data(self):
+        """The panels, and what stands behind them: 1-D uint8."""
+        if self.nbytes == 0:  # which frombuffer refuses
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=self.nbytes)
 
     def head(self, ptrdiff_t n):
         """The first n output channels, in the same memory. n is rounded up to whole panels, down to what there is."""
@@ -141,7 +146,7 @@ cdef class Packed:
         n = min(self.n, (n + self.shape.nr - 1) // self.shape.nr * self.shape.nr)
         part.name_layout(self.layout, n, self.k)
         part.weight, part.zeros_known = self.read()[0], True
-        part.data = self.data[: panels_bytes(self.shape, n, self.k)]
+        part.memory, part.nbytes = self.memory, panels_bytes(self.shape, n, self.k)
         return part
 
     def unpack(self):
@@ -154,11 +159,11 @@ cdef class Packed:
         return weight
 
     cdef object channels(self, const void* values, object dtype):
-        if values == NULL:
+        if values == NULL or self.n == 0:
             return None
-        # In the storage, since those of a head lie beyond its panels.
-        cdef ptrdiff_t begin = <const char*> values - <const char*> <size_t> self.data.untyped_storage().data_ptr()
-        return self.data.as_strided((4 * self.n,), (1,), begin).view(dtype)
+        copy = torch.empty(self.n, dtype=dtype, device="cpu")
+        memcpy(<void*> <size_t> copy.data_ptr(), values, 4 * self.n)
+        return copy
 
     @property
     def scale(self):

@@ -54,9 +54,9 @@ cdef bint look_at(object tensor, View* v):
     v.data = <char*> t.data + t.byte_offset
     v.format = <Format> format
     v.ndim = t.ndim
-    for i in range(t.ndim):
+    for i in range(t.ndim - 1, -1, -1):
         v.shape[i] = t.shape[i]
-        v.stride[i] = t.strides[i]
+        v.stride[i] = elements if t.strides == NULL else t.strides[i]  # until DLPack 1.2 NULL said "contiguous"
         elements *= t.shape[i]
     return t.data != NULL or elements == 0
 

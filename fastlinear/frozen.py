@@ -70,10 +70,34 @@ class Frozen:
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:  # copied layers are tied by the copy
         return Frozen(self.packed, self.dtype, self.requires_grad, self.origin, self.smooth)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         packed = self.packed
-        contents = packed.format, packed.unpack(), packed.scale, packed.zero
-        return _packed_again, (*contents, self.dtype, self.requires_grad, self.smooth)
+        contents = packed.unpack(), packed.scale, packed.zero
+        rest = self.dtype, self.requires_grad, self.smooth
+        if protocol > 2:
+            return _packed_from_bytes, (packed.format, *map(_bytes_of, contents), *rest)
+        # torch.save's protocol, to which bytes are text. What goes to another process has a later one: torch sends
+        # tensors as open files, which must live until they have been received, as these do not.
+        return _packed_again, (packed.format, *contents, *rest)
+
+
+def _bytes_of(tensor: Tensor | None) -> tuple[bytearray, torch.dtype, tuple[int, ...]] | None:
+    if tensor is None:
+        return None
+    return bytearray(tensor.reshape(-1).view(torch.uint8).numpy()), tensor.dtype, tuple(tensor.shape)
+
+
+def _tensor_of(contents: tuple[bytearray, torch.dtype, tuple[int, ...]] | None) -> Tensor | None:
+    if contents is None:
+        return None
+    data, dtype, shape = contents
+    if not data:  # which frombuffer refuses
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _packed_from_bytes(packed_as: str, weight: Any, scale: Any, zero: Any, *rest: Any) -> Frozen:
+    return _packed_again(packed_as, *map(_tensor_of, (weight, scale, zero)), *rest)
 
 
 def _packed_again(

@@ -158,7 +158,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 
 
 def _unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
-    packed = _kernels.Packed.over(panels, layout, n, k)
+    packed = _kernels.Packed.over(panels.numpy(), layout, n, k)
     values, scale = packed.unpack(), packed.scale
     return values if scale is None else dequantize(Quantized(values, scale, packed.zero))
 

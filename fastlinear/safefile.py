@@ -45,13 +45,14 @@ class Mapped(NamedTuple):
         entry = self.contents.entries[name]
         return self._view(entry.dtype, entry.begin, entry.nbytes).reshape(entry.shape)
 
-    def blob(self, name: str, nbytes: int) -> Tensor:
-        """The first `nbytes` bytes of the entry `name`: 1-D uint8."""
-        return self._view(torch.uint8, self.contents.entries[name].begin, nbytes)
+    def blob(self, name: str, nbytes: int) -> memoryview:
+        """The first `nbytes` bytes of the entry `name`."""
+        begin = self.contents.entries[name].begin
+        return memoryview(self.memory)[begin : begin + nbytes]
 
     def _view(self, dtype: torch.dtype, begin: int, nbytes: int) -> Tensor:
         if nbytes == 0:  # which frombuffer refuses
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self.memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=begin)
 
 

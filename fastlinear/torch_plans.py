@@ -69,8 +69,10 @@ def make(name: str, weight: Tensor, transposed: bool, activation: Activation | N
 
 
 def memory(tensor: Tensor) -> tuple[int, int]:
-    """Address and bytes of a dense tensor, or of a weight that MKL or oneDNN packed."""
+    """Address and bytes of a dense tensor, expanded ones included, or of a weight that MKL or oneDNN packed."""
     if tensor.layout is torch.strided:
-        return tensor.data_ptr(), tensor.nbytes
+        storage = tensor.untyped_storage()
+        end = storage.data_ptr() + storage.nbytes()
+        return tensor.data_ptr(), min(tensor.nbytes, end - tensor.data_ptr())
     # MKL's pack counts its bytes as floats; what lies beyond a fourth was never written.
     return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor) // (4 if tensor.shape[-1] == 1 else 1)
