@@ -120,8 +120,10 @@ def bench(options: argparse.Namespace) -> int:
     print("Microseconds of a whole call, weights warm.\n")
     print(f"{'M x K x N':<18}{'nn.Linear':>11}{'FastLinear':>12}{'speed-up':>10}  runs on")
     for m, k, n in options.shapes:
-        fast = linear.FastLinear.from_linear(nn.Linear(k, n, dtype=dtype), activation, quantize=scheme).eval()
-        stock, x = nn.Linear(k, n, dtype=dtype).eval(), torch.randn(m, k, dtype=dtype)
+        fast = linear.FastLinear.from_linear(
+            nn.Linear(k, n, dtype=dtype, device="cpu"), activation, quantize=scheme
+        ).eval()
+        stock, x = nn.Linear(k, n, dtype=dtype, device="cpu").eval(), torch.randn(m, k, dtype=dtype, device="cpu")
         with torch.inference_mode():
             fast(x)
             before, after = _alternate([functools.partial(_stock, stock, activation), fast], x)

@@ -3,7 +3,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Buffer
 
 from fastlinear._cpu import cpu_info as cpu_info
 from fastlinear._cpu import detect as detect
@@ -36,7 +35,7 @@ class Packed:
         self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None
     ) -> None: ...
     @staticmethod
-    def over(data: Buffer, layout: str, n: int, k: int) -> Packed: ...
+    def over(data: Any, layout: str, n: int, k: int) -> Packed: ...
     def head(self, n: int) -> Packed: ...
     def unpack(self) -> Tensor: ...
 

@@ -82,10 +82,13 @@ class _Sample:
     """At most `size` of the items offered so far, all equally likely to be among them; the same in every run."""
 
     def __init__(self, size: int) -> None:
-        self._size, self._random = size, torch.Generator().manual_seed(0)
+        self._size, self._random = size, torch.Generator("cpu").manual_seed(0)
         # Every item draws a number from 0 to 1, and those stay whose numbers are the lowest.
-        self._drawn, self._limit = torch.empty(0, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        self.items = torch.empty(0)
+        self._drawn, self._limit = (
+            torch.empty(0, dtype=torch.float64, device="cpu"),
+            torch.ones((), dtype=torch.float64, device="cpu"),
+        )
+        self.items = torch.empty(0, device="cpu")
 
     def offer(self, count: int, items_at: Callable[[Tensor], Tensor]) -> None:
         """`count` more items; items_at(indices) is asked for those that come in."""
@@ -105,7 +108,7 @@ class _Observer:
 
     def __init__(self, layer: nn.Module, name: str, share: float | None) -> None:
         self._layer, self._name, self._share = layer, name, share
-        self._low = self._high = torch.empty(0)  # fp32 [K], each of them with 0 within its range
+        self._low = self._high = torch.empty(0, device="cpu")  # fp32 [K], each of them with 0 within its range
         self._rows, self._values = _Sample(_ROWS), _Sample(_VALUES)
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -134,7 +137,7 @@ class _Observer:
         factors = None if smooth is None else self._smoothing(smooth)
         low, high = self._range(symmetric, factors)
         if symmetric:
-            scale, zero = torch.maximum(-low, high) / 127, torch.tensor(128)
+            scale, zero = torch.maximum(-low, high) / 127, torch.tensor(128, device="cpu")
         else:
             scale, zero = asymmetric(low, high)
         if not TINY <= float(scale) < math.inf:

@@ -97,7 +97,8 @@ def _tensor_of(contents: tuple[bytearray, torch.dtype, tuple[int, ...]] | None) 
 
 
 def _packed_from_bytes(packed_as: str, weight: Any, scale: Any, zero: Any, *rest: Any) -> Frozen:
-    return _packed_again(packed_as, *map(_tensor_of, (weight, scale, zero)), *rest)
+    contents: tuple[Any, ...] = tuple(map(_tensor_of, (weight, scale, zero)))
+    return _packed_again(packed_as, *contents, *rest)
 
 
 def _packed_again(

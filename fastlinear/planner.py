@@ -260,10 +260,10 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
 
 def _input(problem: Problem) -> Tensor:
     # A generator of its own: tuning must not move the user's random numbers.
-    shape, generator = (problem.m, problem.k), torch.Generator().manual_seed(0)
+    shape, generator = (problem.m, problem.k), torch.Generator("cpu").manual_seed(0)
     if problem.x in DTYPES:
-        return torch.randn(shape, generator=generator, dtype=DTYPES[problem.x])
-    return torch.randint(0, 128, shape, generator=generator).to(dtype_of_rows(problem.x))
+        return torch.randn(shape, generator=generator, dtype=DTYPES[problem.x], device="cpu")
+    return torch.randint(0, 128, shape, generator=generator, device="cpu").to(dtype_of_rows(problem.x))
 
 
 def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
@@ -291,7 +291,7 @@ def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor)
     dtype = DTYPES.get(problem.x, torch.float32) if tensors.out is None else tensors.out.dtype
 
     def call() -> None:
-        out = torch.empty(x.shape[0], problem.n, dtype=dtype)
+        out = torch.empty(x.shape[0], problem.n, dtype=dtype, device="cpu")
         _kernels.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows)
 
     return call

@@ -196,7 +196,7 @@ def products(u: Tensor, zero: Tensor, weight: Quantized) -> Tensor:
 
 def requantize(y: Tensor, out: Requantize) -> Tensor:
     """fp32 y as integers; NaN becomes the lowest value."""
-    inverse = torch.tensor(out.scale, dtype=torch.float32).reciprocal()
+    inverse = torch.tensor(out.scale, dtype=torch.float32, device="cpu").reciprocal()
     steps = _steps(torch.where(y.isnan(), -math.inf, y * inverse), -out.zero, 255 - out.zero)
     integers: Tensor = steps + out.zero - (0 if out.dtype is torch.uint8 else 128)
     return integers.to(out.dtype)
@@ -232,13 +232,13 @@ def _amax(rows: Tensor) -> Tensor:
 
 def _steps(values: Tensor, low: Any, high: Any) -> Tensor:
     """fp32 `values` rounded and held to low ... high; a NaN stays one."""
-    low, high = torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32)
+    low, high = (torch.as_tensor(end, dtype=torch.float32, device=values.device) for end in (low, high))
     return torch.round(values.clamp(low, high))
 
 
 def _all(x: Tensor, value: float) -> Tensor:
     """The same fp32 number for every row of x."""
-    return torch.full(x.shape[:1], float(value), dtype=torch.float32)
+    return torch.full(x.shape[:1], float(value), dtype=torch.float32, device=x.device)
 
 
 def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: str, fits: bool) -> None:

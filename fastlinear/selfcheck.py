@@ -39,7 +39,11 @@ def _worst_sum(row: dict[str, Any], layout: str) -> float:
     free = row["rows"] == "fp32" and dtype is not torch.float32
     for of_x in DTYPES.values() if free else [DTYPES[row["rows"]]]:
         for m, k, n in _SHAPES:
-            x, weight, bias = torch.randn(m, k).to(of_x), _weight(n, k, dtype), torch.randn(n)
+            x, weight, bias = (
+                torch.randn(m, k, device="cpu").to(of_x),
+                _weight(n, k, dtype),
+                torch.randn(n, device="cpu"),
+            )
             want = x.double() @ weight.double().T + bias
             share = _gamma(k + 2, torch.float32)
             if row["accumulate"] == "fp16":
@@ -57,8 +61,12 @@ def _worst_product(row: dict[str, Any], layout: str) -> float:
     for kind in _kernels.ROW_KINDS:
         rows = Rows(kind, 0.03, 100)
         for m, k, n in _SHAPES:
-            weight = Quantized(_weight(n, k, torch.int8), torch.rand(n), torch.randint(-128, 128, (n,)).int())
-            x, bias = torch.randn(m, k), torch.randn(n)
+            weight = Quantized(
+                _weight(n, k, torch.int8),
+                torch.rand(n, device="cpu"),
+                torch.randint(-128, 128, (n,), device="cpu").int(),
+            )
+            x, bias = torch.randn(m, k, device="cpu"), torch.randn(n, device="cpu")
             got = _run(row, layout, x, weight, bias, torch.float32, rows=_kernels.RowQuantizer(*rows))
             if not torch.equal(got, quantize.linear(x, weight, rows, bias)):
                 return float("inf")
@@ -66,7 +74,11 @@ def _worst_product(row: dict[str, Any], layout: str) -> float:
 
 
 def _weight(n: int, k: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(-128, 128, (n, k), dtype=dtype) if dtype is torch.int8 else torch.randn(n, k).to(dtype)
+    return (
+        torch.randint(-128, 128, (n, k), dtype=dtype, device="cpu")
+        if dtype is torch.int8
+        else torch.randn(n, k, device="cpu").to(dtype)
+    )
 
 
 def _gamma(n: int, dtype: torch.dtype) -> float:
@@ -80,9 +92,9 @@ def _worst_activation(row: dict[str, Any], name: str) -> float:
     Further to the left torch's own formula of gelu_tanh cancels, even in fp64.
     """
     activation = Activation(name, _kernels.activations()[name])
-    x = torch.linspace(-4, 8, 4001)[:, None].to(DTYPES[row["rows"]])
-    ones = torch.ones(32, 1, dtype=DTYPES[row["format"]])
-    got = _run(row, row["layout"], x, ones, torch.zeros(32), torch.float32, activation)
+    x = torch.linspace(-4, 8, 4001, device="cpu")[:, None].to(DTYPES[row["rows"]])
+    ones = torch.ones(32, 1, dtype=DTYPES[row["format"]], device="cpu")
+    got = _run(row, row["layout"], x, ones, torch.zeros(32, device="cpu"), torch.float32, activation)
     want = activations.apply(activation, x.double())
     ulp = torch.exp2(torch.frexp(want.abs().clamp_min(2.0**-126)).exponent - 24.0)
     return _largest((got - want).abs() / torch.maximum(_ULPS * ulp, _RELATIVE * want.abs()))
@@ -99,9 +111,12 @@ def _run(
     rows: _kernels.RowQuantizer | None = None,
 ) -> Tensor:
     if isinstance(weight, Tensor) and weight.dtype is torch.int8:
-        weight = Quantized(weight, torch.ones(len(weight)))
+        weight = Quantized(weight, torch.ones(len(weight), device="cpu"))
     parts = (weight,) if isinstance(weight, Tensor) else (weight.values, weight.scale, weight.zero)
-    packed, out = _kernels.Packed(parts[0], layout, *parts[1:]), torch.full((len(x), len(bias)), torch.nan, dtype=dtype)
+    packed, out = (
+        _kernels.Packed(parts[0], layout, *parts[1:]),
+        torch.full((len(x), len(bias)), torch.nan, dtype=dtype, device="cpu"),
+    )
     _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(steps), x, bias, out, rows)
     return out
 

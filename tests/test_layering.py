@@ -80,8 +80,13 @@ PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__m
 SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include", "csrc", "examples", "benchmarks"))]
 SUFFIXES = {".py", ".pyi", ".pyx", ".pxi", ".hpp", ".cpp"}
 
+FACTORIES = "empty|zeros|ones|full|rand|randn|randint|randperm|arange|linspace|eye|tensor|as_tensor|scalar_tensor"
+NESTED = r"(?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*"  # the rest of a call's arguments
+
 # (what, in which paths, why not)
 FORBIDDEN = [
+    (rf"torch\.({FACTORIES}|empty_strided)\((?!{NESTED}device=)", "fastlinear/", "a default device may be set"),
+    (r"torch\.Generator\(\)", "fastlinear/", "a default device may be set, and generators follow it"),
     (r"-march=", "", "one library serves every CPU"),
     (r"custom_op\(", "", "it costs 5 to 11 us a call; torch.library.Library costs 3"),
     (r"(import|from) (pickle|marshal|shelve|dill)\b|torch\.load\(", "fastlinear/", "reading a file must not run code"),
