@@ -273,8 +273,8 @@ def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     nbytes = _PROXY_CACHES * (_kernels.cpu_info()["l2"] or 1 << 20) * problem.threads
     least = _PROXY_COLUMNS * max(2, problem.threads)
     m, n = problem.m, min(problem.n, max(least, nbytes // row_bytes))
-    if m * n > area:
-        m = min(m, max(_PROXY_ROWS, int(area / n)))
+    if m * max(n, 1) > area:
+        m = min(m, max(_PROXY_ROWS, int(area / max(n, 1))))
         n = min(n, max(least, int(area / m)))
     head = operands.head(n, problem.transposed)
     return problem._replace(m=m, n=head.packed.n), head
