@@ -6,6 +6,7 @@ to call them and how to make their weights cold.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import logging
@@ -161,7 +162,11 @@ def cache() -> TuningCache:
         _processor(), tuple(_kernels.cpu_info()["isas"]), f"{version('fastlinear')} {_build()}", torch.__version__
     )
     names = {row["name"] for row in runnable()} | set(torch_plans.NAMES)
-    return TuningCache(machine, names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
+    made = TuningCache(machine, names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=made.forked)
+    atexit.register(made.flush)
+    return made
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastlinear import _kernels, linear
+from fastlinear import _kernels, linear, measuring
 from fastlinear.activations import Activation
 from fastlinear.packs import record_of
 from fastlinear.quality import UNKNOWN, Quality, quality_of
@@ -29,8 +29,14 @@ _WIDTH, _TAIL_WIDTH = 120, 40
 _SOURCES = {
     "tuned": "measured in this process",
     "cache": "from the tuning cache",
+    "neighbor": "as for a batch size nearby",
     "heuristic": "by rule, not measured",
     "override": "fixed by FASTLINEAR_KERNEL",
+}
+
+_REASONS = {
+    measuring.BUSY: "since others had the CPUs: a later call measures again, a few times, and tune() at once",
+    measuring.ELSEWHERE: "since another thread was measuring: a later call asks again",
 }
 
 _FORMATS = {str(dtype).removeprefix("torch."): name for dtype, name in _kernels.FORMATS.items()}
@@ -78,6 +84,9 @@ class Report(tuple[LayerReport, ...]):
         info = _kernels.cpu_info()
         yield f"layers: {', '.join(f'{n} {decision}' for decision, n in decisions.items()) or 'no linear ones'}"
         yield f"plans: {', '.join(f'{n} {_SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
+        waiting = Counter(chosen.provisional for layer in self for chosen in layer.buckets if chosen.provisional)
+        for reason, n in waiting.items():
+            yield f"provisional, marked ?: {n} of these, {_REASONS[reason]}"
         instead = sum(layer.pack_mib for layer in self if layer.frozen)
         yield f"extra memory: {self.pack_mib - instead:.1f} MiB of packed weights"
         if any(layer.quality != UNKNOWN for layer in self):
@@ -125,7 +134,7 @@ def _decision(buckets: tuple[Chosen, ...]) -> str:
 
 def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     """Equal for layers that share a row: those of repeated blocks."""
-    runs = tuple((chosen.x, chosen.bucket, chosen.name, chosen.speedup, chosen.refused) for chosen in layer.buckets)
+    runs = tuple((c.x, c.bucket, c.name, c.speedup, c.refused, c.provisional) for c in layer.buckets)
     shape = (layer.in_features, layer.out_features, layer.dtype, layer.frozen)
     return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, layer.quality == UNKNOWN
 
@@ -144,7 +153,8 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
     mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
     for chosen in first.buckets:
         speedup = "" if chosen.speedup is None else f"{chosen.speedup:.2f}x"
-        yield (*head, str(chosen.bucket), chosen.x, chosen.name, speedup, mib)
+        name = f"{chosen.name}?" if chosen.provisional else chosen.name
+        yield (*head, str(chosen.bucket), chosen.x, name, speedup, mib)
         head, mib = ("",) * len(head), ""
         if chosen.refused:
             yield (*head, "", "", f"({chosen.refused} refused)", "", "")

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,10 +27,11 @@ from fastlinear import environment
 
 _log = logging.getLogger("fastlinear")
 
-MAX_BYTES = 4 << 20  # some 8000 shapes; a larger file is not ours
+MAX_BYTES = 1 << 20  # some 2000 shapes, read and written in 20 ms; a larger file is not ours
+KEPT = 0.75  # of MAX_BYTES, where more is to be written: the newest entries
 MAX_TEXT = 200  # characters of a key or a name
 MAX_ROWS = 256  # of a table
-PATIENCE = 1.0  # seconds to wait for another process's write, which takes some milliseconds
+PATIENCE = 1.0  # seconds that `flush` waits for another process's write, which takes some milliseconds
 
 
 class Machine(NamedTuple):
@@ -63,10 +65,12 @@ def default_folder() -> Path | None:
 
 def _read_own(path: Path) -> bytes:
     """The bytes of a regular file of this user that nobody else may write; OSError or ValueError otherwise."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a FIFO must not hang us
+    # O_NONBLOCK: a FIFO must not hang us
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with open(handle, "rb") as file:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & stat.S_IWOTH:
+        shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or shared:
             raise ValueError("not a file of this user alone")
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -82,15 +86,15 @@ def _is_measure(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
-def _lock(handle: int) -> bool:
-    """Whether the lock came in time; it is released when the file is closed."""
-    deadline = time.monotonic() + PATIENCE
+def _lock(handle: int, patience: float) -> bool:
+    """Whether the lock came in so many seconds."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                return False  # the next put writes these entries too
+                return False
             time.sleep(1e-3)
         else:
             return True
@@ -100,7 +104,8 @@ class TuningCache:
     """`get`, `put` and `clear` by key. Never raises for what the disk holds or refuses.
 
     `known(name)` says whether a registry name may run here; `limits` hold the allowed values of each number.
-    The file is read once, at the first `get`; every `put` writes.
+    The file is read once, at the first `get`; every `put` writes, unless another process is just doing so: then the
+    next one does, or `flush`.
     """
 
     def __init__(
@@ -118,7 +123,9 @@ class TuningCache:
         folder = folder or default_folder()
         digest = hashlib.sha256(json.dumps(self.machine).encode()).hexdigest()[:16]
         self.path = folder / f"tuning-{digest}.json" if folder else None
-        self._refused = False
+        self._refused = self._unwritten = False
+        self._changing = threading.Lock()
+        self._handle: int | None = None  # of the file's lock, while this process has it
 
     def get(self, key: str) -> Tuned | None:
         if self._found is None:
@@ -142,39 +149,88 @@ class TuningCache:
     def put(self, key: str, value: Tuned) -> None:
         self._own[key] = value
         self._held.pop(key, None)
+        self._unwritten = True
+        self._write(0.0)
+
+    def flush(self) -> None:
+        """Writes what a `put` could not, and waits for others for that."""
+        if self._unwritten:
+            self._write(PATIENCE)
+
+    def _write(self, patience: float) -> None:
         # Merged with what is there by now, so that processes that tune at the same time lose nothing.
-        self._locked(lambda path: self._replace(path, {**self._read(), **self._own}))
+        def merge(path: Path) -> None:
+            older = {key: value for key, value in self._read().items() if key not in self._own}
+            self._replace(path, {**older, **self._own})
+            self._unwritten = False
+
+        self._locked(merge, patience)
 
     def clear(self) -> None:
         """Forget everything, on disk too."""
         self._own, self._held, self._found = {}, {}, {}
-        self._locked(lambda path: path.unlink(missing_ok=True))
+        self._unwritten = False
+        self._locked(lambda path: path.unlink(missing_ok=True), PATIENCE)
 
-    def _locked(self, change: Callable[[Path], None]) -> None:
-        """Change the file, alone among threads and processes; after a first failure all stays in memory."""
+    def _locked(self, change: Callable[[Path], None], patience: float) -> None:
+        """Change the file, alone among threads and processes; not if other processes have it all the time. After a
+        first failure all stays in memory."""
         if self.path is None or self._refused:
             return
+        with self._changing:
+            self._change(self.path, change, patience)
+
+    def _change(self, file: Path, change: Callable[[Path], None], patience: float) -> None:
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(self.path.with_suffix(".lock"), "wb") as side:
-                if _lock(side.fileno()):
-                    change(self.path)
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # whatever lies there is not written to
+            self._handle = os.open(file.with_suffix(".lock"), flags, 0o600)
+            try:
+                if _lock(self._handle, patience):
+                    change(file)
+            finally:
+                self._unlock()
         except OSError as error:
             self._refused = True
             _log.warning(
                 "the tuning cache cannot be written to %s (%s): what is tuned lasts for this process only; "
                 "%s may name a folder that is writable",
-                self.path.parent,
+                file.parent,
                 error.strerror or error,
                 "FASTLINEAR_CACHE_DIR",
             )
 
+    def _unlock(self) -> None:
+        if self._handle is not None:
+            # A child that was forked meanwhile has the file open, too, and would keep the lock beyond our closing it.
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            os.close(self._handle)
+            self._handle = None
+
+    def forked(self) -> None:
+        """In a child: what it has of the locks is not its own."""
+        self._changing = threading.Lock()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
     def _replace(self, path: Path, entries: Mapping[str, Tuned]) -> None:
-        content = {"machine": self.machine, "entries": {key: value._asdict() for key, value in entries.items()}}
+        kept = {key: value._asdict() for key, value in entries.items()}
+        content = {"machine": self.machine, "entries": kept}
+        text = json.dumps(content)
+        if len(text) > MAX_BYTES:
+            sizes = {key: len(json.dumps({key: value})) for key, value in kept.items()}
+            excess = len(text) - KEPT * MAX_BYTES
+            for key in list(kept):  # oldest first: they stand as they were put
+                if excess <= 0:
+                    break
+                excess -= sizes[key]
+                del kept[key]
+            text = json.dumps(content)
         temporary = path.with_suffix(".tmp")  # one name will do under the lock, and leaves no litter after a crash
         temporary.unlink(missing_ok=True)
         with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(json.dumps(content))
+            file.write(text)
         # No fsync, which takes 10 to 1000 ms: what a power failure leaves is read with distrust and tuned again.
         os.replace(temporary, path)
 

@@ -59,7 +59,7 @@ PYTHON_ROOMS = {
     "calibration": {"quantize", "schemes", "selection", "tuning"},
     "tuning": {"linear", "measuring"},
     "convert": {"bypass", "chains", "fitness", "freeze", "fusion", "linear", "precision", "schemes", "selection"},
-    "report": {"_kernels", "activations", "candidates", "linear", "packs", "quality", "selection"},
+    "report": {"_kernels", "activations", "candidates", "linear", "measuring", "packs", "quality", "selection"},
     "selfcheck": {"_kernels", "activations", "precision", "quantize"},
     "header": set(),
     "safefile": {"header"},

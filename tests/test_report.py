@@ -23,6 +23,7 @@ class Answer:
     ) -> None:
         self.bucket, self.name, self.source, self.speedup, self.x = bucket, name, source, speedup, x
         self.refused = refused
+        self.provisional = ""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Answer) and vars(self) == vars(other)

@@ -223,8 +223,9 @@ def test_not_a_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as other:
         other.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
         assert cache(tmp_path).get("a") is None
-    path.chmod(0o666)
-    assert cache(tmp_path).get("a") is None
+    for mode in (0o666, 0o660, 0o602):
+        path.chmod(mode)
+        assert cache(tmp_path).get("a") is None
     path.chmod(0o600)
     assert cache(tmp_path).get("a") == VALUE
     path.unlink()
@@ -277,16 +278,109 @@ def test_failed_write_keeps_the_old_file(
 
 
 def test_a_held_lock_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If another process hangs while writing, a put gives up soon, and a later one writes both."""
+    """While another process writes, a put does not wait at all, and a later one, or flush, writes both."""
     monkeypatch.setattr(tuning_cache, "PATIENCE", 0.01)
+    monkeypatch.setattr(tuning_cache.time, "sleep", _no_sleep)
     path = written(tmp_path)
     waiting = cache(tmp_path)
     with open(path.with_suffix(".lock"), "wb") as side:
         fcntl.flock(side, fcntl.LOCK_EX)
         waiting.put("b", VALUE)
+        assert waiting.get("b") == VALUE
         assert cache(tmp_path).get("b") is None
+    waiting.flush()
+    assert cache(tmp_path).get("b") == VALUE
     waiting.put("c", VALUE)
     assert {key for key in "abc" if cache(tmp_path).get(key)} == set("abc")
+
+
+def _no_sleep(seconds: float) -> None:
+    raise AssertionError(f"a put slept for {seconds} s")
+
+
+def test_the_lock_does_not_outlive_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child forked in the middle of a write, by whatever thread, holds no lock: the next process writes at once."""
+    path = written(tmp_path)
+    ours, done = cache(tmp_path), os.pipe()
+    replace, children = os.replace, []
+
+    def fork_and_replace(*paths: Any) -> None:
+        child = os.fork()
+        if child == 0:  # lives on with all that was open, as a worker would
+            os.read(done[0], 1)
+            os._exit(0)
+        children.append(child)
+        replace(*paths)
+
+    with monkeypatch.context() as forking:
+        forking.setattr(os, "replace", fork_and_replace)
+        ours.put("b", VALUE)
+    monkeypatch.setattr(tuning_cache.time, "sleep", _no_sleep)
+    cache(tmp_path).put("c", VALUE)
+    os.write(done[1], b"x")
+    os.waitpid(children[0], 0)
+    assert set(json.loads(path.read_bytes())["entries"]) == set("abc")
+
+
+def test_a_child_lets_go_of_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a forked child has of a lock is closed there, and both it and the parent put afterwards."""
+    path = written(tmp_path)
+    ours = cache(tmp_path)
+
+    def fork(_: object, __: object) -> None:
+        child = os.fork()
+        if child == 0:
+            ours.forked()
+            os._exit(0 if ours._handle is None and not ours._changing.locked() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    with monkeypatch.context() as forking:
+        forking.setattr(ours, "_replace", fork)
+        ours.put("b", VALUE)
+    ours.put("c", VALUE)
+    assert set(json.loads(path.read_bytes())["entries"]) == set("abc")
+
+
+@pytest.mark.parametrize("suffix", [".lock", ".json"])
+def test_links_are_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
+    """A symbolic link in the place of the lock or of the file: what it points at keeps its contents and is not read."""
+    victim = tmp_path / "victim"
+    path = written(tmp_path / "cache")
+    victim.write_bytes(path.read_bytes())
+    before = victim.read_bytes()
+    path.with_suffix(suffix).unlink()
+    path.with_suffix(suffix).symlink_to(victim)
+    linked = cache(path.parent)
+    assert (linked.get("a") is None) == (suffix == ".json")
+    with caplog.at_level(logging.WARNING, "fastlinear"):
+        linked.put("b", VALUE)
+    assert victim.read_bytes() == before and linked.get("b") == VALUE
+    assert len(caplog.messages) == (suffix == ".lock")
+
+
+def test_the_oldest_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the file may hold pushes out what was put first, a quarter at a time; the file stays readable."""
+    monkeypatch.setattr(tuning_cache, "MAX_BYTES", 20_000)
+    full = cache(tmp_path)
+    keys = [f"key{i}" for i in range(200)]
+    for key in keys:
+        full.put(key, VALUE)
+    assert full.path is not None and full.path.stat().st_size <= 20_000
+    found = [key for key in keys if cache(tmp_path).get(key)]
+    assert len(found) >= 50 and found == keys[-len(found) :]
+    cache(tmp_path).put("new", VALUE)
+    assert cache(tmp_path).get("new") == VALUE and cache(tmp_path).get(found[-1]) == VALUE
+
+
+def test_what_is_held_is_for_this_process(tmp_path: Path) -> None:
+    """hold() is remembered here and written nowhere, not even by a later put; a put of the same key takes its place."""
+    ours = cache(tmp_path)
+    ours.hold("a", VALUE)
+    assert ours.get("a") == VALUE
+    ours.put("b", VALUE)
+    assert cache(tmp_path).get("a") is None and cache(tmp_path).get("b") == VALUE
+    ours.clear()
+    assert ours.get("a") is None
 
 
 def test_eight_processes_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +394,7 @@ def test_eight_processes_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytes
         together.wait()
         for i in range(10):
             mine.put(f"{process}/{i}", VALUE)
+        mine.flush()
 
     writers = [fork.Process(target=write, args=(process,)) for process in range(8)]
     for writer in writers:
