@@ -96,7 +96,8 @@ cdef bint disabled() except -1:
     return variables.get(DISABLE) is not None and is_disabled()
 
 
-cdef bint watched() except -1:
+cpdef bint watched() except -1:
+    """True while a mode of torch's sees or rewrites what is called."""
     for mode in modes:
         level = mode()
         if level is not None and level is not False and level != 0:

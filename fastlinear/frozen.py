@@ -1,30 +1,41 @@
 """Frozen layers: the packed weight stays, the Parameter goes, and everything else that nn.Linear does is kept.
 
 A frozen layer has None in the place of its parameter "weight", and a Frozen in its __dict__. `layer.weight` is unpacked
-at each access, as a plain tensor that is for reading; so are state dicts. What needs a weight to write to
-(load_state_dict, half(), to("cuda") ...) thaws the layer first. Model code that reads a weight in every call, like T5's
-feed-forward for its dtype, would spend most of its time so: from some point on, it gets a tensor that is kept.
+at each access, as a tensor that is for reading; so are state dicts. What needs a weight to write to (load_state_dict,
+half(), to("cuda") ...) thaws the layer first, and so does whoever writes to the tensor (lent.py). Model code that reads
+a weight in every call, like T5's feed-forward for its dtype, would spend most of its time unpacking: from some point
+on, it gets a tensor that is kept.
 
 A Frozen stands for a weight: layers that hold the same one are tied. `hold(layer, frozen)` freezes a fast layer over it
 and `linear.adopt(module, ..., over=frozen)` a stock one; `packs.record_of(layer)` is the layer's, if it is frozen.
+
+A frozen layer without a bias has an empty Parameter instead of its weight, so that `next(model.parameters())`, the
+usual way to ask for dtype and device, has an answer. No state dict has it.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import weakref
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, op_form, planner, torch_plans
+from fastlinear import _engine, _kernels, op_form, planner, torch_plans
 from fastlinear._engine import Engine
 from fastlinear.candidates import Chosen
+from fastlinear.lent import Lent
 from fastlinear.packs import lock, pack, record_of, why_unfit
 from fastlinear.precision import Precision, dtype_of_rows
 from fastlinear.quality import note
 
+_log = logging.getLogger("fastlinear")
+
 _OFTEN = 32  # reads of a weight by others after which it is kept unpacked
+PLACEHOLDER = "frozen_weight"  # the name of the empty Parameter
 
 
 class Frozen:
@@ -47,7 +58,8 @@ class Frozen:
         self.smooth = smooth
         self.layers: WeakSet[Freezable] = WeakSet()  # those that are tied by this
         self.reads = 0  # by others than the layer itself
-        self.kept: Tensor | None = None
+        self.kept: Lent | None = None  # what is lent, once it is read often
+        self._lent: weakref.ref[Lent] | None = None
         # What the op takes, where Dynamo finds it: it does not look into extension types.
         self.panels, self.form = packed.data, (packed.layout, packed.n, packed.k)
 
@@ -56,16 +68,23 @@ class Frozen:
         weight = op_form.unpack(self.panels, *self.form, self.smooth).to(self.dtype)
         return weight.t().contiguous() if transposed else weight
 
+    @property
+    def lent(self) -> Lent | None:
+        """The unpacked weight that somebody has at the moment."""
+        return None if self._lent is None else self._lent()
+
     def read(self, transposed: bool) -> Tensor:
-        """The same for others than the layer: after many reads the tensor is kept, unless somebody writes to it."""
-        if self.kept is not None and self.kept._version == 0:
-            return self.kept
-        with torch.inference_mode(False):
-            weight = self.unpack(transposed)
-        self.reads += 1
-        plain = type(weight) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
-        self.kept = weight if plain and self.reads > _OFTEN else None
-        return weight
+        """The same for others than the layer; all at one time get the same memory, and whoever writes to it thaws."""
+        lent = self.lent
+        if lent is None:
+            with torch.inference_mode(False):
+                weight = self.unpack(transposed)
+            self.reads += 1
+            if type(weight) is not Tensor:
+                return weight
+            lent = Lent(weight, functools.partial(_take_over, weakref.ref(self)))
+            self._lent, self.kept = weakref.ref(lent), lent if self.reads > _OFTEN else None
+        return lent.hand_out(lent.whole)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:  # copied layers are tied by the copy
         return Frozen(self.packed, self.dtype, self.requires_grad, self.origin, self.smooth)
@@ -137,8 +156,9 @@ class Freezable(nn.Module):
         if name == "weight":
             frozen = record_of(self)
             if frozen is not None:
-                compiled = torch.compiler.is_dynamo_compiling()
-                return frozen.unpack(self._transposed) if compiled else frozen.read(self._transposed)
+                # Whoever records or rewrites what is done with it gets plain ops.
+                plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
+                return frozen.unpack(self._transposed) if plain else frozen.read(self._transposed)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -156,6 +176,7 @@ class Freezable(nn.Module):
         if frozen is not None:
             destination[prefix + "weight"] = frozen.unpack(self._transposed)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + PLACEHOLDER, None)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
@@ -165,6 +186,8 @@ class Freezable(nn.Module):
         elif strict and is_frozen(self):
             missing_keys.append(prefix + "weight")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *lists)
+        if prefix + PLACEHOLDER in missing_keys:
+            missing_keys.remove(prefix + PLACEHOLDER)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         frozen = record_of(self)
@@ -196,6 +219,9 @@ def hold(layer: Any, frozen: Frozen) -> None:
             layer._frozen.layers.discard(layer)
         vars(layer)["_frozen"] = frozen  # first, since other threads may be calling the layer
         layer._parameters["weight"] = None
+        if layer._parameters.get("bias") is None:
+            empty = torch.empty(0, dtype=frozen.dtype, device="cpu")
+            layer._parameters[PLACEHOLDER] = nn.Parameter(empty, requires_grad=False)
         layer._reset()
 
 
@@ -236,10 +262,29 @@ def thaw_layer(layer: Any) -> None:
         frozen = record_of(layer)
         if frozen is None:
             return
-        weight = nn.Parameter(frozen.unpack(layer._transposed), frozen.requires_grad)
-        for tied in list(frozen.layers):
-            tied._parameters["weight"] = weight
-            _let_go(tied)
+        lent = frozen.lent
+        weight = nn.Parameter(frozen.unpack(layer._transposed) if lent is None else lent.whole, frozen.requires_grad)
+        if lent is not None:
+            lent.parameter = weight
+        _thaw(frozen, weight)
+
+
+def _take_over(record: weakref.ref[Frozen], written: Tensor) -> nn.Parameter | None:
+    """Thaws the layers of a Frozen, whose weight somebody has written to in the memory that was lent."""
+    with lock, torch.inference_mode(False):
+        frozen = record()
+        if frozen is None or not frozen.layers:
+            return None
+        weight = nn.Parameter(written, frozen.requires_grad)
+        _log.info("a frozen weight of %d x %d was written to, and is a Parameter again", *written.shape)
+        _thaw(frozen, weight)
+        return weight
+
+
+def _thaw(frozen: Frozen, weight: nn.Parameter) -> None:
+    for tied in list(frozen.layers):
+        tied._parameters["weight"] = weight
+        _let_go(tied)
 
 
 def _let_go(layer: Freezable) -> None:
@@ -247,4 +292,5 @@ def _let_go(layer: Freezable) -> None:
     frozen = vars(layer).pop("_frozen", None)
     if frozen is not None:
         frozen.layers.discard(layer)
+        layer._parameters.pop(PLACEHOLDER, None)
         layer._reset()

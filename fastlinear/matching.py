@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastlinear import fusion, linear
 from fastlinear.activations import recognise
 from fastlinear.fitness import is_transposed
-from fastlinear.frozen import is_frozen
+from fastlinear.frozen import PLACEHOLDER, is_frozen
 from fastlinear.header import Contents, Entry, shown
 from fastlinear.manifest import Fused, Layer, Manifest, member, plain_names
 from fastlinear.packs import dtype_of
@@ -35,7 +35,7 @@ def tensors_of(model: nn.Module) -> Iterator[Held]:
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None and attribute == "weight" and is_frozen(module):
                 tensor = torch.empty(_weight_shape(module), dtype=dtype_of(module), device="meta")
-            if tensor is not None:
+            if tensor is not None and attribute != PLACEHOLDER:
                 kind = "transient" if attribute in module._non_persistent_buffers_set else "buffer"
                 kind = "parameter" if attribute in module._parameters else kind
                 yield Held(module, attribute, member(prefix, attribute), tensor, kind)

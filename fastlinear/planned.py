@@ -88,7 +88,8 @@ class Planned(Freezable):
                 frozen = record_of(self)
                 if why_unfit(self) is not None or self._frozen is not frozen:
                     return False
-                weight = self.weight  # read once: another thread may be setting it, to one of another dtype
+                # Read once: another thread may be setting it, to one of another dtype.
+                weight = self.weight if frozen is None else frozen.unpack(self._transposed)
                 if engine is self._engine:
                     packed_as = self._precision.packed or name_of(weight.dtype)
                 precision = self._precision_in(engine, packed_as)

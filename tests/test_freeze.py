@@ -206,7 +206,7 @@ class Curious(nn.Module):
 
 
 def test_a_weight_that_is_read_often_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After some calls nothing is unpacked any more, unless somebody wrote to what was kept: then it is the weight."""
+    """After some calls nothing is unpacked any more."""
     fast, unpacked = OFF(Curious().eval(), freeze=True), []
     weight = fast.fc.weight.clone()
     real = frozen.op_form.unpack
@@ -219,8 +219,6 @@ def test_a_weight_that_is_read_often_is_kept(monkeypatch: pytest.MonkeyPatch) ->
         count = len(unpacked)
         fast(inputs())
     assert len(unpacked) == count < 40 and torch.equal(fast.fc.weight, weight)
-    fast.fc.weight.zero_()
-    assert torch.equal(fast.fc.weight, weight)
     assert copy.deepcopy(fast.fc)._frozen.kept is None and list(fast.fc.state_dict()) == ["weight", "bias"]
 
 
