@@ -1,13 +1,13 @@
-// The avx2 rows of the library: kernels, epilogue steps, conversions and quantization.
+// The avx2 row of the library: kernels, epilogue steps, conversions and quantization.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
-#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx2,fma,f16c")
@@ -26,13 +26,28 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace fastlinear {
 
-extern const IsaTable kAvx2Table;
-const IsaTable kAvx2Table{
-    Isa::avx2,
-    {avx2::kFp32Kernels, avx2::kBf16Kernels, avx2::kFp16Kernels, avx2::kInt8woKernels, avx2::kInt8Kernels},
-    epilogue_steps<avx2::F32>,
-    conversions<avx2::F32>,
-    &quantization<avx2::F32, avx2::I32>};
+namespace scalar {
+extern const Isa kIsa;
+}
+
+namespace avx2 {
+
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
+constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>};
+
+const Isa kIsa{
+    .name = "avx2",
+    .base = &scalar::kIsa,
+    .needs = kNeeds,
+    .saved = cpu_bits::kYmmSaved,
+    .permit = nullptr,
+    .above = {},
+    .kernels = kKernels,
+    .vectors = &kVectors,
+};
+
+}  // namespace avx2
 
 }  // namespace fastlinear
 

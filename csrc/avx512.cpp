@@ -1,13 +1,13 @@
-// The avx512 rows of the library: kernels, epilogue steps, conversions and quantization.
+// The avx512 row of the library: kernels, epilogue steps, conversions and quantization.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
-#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -26,13 +26,32 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 namespace fastlinear {
 
-extern const IsaTable kAvx512Table;
-const IsaTable kAvx512Table{
-    Isa::avx512,
-    {avx512::kFp32Kernels, avx512::kBf16Kernels, avx512::kFp16Kernels, avx512::kInt8woKernels, avx512::kInt8Kernels},
-    epilogue_steps<avx512::F32>,
-    conversions<avx512::F32>,
-    &quantization<avx512::F32, avx512::I32>};
+namespace avx2 {
+extern const Isa kIsa;
+}
+namespace avx_vnni {
+extern const Isa kIsa;
+}
+
+namespace avx512 {
+
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
+constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
+constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>};
+
+const Isa kIsa{
+    .name = "avx512",
+    .base = &avx2::kIsa,
+    .needs = kNeeds,
+    .saved = cpu_bits::kZmmSaved,
+    .permit = nullptr,
+    .above = kAbove,
+    .kernels = kKernels,
+    .vectors = &kVectors,
+};
+
+}  // namespace avx512
 
 }  // namespace fastlinear
 

@@ -1,13 +1,13 @@
-// The avx512_bf16 rows of the library: kernels.
+// The avx512_bf16 row of the library: kernels.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
-#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")
@@ -16,8 +16,31 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")
 
 namespace fastlinear {
 
-extern const IsaTable kAvx512Bf16Table;
-const IsaTable kAvx512Bf16Table{Isa::avx512_bf16, {{}, avx512_bf16::kBf16Kernels}};
+namespace avx512 {
+extern const Isa kIsa;
+}
+namespace avx512_vnni {
+extern const Isa kIsa;
+}
+
+namespace avx512_bf16 {
+
+constexpr std::span<const Kernel> kKernels[] = {kBf16Kernels};
+constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512Bf16};
+constexpr const Isa* kAbove[] = {&avx512_vnni::kIsa};
+
+const Isa kIsa{
+    .name = "avx512_bf16",
+    .base = &avx512::kIsa,
+    .needs = kNeeds,
+    .saved = cpu_bits::kZmmSaved,
+    .permit = nullptr,
+    .above = kAbove,
+    .kernels = kKernels,
+    .vectors = nullptr,
+};
+
+}  // namespace avx512_bf16
 
 }  // namespace fastlinear
 

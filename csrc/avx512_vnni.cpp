@@ -1,13 +1,13 @@
-// The avx512_vnni rows of the library: kernels.
+// The avx512_vnni row of the library: kernels.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
-#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")
@@ -16,8 +16,27 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")
 
 namespace fastlinear {
 
-extern const IsaTable kAvx512VnniTable;
-const IsaTable kAvx512VnniTable{Isa::avx512_vnni, {{}, {}, {}, {}, avx512_vnni::kInt8Kernels}};
+namespace avx512 {
+extern const Isa kIsa;
+}
+
+namespace avx512_vnni {
+
+constexpr std::span<const Kernel> kKernels[] = {kInt8Kernels};
+constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512Vnni};
+
+const Isa kIsa{
+    .name = "avx512_vnni",
+    .base = &avx512::kIsa,
+    .needs = kNeeds,
+    .saved = cpu_bits::kZmmSaved,
+    .permit = nullptr,
+    .above = {},
+    .kernels = kKernels,
+    .vectors = nullptr,
+};
+
+}  // namespace avx512_vnni
 
 }  // namespace fastlinear
 

@@ -1,13 +1,13 @@
-// The avx_vnni rows of the library: kernels.
+// The avx_vnni row of the library: kernels.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
-#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/host/target.hpp"
 
 FL_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
@@ -16,8 +16,27 @@ FL_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 
 namespace fastlinear {
 
-extern const IsaTable kAvxVnniTable;
-const IsaTable kAvxVnniTable{Isa::avx_vnni, {{}, {}, {}, {}, avx_vnni::kInt8Kernels}};
+namespace avx2 {
+extern const Isa kIsa;
+}
+
+namespace avx_vnni {
+
+constexpr std::span<const Kernel> kKernels[] = {kInt8Kernels};
+constexpr CpuBit kNeeds[] = {cpu_bits::kAvxVnni};
+
+const Isa kIsa{
+    .name = "avx_vnni",
+    .base = &avx2::kIsa,
+    .needs = kNeeds,
+    .saved = cpu_bits::kYmmSaved,
+    .permit = nullptr,
+    .above = {},
+    .kernels = kKernels,
+    .vectors = nullptr,
+};
+
+}  // namespace avx_vnni
 
 }  // namespace fastlinear
 

@@ -8,32 +8,34 @@
 
 namespace fastlinear {
 
-extern const IsaTable kAvx512Fp16Table, kAvx512Bf16Table, kAvx512VnniTable, kAvx512Table, kAvxVnniTable, kAvx2Table,
-    kScalarTable;
+// clang-format off
+namespace scalar { extern const Isa kIsa; }
+namespace avx2 { extern const Isa kIsa; }
+namespace avx_vnni { extern const Isa kIsa; }
+namespace avx512 { extern const Isa kIsa; }
+namespace avx512_vnni { extern const Isa kIsa; }
+namespace avx512_bf16 { extern const Isa kIsa; }
+namespace avx512_fp16 { extern const Isa kIsa; }
+// clang-format on
 
 namespace {
 
-static_assert(kActivations[kIdentity].name == std::string_view("identity"));
-static_assert(kActivations[kRelu].name == std::string_view("relu"));
+static_assert(kFunctions[kIdentity].name == std::string_view("identity"));
+static_assert(kFunctions[kRelu].name == std::string_view("relu"));
 
-// Best first.
-const IsaTable* const kTables[] = {&kAvx512Fp16Table, &kAvx512Bf16Table, &kAvx512VnniTable, &kAvx512Table,
-                                   &kAvxVnniTable,    &kAvx2Table,       &kScalarTable};
-
-// The table of `isa`, or of the next lower one that has its own vector type.
-const IsaTable& with_vectors(Isa isa) {
-  for (const IsaTable* table : kTables)
-    if (table->isa <= isa && table->steps != nullptr) return *table;
-  return kScalarTable;
-}
+// In the order in which they are shown, best first; nothing else depends on it.
+const Isa* const kIsas[] = {&avx512_fp16::kIsa, &avx512_bf16::kIsa, &avx512_vnni::kIsa, &avx512::kIsa,
+                            &avx_vnni::kIsa,    &avx2::kIsa,        &scalar::kIsa};
 
 }  // namespace
 
+const Isa* isa_at(std::size_t i) { return i < std::size(kIsas) ? kIsas[i] : nullptr; }
+
 const Kernel* kernel_at(std::size_t i) {
-  for (const IsaTable* table : kTables)
-    for (const KernelList& list : table->kernels) {
-      if (i < list.count) return list.first + i;
-      i -= list.count;
+  for (const Isa* isa : kIsas)
+    for (const std::span<const Kernel> kernels : isa->kernels) {
+      if (i < kernels.size()) return &kernels[i];
+      i -= kernels.size();
     }
   return nullptr;
 }
@@ -44,12 +46,6 @@ const Kernel* find_kernel(const char* name) {
   return nullptr;
 }
 
-const Activation* activation_at(std::size_t i) { return i < std::size(kActivations) ? kActivations + i : nullptr; }
-
-Step find_step(Isa isa, std::size_t i) { return with_vectors(isa).steps[i]; }
-
-const Conversion* find_conversions(Isa isa) { return with_vectors(isa).conversions; }
-
-const Quantization& find_quantization(Isa isa) { return *with_vectors(isa).quantization; }
+const EpilogueFunction* function_at(std::size_t i) { return i < std::size(kFunctions) ? kFunctions + i : nullptr; }
 
 }  // namespace fastlinear

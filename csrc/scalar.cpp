@@ -1,13 +1,13 @@
-// The scalar rows of the library: kernels, epilogue steps, conversions and quantization.
+// The scalar row of the library: kernels, epilogue steps, conversions and quantization.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
-#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/host/target.hpp"
 
 // clang-format off: the vector type comes first
@@ -20,12 +20,22 @@
 
 namespace fastlinear {
 
-extern const IsaTable kScalarTable;
-const IsaTable kScalarTable{
-    Isa::scalar,
-    {scalar::kFp32Kernels, scalar::kBf16Kernels, scalar::kFp16Kernels, scalar::kInt8woKernels, scalar::kInt8Kernels},
-    epilogue_steps<scalar::F32>,
-    conversions<scalar::F32>,
-    &quantization<scalar::F32, scalar::I32>};
+namespace scalar {
+
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>};
+
+const Isa kIsa{
+    .name = "scalar",
+    .base = nullptr,
+    .needs = {},
+    .saved = 0,
+    .permit = nullptr,
+    .above = {},
+    .kernels = kKernels,
+    .vectors = &kVectors,
+};
+
+}  // namespace scalar
 
 }  // namespace fastlinear

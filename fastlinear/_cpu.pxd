@@ -1,5 +1,4 @@
 from libc.stdint cimport uint32_t, uint64_t
-from libcpp cimport bool as cbool
 
 
 cdef extern from "fastlinear/host/cpu.hpp" namespace "fastlinear" nogil:
@@ -18,15 +17,11 @@ cdef extern from "fastlinear/host/cpu.hpp" namespace "fastlinear" nogil:
         uint32_t family
         uint32_t number
         uint32_t stepping
-        cbool[7] isa
         size_t[3] cache
     Cpu detect_cpu(const CpuSource&)
     CpuSource this_cpu()
     void flush(const char*, size_t)
 
-cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
-    size_t kIsas
-    const char** kIsaNames
 
-
-cdef bint isa_allowed(size_t isa) noexcept
+cdef CpuSource source_of(dict machine)
+cdef dict describe_cpu(const CpuSource& source)

@@ -4,6 +4,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
+from fastlinear._cpu cimport CpuSource
+
 
 cdef extern from "fastlinear/host/dlpack.hpp" namespace "fastlinear" nogil:
     ctypedef struct DlDevice:
@@ -23,16 +25,24 @@ cdef extern from "fastlinear/host/dlpack.hpp" namespace "fastlinear" nogil:
         uint32_t major
         int (*peek)(void*, DlTensor*)
 
+cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
+    ctypedef struct Isa:
+        const char* name
+        const Isa* base
+        cbool (*permit)()
+    const Isa* isa_at(size_t)
+    cbool offers(const CpuSource&, const Isa&)
+    cbool within(const Isa&, const Isa&)
+
 cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
     ctypedef int Format "fastlinear::Format"
-    ctypedef int Isa "fastlinear::Isa"
     ctypedef struct Layout:
         Format format
         ptrdiff_t nr
         ptrdiff_t kr
     ctypedef struct Kernel:
         const char* name
-        Isa isa
+        const Isa& isa
         Format rows
         Layout layout
         ptrdiff_t mr
@@ -43,8 +53,6 @@ cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
     size_t kFormats
     size_t kPackedFormats
     size_t kFloatFormats
-    size_t kIsas
-    const char** kIsaNames
     const char** kFormatNames
     ptrdiff_t element_bytes(Format)
     cbool is_float(Format)
@@ -54,15 +62,14 @@ cdef extern from "fastlinear/formats/int8.hpp" namespace "fastlinear" nogil:
     ptrdiff_t kDotLimitWithZeros
 
 cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
-    ctypedef void (*Step)()
-    ctypedef struct Activation "fastlinear::Activation":
+    ctypedef struct EpilogueFunction:
         const char* name
         size_t params
         float* defaults
+        size_t operands
     const Kernel* kernel_at(size_t)
     const Kernel* find_kernel(const char*)
-    const Activation* activation_at(size_t)
-    Step find_step(Isa, size_t)
+    const EpilogueFunction* function_at(size_t)
 
 cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
     cppclass ThreadPool:
@@ -104,6 +111,7 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         const Kernel* kernel
         ptrdiff_t threads
         ptrdiff_t k_slices
+    CPlan make_plan(const Kernel&, ptrdiff_t, ptrdiff_t)
     ctypedef struct Rows:
         const char* data
         ptrdiff_t stride
@@ -126,11 +134,21 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         char* data
         ptrdiff_t stride
         Format format
+    ctypedef struct EpilogueStep:
+        uint32_t function
+        int32_t operand
+        float* params
     cppclass EpilogueProgram:
-        Step* steps
-        float** params
+        EpilogueStep* steps
         size_t count
         Affine out
+    size_t kMaxSteps "fastlinear::EpilogueProgram::kMaxSteps"
+    size_t kMaxOperands "fastlinear::EpilogueProgram::kMaxOperands"
+    ctypedef struct COperand "fastlinear::Operand":
+        const char* data
+        ptrdiff_t row_stride
+        ptrdiff_t column_stride
+        Format format
     ctypedef struct Problem:
         ptrdiff_t m
         ptrdiff_t n
@@ -141,17 +159,22 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         Bias bias
         Output y
         EpilogueProgram epilogue
+        const COperand* operands
     cbool gemm(const Problem&, const CPlan&)
 
 
 cdef enum:
     MAX_DIMS = 8
 
-cdef enum:
-    STATIC = 2  # RowKind::fixed
-
-cdef enum:  # of enum Format
-    FP32, BF16, FP16, INT8WO, INT8, UINT8, INT16, INT32
+cdef extern from *:
+    int STATIC "int(fastlinear::RowKind::fixed)"
+    int FP32 "int(fastlinear::Format::fp32)"
+    int BF16 "int(fastlinear::Format::bf16)"
+    int FP16 "int(fastlinear::Format::fp16)"
+    int INT8 "int(fastlinear::Format::int8)"
+    int UINT8 "int(fastlinear::Format::uint8)"
+    int INT16 "int(fastlinear::Format::int16)"
+    int INT32 "int(fastlinear::Format::int32)"
 
 # A dense tensor of one of our formats in this machine's memory, as the kernels see it; strides in elements.
 cdef struct View:
@@ -198,8 +221,9 @@ cdef class Plan:
     cdef CPlan plan
 
 cdef class Epilogue:
-    cdef EpilogueProgram[7] program  # one an ISA
+    cdef EpilogueProgram program
     cdef readonly tuple steps, out
+    cdef size_t operands  # how many a call has to bring
     cdef object dtype  # of y, where it is requantized
 
 cdef class RowQuantizer:
@@ -212,5 +236,6 @@ cdef class RowQuantizer:
 
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y,
+    const COperand* operands=*
 ) except -1

@@ -1,11 +1,9 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlinear._cpu import cpu_info as cpu_info
-from fastlinear._cpu import detect as detect
 from fastlinear._cpu import evict as evict
 
 pool_attached: bool
@@ -13,8 +11,13 @@ FORMATS: dict[torch.dtype, str]  # of floating x, biases, parameters
 PACKED: dict[str, torch.dtype]  # of weights, by the names of their formats
 ROW_KINDS: tuple[str, ...]
 
+def cpu_info() -> dict[str, Any]: ...
+def detect(machine: Mapping[Any, Any]) -> dict[str, Any]: ...
+def pretend(machine: Mapping[Any, Any] | None) -> None: ...
+def isas() -> list[str]: ...
 def kernels() -> list[dict[str, Any]]: ...
 def activations() -> dict[str, tuple[float, ...]]: ...
+def functions() -> dict[str, tuple[tuple[float, ...], int]]: ...
 def num_threads() -> int: ...
 def pool_threads() -> tuple[int, ...]: ...
 def forked() -> bool: ...
@@ -46,12 +49,12 @@ class Plan:
     due: float
     def __init__(self, kernel: str, threads: int = 1, k_slices: int = 1) -> None: ...
 
+Step = tuple[str, tuple[float, ...]] | tuple[str, tuple[float, ...], int]
+
 class Epilogue:
-    steps: tuple[tuple[str, tuple[float, ...]], ...]
+    steps: tuple[Step, ...]
     out: tuple[torch.dtype, float, int] | None
-    def __init__(
-        self, steps: Iterable[tuple[str, tuple[float, ...]]] = (), out: tuple[torch.dtype, float, int] | None = None
-    ) -> None: ...
+    def __init__(self, steps: Iterable[Step] = (), out: tuple[torch.dtype, float, int] | None = None) -> None: ...
 
 class RowQuantizer:
     kind: str
@@ -68,4 +71,5 @@ def run(
     bias: Tensor | None,
     out: Tensor,
     rows: RowQuantizer | None = None,
+    operands: Sequence[Tensor] = (),
 ) -> None: ...

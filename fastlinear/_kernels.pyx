@@ -16,8 +16,8 @@ from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 
-from fastlinear._cpu cimport isa_allowed
-from fastlinear._cpu import cpu_info, detect, evict  # no-cython-lint
+from fastlinear._cpu cimport CpuSource, describe_cpu, source_of
+from fastlinear._cpu import evict  # no-cython-lint
 
 
 # ---- threads ----
@@ -56,10 +56,84 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+# ---- instruction sets ----
+
+cdef list offered_by(const CpuSource& source):
+    """Names of the ISAs that a machine has, the plainest first."""
+    names = []
+    cdef size_t i = 0
+    cdef const Isa* isa = isa_at(0)
+    while isa != NULL:
+        if offers(source, isa[0]):
+            names.insert(0, isa.name.decode())
+        i += 1
+        isa = isa_at(i)
+    return names
+
+
+def isas():
+    """Names of all ISAs that the library has kernels for, the plainest first."""
+    names = []
+    cdef size_t i = 0
+    while isa_at(i) != NULL:
+        names.insert(0, isa_at(i).name.decode())
+        i += 1
+    return names
+
+
+cdef const Isa* isa_named(str name) except NULL:
+    cdef size_t i = 0
+    while isa_at(i) != NULL:
+        if isa_at(i).name == name.encode():
+            return isa_at(i)
+        i += 1
+    raise ValueError(f"FASTLINEAR_MAX_ISA is {name!r}; it may be one of {', '.join(isas())}")
+
+
+# What a machine is: what CPUID and XCR0 show, up to FASTLINEAR_MAX_ISA, and what the system permits when it is asked.
+cdef dict look_at_cpu(dict machine):
+    cdef CpuSource source = source_of(machine)
+    cdef list names = offered_by(source)
+    highest = os.environ.get("FASTLINEAR_MAX_ISA")
+    if highest is not None:
+        names = [name for name in names if within(isa_named(highest)[0], isa_named(name)[0])]
+    return describe_cpu(source) | {
+        "isas": [name for name in names if isa_named(name).permit == NULL or isa_named(name).permit()]
+    }
+
+
+cdef dict here = look_at_cpu(None)
+
+
+def cpu_info():
+    """What this CPU is: vendor, brand ("model"), the numbers of its family, model and stepping, the ISAs that may run
+    (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
+    return here | {"isas": list(here["isas"])}
+
+
+def detect(machine: dict):
+    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}, whatever is allowed
+    here."""
+    cdef CpuSource source = source_of(machine)
+    return describe_cpu(source) | {"isas": offered_by(source)}
+
+
+def pretend(machine):
+    """From now on `cpu_info`, and with it what may run here, is that of a machine described as for `detect`, or of this
+    one again if that is None. For tests, which bring what carries out the instructions that this CPU lacks."""
+    global here
+    here = look_at_cpu(machine)
+
+
 # ---- the table ----
 
-cdef bint runnable(const Kernel* kernel) noexcept:
-    return isa_allowed(<size_t> kernel.isa)
+cdef str isa_of(const Kernel* kernel):
+    cdef const Isa* isa = &kernel.isa
+    return isa.name.decode()
+
+
+cdef bint runnable(const Kernel* kernel):
+    return isa_of(kernel) in here["isas"]
 
 
 cdef str layout_name(const Layout& layout):
@@ -84,7 +158,7 @@ cdef tuple kernel_rows():
     cdef const Kernel* k = kernel_at(0)
     while k != NULL:
         rows.append({
-            "name": k.name.decode(), "isa": kIsaNames[<size_t> k.isa].decode(),
+            "name": k.name.decode(), "isa": isa_of(k),
             "format": kFormatNames[<size_t> k.layout.format].decode(), "rows": kFormatNames[<size_t> k.rows].decode(),
             "layout": layout_name(k.layout), "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
             "columns": k.columns(), "accumulate": kFormatNames[<size_t> k.accumulate].decode(), "reads": reads(k),
@@ -104,16 +178,21 @@ def kernels():
     return [dict(row) for row in table]
 
 
-def activations():
-    """Name -> default parameters of every activation an epilogue may apply; "identity" is the first."""
+def functions():
+    """Name -> (default parameters, operands beside the sums) of every function an epilogue may apply."""
     table = {}
     cdef size_t i = 0
-    cdef const Activation* a = activation_at(0)
-    while a != NULL:
-        table[a.name.decode()] = tuple(a.defaults[j] for j in range(a.params))
+    cdef const EpilogueFunction* f = function_at(0)
+    while f != NULL:
+        table[f.name.decode()] = tuple(f.defaults[j] for j in range(f.params)), f.operands
         i += 1
-        a = activation_at(i)
+        f = function_at(i)
     return table
+
+
+def activations():
+    """Name -> default parameters of every function of the sums alone; "identity" is the first."""
+    return {name: defaults for name, (defaults, operands) in functions().items() if operands == 0}
 
 
 cdef const Kernel* runnable_kernel(str name) except NULL:
@@ -151,8 +230,7 @@ cdef class Plan:
         if threads < 1 or k_slices < 1 or threads > 4096 or k_slices > 4096:
             raise ValueError(f"a plan takes 1 to 4096 threads and K slices, not {threads} and {k_slices}")
         self.kernel = kernel
-        self.plan.kernel = runnable_kernel(kernel)
-        self.plan.threads, self.plan.k_slices = threads, k_slices
+        self.plan = make_plan(runnable_kernel(kernel)[0], threads, k_slices)
         self.layout = layout_name(self.plan.kernel.layout)
 
     @property
@@ -170,36 +248,41 @@ cdef class Plan:
 cdef class Epilogue:
     """What happens to the sums: the bias is added, then each (activation name, parameters) is applied in turn.
 
-    `out`, (torch.uint8 or torch.int8, scale, zero), makes integers of the result: y = scale * (u - zero), where u, of 0
-    to 255, is stored as it is or 128 lower.
+    A function of two operands takes (name, parameters, i) and the i-th of the call's operands. `out`, (torch.uint8 or
+    torch.int8, scale, zero), makes integers of the result: y = scale * (u - zero), where u, of 0 to 255, is stored as
+    it is or 128 lower.
     """
 
     def __init__(self, steps=(), out=None):
-        names = list(activations())
-        steps = tuple((name, tuple(params)) for name, params in steps) or (("identity", ()),)
-        if len(steps) > 4:
-            raise ValueError(f"an epilogue has at most 4 steps, not {len(steps)}")
-        self.steps, self.out = steps, out
-        cdef size_t isa, i, j
+        table = functions()
+        names = list(table)
+        self.steps = tuple((name, tuple(params), *more) for name, params, *more in steps) or (("identity", ()),)
+        self.out = out
+        if len(self.steps) > <ptrdiff_t> kMaxSteps:
+            raise ValueError(f"an epilogue has at most {kMaxSteps} steps, not {len(self.steps)}")
+        cdef size_t i, j
         if out is not None:
             self.dtype, scale, zero = out
             if self.dtype not in (torch.uint8, torch.int8) or not check_affine(scale, zero):
                 raise ValueError(f"out is (torch.uint8 or torch.int8, scale above 0, zero from 0 to 255), not {out}")
-            for isa in range(kIsas):
-                self.program[isa].out.inverse = <float> 1.0 / <float> scale
-                self.program[isa].out.low, self.program[isa].out.high = -zero, 255 - zero
-                self.program[isa].out.zero = zero
-        for i, (name, params) in enumerate(steps):
-            if name not in names:
-                raise ValueError(f"unknown activation {name!r}; there are {', '.join(names)}")
-            known = activation_at(names.index(name)).params
-            if <size_t> len(params) != known:
-                raise ValueError(f"activation {name!r} takes {known} parameters, not {len(params)}: {params}")
-            for isa in range(kIsas):
-                self.program[isa].steps[i] = find_step(<Isa> isa, names.index(name))
-                self.program[isa].count = len(steps)
-                for j in range(known):
-                    self.program[isa].params[i][j] = params[j]
+            self.program.out.inverse = <float> 1.0 / <float> scale
+            self.program.out.low, self.program.out.high = -zero, 255 - zero
+            self.program.out.zero = zero
+        self.program.count = len(self.steps)
+        for i, (name, params, *more) in enumerate(self.steps):
+            if name not in table:
+                raise ValueError(f"unknown function {name!r}; there are {', '.join(names)}")
+            known, operands = len(table[name][0]), table[name][1]
+            if len(params) != known:
+                raise ValueError(f"{name!r} takes {known} parameters, not {len(params)}: {params}")
+            if len(more) != operands or any(not 0 <= at < <ptrdiff_t> kMaxOperands for at in more):
+                wanted = f"an operand, by its place from 0 to {kMaxOperands - 1}" if operands else "no operand"
+                raise ValueError(f"{name!r} takes {wanted}, not {tuple(more)}")
+            self.program.steps[i].function = names.index(name)
+            self.program.steps[i].operand = more[0] if more else -1
+            for j in range(<size_t> known):
+                self.program.steps[i].params[j] = params[j]
+            self.operands = max(self.operands, more[0] + 1 if more else 0)
 
 
 cdef bint check_affine(scale, zero) except -1:
@@ -243,7 +326,8 @@ cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept:
 
 # One product. Large ones release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y,
+    const COperand* operands=NULL
 ) except -1:
     cdef Problem p
     p.m, p.n, p.k = x.m, w.n, w.k
@@ -253,7 +337,8 @@ cdef int compute(
     p.weight = w.read()[0]
     p.bias = bias
     p.y.data, p.y.stride, p.y.format = y.data, y.stride, y.format
-    p.epilogue = epilogue.program[<size_t> plan.plan.kernel.isa]
+    p.epilogue = epilogue.program
+    p.operands = operands
     cdef CPlan c = plan.plan
     cdef cbool done
     if x.m * w.n * w.k > 2000000:
@@ -266,16 +351,34 @@ cdef int compute(
     return 0
 
 
+# [m, n], or what broadcasts to it with the elements of a row side by side, or all the same.
+cdef COperand as_operand(object tensor, ptrdiff_t m, ptrdiff_t n) except *:
+    cdef View v = need(tensor, "operand")
+    cdef COperand operand
+    operand.data, operand.format = v.data, v.format
+    cdef ptrdiff_t rows = v.shape[v.ndim - 2] if v.ndim == 2 else 1, columns = v.shape[v.ndim - 1] if v.ndim else 1
+    fit = v.ndim <= 2 and rows in (1, m) and columns in (1, n) and (columns == 1 or v.stride[v.ndim - 1] in (0, 1))
+    if not fit:
+        raise ValueError(f"an operand must be [{m}, {n}] or broadcast to it, with unit stride in a row, not "
+                         f"{describe(tensor)}")
+    operand.row_stride = v.stride[v.ndim - 2] if rows > 1 else 0
+    operand.column_stride = v.stride[v.ndim - 1] if columns > 1 else 0
+    return operand
+
+
 def run(
-    Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out, RowQuantizer rows=None
+    Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out, RowQuantizer rows=None,
+    operands=()
 ):
     """out = epilogue(x @ weight.T + bias).
 
     x: [M, K]; bias: [N] or None; out: [M, N], written in place; each fp32, bf16 or fp16, but x fp32 where the weight
     is, and of the rows' format for a kernel that reads 16-bit rows. Integer products quantize x by `rows`; x may be
     integers where `rows` is static, and out is, where the epilogue says so. Rows may have any stride, elements of a row
-    must be side by side. Raises TypeError or ValueError where a tensor is not of that form.
+    must be side by side. `operands` are those that the epilogue names: fp32, bf16 or fp16, [M, N] or what broadcasts to
+    it; one may be `out` itself. Raises TypeError or ValueError where a tensor is not of that form.
     """
+    cdef COperand[4] beside
     cdef View vx = need(x, "x", integers=True)
     cdef View vy = need(out, "out", integers=True)
     cdef View vb
@@ -301,4 +404,8 @@ def run(
         if vb.ndim != 1 or vb.shape[0] != packed.n or (vb.stride[0] != 1 and packed.n > 1):
             raise ValueError(f"bias must be [{packed.n}] with unit stride, not {describe(bias)}")
         b.data, b.format = vb.data, vb.format
-    compute(packed, plan, epilogue, rows, &rows_x, b, &rows_y)
+    if len(operands) != <ptrdiff_t> epilogue.operands:
+        raise ValueError(f"the epilogue names {epilogue.operands} operands, not {len(operands)}")
+    for i, operand in enumerate(operands):
+        beside[<size_t> i] = as_operand(operand, rows_y.m, packed.n)
+    compute(packed, plan, epilogue, rows, &rows_x, b, &rows_y, beside)

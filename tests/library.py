@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Steps = Iterable[tuple[str, tuple[float, ...]]]
 FORMATS = [*_kernels.PACKED, "uint8"]  # in the order of enum Format
 OF_DTYPE = {**_kernels.FORMATS, torch.int8: "int8", torch.uint8: "uint8"}  # of x, biases and outputs
-ACTIVATIONS = list(_kernels.activations())
+FUNCTIONS = list(_kernels.functions())
 
 # ---- how an ISA is executed ------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class Affine(ctypes.Structure):
 class Program(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_ssize_t),
-        ("activations", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("functions", ctypes.POINTER(ctypes.c_ssize_t)),
         ("params", ctypes.POINTER(ctypes.c_float)),
     ]
 
@@ -181,7 +181,7 @@ def operand(values: Tensor | None) -> Operand:
 
 def program(steps: Steps) -> Program:
     given = list(steps) or [("identity", ())]
-    indices = (ctypes.c_ssize_t * len(given))(*(ACTIVATIONS.index(name) for name, _ in given))
+    indices = (ctypes.c_ssize_t * len(given))(*(FUNCTIONS.index(name) for name, _ in given))
     params = (ctypes.c_float * (2 * len(given)))(*(p for _, step in given for p in (*step, 0.0, 0.0)[:2]))
     return Program(len(given), indices, params)
 

@@ -1,4 +1,4 @@
-"""CPUIDs of machines we do not own, as `_cpu.detect` and `_cpu.pretend` take them."""
+"""CPUIDs of machines we do not own, as `_kernels.detect` and `_kernels.pretend` take them."""
 
 import struct
 from typing import Any

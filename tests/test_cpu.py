@@ -1,6 +1,9 @@
 """What may run where: recorded CPUIDs of machines we do not own, and this machine against /proc/cpuinfo."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ from machines import (
     machine,
 )
 
-from fastlinear import _cpu, _kernels
+from fastlinear import _kernels
 
 
 @pytest.mark.parametrize(("name", "described", "isas", "sizes"), RECORDED, ids=[row[0] for row in RECORDED])
@@ -63,6 +66,17 @@ def test_no_avx2_means_no_avx512() -> None:
     """An ISA is offered only with what it is built on."""
     described = machine(INTEL, "", LEAF1_INTEL, SPR & ~AVX2, ZMM, 32, **SPR_MORE)
     assert _kernels.detect(described)["isas"] == ["scalar"]
+
+
+def test_ceilings() -> None:
+    """FASTLINEAR_MAX_ISA leaves what an ISA is built on and what came before it; every ISA is a ceiling."""
+    script = "from fastlinear import _kernels; print(*_kernels.cpu_info()['isas'])"
+    here = _kernels.cpu_info()["isas"]
+    for place, highest in enumerate(_kernels.isas()):
+        environment = os.environ | {"FASTLINEAR_MAX_ISA": highest}
+        command = [sys.executable, "-c", script]
+        left = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        assert left == [isa for isa in _kernels.isas()[: place + 1] if isa in here]
 
 
 def test_an_endless_list_of_caches_ends() -> None:
@@ -113,10 +127,10 @@ def test_a_pretended_machine_decides_what_may_run() -> None:
     """Until this one comes back, info and table are those of the other; nothing else is asked."""
     before = _kernels.cpu_info(), _kernels.kernels()
     try:
-        _cpu.pretend(RECORDED[0][1])
+        _kernels.pretend(RECORDED[0][1])
         assert _kernels.cpu_info()["model"] == "AMD EPYC 7702 64-Core Processor"
         isas = {"scalar", "avx2"} & {*before[0]["isas"]}  # FASTLINEAR_MAX_ISA still counts
         assert {row["isa"] for row in _kernels.kernels() if row["runnable"]} == isas
     finally:
-        _cpu.pretend(None)
+        _kernels.pretend(None)
     assert (_kernels.cpu_info(), _kernels.kernels()) == before

@@ -75,7 +75,7 @@ INTEGERS = [
     ("zero points are those of the first tile", FINISH, "w.zeros + column", "w.zeros", QUADS),
     ("the zero points of x are not subtracted", QUANTIZE, "t.ld_in + c) - shift;", "t.ld_in + c);", BYTES),
     ("all rows have the first one's zero point", QUANTIZE, "if (row.zero != zero) shift", "if (false) shift", BYTES),
-    ("ReLU lets -1 pass", DRIVER, "relu ? 0.0f", "relu ? -1.0f", QUADS),
+    ("ReLU lets -1 pass", DRIVER, "first == kRelu ? 0.0f", "first == kRelu ? -1.0f", QUADS),
     ("ReLU is done and the next step with it", FINISH, "i = job.absorbed;", "i = 2 * job.absorbed;", QUADS),
     ("the zero points of W are not subtracted", QUANTIZE, "if (t.zeros != nullptr)", "if (false)", BYTES),
     ("scales are fused", QUANTIZE, "rounded(rounded(to_float(sum) * scale)", "rounded((to_float(sum) * scale)", BYTES),
@@ -116,7 +116,7 @@ BROKEN = [
         "a.accumulate = false",
     ),
     Mutant("the bias is skipped", FINISH, "job.bias == nullptr ? nullptr : job.bias + column", "nullptr"),
-    Mutant("the bias is added in every step", FINISH, "[i](s);\n    s.bias = nullptr;", "[i](s);"),
+    Mutant("the bias is added in every step", FINISH, "function](s);\n    s.bias = nullptr;", "function](s);"),
     Mutant(
         "a column too many is stored", FINISH, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"
     ),

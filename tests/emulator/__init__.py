@@ -18,7 +18,7 @@ from typing import Any
 import machines
 from torch import Tensor
 
-from fastlinear import _cpu
+from fastlinear import _kernels
 
 HERE = Path(__file__).resolve().parent
 _folder = tempfile.TemporaryDirectory(prefix="fastlinear-emulator-")
@@ -106,11 +106,11 @@ def running(machine: dict[Any, Any] | None = machines.EVERYTHING) -> Iterator[No
     Fails if a call leaves tiles configured, uses them without a configuration, or reads beyond what is watched.
     """
     install()
-    _cpu.pretend(machine)
+    _kernels.pretend(machine)
     before = live(), len(reports())
     try:
         yield
     finally:
-        _cpu.pretend(None)
+        _kernels.pretend(None)
     assert live() == before[0], f"{live() - before[0]} threads were left with their tiles configured"
     assert len(reports()) == before[1], reports()

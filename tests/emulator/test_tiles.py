@@ -486,8 +486,8 @@ def test_loads_beyond_the_rows_are_reported() -> None:
 
 def test_running_fails_for_tiles_left_live() -> None:
     """And for reports, and never leaves the package on the pretended machine."""
-    real = emulator._cpu.cpu_info()
+    real = emulator._kernels.cpu_info()
     with pytest.raises(AssertionError, match="1 threads were left"), emulator.running():
-        assert emulator._cpu.cpu_info() != real
+        assert emulator._kernels.cpu_info() != real
         configure()
-    assert emulator._cpu.cpu_info() == real
+    assert emulator._kernels.cpu_info() == real

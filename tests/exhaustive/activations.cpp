@@ -121,8 +121,9 @@ void compare(const float* x, const float* y, const double* truth, std::size_t n,
 
 class Checker {
  public:
-  Checker(const Case& c, std::size_t index, const std::vector<Isa>& isas) : case_(c), isas_(isas), worst_(isas.size()) {
-    for (Isa isa : isas) steps_.push_back(fastlinear::find_step(isa, index));
+  Checker(const Case& c, std::size_t index, const std::vector<const Isa*>& isas)
+      : case_(c), isas_(isas), worst_(isas.size()) {
+    for (const Isa* isa : isas) steps_.push_back(isa->vectors->steps[index]);
   }
 
   void add(std::uint32_t bits) {
@@ -134,7 +135,7 @@ class Checker {
     for (std::size_t i = 0; i < count_; ++i) truth_[i] = case_.reference(x_[i], case_.params);
     const auto n = static_cast<std::ptrdiff_t>(count_);
     for (std::size_t s = 0; s < steps_.size(); ++s) {
-      steps_[s]({x_, n, y_, n, 1, n, nullptr, case_.params});
+      steps_[s]({x_, n, y_, n, 1, n, nullptr, case_.params, nullptr, 0});
       compare(x_, y_, truth_, count_, worst_[s]);
     }
     checked_ += count_;
@@ -145,9 +146,8 @@ class Checker {
     std::size_t failures = 0;
     for (std::size_t s = 0; s < isas_.size(); ++s) {
       const Worst& w = worst_[s];
-      std::printf("%s %s %zu %.2f %.9g %.2e %.9g %zu\n", label(case_).c_str(),
-                  fastlinear::kIsaNames[static_cast<std::size_t>(isas_[s])], checked_, w.ulp, w.ulp_at, w.relative,
-                  w.relative_at, w.failures);
+      std::printf("%s %s %zu %.2f %.9g %.2e %.9g %zu\n", label(case_).c_str(), isas_[s]->name, checked_, w.ulp,
+                  w.ulp_at, w.relative, w.relative_at, w.failures);
       failures += w.failures;
     }
     std::fflush(stdout);
@@ -156,7 +156,7 @@ class Checker {
 
  private:
   const Case& case_;
-  const std::vector<Isa>& isas_;
+  const std::vector<const Isa*>& isas_;
   std::vector<fastlinear::Step> steps_;
   std::vector<Worst> worst_;
   std::size_t count_ = 0, checked_ = 0;
@@ -164,7 +164,7 @@ class Checker {
   double truth_[kBlock];
 };
 
-std::size_t check(const Case& c, std::size_t index, const std::vector<Isa>& isas, std::uint64_t stride) {
+std::size_t check(const Case& c, std::size_t index, const std::vector<const Isa*>& isas, std::uint64_t stride) {
   static constexpr std::uint64_t kAll = std::uint64_t{1} << 32, kExponent = std::uint64_t{1} << 23, kNear = 256;
   Checker checker(c, index, isas);
   for (std::uint64_t bits = 0; bits < kAll; bits += stride) checker.add(static_cast<std::uint32_t>(bits));
@@ -176,8 +176,8 @@ std::size_t check(const Case& c, std::size_t index, const std::vector<Isa>& isas
 }
 
 std::size_t index_of(const char* name) {
-  for (std::size_t i = 0; const auto* activation = fastlinear::activation_at(i); ++i)
-    if (std::strcmp(activation->name, name) == 0) return i;
+  for (std::size_t i = 0; const auto* function = fastlinear::function_at(i); ++i)
+    if (std::strcmp(function->name, name) == 0) return i;
   std::fprintf(stderr, "no activation %s in the registry\n", name);
   std::exit(2);
 }
@@ -187,14 +187,9 @@ std::size_t index_of(const char* name) {
 int main(int argc, char** argv) {
   const std::uint64_t stride = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   if (stride == 0) return std::fprintf(stderr, "usage: %s STRIDE [CASE]\n", argv[0]), 2;
-  std::vector<Isa> isas;
-  const auto cpu = fastlinear::detect_cpu(fastlinear::this_cpu());
-  for (std::size_t i = 0; i < fastlinear::kIsas; ++i) {
-    const auto isa = static_cast<Isa>(i);
-    // An ISA that only adds 16-bit arithmetic uses the steps of the one below.
-    const bool own = isas.empty() || fastlinear::find_step(isa, 0) != fastlinear::find_step(isas.back(), 0);
-    if (cpu.isa[i] && own) isas.push_back(isa);
-  }
+  std::vector<const Isa*> isas;
+  for (std::size_t i = 0; const Isa* isa = fastlinear::isa_at(i); ++i)  // those that add arithmetic borrow the vectors
+    if (isa->vectors != nullptr && offers(fastlinear::this_cpu(), *isa)) isas.push_back(isa);
   std::size_t failures = 0;
   for (const Case& c : kCases)
     if (argc < 3 || label(c).starts_with(argv[2])) failures += check(c, index_of(c.name), isas, stride);

@@ -1,6 +1,5 @@
 // gemm() behind a C function, so that tests/library.py can load the library's own sources: changed in one place, or for
 // kernels that the installed library does not run here. Serial: no thread pool is attached.
-#include "fastlinear/contract/isa.hpp"
 #include "fastlinear/driver/gemm.hpp"
 
 using fastlinear::Format;
@@ -25,8 +24,8 @@ struct Panels {
 
 struct Steps {
   ptrdiff_t count;
-  const ptrdiff_t* activations;  // indices of the registry
-  const float* params;           // kMaxParams a step
+  const ptrdiff_t* functions;  // their places in the registry
+  const float* params;         // kMaxParams a step
 };
 
 // x [m, k], which `rows` quantizes for integer products; panels: W [n, k]; bias [n], or no data; y [m, n], which `out`
@@ -36,12 +35,14 @@ extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const
                                                        const Operand* bias, const Operand* y, const Steps* steps,
                                                        const fastlinear::Affine* out) {
   using namespace fastlinear;
-  const Plan plan{find_kernel(kernel), s->threads, s->k_slices};
+  const Plan plan = make_plan(*find_kernel(kernel), s->threads, s->k_slices);
   EpilogueProgram program{};
   program.count = static_cast<std::size_t>(steps->count);
   for (std::size_t i = 0; i < program.count; ++i) {
-    program.steps[i] = find_step(plan.kernel->isa, static_cast<std::size_t>(steps->activations[i]));
-    for (std::size_t j = 0; j < kMaxParams; ++j) program.params[i][j] = steps->params[i * kMaxParams + j];
+    EpilogueStep& step = program.steps[i];
+    step.function = static_cast<std::uint32_t>(steps->functions[i]);
+    step.operand = -1;
+    for (std::size_t j = 0; j < kMaxParams; ++j) step.params[j] = steps->params[i * kMaxParams + j];
   }
   program.out = *out;
   Weight weight = weight_at({w->format, w->nr, w->kr}, s->n, s->k, w->data);
@@ -54,6 +55,7 @@ extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const
                weight,
                {bias->data, bias->format},
                {y->data, y->stride, y->format},
-               program},
+               program,
+               nullptr},
               plan);
 }

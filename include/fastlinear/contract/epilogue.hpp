@@ -1,21 +1,44 @@
 // The contract of the epilogue: what happens to a tile of raw sums while it is in L1.
 //
-// An epilogue is a short program of steps. The first step adds the bias, every step applies one unary function, the
-// last step stores to y what is valid of the tile (in place as well where y is 16-bit: the driver narrows it then). All
-// other steps work in place on the tile, whose rows are padded and 64-byte aligned; y is neither, so a step writes
-// exactly `rows` x `cols` elements of `out`.
+// An epilogue is a short program of steps, each a function of the table by its number (epilogues/all.hpp), its
+// parameters, and for a function of two operands which of those that come with the call. It is data: the same for every
+// ISA, whose own functions the driver looks up. The first step adds the bias, the last one stores to y what is valid of
+// the tile (in place as well where y is not fp32: the driver converts it then). All other steps work in place on the
+// tile, whose rows are padded and 64-byte aligned; y is neither, so a step writes exactly `rows` x `cols` elements of
+// `out`.
 #pragma once
 
+#include <array>
 #include <cstddef>
+#include <cstdint>
+
+#include "fastlinear/contract/quantization.hpp"
 
 namespace fastlinear {
 
 inline constexpr std::size_t kMaxParams = 2;
 
-struct Activation {
+struct EpilogueFunction {
   const char* name;
   std::size_t params;
   float defaults[kMaxParams];
+  std::size_t operands;  // beside the sums: 0 for an activation, 1 for "add" and the like
+};
+
+// The numbers of the first two, in whose place dequantizing has a maximum that costs nothing.
+inline constexpr std::size_t kIdentity = 0, kRelu = 1;
+
+struct EpilogueStep {
+  std::uint32_t function;
+  std::int32_t operand;  // the place of its operand among those of the call; -1 for a function of none
+  std::array<float, kMaxParams> params;
+};
+
+struct EpilogueProgram {
+  static constexpr std::size_t kMaxSteps = 8, kMaxOperands = 4;
+  std::array<EpilogueStep, kMaxSteps> steps;
+  std::size_t count;  // at least one: "identity" adds the bias and stores
+  Affine out;         // where y is uint8 or int8 (which lies 128 lower)
 };
 
 struct StepArgs {
@@ -24,8 +47,10 @@ struct StepArgs {
   float* out;  // may equal `in`
   std::ptrdiff_t ld_out;
   std::ptrdiff_t rows, cols;
-  const float* bias;    // `cols` of them, added before the function; or null
-  const float* params;  // kMaxParams of them
+  const float* bias;     // `cols` of them, added before the function; or null
+  const float* params;   // kMaxParams of them
+  const float* operand;  // rows x cols, of which no more may be read; null for a function of one
+  std::ptrdiff_t ld_operand;
 };
 
 using Step = void (*)(const StepArgs&);

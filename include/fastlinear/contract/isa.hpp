@@ -1,48 +1,62 @@
-// The table: every kernel and every activation of the library, and what of it may run here. csrc/registry.cpp holds it.
+// What an instruction set is to the library: one row, which csrc/<isa>.cpp fills and csrc/registry.cpp lists. Nothing
+// counts ISAs and nothing compares their places in a list: one is built on another, and what may run is a set.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <span>
 
 #include "fastlinear/contract/conversion.hpp"
 #include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/contract/quantization.hpp"
+#include "fastlinear/host/cpu.hpp"
 
 namespace fastlinear {
 
-struct KernelList {
-  const Kernel* first = nullptr;
-  std::size_t count = 0;
-
-  constexpr KernelList() = default;
-  template <std::size_t N>
-  constexpr KernelList(const Kernel (&kernels)[N]) : first(kernels), count(N) {}
+// What an ISA with vectors of its own does with them.
+struct Vectors {
+  const Step* steps;              // one an epilogue function, in the order of epilogues/all.hpp
+  const Conversion* conversions;  // in the order of enum Format
+  const Quantization* quantization;
 };
 
-// What one ISA contributes: its kernels by the format of the weight, its steps in the order of epilogues/all.hpp, its
-// conversions in the order of enum Format, its ways between numbers and integers. An ISA that only adds arithmetic has
-// kernels alone; the rest of the next lower one serves.
-struct IsaTable {
-  Isa isa;
-  KernelList kernels[kPackedFormats];
-  const Step* steps = nullptr;
-  const Conversion* conversions = nullptr;
-  const Quantization* quantization = nullptr;
+struct Isa {
+  const char* name;
+  const Isa* base;                // what it is built on, and not offered without; null for plain C++
+  std::span<const CpuBit> needs;  // beside those of its base
+  std::uint64_t saved;            // the registers, as bits of XCR0, that the system has to save for it
+  bool (*permit)();               // what the system has to be asked once before the first kernel runs; or null
+  // ISAs other than its base and what that implies that FASTLINEAR_MAX_ISA = this one leaves allowed.
+  std::span<const Isa* const> above;
+  std::span<const std::span<const Kernel>> kernels;
+  const Vectors* vectors;  // null: an ISA that only adds arithmetic borrows its base's
 };
 
-// Kernels, best ISA first; nullptr past the end.
+inline const Vectors& vectors_of(const Isa& isa) {
+  const Isa* own = &isa;
+  while (own->vectors == nullptr) own = own->base;
+  return *own->vectors;
+}
+
+// Whether the machine has it, and all that it is built on.
+inline bool offers(const CpuSource& source, const Isa& isa) {
+  if (isa.base != nullptr && !offers(source, *isa.base)) return false;
+  return has_all(source, isa.needs) && (saved_registers(source) & isa.saved) == isa.saved;
+}
+
+// Whether it is `highest`, or among what that implies.
+inline bool within(const Isa& highest, const Isa& isa) {
+  if (&highest == &isa || (highest.base != nullptr && within(*highest.base, isa))) return true;
+  for (const Isa* also : highest.above)
+    if (within(*also, isa)) return true;
+  return false;
+}
+
+// The table, best ISA first; each gives null past its end. csrc/registry.cpp holds it.
+const Isa* isa_at(std::size_t i);
 const Kernel* kernel_at(std::size_t i);
 const Kernel* find_kernel(const char* name);
-
-// Activations; nullptr past the end.
-const Activation* activation_at(std::size_t i);
-
-// The first two activations, in whose place dequantizing has a maximum that costs nothing.
-inline constexpr std::size_t kIdentity = 0, kRelu = 1;
-
-// The step that applies activation i, the conversions (one a format), and the quantization, for kernels of `isa`.
-Step find_step(Isa isa, std::size_t i);
-const Conversion* find_conversions(Isa isa);
-const Quantization& find_quantization(Isa isa);
+const EpilogueFunction* function_at(std::size_t i);
 
 }  // namespace fastlinear

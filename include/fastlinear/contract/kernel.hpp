@@ -12,11 +12,7 @@
 
 namespace fastlinear {
 
-enum class Isa : std::uint8_t { scalar, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16 };
-
-inline constexpr std::size_t kIsas = 7;
-inline constexpr const char* kIsaNames[kIsas] = {"scalar",      "avx2",        "avx_vnni",   "avx512",
-                                                 "avx512_vnni", "avx512_bf16", "avx512_fp16"};
+struct Isa;
 
 struct TileArgs {
   const void* a;       // first row of the tile, `rows` rows (1..mr) of k elements
@@ -35,7 +31,7 @@ struct TileArgs {
 
 struct Kernel {
   const char* name;  // "fp32/avx512/6x64": format of the weight, ISA, rows x columns of the tile
-  Isa isa;
+  const Isa& isa;
   Format rows;  // the form of A it reads
   Layout layout;
   std::ptrdiff_t mr, panels;

@@ -36,7 +36,7 @@ class Worker {
       first_row_ = job_.grid.rows_of(tiles.begin).begin;
       const std::ptrdiff_t rows = job_.grid.rows_of(tiles.end - 1).end - first_row_;
       x_ = prepare_rows({p.x.at(first_row_, 0), p.x.stride, p.x.format}, rows, p.k, *job_.plan.kernel,
-                        job_.conversions[static_cast<std::size_t>(p.x.format)], rows_);
+                        job_.vectors.conversions[static_cast<std::size_t>(p.x.format)], rows_);
       row_block_ = u.row_block;
     }
     const bool sliced = job_.partial != nullptr, keep = sliced || !job_.grid.one_k_block();
@@ -91,7 +91,7 @@ class Worker {
     a.panel = packed;
     a.panel_stride = panel_bytes;
     if (layout == read) return;
-    const Conversion& conversion = job_.conversions[static_cast<std::size_t>(layout.format)];
+    const Conversion& conversion = job_.vectors.conversions[static_cast<std::size_t>(layout.format)];
     const auto convert = read.format == Format::fp32 ? conversion.widen_panel : conversion.pair_panel;
     const std::ptrdiff_t bytes = ceil_div(a.k, read.kr) * read.kr * read.nr * element_bytes(read.format);
     auto* const copies = static_cast<char*>(wide_.bytes(a.panels * bytes));
@@ -144,14 +144,12 @@ inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
 }
 
 inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_scales) {
-  const Conversion* conversions = find_conversions(plan.kernel->isa);
+  const Vectors& vectors = *plan.vectors;
   const Grid grid(plan, std::max(p.weight.layout.kr, plan.kernel->layout.kr), p.m, p.n, p.k);
-  const Step first = p.epilogue.steps[0];
-  const bool relu = first == find_step(plan.kernel->isa, kRelu);
-  const std::size_t absorbed = relu || first == find_step(plan.kernel->isa, kIdentity);
-  const float floor = relu ? 0.0f : -kInfinity;
-  const Quantization& quantization = find_quantization(plan.kernel->isa);
-  Job job{p, plan, conversions, quantization, wide_bias(p, conversions), row_scales, absorbed, floor, grid, nullptr};
+  const std::size_t first = p.epilogue.steps[0].function;
+  const std::size_t absorbed = first == kRelu || first == kIdentity;
+  const float floor = first == kRelu ? 0.0f : -kInfinity;
+  Job job{p, plan, vectors, wide_bias(p, vectors.conversions), row_scales, absorbed, floor, grid, nullptr};
   Scratch slices;
   if (plan.k_slices > 1)
     job.partial = slices.floats(plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_floats());
@@ -177,8 +175,9 @@ inline bool multiply_integers(const Problem& p, const Plan& plan) {
     part.m = rows.size();
     part.x.data = p.x.at(rows.begin, 0);
     part.y.data += rows.begin * p.y.stride * element_bytes(p.y.format);
+    part.first_row = rows.begin;
     const IntegerRows x =
-        quantize_rows(part.x, part.m, p.k, kernel, p.quantizer, p.weight.zeros != nullptr, plan.threads);
+        quantize_rows(part.x, part.m, p.k, kernel, *plan.vectors, p.quantizer, p.weight.zeros != nullptr, plan.threads);
     part.x = x.rows;
     if (!multiply(part, plan, x.scales)) return false;
   }

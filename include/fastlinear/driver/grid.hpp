@@ -8,14 +8,19 @@
 #include <algorithm>
 
 #include "fastlinear/contract/arith.hpp"
-#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/contract/isa.hpp"
 
 namespace fastlinear {
 
 struct Plan {
   const Kernel* kernel;
   std::ptrdiff_t threads, k_slices;  // at least 1
+  const Vectors* vectors;            // those of the kernel's ISA
 };
+
+inline Plan make_plan(const Kernel& kernel, std::ptrdiff_t threads, std::ptrdiff_t k_slices) {
+  return {&kernel, threads, k_slices, &vectors_of(kernel.isa)};
+}
 
 struct Range {
   std::ptrdiff_t begin, end;

@@ -168,17 +168,16 @@ inline constexpr std::ptrdiff_t kSerialElements = 64 << 10;
 // The m rows of x as `kernel` reads them, in memory that the calling thread keeps; `sums` where the weight has zero
 // points. Throws std::bad_alloc.
 inline IntegerRows quantize_rows(const Rows& x, std::ptrdiff_t m, std::ptrdiff_t k, const Kernel& kernel,
-                                 const RowQuantizer& quantizer, bool sums, std::ptrdiff_t threads) {
+                                 const Vectors& vectors, const RowQuantizer& quantizer, bool sums,
+                                 std::ptrdiff_t threads) {
   using namespace integer_rows_detail;
   thread_local Scratch data, scales;
   const std::ptrdiff_t stride = scratch_stride(k, kernel);
   auto* const row_scales = static_cast<RowScale*>(scales.bytes(m * std::ptrdiff_t{sizeof(RowScale)}));
   auto* const rows = static_cast<char*>(data.bytes(m * stride * element_bytes(kernel.rows)));
   const auto make = [&] {
-    return [worker = RowWorker(x, k, kernel.rows, stride, quantizer, find_conversions(kernel.isa),
-                               find_quantization(kernel.isa), sums, rows, row_scales)](std::ptrdiff_t r) mutable {
-      worker.run(r);
-    };
+    return [worker = RowWorker(x, k, kernel.rows, stride, quantizer, vectors.conversions, *vectors.quantization, sums,
+                               rows, row_scales)](std::ptrdiff_t r) mutable { worker.run(r); };
   };
   if (!share_out(m, m * k < kSerialElements ? 1 : threads, make)) throw std::bad_alloc();
   return {{rows, stride, kernel.rows}, row_scales};

@@ -1,8 +1,6 @@
 // What the driver is asked for: y = epilogue(x W^T), with all that it takes.
 #pragma once
 
-#include <array>
-
 #include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/contract/quantization.hpp"
 #include "fastlinear/driver/integer_rows.hpp"
@@ -10,14 +8,6 @@
 #include "fastlinear/weight/weight.hpp"
 
 namespace fastlinear {
-
-struct EpilogueProgram {
-  static constexpr std::size_t kMaxSteps = 4;
-  std::array<Step, kMaxSteps> steps;
-  std::array<std::array<float, kMaxParams>, kMaxSteps> params;
-  std::size_t count;  // at least one: "identity" adds the bias and stores
-  Affine out;         // where y is uint8 or int8 (which lies 128 lower)
-};
 
 struct Bias {
   const void* data;  // n elements, or null
@@ -30,6 +20,14 @@ struct Output {
   Format format;
 };
 
+// What a step of the epilogue reads beside the sums: element (row, column) lies at row * row_stride + column *
+// column_stride, so that strides of 0 make a row, a column or a single number of it. It may be y itself.
+struct Operand {
+  const char* data;
+  std::ptrdiff_t row_stride, column_stride;  // elements; column_stride is 0 or 1
+  Format format;                             // a floating one
+};
+
 struct Problem {
   std::ptrdiff_t m, n, k;
   Rows x;  // of any format that the plan's kernel reads, or that can be widened or quantized to it
@@ -38,6 +36,8 @@ struct Problem {
   Bias bias;
   Output y;
   EpilogueProgram epilogue;
+  const Operand* operands = nullptr;  // as many as the epilogue names
+  std::ptrdiff_t first_row = 0;       // of the operands
 };
 
 }  // namespace fastlinear

@@ -1,7 +1,9 @@
-// The activations of the library, in the order of the registry. To add one: a file, and a name in this list.
+// The functions an epilogue may apply, in the order of the registry: activations, then those of two operands. To add
+// one: a file, and a name in this list.
 #pragma once
 
 #include "fastlinear/contract/epilogue.hpp"
+#include "fastlinear/epilogues/add.hpp"
 #include "fastlinear/epilogues/elu.hpp"
 #include "fastlinear/epilogues/gelu.hpp"
 #include "fastlinear/epilogues/gelu_tanh.hpp"
@@ -22,22 +24,23 @@
 namespace fastlinear {
 
 template <class... F>
-struct ActivationList {
-  static constexpr Activation table[] = {{F::name, F::params, {F::defaults[0], F::defaults[1]}}...};
+struct FunctionList {
+  static constexpr EpilogueFunction table[] = {
+      {F::name, F::params, {F::defaults[0], F::defaults[1]}, epilogues::operands_of<F>}...};
 
   template <class V>
   static constexpr Step steps[] = {epilogues::step<V, F>...};
 };
 
-using Activations =
-    ActivationList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu, epilogues::GeluTanh,
-                   epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish, epilogues::Hardsigmoid,
-                   epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus, epilogues::Mish>;
+using Functions = FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu,
+                               epilogues::GeluTanh, epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh,
+                               epilogues::Hardswish, epilogues::Hardsigmoid, epilogues::Hardtanh, epilogues::LeakyRelu,
+                               epilogues::Elu, epilogues::Softplus, epilogues::Mish, epilogues::Add>;
 
-// What csrc/registry.cpp shows to the world, and what csrc/<isa>.cpp puts into its table.
-inline constexpr auto& kActivations = Activations::table;
+// What csrc/registry.cpp shows to the world, and what csrc/<isa>.cpp puts into its row.
+inline constexpr auto& kFunctions = Functions::table;
 
 template <class V>
-inline constexpr auto& epilogue_steps = Activations::steps<V>;
+inline constexpr auto& epilogue_steps = Functions::steps<V>;
 
 }  // namespace fastlinear

@@ -14,11 +14,16 @@ template <class V>
   return V::load(last);
 }
 
+// The first `valid` floats at p, or all if that is more.
+template <class V>
+[[gnu::always_inline]] inline V load_valid(const float* p, std::ptrdiff_t valid) {
+  return valid >= V::width ? V::load(p) : load_partial<V>(p, valid);
+}
+
 // The biases of the columns [c, c + V::width), of which `valid`, or more than that, exist; 0 without a bias.
 template <class V>
 [[gnu::always_inline]] inline V load_bias(const float* bias, std::ptrdiff_t c, std::ptrdiff_t valid) {
-  if (bias == nullptr) return V::set(0.0f);
-  return valid >= V::width ? V::load(bias + c) : load_partial<V>(bias + c, valid);
+  return bias == nullptr ? V::set(0.0f) : load_valid<V>(bias + c, valid);
 }
 
 // The first `valid` of the floats, or all if that is more.

@@ -1,4 +1,4 @@
-// One step of an epilogue over a tile: (in + bias) -> F -> out, F one of the structs in this folder.
+// One step of an epilogue over a tile: (in + bias) -> F -> out, F one of the structs in epilogues/.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,13 @@
 
 namespace fastlinear::epilogues {
 
+// Of two operands is a function that says so: `static constexpr std::size_t operands = 1`.
+template <class F>
+inline constexpr std::size_t operands_of = 0;
+template <class F>
+  requires(F::operands > 0)
+inline constexpr std::size_t operands_of<F> = F::operands;
+
 // All rows of the columns [c, c + V::width), of which the first `valid` (or more than V::width) exist in `out`. The
 // column of the bias stays in a register for all rows, as do F's constants.
 template <class V, class F>
@@ -15,7 +22,12 @@ template <class V, class F>
                                                 std::ptrdiff_t valid) {
   const V bias = load_bias<V>(s.bias, c, valid);
   for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
-    const V y = F::template apply<V>(V::load(s.in + r * s.ld_in + c) + bias, params);
+    const V x = V::load(s.in + r * s.ld_in + c) + bias;
+    V y;
+    if constexpr (operands_of<F> == 0)
+      y = F::template apply<V>(x, params);
+    else
+      y = F::template apply<V>(x, load_valid<V>(s.operand + r * s.ld_operand + c, valid), params);
     store_valid(s.out + r * s.ld_out + c, y, valid);
   }
 }

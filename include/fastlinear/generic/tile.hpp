@@ -136,7 +136,7 @@ void run(const TileArgs& t) {
 
 // A row of the table: a tile of MR rows x P panels.
 template <class T, std::ptrdiff_t MR, std::ptrdiff_t P>
-constexpr Kernel row(const char* name, Isa isa) {
+constexpr Kernel row(const char* name, const Isa& isa) {
   return {name, isa, T::rows, T::layout, MR, P, run<T, MR, P>, T::accumulate};
 }
 

@@ -1,5 +1,5 @@
-// What may run here: CPUID says what the silicon has, XCR0 what the system saves on a context switch. Pure, given a
-// source of both, so that machines we do not own are table-driven tests.
+// The machine: CPUID says what the silicon has, XCR0 what the system saves on a context switch. Pure, given a source of
+// both, so that machines we do not own are table-driven tests.
 #pragma once
 
 #include <cpuid.h>
@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 
 namespace fastlinear {
 
@@ -27,44 +28,47 @@ struct Cpu {
   char vendor[13];
   char model[49];
   std::uint32_t family, number, stepping;  // as Intel and AMD number them
-  std::array<bool, 7> isa;                 // in the order of enum Isa
   std::array<std::size_t, 3> cache;        // L1d, L2, L3 in bytes; 0 where the CPU does not say
 };
 
-namespace cpu_detail {
-
-// One register bit that an ISA needs.
-struct Bit {
+// One bit of a register.
+struct CpuBit {
   std::uint32_t leaf, subleaf;
   std::uint32_t CpuidRegisters::* reg;
   unsigned bit;
 };
 
-inline constexpr Bit kOsxsave{1, 0, &CpuidRegisters::ecx, 27};
-inline constexpr std::array kAvx2{Bit{1, 0, &CpuidRegisters::ecx, 12},         // FMA
-                                  Bit{1, 0, &CpuidRegisters::ecx, 28},         // AVX
-                                  Bit{1, 0, &CpuidRegisters::ecx, 29},         // F16C
-                                  Bit{7, 0, &CpuidRegisters::ebx, 5}};         // AVX2
-inline constexpr std::array kAvx512{Bit{7, 0, &CpuidRegisters::ebx, 16},       // F
-                                    Bit{7, 0, &CpuidRegisters::ebx, 17},       // DQ
-                                    Bit{7, 0, &CpuidRegisters::ebx, 30},       // BW
-                                    Bit{7, 0, &CpuidRegisters::ebx, 31}};      // VL
-inline constexpr std::array kAvxVnni{Bit{7, 1, &CpuidRegisters::eax, 4}};      // AVX-VNNI
-inline constexpr std::array kAvx512Vnni{Bit{7, 0, &CpuidRegisters::ecx, 11}};  // VNNI
-inline constexpr std::array kAvx512Bf16{Bit{7, 1, &CpuidRegisters::eax, 5}};   // BF16
-inline constexpr std::array kAvx512Fp16{Bit{7, 0, &CpuidRegisters::edx, 23}};  // FP16
-inline constexpr std::uint64_t kYmmState = 0x06, kZmmState = 0xe6;             // XMM+YMM; and opmask, ZMM, high ZMM
+namespace cpu_bits {
 
-template <std::size_t N>
-bool has_all(const CpuSource& source, const std::array<Bit, N>& bits) {
+inline constexpr CpuBit kFma{1, 0, &CpuidRegisters::ecx, 12}, kOsxsave{1, 0, &CpuidRegisters::ecx, 27},
+    kAvx{1, 0, &CpuidRegisters::ecx, 28}, kF16c{1, 0, &CpuidRegisters::ecx, 29};
+inline constexpr CpuBit kAvx2{7, 0, &CpuidRegisters::ebx, 5}, kAvx512F{7, 0, &CpuidRegisters::ebx, 16},
+    kAvx512Dq{7, 0, &CpuidRegisters::ebx, 17}, kAvx512Bw{7, 0, &CpuidRegisters::ebx, 30},
+    kAvx512Vl{7, 0, &CpuidRegisters::ebx, 31};
+inline constexpr CpuBit kAvx512Vnni{7, 0, &CpuidRegisters::ecx, 11}, kAvx512Fp16{7, 0, &CpuidRegisters::edx, 23};
+inline constexpr CpuBit kAvxVnni{7, 1, &CpuidRegisters::eax, 4}, kAvx512Bf16{7, 1, &CpuidRegisters::eax, 5};
+
+// Of XCR0: XMM and YMM; and opmasks, ZMM, high ZMM.
+inline constexpr std::uint64_t kYmmSaved = 0x06, kZmmSaved = 0xe6;
+
+}  // namespace cpu_bits
+
+inline bool has_all(const CpuSource& source, std::span<const CpuBit> bits) {
   const std::uint32_t max_leaf = source.cpuid(0, 0, source.context).eax;
-  for (const Bit& b : bits) {
+  for (const CpuBit& b : bits) {
     if (b.leaf > max_leaf) return false;
     if (b.subleaf > 0 && b.subleaf > source.cpuid(b.leaf, 0, source.context).eax) return false;  // leaf 7 tells so
     if ((source.cpuid(b.leaf, b.subleaf, source.context).*b.reg >> b.bit & 1) == 0) return false;
   }
   return true;
 }
+
+// XCR0, which may be read only where the system says so.
+inline std::uint64_t saved_registers(const CpuSource& source) {
+  return has_all(source, std::array{cpu_bits::kOsxsave}) ? source.xcr0(source.context) : 0;
+}
+
+namespace cpu_detail {
 
 // Leaf 4 (Intel) and 0x8000001d (AMD) describe one cache a subleaf in the same form.
 inline void read_caches(const CpuSource& source, std::uint32_t leaf, Cpu& cpu) {
@@ -104,18 +108,6 @@ inline Cpu detect_cpu(const CpuSource& source) {
   }
   if (id.eax >= 4) read_caches(source, 4, cpu);
   if (cpu.cache[0] == 0 && max_extended >= 0x8000001du) read_caches(source, 0x8000001du, cpu);
-
-  const std::uint64_t saved = has_all(source, std::array{kOsxsave}) ? source.xcr0(source.context) : 0;
-  const bool avx2 = (saved & kYmmState) == kYmmState && has_all(source, kAvx2);
-  const bool avx512 = avx2 && (saved & kZmmState) == kZmmState && has_all(source, kAvx512);
-  const auto also = [&](bool base, const auto& bits) { return base && has_all(source, bits); };
-  cpu.isa = {true,
-             avx2,
-             also(avx2, kAvxVnni),
-             avx512,
-             also(avx512, kAvx512Vnni),
-             also(avx512, kAvx512Bf16),
-             also(avx512, kAvx512Fp16)};
   return cpu;
 }
 

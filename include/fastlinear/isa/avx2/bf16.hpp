@@ -26,9 +26,9 @@ struct Bf16Weights : Fp32Weights {
 };
 
 inline constexpr Kernel kBf16Kernels[] = {
-    kernels::row<kernels::Tile<Bf16Weights>, 6, 1>("bf16/avx2/6x16", Isa::avx2),
-    kernels::row<kernels::Tile<Bf16Weights>, 2, 2>("bf16/avx2/2x32", Isa::avx2),
-    kernels::row<kernels::Tile<Bf16Weights>, 1, 4>("bf16/avx2/1x64", Isa::avx2),
+    kernels::row<kernels::Tile<Bf16Weights>, 6, 1>("bf16/avx2/6x16", kIsa),
+    kernels::row<kernels::Tile<Bf16Weights>, 2, 2>("bf16/avx2/2x32", kIsa),
+    kernels::row<kernels::Tile<Bf16Weights>, 1, 4>("bf16/avx2/1x64", kIsa),
 };
 
 }  // namespace fastlinear::avx2

@@ -16,9 +16,9 @@ struct Fp16Weights : Fp32Weights {
 };
 
 inline constexpr Kernel kFp16Kernels[] = {
-    kernels::row<kernels::Tile<Fp16Weights>, 6, 1>("fp16/avx2/6x16", Isa::avx2),
-    kernels::row<kernels::Tile<Fp16Weights>, 3, 2>("fp16/avx2/3x32", Isa::avx2),
-    kernels::row<kernels::Tile<Fp16Weights>, 1, 4>("fp16/avx2/1x64", Isa::avx2),
+    kernels::row<kernels::Tile<Fp16Weights>, 6, 1>("fp16/avx2/6x16", kIsa),
+    kernels::row<kernels::Tile<Fp16Weights>, 3, 2>("fp16/avx2/3x32", kIsa),
+    kernels::row<kernels::Tile<Fp16Weights>, 1, 4>("fp16/avx2/1x64", kIsa),
 };
 
 }  // namespace fastlinear::avx2

@@ -11,6 +11,8 @@
 
 namespace fastlinear::avx2 {
 
+extern const Isa kIsa;
+
 struct Fp32Weights {
   using Vector = __m256;
   static constexpr std::ptrdiff_t lanes = 8, registers = 16;
@@ -32,9 +34,9 @@ struct Fp32Weights {
 };
 
 inline constexpr Kernel kFp32Kernels[] = {
-    kernels::row<kernels::Tile<Fp32Weights>, 6, 1>("fp32/avx2/6x16", Isa::avx2),
-    kernels::row<kernels::Tile<Fp32Weights>, 3, 2>("fp32/avx2/3x32", Isa::avx2),
-    kernels::row<kernels::Tile<Fp32Weights>, 1, 4>("fp32/avx2/1x64", Isa::avx2),
+    kernels::row<kernels::Tile<Fp32Weights>, 6, 1>("fp32/avx2/6x16", kIsa),
+    kernels::row<kernels::Tile<Fp32Weights>, 3, 2>("fp32/avx2/3x32", kIsa),
+    kernels::row<kernels::Tile<Fp32Weights>, 1, 4>("fp32/avx2/1x64", kIsa),
 };
 
 }  // namespace fastlinear::avx2

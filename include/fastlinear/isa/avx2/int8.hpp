@@ -14,6 +14,8 @@
 
 namespace fastlinear::avx2 {
 
+extern const Isa kIsa;
+
 struct Int8Pairs {
   using Vector = __m256i;
   static constexpr std::ptrdiff_t lanes = 4, registers = 16;
@@ -52,8 +54,8 @@ struct Int8Pairs {
 };
 
 inline constexpr Kernel kInt8Kernels[] = {
-    kernels::row<kernels::Tile<Int8Pairs>, 6, 1>("int8/avx2/6x8", Isa::avx2),
-    kernels::row<kernels::Tile<Int8Pairs>, 1, 4>("int8/avx2/1x32", Isa::avx2),
+    kernels::row<kernels::Tile<Int8Pairs>, 6, 1>("int8/avx2/6x8", kIsa),
+    kernels::row<kernels::Tile<Int8Pairs>, 1, 4>("int8/avx2/1x32", kIsa),
 };
 
 }  // namespace fastlinear::avx2

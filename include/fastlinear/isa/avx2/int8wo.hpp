@@ -15,9 +15,9 @@ struct Int8Weights : Fp32Weights {
 };
 
 inline constexpr Kernel kInt8woKernels[] = {
-    kernels::row<kernels::Tile<Int8Weights>, 6, 1>("int8wo/avx2/6x16", Isa::avx2),
-    kernels::row<kernels::Tile<Int8Weights>, 3, 2>("int8wo/avx2/3x32", Isa::avx2),
-    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx2/1x64", Isa::avx2),
+    kernels::row<kernels::Tile<Int8Weights>, 6, 1>("int8wo/avx2/6x16", kIsa),
+    kernels::row<kernels::Tile<Int8Weights>, 3, 2>("int8wo/avx2/3x32", kIsa),
+    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx2/1x64", kIsa),
 };
 
 }  // namespace fastlinear::avx2

@@ -31,9 +31,9 @@ struct Bf16Weights : Fp32Weights {
 };
 
 inline constexpr Kernel kBf16Kernels[] = {
-    kernels::row<kernels::Tile<Bf16Weights>, 6, 2>("bf16/avx512/6x64", Isa::avx512),
-    kernels::row<kernels::Tile<Bf16Weights>, 14, 1>("bf16/avx512/14x32", Isa::avx512),
-    kernels::row<kernels::Tile<Bf16Weights>, 1, 4>("bf16/avx512/1x128", Isa::avx512),
+    kernels::row<kernels::Tile<Bf16Weights>, 6, 2>("bf16/avx512/6x64", kIsa),
+    kernels::row<kernels::Tile<Bf16Weights>, 14, 1>("bf16/avx512/14x32", kIsa),
+    kernels::row<kernels::Tile<Bf16Weights>, 1, 4>("bf16/avx512/1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512

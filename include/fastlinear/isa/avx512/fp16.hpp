@@ -19,9 +19,9 @@ struct Fp16Weights : Fp32Weights {
 };
 
 inline constexpr Kernel kFp16Kernels[] = {
-    kernels::row<kernels::Tile<Fp16Weights>, 6, 2>("fp16/avx512/6x64", Isa::avx512),
-    kernels::row<kernels::Tile<Fp16Weights>, 14, 1>("fp16/avx512/14x32", Isa::avx512),
-    kernels::row<kernels::Tile<Fp16Weights>, 1, 4>("fp16/avx512/1x128", Isa::avx512),
+    kernels::row<kernels::Tile<Fp16Weights>, 6, 2>("fp16/avx512/6x64", kIsa),
+    kernels::row<kernels::Tile<Fp16Weights>, 14, 1>("fp16/avx512/14x32", kIsa),
+    kernels::row<kernels::Tile<Fp16Weights>, 1, 4>("fp16/avx512/1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512

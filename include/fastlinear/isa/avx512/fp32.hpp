@@ -13,6 +13,8 @@
 
 namespace fastlinear::avx512 {
 
+extern const Isa kIsa;
+
 struct Fp32Weights {
   using Vector = __m512;
   static constexpr std::ptrdiff_t lanes = 16, registers = 32;
@@ -34,8 +36,8 @@ struct Fp32Weights {
 };
 
 inline constexpr Kernel kFp32Kernels[] = {
-    kernels::row<kernels::Tile<Fp32Weights>, 6, 2>("fp32/avx512/6x64", Isa::avx512),
-    kernels::row<kernels::Tile<Fp32Weights>, 14, 1>("fp32/avx512/14x32", Isa::avx512),
+    kernels::row<kernels::Tile<Fp32Weights>, 6, 2>("fp32/avx512/6x64", kIsa),
+    kernels::row<kernels::Tile<Fp32Weights>, 14, 1>("fp32/avx512/14x32", kIsa),
 };
 
 }  // namespace fastlinear::avx512

@@ -10,6 +10,8 @@
 
 namespace fastlinear::avx512 {
 
+extern const Isa kIsa;
+
 struct Int8Pairs {
   using Vector = __m512i;
   static constexpr std::ptrdiff_t lanes = 8, registers = 32;
@@ -47,8 +49,8 @@ struct Int8Pairs {
 };
 
 inline constexpr Kernel kInt8Kernels[] = {
-    kernels::row<kernels::Tile<Int8Pairs>, 6, 1>("int8/avx512/6x32", Isa::avx512),
-    kernels::row<kernels::Tile<Int8Pairs>, 1, 2>("int8/avx512/1x64", Isa::avx512),
+    kernels::row<kernels::Tile<Int8Pairs>, 6, 1>("int8/avx512/6x32", kIsa),
+    kernels::row<kernels::Tile<Int8Pairs>, 1, 2>("int8/avx512/1x64", kIsa),
 };
 
 }  // namespace fastlinear::avx512

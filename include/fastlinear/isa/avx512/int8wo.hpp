@@ -18,9 +18,9 @@ struct Int8Weights : Fp32Weights {
 };
 
 inline constexpr Kernel kInt8woKernels[] = {
-    kernels::row<kernels::Tile<Int8Weights>, 6, 2>("int8wo/avx512/6x64", Isa::avx512),
-    kernels::row<kernels::Tile<Int8Weights>, 14, 1>("int8wo/avx512/14x32", Isa::avx512),
-    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx512/1x128", Isa::avx512),
+    kernels::row<kernels::Tile<Int8Weights>, 6, 2>("int8wo/avx512/6x64", kIsa),
+    kernels::row<kernels::Tile<Int8Weights>, 14, 1>("int8wo/avx512/14x32", kIsa),
+    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx512/1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512

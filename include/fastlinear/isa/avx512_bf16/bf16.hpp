@@ -16,6 +16,8 @@
 
 namespace fastlinear::avx512_bf16 {
 
+extern const Isa kIsa;
+
 struct Pairs {
   using Vector = __m512;
   static constexpr std::ptrdiff_t lanes = 16, registers = 32;
@@ -43,9 +45,9 @@ struct Pairs {
 };
 
 inline constexpr Kernel kBf16Kernels[] = {
-    kernels::row<kernels::Tile<Pairs>, 6, 2>("bf16/avx512_bf16/6x64", Isa::avx512_bf16),
-    kernels::row<kernels::Tile<Pairs>, 14, 1>("bf16/avx512_bf16/14x32", Isa::avx512_bf16),
-    kernels::row<kernels::Tile<Pairs>, 1, 4>("bf16/avx512_bf16/1x128", Isa::avx512_bf16),
+    kernels::row<kernels::Tile<Pairs>, 6, 2>("bf16/avx512_bf16/6x64", kIsa),
+    kernels::row<kernels::Tile<Pairs>, 14, 1>("bf16/avx512_bf16/14x32", kIsa),
+    kernels::row<kernels::Tile<Pairs>, 1, 4>("bf16/avx512_bf16/1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512_bf16

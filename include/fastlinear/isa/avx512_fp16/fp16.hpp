@@ -13,6 +13,8 @@
 
 namespace fastlinear::avx512_fp16 {
 
+extern const Isa kIsa;
+
 // sums[0..32) = c, or += c
 [[gnu::always_inline]] inline void promote(float* sums, __m512h c, bool add) {
   const auto bits = __builtin_bit_cast(__m512i, c);
@@ -69,7 +71,7 @@ struct Halves {
 };
 
 inline constexpr Kernel kFp16Kernels[] = {
-    kernels::row<Halves, 12, 2>("fp16/avx512_fp16/12x64", Isa::avx512_fp16),
+    kernels::row<Halves, 12, 2>("fp16/avx512_fp16/12x64", kIsa),
 };
 
 }  // namespace fastlinear::avx512_fp16

@@ -11,6 +11,8 @@
 
 namespace fastlinear::avx512_vnni {
 
+extern const Isa kIsa;
+
 struct Quads {
   using Vector = __m512i;
   static constexpr std::ptrdiff_t lanes = 16, registers = 32;
@@ -40,9 +42,9 @@ struct Quads {
 };
 
 inline constexpr Kernel kInt8Kernels[] = {
-    kernels::row<kernels::Tile<Quads>, 6, 2>("int8/avx512_vnni/6x64", Isa::avx512_vnni),
-    kernels::row<kernels::Tile<Quads>, 14, 1>("int8/avx512_vnni/14x32", Isa::avx512_vnni),
-    kernels::row<kernels::Tile<Quads>, 1, 4>("int8/avx512_vnni/1x128", Isa::avx512_vnni),
+    kernels::row<kernels::Tile<Quads>, 6, 2>("int8/avx512_vnni/6x64", kIsa),
+    kernels::row<kernels::Tile<Quads>, 14, 1>("int8/avx512_vnni/14x32", kIsa),
+    kernels::row<kernels::Tile<Quads>, 1, 4>("int8/avx512_vnni/1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512_vnni

@@ -11,6 +11,8 @@
 
 namespace fastlinear::avx_vnni {
 
+extern const Isa kIsa;
+
 struct Quads {
   using Vector = __m256i;
   static constexpr std::ptrdiff_t lanes = 8, registers = 16;
@@ -42,9 +44,9 @@ struct Quads {
 };
 
 inline constexpr Kernel kInt8Kernels[] = {
-    kernels::row<kernels::Tile<Quads>, 6, 2>("int8/avx_vnni/6x16", Isa::avx_vnni),
-    kernels::row<kernels::Tile<Quads>, 3, 4>("int8/avx_vnni/3x32", Isa::avx_vnni),
-    kernels::row<kernels::Tile<Quads>, 1, 8>("int8/avx_vnni/1x64", Isa::avx_vnni),
+    kernels::row<kernels::Tile<Quads>, 6, 2>("int8/avx_vnni/6x16", kIsa),
+    kernels::row<kernels::Tile<Quads>, 3, 4>("int8/avx_vnni/3x32", kIsa),
+    kernels::row<kernels::Tile<Quads>, 1, 8>("int8/avx_vnni/1x64", kIsa),
 };
 
 }  // namespace fastlinear::avx_vnni

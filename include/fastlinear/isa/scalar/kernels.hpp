@@ -9,6 +9,8 @@
 
 namespace fastlinear::scalar {
 
+extern const Isa kIsa;
+
 inline float number(float x) { return x; }
 inline float number(Bf16 x) { return to_float(x); }
 inline float number(Fp16 x) { return to_float(x); }
@@ -33,20 +35,20 @@ void tile(const TileArgs& t) {
 }
 
 inline constexpr Kernel kFp32Kernels[] = {
-    {"fp32/scalar/4x16", Isa::scalar, Format::fp32, {Format::fp32, 16, 1}, 4, 1, tile<float, 16, 1>},
+    {"fp32/scalar/4x16", kIsa, Format::fp32, {Format::fp32, 16, 1}, 4, 1, tile<float, 16, 1>},
 };
 inline constexpr Kernel kBf16Kernels[] = {
-    {"bf16/scalar/4x16", Isa::scalar, Format::fp32, {Format::bf16, 16, Bf16::kr}, 4, 1, tile<Bf16, 16, Bf16::kr>},
+    {"bf16/scalar/4x16", kIsa, Format::fp32, {Format::bf16, 16, Bf16::kr}, 4, 1, tile<Bf16, 16, Bf16::kr>},
 };
 inline constexpr Kernel kFp16Kernels[] = {
-    {"fp16/scalar/4x16", Isa::scalar, Format::fp32, {Format::fp16, 16, Fp16::kr}, 4, 1, tile<Fp16, 16, Fp16::kr>},
+    {"fp16/scalar/4x16", kIsa, Format::fp32, {Format::fp16, 16, Fp16::kr}, 4, 1, tile<Fp16, 16, Fp16::kr>},
 };
 inline constexpr Kernel kInt8woKernels[] = {
-    {"int8wo/scalar/4x16", Isa::scalar, Format::fp32, {Format::int8wo, 16, Int8::kr}, 4, 1, tile<Int8, 16, Int8::kr>},
+    {"int8wo/scalar/4x16", kIsa, Format::fp32, {Format::int8wo, 16, Int8::kr}, 4, 1, tile<Int8, 16, Int8::kr>},
 };
 inline constexpr Kernel kInt8Kernels[] = {
     {"int8/scalar/4x8",
-     Isa::scalar,
+     kIsa,
      Format::uint8,
      {Format::int8, 8, Int8::dot_kr},
      4,

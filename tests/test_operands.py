@@ -1,0 +1,124 @@
+"""Steps of two operands: what comes with a call meets the sums in every form, format and place of a program."""
+
+import itertools
+from collections.abc import Callable
+
+import native
+import pytest
+import torch
+from native import Kernel
+from torch import Tensor
+
+from fastlinear import _kernels
+
+M, N, K = 9, 83, 21
+BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add}
+
+# [M, N] with any row stride, a row, a column, a number; each made of fresh numbers.
+FORMS: dict[str, Callable[[], Tensor]] = {
+    "dense": lambda: torch.randn(M, N),
+    "strided": lambda: torch.randn(M, 2 * N + 5)[:, 3 : N + 3],
+    "every other row": lambda: torch.randn(M, 1, N).expand(M, 2, N)[:, 1],
+    "row": lambda: torch.randn(N),
+    "row of two dimensions": lambda: torch.randn(1, N),
+    "column": lambda: torch.randn(M, 1),
+    "strided column": lambda: torch.randn(M, 7)[:, 2:3],
+    "number": lambda: torch.randn(()),
+    "expanded number": lambda: torch.randn(1, 1).expand(M, N),
+}
+
+
+def test_every_function_of_two_operands_is_tested() -> None:
+    """A new one has to say here what it means."""
+    assert {name for name, (_, operands) in _kernels.functions().items() if operands} == BINARY.keys()
+
+
+def kernels() -> list[Kernel]:
+    """One kernel of fp32 weights an ISA with steps of its own."""
+    found = {kernel["isa"]: kernel for kernel in native.RUNNABLE if kernel["layout"].startswith("fp32")}
+    return list(found.values())
+
+
+def computed(kernel: Kernel, steps: list[native.Any], operands: list[Tensor], out: Tensor, k_slices: int = 1) -> Tensor:
+    """The sums of exact numbers, then the steps."""
+    x, w, b = native.exact_case(kernel, M, N, K, kernel["dtypes"][0])
+    plan = _kernels.Plan(kernel["name"], 2, k_slices)
+    _kernels.run(native.pack(w, kernel["layout"]), plan, _kernels.Epilogue(steps), x, b, out, None, operands)
+    return x @ w.T + b
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel["isa"])
+@pytest.mark.parametrize("name", BINARY)
+def test_forms_and_formats(name: str, kernel: Kernel, form: str) -> None:
+    """First, in the middle and last, of fp32, bf16 and fp16, with one and three K slices: the bits of torch."""
+    torch.manual_seed(0)
+    for dtype, k_slices in itertools.product(native.FLOATS, (1, 3)):
+        operand = FORMS[form]().to(dtype)
+        for before, after in itertools.product(([], [("relu", ())]), repeat=2):
+            y = torch.full((M, N), torch.nan)
+            sums = computed(kernel, [*before, (name, (), 0), *after], [operand], y, k_slices)
+            expected = BINARY[name](sums.relu() if before else sums, operand.float().expand(M, N))
+            assert torch.equal(y, expected.relu() if after else expected)
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel["isa"])
+def test_outputs_of_every_format(kernel: Kernel) -> None:
+    """16-bit outputs are rounded once, after the operand, which may be the output itself."""
+    torch.manual_seed(0)
+    for dtype in native.FLOATS:
+        weight = next(k for k in native.RUNNABLE if k["own"] == "bf16" and k["isa"] == kernel["isa"])
+        x, w, b = native.exact_case(weight, M, N, K, weight["dtypes"][0])
+        y = torch.randn(M, N).to(dtype)
+        expected = (x.float() @ w.float().T + b.float() + y.float()).to(dtype)
+        plan, packed = _kernels.Plan(weight["name"], 2), native.pack(w, weight["layout"])
+        _kernels.run(packed, plan, _kernels.Epilogue([("add", (), 0)]), x, b, y, None, [y])
+        assert native.same_bits(y, expected)
+
+
+@pytest.mark.parametrize("kernel", [native.parameter(k) for k in native.INTEGER if k["runnable"]])
+def test_integer_products(kernel: Kernel) -> None:
+    """Beside integer sums and integer outputs, and in the second block of rows, an operand is read where it lies."""
+    torch.manual_seed(0)
+    for m, k in ((M, K), (1200, 4160)):
+        x, w = torch.randn(m, k), torch.randint(-128, 128, (N, k), dtype=torch.int8)
+        packed, operand = native.pack(w, kernel["layout"], torch.rand(N) / k), torch.randn(m, N)
+        rows, plan = _kernels.RowQuantizer("symmetric"), _kernels.Plan(kernel["name"], 2)
+        plain, added = torch.empty(m, N), torch.empty(m, N)
+        _kernels.run(packed, plan, _kernels.Epilogue([("relu", ())]), x, None, plain, rows)
+        _kernels.run(packed, plan, _kernels.Epilogue([("relu", ()), ("add", (), 0)]), x, None, added, rows, [operand])
+        assert torch.equal(added, plain + operand)
+        integers = torch.empty(m, N, dtype=torch.uint8)
+        out = (torch.uint8, 0.05, 128)
+        _kernels.run(packed, plan, _kernels.Epilogue([("add", (), 0)], out), x, None, integers, rows, [operand])
+        _kernels.run(packed, plan, _kernels.Epilogue([]), x, None, plain, rows)
+        expected = torch.clamp((plain + operand) * torch.tensor(0.05).reciprocal(), -128, 127).round() + 128
+        assert torch.equal(integers, expected.to(torch.uint8))
+
+
+def test_many_operands_in_one_program() -> None:
+    """A program of eight steps reads four operands, each in its place and as often as it is named."""
+    kernel = kernels()[0]
+    operands = [torch.randn(M, N), torch.randn(N), torch.randn(M, 1), torch.randn(())]
+    steps = [("add", (), place) for place in (3, 2, 1, 0, 0, 1, 2, 3)]
+    y = torch.empty(M, N)
+    expected = computed(kernel, steps, operands, y)
+    for _, _, place in steps:
+        expected = expected + operands[place]
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [
+        ([], "the epilogue names 1 operands, not 0"),
+        ([torch.zeros(M, N), torch.zeros(M, N)], "names 1 operands, not 2"),
+        ([torch.zeros(M + 1, N)], r"must be \[9, 83\] or broadcast to it, .* not a torch.float32 .*\(10, 83\)"),
+        ([torch.zeros(M, 2 * N)[:, ::2]], "unit stride in a row"),
+        ([torch.zeros(1, M, N)], "or broadcast to it"),
+    ],
+)
+def test_bad_operands_are_refused(operands: list[Tensor], message: str) -> None:
+    """The message says what is allowed and what was given."""
+    with pytest.raises(ValueError, match=message):
+        computed(kernels()[0], [("add", (), 0)], operands, torch.empty(M, N))
