@@ -79,6 +79,38 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
         (0, 0, 0),
     ),
     (
+        "Haswell",
+        machine(INTEL, "Intel(R) Xeon(R) CPU E5-2680 v3 @ 2.50GHz", LEAF1_INTEL, 0x37AB, YMM, 15, subleaves=0),
+        ["scalar", "avx2"],
+        (0, 0, 0),
+    ),
+    (
+        "Zen 3",
+        machine(AMD, "AMD EPYC 7763 64-Core Processor", LEAF1_AMD, ZEN2, YMM, 16, caches=ZEN2_CACHES),
+        ["scalar", "avx2"],
+        (32 * KB, 512 * KB, 16 * MB),
+    ),
+    (
+        "Zen 5: AVX-VNNI, too",
+        machine(
+            AMD, "AMD EPYC 9755 128-Core Processor", LEAF1_AMD, ZEN4, 0x2E7, 16, ecx=0x405FCE, eax1=BF16 | AVX_VNNI
+        ),
+        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16"],
+        (0, 0, 0),
+    ),
+    (
+        "Granite Rapids",
+        machine(INTEL, "Intel(R) Xeon(R) 6980P", LEAF1_INTEL, SPR, 0x602E7, 36, **SPR_MORE | {"eax1": 0x201C30}),
+        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16"],
+        (0, 0, 0),
+    ),
+    (
+        "a VM on Granite Rapids that shows everything and saves no AVX-512 state",
+        machine(INTEL, "Intel(R) Xeon(R) Processor", LEAF1_INTEL, SPR, YMM, 36, **SPR_MORE),
+        ["scalar", "avx2", "avx_vnni"],
+        (0, 0, 0),
+    ),
+    (
         "Skylake-X, caches in Intel's leaf",
         machine(INTEL, "Intel(R) Xeon(R) Platinum 8180 CPU @ 2.50GHz", LEAF1_INTEL, SKX, 0xFF, 22, caches=SKX_CACHES),
         ["scalar", "avx2", "avx512"],
