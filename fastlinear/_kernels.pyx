@@ -121,8 +121,9 @@ def detect(machine: dict):
 def pretend(machine):
     """From now on `cpu_info`, and with it what may run here, is that of a machine described as for `detect`, or of this
     one again if that is None. For tests, which bring what carries out the instructions that this CPU lacks."""
-    global here
+    global here, table
     here = look_at_cpu(machine)
+    table = kernel_rows()
 
 
 # ---- the table ----
