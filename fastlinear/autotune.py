@@ -97,13 +97,13 @@ class _Runner:
 
 class Duel(NamedTuple):
     gains: list[Score]  # log ratios baseline / challenger, one a pair
-    best: float  # that of the best calls of both
+    best: float  # that of the best calls of both, in race and duel
 
 
-def _best(runner: _Runner) -> float:
-    """The score that its best calls make, hot and cold each."""
-    columns = [min(column) for column in zip(*runner.scores, strict=True)]
-    return math.fsum(columns) / len(columns)
+def _best(scores: Sequence[Score]) -> float:
+    """The score that the best calls make, hot and cold each."""
+    columns = [min(column, default=0.0) for column in zip(*scores, strict=True)]
+    return math.fsum(columns) / max(1, len(columns))
 
 
 def _minus(a: Score, b: Score) -> Score:
@@ -167,6 +167,7 @@ class _Bench:
     floor: float  # seconds; less is a fault of the clock
     patience: float  # seconds by which the deadline may yet move, as stolen time is given back
     hot: bool = True
+    lost: float = 0.0  # seconds of stolen calls in the warm-up
     samples: int = 0
     stolen: int = 0
     spoilt: bool = False  # the present round or pair is, by a sample that was stolen in all tries
@@ -190,9 +191,11 @@ class _Bench:
     def _calibrate(self, runner: _Runner) -> None:
         for _ in range(TRIES):  # while the CPU is stolen, or the call so short that its first run may hide that
             before = self.waited()
-            runner.call = min(runner.call, self._seconds(runner.run, 1))
-            short = runner.call < 2 * WAKE
-            if (not short and not self._is_stolen(runner.call, before)) or self.clock() > self.deadline:
+            seconds = self._seconds(runner.run, 1)
+            stolen = self._is_stolen(seconds, before)
+            self.lost += seconds * stolen
+            runner.call = min(runner.call, seconds)
+            if (runner.call >= 2 * WAKE and not stolen) or self.clock() > self.deadline:
                 break
 
     def _is_stolen(self, seconds: float, before: float) -> bool:
@@ -240,8 +243,12 @@ class _Bench:
         return score
 
     def warm_up(self, runners: Sequence[_Runner]) -> list[_Runner]:
-        """Those that run, fastest first. Where not even half the PASSES fit, more rounds beat hot samples."""
-        live = sorted((r for r in runners if self._survives(self._calibrate, r)), key=lambda r: r.call)
+        """Those that run, fastest first; not all, where more than the `patience` is `lost`.
+
+        Where not even half the PASSES fit, more rounds beat hot samples.
+        """
+        live = [r for r in runners if self.lost <= self.patience and self._survives(self._calibrate, r)]
+        live.sort(key=lambda r: r.call)
         self.hot = self.evict is None or PASSES / 2 * sum(2 * r.call for r in live) <= self.deadline - self.clock()
         for r in live:
             r.cost = r.call * (self.hot + (self.evict is not None))
@@ -267,6 +274,7 @@ class _Bench:
 
     def duel(self, challenger: _Runner, baseline: _Runner) -> Duel:
         """Fresh ABBA pairs, of which at least one is tried; none if the challenger failed."""
+        before = {r.name: r.scores for r in (challenger, baseline)}
         challenger, baseline = replace(challenger, scores=[]), replace(baseline, scores=[])
         gains: list[Score] = []
         tried = 0
@@ -280,7 +288,8 @@ class _Bench:
                 gain, error = estimate(gains)
                 if abs(gain) > CERTAIN * error:
                     break
-        return Duel(gains, _best(baseline) - _best(challenger) if gains else 0.0)
+        best = [_best([*before[r.name], *r.scores]) for r in (baseline, challenger)]
+        return Duel(gains, best[0] - best[1] if gains else 0.0)
 
 
 def _table(runners: Sequence[_Runner], leader: _Runner) -> tuple[tuple[str, float], ...]:
@@ -307,9 +316,10 @@ def choose(
 
     `candidates` include the baseline. `evict`, common to all, takes the operands out of the caches; None where they
     exceed the caches anyway. No measurement begins that is likely to end after `budget` seconds of `clock`, stolen time
-    aside, but every candidate runs at least once, and the best challenger meets the baseline at least once more. The
-    challenger is adopted if the 95 % bound of its gain is above zero; the baseline stays, decided, if a gain of 2 % is
-    beyond the bound; otherwise noise hides the answer, and the baseline stays, undecided.
+    aside, but every candidate runs at least once, unless stolen time makes even that too long, and the best challenger
+    meets the baseline at least once more. The challenger is adopted if the 95 % bound of its gain is above zero; the
+    baseline stays, decided, if a gain of 2 % is beyond the bound; otherwise noise hides the answer, and the baseline
+    stays, undecided.
 
     `waited` gives the seconds for which the threads have stood in line for a CPU so far; `floor` those that no call can
     do without, whatever runs it.
@@ -321,6 +331,8 @@ def choose(
     began = clock()
     bench = _Bench(clock, evict, baseline, began + budget, waited, floor, PATIENCE * budget)
     runners = bench.warm_up([_Runner(c.name, c.run, c.threads) for c in candidates])
+    if bench.lost > bench.patience:
+        return Choice(baseline, _table(runners, runners[0]) if runners else (), 1.0, False, 0, 0, clock() - began, True)
     live, rounds = bench.race(runners, rng or random.Random(0), (1 - RACE_SHARE) * budget)
     base = next(r for r in runners if r.name == baseline)
     challenger = next((r for r in live if r is not base), None)

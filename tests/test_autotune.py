@@ -19,8 +19,14 @@ Noise = Callable[[float, float], float]  # (now, true seconds of the call) -> fa
 class Machine:
     """Runs candidates of known hot and cold time; a call is hot if the same candidate ran last."""
 
-    def __init__(self, noise: Noise = lambda now, true: 1.0, evict_seconds: float = 50e-6) -> None:
+    def __init__(
+        self,
+        noise: Noise = lambda now, true: 1.0,
+        evict_seconds: float = 50e-6,
+        steal: Callable[[float, int], float] = lambda true, threads: 0.0,
+    ) -> None:
         self.now, self.noise, self.evict_seconds = 0.0, noise, evict_seconds
+        self.steal, self.waiting = steal, 0.0  # (true seconds, threads) -> seconds of a call for which others had a CPU
         self.hot: str | None = None
         self.calls: list[str] = []
 
@@ -31,14 +37,19 @@ class Machine:
         self.now += self.evict_seconds
         self.hot = None
 
-    def candidate(self, name: str, hot: float, cold: float | None = None) -> Candidate:
+    def waited(self) -> float:
+        return self.waiting
+
+    def candidate(self, name: str, hot: float, cold: float | None = None, threads: int = 0) -> Candidate:
         def run() -> None:
             true = hot if self.hot == name or cold is None else cold
-            self.now += true * self.noise(self.now, true)
+            stolen = self.steal(true, threads)
+            self.waiting += stolen
+            self.now += stolen + true * self.noise(self.now, true)
             self.hot = name
             self.calls.append(name)
 
-        return Candidate(name, run)
+        return Candidate(name, run, threads)
 
 
 # Noise models. Jitter averages out within a call that is longer than 100 us. As a measure: neighbouring F.linear calls
@@ -302,3 +313,95 @@ def test_the_baselines_errors_are_passed_on() -> None:
         choose([Candidate("base", run)], "base")
     with pytest.raises(ValueError, match="'torch/linear' is not among the candidates"):
         choose([Candidate("a", run)], "torch/linear")
+
+
+# ---- stolen CPUs -----------------------------------------------------------------------------------------------------
+
+
+def spinners(rng: random.Random, most: float = 16e-3) -> Callable[[float, int], float]:
+    """As three spinning processes beside two CPUs do it: slices of 3 ms, and then a wait; a call on two threads, or on
+    an unknown number, also waits for the other one, at one of ten starts."""
+    left = rng.uniform(0, 3e-3)
+
+    def steal(true: float, threads: int) -> float:
+        nonlocal left
+        left -= true
+        stolen = rng.uniform(3e-3, most) if threads != 1 and rng.random() < 0.1 else 0.0
+        if left < 0:
+            left, stolen = 3e-3, stolen + rng.uniform(3e-3, 8e-3)
+        return stolen
+
+    return steal
+
+
+def starved(rng: random.Random) -> Callable[[float, int], float]:
+    """Two threads never run together."""
+    return lambda true, threads: 0.0 if threads == 1 else rng.uniform(3e-3, 8e-3)
+
+
+def busy_choice(seed: int, *, told: bool, steal: Callable[[random.Random], Callable[[float, int], float]]) -> Choice:
+    rng = random.Random(seed)
+    machine = Machine(gaussian(rng), steal=steal(rng))
+    times = {"base": (100e-6, 0), "serial": (150e-6, 1), "same": (99e-6, 2), "slow": (200e-6, 1)}
+    field = [machine.candidate(name, hot, 1.2 * hot, threads) for name, (hot, threads) in times.items()]
+    waited = machine.waited if told else lambda: 0.0
+    return choose(field, "base", clock=machine.clock, evict=machine.evict, rng=rng, waited=waited)
+
+
+def test_a_stolen_cpu_is_no_candidates_fault() -> None:
+    """Beside spinning processes no choice is truly slower than the baseline, and none claims a speed-up that is not
+    there: what was stolen is dropped, and where nothing is left the choice says so."""
+    choices = [busy_choice(seed, told=True, steal=spinners) for seed in range(60)]
+    assert {choice.name for choice in choices} <= {"base", "same"}
+    assert max(choice.speedup for choice in choices) < 1.1
+    assert all(choice.name == "base" and not choice.decided for choice in choices if choice.busy)
+    assert sum(choice.busy for choice in choices) < 30
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_where_all_is_stolen_nothing_is_learned(told: bool) -> None:
+    """A baseline that always waits for a thread loses to nobody: told by the system, no choice believes it."""
+    choices = [busy_choice(seed, told=told, steal=starved) for seed in range(20)]
+    fooled = [choice for choice in choices if choice.speedup > 2]
+    assert all(choice.busy and choice.speedup == 1.0 for choice in choices) if told else len(fooled) == 20
+
+
+def test_a_steal_that_nobody_tells_is_seen_by_the_best_calls() -> None:
+    """A hypervisor takes 5 ms from two of three calls of the baseline: its best calls contradict the duel, so the
+    choice is busy or claims no more than they do."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        machine = Machine(
+            gaussian(rng), steal=lambda true, threads, rng=rng: 5e-3 * (threads == 2 and rng.random() < 0.67)
+        )
+        field = [machine.candidate("base", 1e-4, threads=2), machine.candidate("serial", 1.2e-4, threads=1)]
+        choice = choose(field, "base", clock=machine.clock, evict=machine.evict, rng=rng)
+        assert choice.busy or choice.speedup < 2
+
+
+def test_stolen_time_is_given_back_within_bounds() -> None:
+    """A tuning beside spinning processes takes PATIENCE budgets more at most, and its last sample."""
+    for seed in range(20):
+        longest = (1 + autotune.PATIENCE) * autotune.BUDGET + 2 * autotune.TRIES * 30e-3
+        assert busy_choice(seed, told=True, steal=spinners).seconds < longest
+
+
+def test_what_beats_the_peaks_was_not_measured() -> None:
+    """A sample below what the machine can do at best is a fault of the clock: the choice believes none, and is busy."""
+    machine = Machine()
+    field = [machine.candidate("base", 100e-6), machine.candidate("wonder", 1e-6)]
+    choice = choose(field, "base", clock=machine.clock, floor=10e-6)
+    assert choice.name == "base" and choice.busy and choice.speedup == 1.0
+    assert choose(field, "base", clock=machine.clock, floor=1e-7).name == "wonder"
+
+
+@pytest.mark.parametrize(("microseconds", "several"), [(9, False), (18, False), (40, True), (200, True)])
+def test_small_work_wakes_nobody(microseconds: float, several: bool) -> None:
+    """A plan on two threads that is 1.7 times as fast wins only where one thread needs longer than WAKE; a baseline may
+    run on as many threads as it likes."""
+    machine = Machine()
+    times = {"base": (3.0, 2), "serial": (1.0, 1), "parallel": (0.6, 2)}
+    field = [machine.candidate(name, c * microseconds * 1e-6, threads=threads) for name, (c, threads) in times.items()]
+    assert choose(field, "base", clock=machine.clock).name == ("parallel" if several else "serial")
+    alone = [machine.candidate("base", 5e-6, threads=2), machine.candidate("serial", 9e-6, threads=1)]
+    assert choose(alone, "base", clock=machine.clock).name == "base"
