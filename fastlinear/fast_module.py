@@ -13,7 +13,7 @@ from fastlinear.activations import Activation
 from fastlinear.packs import record_of
 from fastlinear.planned import Planned
 
-_UNSAVED = ("_engine", "_casting", "_chosen")
+_UNSAVED = ("_engine", "_casting", "_chosen", "_torch_packs")
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 

@@ -198,7 +198,7 @@ def why_no_twin(module: nn.Module) -> str | None:
     return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
 
 
-_OWN = ("activation", "_engine", "_casting", "_chosen", "_tune", "_name", "_precision")
+_OWN = ("activation", "_engine", "_casting", "_chosen", "_torch_packs", "_tune", "_name", "_precision")
 _CONV_OWN = ("in_features", "out_features")
 
 

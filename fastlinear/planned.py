@@ -27,6 +27,7 @@ class Planned(Freezable):
 
     _precision = AS_HELD  # as it was asked for
     _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs
+    _torch_packs: torch_plans.Packs  # of the weight as it is now
     _tune: str
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
@@ -98,6 +99,8 @@ class Planned(Freezable):
                 if frozen is None and not engine.ready(weight) and not rounded:
                     return False
                 fingerprint = _engine.Fingerprint(weight)
+                engine.let_go()
+                vars(self)["_torch_packs"] = {}
                 packed = pack(weight, precision, self._transposed, fingerprint=fingerprint)
                 if frozen is not None:
                     engine.hold(packed)
@@ -168,6 +171,7 @@ class Planned(Freezable):
             rows=engine.rows,
             out=precision.out,
             spare=spare,
+            torch_packs=self._torch_packs,
         )
 
     def ask_again(self) -> None:
@@ -207,7 +211,7 @@ class Planned(Freezable):
         if frozen is not None:
             frozen.layers.add(self)
             engine.hold(frozen.packed)
-        vars(self).update(_engine=engine, _casting={}, _chosen={})
+        vars(self).update(_engine=engine, _casting={}, _chosen={}, _torch_packs={})
         ops.register(self)
 
     @property
@@ -219,6 +223,7 @@ class Planned(Freezable):
 
     @property
     def pack_nbytes(self) -> int:
-        """Bytes of the packed weight, in all formats; 0 before the first call."""
+        """Bytes of the packed weight, in all formats and for torch's own ways, too; 0 before the first call."""
         packs = [engine.packed for engine in (self._engine, *self._casting.values())]
-        return sum(packed.nbytes for packed in packs if packed is not None)
+        of_torch = (torch_plans.memory(packed)[1] for packed in list(self._torch_packs.values()))
+        return sum(packed.nbytes for packed in packs if packed is not None) + sum(of_torch)

@@ -54,7 +54,8 @@ _MOST_WORK, _MOST_BYTES = 6e9 * 1024, 6e9 * 128
 
 class Operands(NamedTuple):
     """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels; rows, out:
-    how x and y are quantised; spare: the weight in panels of its own format, where the problem has a fallback."""
+    how x and y are quantised; spare: the weight in panels of its own format, where the problem has a fallback;
+    torch_packs: what the layer has packed for torch's own ways, to which a plan may add."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -62,6 +63,7 @@ class Operands(NamedTuple):
     rows: _kernels.RowQuantizer | None = None
     out: Requantize | None = None
     spare: _kernels.Packed | None = None
+    torch_packs: torch_plans.Packs | None = None
 
     def head(self, n: int, transposed: bool) -> Operands:
         """The first n output channels, rounded up to whole panels."""
@@ -70,7 +72,7 @@ class Operands(NamedTuple):
         if weight is not None:
             weight = weight[:, :n].contiguous() if transposed else weight[:n]
         bias, spare = None if bias is None else bias[:n], None if spare is None else spare.head(n)
-        return self._replace(weight=weight, bias=bias, packed=self.packed.head(n), spare=spare)
+        return self._replace(weight=weight, bias=bias, packed=self.packed.head(n), spare=spare, torch_packs=None)
 
     def unquantized(self) -> Operands | None:
         return None if self.spare is None else Operands(self.weight, self.bias, self.spare)
@@ -80,7 +82,7 @@ def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
     """What to run: what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if `measure` and
     FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
     name = override()
-    if name is not None and _applies(name, problem, operands.weight):
+    if name is not None and _applies(name, problem, operands):
         return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source="override"), problem)
     if not measure or _kernels.forked() or not environment.measures():
         return heuristic(problem)
@@ -106,7 +108,7 @@ def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _kernels
     """What an Engine runs for `chosen`."""
     if chosen.name in torch_plans.NAMES:
         names = (chosen.name, torch_plans.BASELINE)  # a tampered cache may name a way that torch refuses
-        return next(plan for name in names if (plan := _torch_plan(name, problem, operands.weight))).run
+        return next(plan for name in names if (plan := _torch_plan(name, problem, operands))).run
     spare = operands.unquantized() if chosen.refused else None
     kernel = native(chosen)
     kernel.due = measuring.process.due(problem.key(), chosen.provisional) if chosen.provisional else 0.0
@@ -122,9 +124,9 @@ def _fall_back(
     return out.view(*x.shape[:-1], packed.n)
 
 
-def _applies(name: str, problem: Problem, weight: Tensor | None) -> bool:
+def _applies(name: str, problem: Problem, operands: Operands) -> bool:
     if name in torch_plans.NAMES:
-        return _torch_plan(name, problem, weight) is not None
+        return _torch_plan(name, problem, operands) is not None
     return any(row["name"] == name for each in _ways(problem) for row in able(each))
 
 
@@ -140,16 +142,18 @@ def _refusing(chosen: Chosen, problem: Problem) -> Chosen:
     return chosen._replace(refused=problem.packed if refused else "")
 
 
-def _torch_plan(name: str, problem: Problem, weight: Tensor | None) -> torch_plans.TorchPlan | None:
+def _torch_plan(name: str, problem: Problem, operands: Operands) -> torch_plans.TorchPlan | None:
     """torch's way `name`, or None where it is not admitted, would keep yet another pack of the weight, or is refused by
     torch."""
+    weight, packs = operands.weight, {} if operands.torch_packs is None else operands.torch_packs
     if weight is None or not problem.admits_torch:
         return None
     problem = problem.unquantized() if problem.fallback else problem
-    if name != torch_plans.BASELINE and not problem.x == problem.packed == problem.held:
+    plain = problem.x == problem.packed == problem.held and problem.m < 1 << 31  # they count rows in 32 bits
+    if name != torch_plans.BASELINE and not plain:
         return None
     try:
-        return torch_plans.make(name, weight, problem.transposed, problem.activation, problem.m)
+        return torch_plans.make(name, weight, problem.transposed, problem.activation, packs)
     except (AttributeError, RuntimeError) as error:
         _log.debug("%s is no candidate: %s", name, error)
         return None
@@ -228,10 +232,10 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
         ]
         weights.append(those.packed.data)
         natives |= found
-    baseline = torch_plans.BASELINE if _torch_plan(torch_plans.BASELINE, small, tensors.weight) else None
+    baseline = torch_plans.BASELINE if _torch_plan(torch_plans.BASELINE, small, tensors) else None
     weights += [] if tensors.weight is None else [tensors.weight]
     for name in torch_plans.NAMES:
-        plan = _torch_plan(name, small, tensors.weight)
+        plan = _torch_plan(name, small, tensors)
         if plan is None or tensors.weight is None:
             continue
         weights += [] if plan.packed is None else [plan.packed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from fastlinear.activations import Activation
 BASELINE = "torch/linear"
 
 
+# A weight as MKL and oneDNN pack it, by the way's name: one for all numbers of rows.
+Packs: TypeAlias = dict[str, Tensor]
+
+
 class TorchPlan(NamedTuple):
     """(x, weight as the module holds it, bias) -> y, and the packed weight it holds, if it holds one."""
 
@@ -21,18 +25,24 @@ class TorchPlan(NamedTuple):
     packed: Tensor | None = None
 
 
-def _linear(weight: Tensor, transposed: bool, activation: Activation | None, m: int) -> TorchPlan:
+_ROWS = 32  # that MKL and oneDNN are told to pack for; what that makes of other numbers of rows, the tuner sees
+
+
+def _linear(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return activations.linear(x, weight.t() if transposed else weight, bias, activation)
 
     return TorchPlan(run)
 
 
-def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, m: int) -> TorchPlan:
-    """MKL's prepacked sgemm. The pack is for m rows; other numbers fall back to plain sgemm inside the op."""
-    dense = weight.t().contiguous() if transposed else weight
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(dense, m)
+def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+    """MKL's prepacked sgemm. Its packs do not depend on M, as little as those of IPEX, which packs once for all; torch
+    asks whether a call's rows are as many as it is told the pack was made for, and else uses `dense`."""
+    dense = weight.t() if transposed else weight
     linear = torch.ops.mkl._mkl_linear.default
+    if "torch/mkl" not in packs:
+        packs["torch/mkl"] = torch.ops.mkl._mkl_reorder_linear_weight(dense.contiguous(), _ROWS)
+    packed = packs["torch/mkl"]
 
     def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
         return activations.apply(activation, linear(x, packed, dense, bias, x.numel() // x.shape[-1]))
@@ -40,11 +50,13 @@ def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, m: int
     return TorchPlan(run, packed)
 
 
-def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, m: int) -> TorchPlan:
-    """oneDNN's prepacked inner product."""
-    dense = weight.t().contiguous() if transposed else weight
-    packed = torch.ops.mkldnn._reorder_linear_weight(dense, m)
+def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+    """oneDNN's prepacked inner product, which packs anew in a call whose rows want another form."""
     linear = torch.ops.mkldnn._linear_pointwise.default
+    if "torch/mkldnn" not in packs:
+        dense = weight.t().contiguous() if transposed else weight
+        packs["torch/mkldnn"] = torch.ops.mkldnn._reorder_linear_weight(dense, _ROWS)
+    packed = packs["torch/mkldnn"]
 
     def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
         return activations.apply(activation, linear(x, packed, bias, "none", [], ""))
@@ -52,7 +64,7 @@ def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, m: 
     return TorchPlan(run, packed)
 
 
-_MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, int], TorchPlan]] = {
+_MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, Packs], TorchPlan]] = {
     BASELINE: _linear,
     "torch/mkl": _mkl,
     "torch/mkldnn": _mkldnn,
@@ -60,12 +72,13 @@ _MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, int], TorchPlan]] 
 NAMES = tuple(_MAKERS)
 
 
-def make(name: str, weight: Tensor, transposed: bool, activation: Activation | None, m: int) -> TorchPlan:
-    """The way `name` for about m rows. weight: as the module holds it, [n, k], or [k, n] if transposed.
+def make(name: str, weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+    """The way `name`. weight: as the module holds it, [n, k], or [k, n] if transposed; packs: of that weight, to take
+    one from or put one into.
 
     Raises AttributeError or RuntimeError where this torch lacks the operator, or it refuses the shape.
     """
-    return _MAKERS[name](weight, transposed, activation, m)
+    return _MAKERS[name](weight, transposed, activation, packs)
 
 
 def memory(tensor: Tensor) -> tuple[int, int]:
@@ -74,5 +87,4 @@ def memory(tensor: Tensor) -> tuple[int, int]:
         storage = tensor.untyped_storage()
         end = storage.data_ptr() + storage.nbytes()
         return tensor.data_ptr(), min(tensor.nbytes, end - tensor.data_ptr())
-    # MKL's pack counts its bytes as floats; what lies beyond a fourth was never written.
-    return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor) // (4 if tensor.shape[-1] == 1 else 1)
+    return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)

@@ -4,16 +4,25 @@ Resident memory is read from /proc in a process of its own, with margins of some
 """
 
 import bisect
+import copy
+import gc
 import os
+import pickle
 import random
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from models import OFF
+from torch import nn
 
-from fastlinear import _engine, _kernels, candidates, planner, torch_plans
+import fastlinear
+from fastlinear import _engine, _kernels, candidates, linear, planner, torch_plans
 from fastlinear.tuning_cache import Tuned
 
 SETUP = """
@@ -154,6 +163,109 @@ for i in range(1000):
 assert resident() < before + 8, (before, resident())
 """
     child(code)
+
+
+def test_a_repack_costs_one_pack() -> None:
+    """The pack of a weight that has changed goes before the new one is made: the peak is that of the first call."""
+    code = """
+layer, x = fastlinear.FastLinear(2048, 4096).eval().requires_grad_(False), torch.randn(3, 2048)
+vars(layer)["_tune"] = "off"
+layer(x)
+before = resident()
+for _ in range(3):
+    layer.weight.mul_(1.5)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is now what there is
+    layer._engine.settle()  # it counts as one that keeps changing
+    layer(x)
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+    assert layer._engine.fresh(layer) and peak < before + 12, (before, peak)
+"""
+    child(code)
+
+
+@pytest.mark.parametrize("way", [name for name in torch_plans.NAMES if name != torch_plans.BASELINE])
+def test_one_pack_for_all_batch_sizes(way: str) -> None:
+    """What MKL or oneDNN packed serves every number of rows, rightly, is counted, and goes with the weight."""
+    if way == "torch/mkl" and not torch.backends.mkl.is_available():
+        pytest.skip("this torch is built without MKL")
+    code = """
+layer = fastlinear.FastLinear(1024, 4096).eval().requires_grad_(False)
+before = resident()
+for m in (1, 2, 3, 5, 7, 8, 9, 11, 12, 17, 24, 33, 64, 90, 128, 200):
+    x = torch.randn(m, 1024)
+    assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-3), m
+assert {plan.name for plan in layer.plans} == {os.environ["FASTLINEAR_KERNEL"]} and len(layer.plans) > 12
+mib = layer.pack_nbytes / 2**20
+assert 31 < mib < 40, mib
+assert resident() < before + mib + 64, (before, resident())
+layer.weight.mul_(2)
+assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-3)
+assert layer.pack_nbytes / 2**20 == mib and resident() < before + mib + 64, (before, resident())
+packed = [weakref.ref(packed) for packed in layer._torch_packs.values()]
+del layer
+assert [ref() for ref in packed] == [None]
+"""
+    child(code, FASTLINEAR_KERNEL=way)
+
+
+def _fast(**options: Any) -> nn.Module:
+    stock = nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Linear(48, 32)).eval().requires_grad_(False)
+    return OFF(stock, **options)
+
+
+def _tied(**options: Any) -> nn.Module:
+    stock = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32)).eval().requires_grad_(False)
+    stock[2].weight = stock[0].weight
+    return OFF(stock, **options)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": _fast,
+    "bf16": lambda: _fast(dtype=torch.bfloat16),
+    "quantized": lambda: _fast(quantize=fastlinear.Int8Dynamic()),
+    "tied": _tied,
+    "frozen": lambda: _fast(freeze=True),
+    "frozen, quantized": lambda: _fast(freeze=True, quantize=fastlinear.Int8WeightOnly()),
+    "frozen, tied": lambda: _tied(freeze=True),
+}
+
+
+def _with_gradients(model: nn.Module) -> None:
+    model(torch.randn(3, 32, requires_grad=True)).sum().backward()
+
+
+def _under_autocast(model: nn.Module) -> None:
+    with torch.autocast("cpu"):
+        model(torch.randn(3, 32))
+
+
+USES: dict[str, Callable[[nn.Module], object]] = {
+    "a call": lambda model: model(torch.randn(3, 32)),
+    "gradients": _with_gradients,
+    "autocast": _under_autocast,
+    "report": lambda model: (model(torch.randn(3, 32)), str(fastlinear.report(model))),
+    "a copy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "a state dict": lambda model: model.state_dict(),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_del_frees_a_model(kind: str) -> None:
+    """Modules and packs go with the last reference to the model, without the cycle collector, whatever it was used
+    for."""
+    gc.collect()
+    gc.disable()
+    try:
+        for name, use in USES.items():
+            model: Any = MODELS[kind]()
+            use(model)
+            packs = [layer._engine.packed for layer in model if linear.is_fast(layer)]
+            refs = [weakref.ref(thing) for thing in (*model.modules(), *packs) if thing is not None]
+            del model, packs
+            assert [ref() for ref in refs if ref() is not None] == [], name
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(
