@@ -222,10 +222,6 @@ cdef class Engine:
         planned for a pack of the same layout and size stay, other plans go; False where all do."""
         return self.replace(weight, fingerprint, packed)
 
-    def let_go(self):
-        """Lets the memory of a pack go that is no longer the weight's, before another one is made."""
-        self.packed = None
-
     def hold(self, Packed packed not None):
         """Uses `packed` for a module without a parameter "weight", a frozen one."""
         self.replace(None, None, packed)

@@ -89,6 +89,7 @@ class Planned(Freezable):
                 frozen = record_of(self)
                 if why_unfit(self) is not None or self._frozen is not frozen:
                     return False
+                vars(self)["_torch_packs"] = {}
                 # Read once: another thread may be setting it, to one of another dtype.
                 weight = self.weight if frozen is None else frozen.unpack(self._transposed)
                 if engine is self._engine:
@@ -99,8 +100,6 @@ class Planned(Freezable):
                 if frozen is None and not engine.ready(weight) and not rounded:
                     return False
                 fingerprint = _engine.Fingerprint(weight)
-                engine.let_go()
-                vars(self)["_torch_packs"] = {}
                 packed = pack(weight, precision, self._transposed, fingerprint=fingerprint)
                 if frozen is not None:
                     engine.hold(packed)
