@@ -234,7 +234,8 @@ cdef class Engine:
             for key, planned in self.plans.items():
                 plans[key] = [plan if type(plan) is Plan else None for plan in planned]
         self.packed = None  # not fresh until all the rest is set
-        self.threads, self.answered, self.waits = 0, 0, 0
+        # The first pack has credit: many a model is called once before its weights are loaded.
+        self.threads, self.answered, self.waits = 0, TRIAL if self.planned_for is None else 0, 0
         self.plans, self.planned_for = plans, planned_for
         self.weight, self.fingerprint = weight, fingerprint
         self.packed = packed

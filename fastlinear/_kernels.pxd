@@ -74,7 +74,8 @@ cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
 cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
     cppclass ThreadPool:
         cbool attach(const char*)
-        void stop_after_fork()
+        void before_fork()
+        void after_fork()
         cbool forked()
         ptrdiff_t size()
     ThreadPool& thread_pool()

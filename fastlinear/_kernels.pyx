@@ -6,6 +6,7 @@ No torch header is used. A tensor is read through the C table that torch.Tensor 
 (``__dlpack_c_exchange_api__``, DLPack 1.3), or through its Python attributes where torch is too old to have one.
 """
 
+import logging
 import os
 
 import torch
@@ -27,7 +28,7 @@ cdef ptrdiff_t pool_size() noexcept:
 
 
 def num_threads():
-    """Threads that a call may use: torch's own count, or 1 in a forked child."""
+    """Threads that a call may use: torch's own count, or 1 in a child whose pool was lost in a fork."""
     return pool_size()
 
 
@@ -43,17 +44,26 @@ def _attach_pool():
 
 
 def forked():
-    """True in a process that was forked after fastlinear was imported: everything there runs on one thread."""
+    """True in a process that was forked while its thread pool could not be let go: everything runs on one thread."""
     return thread_pool().forked()
 
 
+def _before_fork():
+    thread_pool().before_fork()
+
+
 def _after_fork():
-    thread_pool().stop_after_fork()
+    thread_pool().after_fork()
+    if thread_pool().forked():
+        logging.getLogger("fastlinear").warning(
+            "this process was forked from one whose thread pool it lacks: fastlinear runs on one thread here; start "
+            "processes by spawn or forkserver, or fork before torch computes in parallel"
+        )
 
 
 pool_attached = _attach_pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 # ---- instruction sets ----

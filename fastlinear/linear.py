@@ -107,6 +107,8 @@ class FastLinear(FastModule, nn.Linear):
         asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), activations.resolve(activation)
         weight = foreign.quantized(values, scale, zero)
         n, k = weight.values.shape
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"bias must be [{n}], one number for each output feature, but is {list(bias.shape)}")
         reason = asked.why_not("", k, weight)
         if reason is not None or asked.scheme is None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")

@@ -64,12 +64,17 @@ class Layer(Protocol):
 
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
+_by_address: dict[int | None, list[weakref.ref[Layer]]] = {}  # by where their weights were when one was last looked for
+_missed: dict[Key, int] = {}  # what no layer was found for -> calls until it is looked for again
+_MISSES, _AGAIN = 4096, 1000
 _found: weakref.WeakValueDictionary[Key, Layer] = weakref.WeakValueDictionary()  # those that were looked up
 
 
 def register(layer: Layer) -> None:
     """Lets the op find the layer by whatever parameters it has at the time."""
     _layers[id(layer)] = layer
+    _by_address.clear()
+    _missed.clear()
 
 
 def forget(layer: object) -> None:
@@ -114,16 +119,40 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     packed = form.packed or name_of(weight.dtype)
     key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
     slot = (*key, packed)
-    layer = _found.get(slot)
-    if layer is None or id(layer) not in _layers or not _is_of(layer, weight, bias):
-        alive = [layer for ref in _layers.valuerefs() if (layer := ref()) is not None]
-        able = [layer for layer in alive if _key_of_layer(layer) == key and _is_of(layer, weight, bias)]
-        able = [layer for layer in able if packed in DTYPES or packed == layer.packed_as]
-        layer = max(able, key=lambda layer: layer.packed_as == packed, default=None)
-        if layer is not None:
-            _found[slot] = layer
+    layer = _find(slot, key, packed, weight, bias)
     y = None if layer is None else layer._native(x, packed)
     return _formula(x, weight, bias, *rest).contiguous() if y is None else y
+
+
+def _find(slot: Key, key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
+    """The layer that the op's arguments belong to, if there is one. Addresses change without notice: where none is
+    found all are looked at again, but for one question not in every call."""
+    layer = _found.get(slot)
+    if layer is not None and id(layer) in _layers and _is_of(layer, weight, bias):
+        return layer
+    if _missed.get(slot, 0) > 0:
+        _missed[slot] -= 1
+        return None
+    layer = _look_up(key, packed, weight, bias)
+    if layer is None:
+        _by_address.clear()
+        for each in [each for ref in _layers.valuerefs() if (each := ref()) is not None]:
+            _by_address.setdefault(address_of(_weight_of(each)), []).append(weakref.ref(each))
+        layer = _look_up(key, packed, weight, bias)
+    if layer is not None:
+        _found[slot] = layer
+        return layer
+    if len(_missed) >= _MISSES:
+        _missed.clear()
+    _missed[slot] = _AGAIN
+    return None
+
+
+def _look_up(key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
+    near = [layer for ref in _by_address.get(weight.data_ptr(), ()) if (layer := ref()) is not None]
+    able = [layer for layer in near if id(layer) in _layers and _key_of_layer(layer) == key]
+    able = [layer for layer in able if _is_of(layer, weight, bias) and (packed in DTYPES or packed == layer.packed_as)]
+    return max(able, key=lambda layer: layer.packed_as == packed, default=None)
 
 
 def _key_of_layer(layer: Layer) -> Key:

@@ -123,16 +123,19 @@ def _replacing(path: AnyPath) -> Iterator[BinaryIO]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".fastlinear-{secrets.token_hex(8)}.tmp")
-    mode = 0o666
+    mode = None
     with suppress(FileNotFoundError):  # nobody may read the new one who may not read the old one
         mode = stat.S_IMODE(os.stat(target).st_mode)
+    created = 0o666 if mode is None else mode & 0o700  # less the umask, which the mode of an old file knew already
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, created)
     except OSError as error:
         error.filename = folder  # which is what lacks, or forbids it; the temporary name tells nobody anything
         raise
     try:
         with open(handle, "wb") as file:
+            if mode is not None:
+                os.fchmod(handle, mode)
             yield file
             file.flush()
             os.fsync(handle)

@@ -234,10 +234,7 @@ def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def in_child(action: Callable[[Note], None]) -> None:
-    """Runs action(note) in a forked process, where it may die; fails with its error, or with its last note.
-
-    fastlinear is serial in a forked child, and torch must stay on one thread there, too.
-    """
+    """Runs action(note) in a forked process, where it may die; fails with its error, or with its last note."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -25,12 +25,16 @@ class ThreadPool {
     if (handle == nullptr) return false;
     for_ = reinterpret_cast<ParallelFor>(dlsym(handle, "torch_parallel_for"));
     count_ = reinterpret_cast<NumThreads>(dlsym(handle, "torch_get_num_threads"));
+    pause_ = reinterpret_cast<Pause>(dlsym(handle, "omp_pause_resource_all"));
     dlclose(handle);
     return for_ != nullptr && count_ != nullptr;
   }
 
-  // A child forked after a parallel region has no workers and would wait for them forever.
-  void stop_after_fork() { forked_ = true; }
+  // A child forked after a parallel region has no workers and would wait for them forever, in torch's own operators,
+  // too. So OpenMP is asked before a fork to let the workers of this thread go (0.5 ms; the next region starts new
+  // ones). Where it cannot, or fork() was called inside a region, the child runs on one thread.
+  void before_fork() { paused_ = pause_ != nullptr && pause_(kPauseSoft) == 0; }
+  void after_fork() { forked_ = forked_ || !paused_; }
   bool forked() const { return forked_; }
 
   std::ptrdiff_t size() const {
@@ -56,8 +60,12 @@ class ThreadPool {
   using Range = void (*)(std::int64_t, std::int64_t, void*);
   using ParallelFor = std::int32_t (*)(std::int64_t, std::int64_t, std::int64_t, Range, void*);
   using NumThreads = std::int32_t (*)(std::uint32_t*);
+  using Pause = int (*)(int);
+  static constexpr int kPauseSoft = 1;  // omp_pause_soft
   ParallelFor for_ = nullptr;
   NumThreads count_ = nullptr;
+  Pause pause_ = nullptr;
+  bool paused_ = false;  // for the fork that is under way
   bool forked_ = false;
 };
 
