@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, activations, inspection, linear, planner, selfcheck
+from fastlinear import _kernels, activations, inspection, linear, measuring, planner, selfcheck
 from fastlinear.activations import Activation
 from fastlinear.convert import convert
 from fastlinear.header import FormatError
@@ -125,7 +125,8 @@ def bench(options: argparse.Namespace) -> int:
         ).eval()
         stock, x = nn.Linear(k, n, dtype=dtype, device="cpu").eval(), torch.randn(m, k, dtype=dtype, device="cpu")
         with torch.inference_mode():
-            fast(x)
+            with measuring.process.thorough():
+                fast(x)
             before, after = _alternate([functools.partial(_stock, stock, activation), fast], x)
         runs_on = " ".join(chosen.name for chosen in fast.plans) or "torch/linear"
         print(f"{f'{m}x{k}x{n}':<18}{before:>11.1f}{after:>12.1f}{before / after:>9.2f}x  {runs_on}", flush=True)

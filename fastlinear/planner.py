@@ -162,23 +162,25 @@ def _torch_plan(name: str, problem: Problem, operands: Operands) -> torch_plans.
 @functools.cache
 def cache() -> TuningCache:
     """What was tuned on this machine, by `Problem.key()`."""
-    machine = Machine(
-        _processor(), tuple(_kernels.cpu_info()["isas"]), f"{version('fastlinear')} {_build()}", torch.__version__
-    )
     names = {row["name"] for row in runnable()} | set(torch_plans.NAMES)
-    made = TuningCache(machine, names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
+    made = TuningCache(_machine(), names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=made.forked)
     atexit.register(made.flush)
     return made
 
 
+def _machine() -> Machine:
+    library = f"{version('fastlinear')} {_build()}"
+    return Machine(_processor(), tuple(_kernels.cpu_info()["isas"]), library, torch.__version__)
+
+
 def _processor() -> str:
     """What tells CPUs of equal brand apart: family, model and stepping, caches, CPUs."""
     info = _kernels.cpu_info()
     caches = "/".join(str(info[level] >> 10) for level in ("l1d", "l2", "l3"))
-    version = f"family {info['family']} model {info['number']} stepping {info['stepping']}"
-    return f"{info['model']}, {version}, caches {caches} KiB, {os.cpu_count()} CPUs"
+    numbers = f"family {info['family']} model {info['number']} stepping {info['stepping']}"
+    return f"{info['model']}, {numbers}, caches {caches} KiB, {os.cpu_count()} CPUs"
 
 
 def _build() -> str:

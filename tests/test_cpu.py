@@ -49,6 +49,24 @@ def test_names_are_read() -> None:
     assert _kernels.detect({})["model"] == ""
 
 
+@pytest.mark.parametrize(
+    ("version", "family", "number", "stepping"),
+    [
+        (0x00A60F12, 25, 97, 2),
+        (0x00830F10, 23, 49, 0),
+        (0x000806F8, 6, 143, 8),
+        (0x00000F4A, 15, 4, 10),
+        (0x591, 5, 9, 1),
+    ],
+    ids=["Raphael", "Rome", "Sapphire Rapids", "Pentium 4", "a family without extended models"],
+)
+def test_numbers_are_decoded(version: int, family: int, number: int, stepping: int) -> None:
+    """Family, model and stepping of leaf 1 as the vendors count them, with the extended fields where these count."""
+    found = _kernels.detect({**RECORDED[0][1], (1, 0): (version, 0, 0, 0)})
+    assert (found["family"], found["number"], found["stepping"]) == (family, number, stepping)
+    assert _kernels.detect({})["family"] == 0
+
+
 @pytest.mark.parametrize("missing", [FMA, AVX, F16C, OSXSAVE], ids=["FMA", "AVX", "F16C", "OSXSAVE"])
 def test_each_bit_of_leaf_1_is_needed(missing: int) -> None:
     """Without any one of them nothing but scalar code may run."""
@@ -101,6 +119,9 @@ def test_this_machine_agrees_with_the_kernel() -> None:
     assert found["isas"] == allowed[: len(found["isas"])] and found["isas"][0] == "scalar"
     assert found["vendor"] == re.findall(r"^vendor_id\s*:\s*(.*)$", info, re.M)[0]
     assert found["model"] == re.findall(r"^model name\s*:\s*(.*?)\s*$", info, re.M)[0]
+    numbers = {"family": "cpu family", "number": "model", "stepping": "stepping"}
+    for ours, theirs in numbers.items():
+        assert found[ours] == int(re.findall(rf"^{theirs}\s*:\s*(\d+)$", info, re.M)[0])
 
 
 def test_runnable_kernels_are_those_of_the_isas() -> None:

@@ -4,6 +4,7 @@ import logging
 import mmap
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,3 +242,25 @@ def test_the_proxy_has_work_for_all_threads(threads: int, m: int, k: int) -> Non
     assert small.m <= m and small.n <= n and small.n == operands.packed.n and small.k == k
     assert small.n >= 64 * threads
     assert small.m * small.n * k <= max(planner._PROXY_WORK * threads + 48 * 32 * k, 48 * 64 * max(2, threads) * k)
+
+
+@pytest.mark.parametrize("part", ["model", "family", "number", "stepping", "l1d", "l2", "l3"])
+def test_machines_of_equal_brand_are_told_apart(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of a machine changes with each number that CPUID gives, with the CPUs, and with the build."""
+    before, info = planner._machine(), _kernels.cpu_info()
+    assert planner._machine() == before
+    changed = info | {part: "other" if part == "model" else info[part] + (1 << 20)}
+    monkeypatch.setattr(_kernels, "cpu_info", lambda: changed)
+    assert planner._machine() != before
+    monkeypatch.setattr(_kernels, "cpu_info", lambda: info)
+    assert planner._machine() == before
+    monkeypatch.setattr("os.cpu_count", lambda: 4097)
+    assert planner._machine() != before
+
+
+def test_another_build_is_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured with other kernels of the same version is not believed."""
+    before, other = planner._machine(), tmp_path / "library.so"
+    other.write_bytes(b"other kernels")
+    monkeypatch.setattr(_kernels, "__file__", str(other))
+    assert planner._machine() != before
