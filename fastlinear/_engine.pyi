@@ -7,6 +7,7 @@ from fastlinear._kernels import Epilogue, Packed, Plan, RowQuantizer
 
 DISABLED: str
 UNFIT: str
+GRADIENT: str
 AUTOCAST: str
 PROFILED: str
 STALE: str

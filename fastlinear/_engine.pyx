@@ -64,7 +64,8 @@ def bucket(ptrdiff_t m):
 
 # Why the engine does not answer a call.
 DISABLED = "disabled"    # FASTLINEAR_DISABLE says so
-UNFIT = "unfit"          # it must go through torch: gradients, a mode that watches, another dtype or device
+UNFIT = "unfit"          # it must go through torch: training, a mode that watches, another dtype or device
+GRADIENT = "gradient"    # the kernels may answer, but gradients are wanted of the answer
 AUTOCAST = "autocast"    # some autocast is on, and nothing else watches
 PROFILED = "profiled"    # it should show up in the profile
 STALE = "stale"          # the weight is not packed, or changed since
@@ -170,7 +171,7 @@ cdef class Engine:
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
     `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for narrower ones.
     `rows` quantizes x for integer products; x may be integers, too, where it is static. What the engine cannot answer
-    goes to `module._slow(x, why)`, why being UNFIT, AUTOCAST, PROFILED, STALE, UNPLANNED or DISABLED.
+    goes to `module._slow(x, why)`, why being UNFIT, GRADIENT, AUTOCAST, PROFILED, STALE, UNPLANNED or DISABLED.
     """
 
     cdef readonly Packed packed
@@ -310,10 +311,12 @@ cdef class Engine:
         bias = params.get("bias", UNFIT)
         if bias is UNFIT or weight is None and (self.weight is not None or self.packed is None):
             return UNFIT  # a parametrization or a hook computes it
-        if state["training"] is True or is_grad_enabled() and (
+        if state["training"] is True:
+            return UNFIT
+        if is_grad_enabled() and (
                 x.requires_grad or weight is not None and weight.requires_grad
                 or bias is not None and bias.requires_grad):
-            return UNFIT
+            return GRADIENT
         if not self.holds(weight):
             return STALE
         # Torch lets go of the GIL where it allocates or copies, and another thread may then give this engine another

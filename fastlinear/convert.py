@@ -49,8 +49,9 @@ def convert(
     """A copy of `model` whose linear layers run on prepacked weights, with the activations that follow them fused.
 
     The copy shares parameters and buffers with `model`, which stays as it is; `inplace=True` changes `model` itself.
-    State dict, hooks, training and gradients work as before. Converted are nn.Linear (`model` itself may be one) and
-    transformers' Conv1D; `report` names the layers that were left alone, and why.
+    State dict, hooks, training and gradients work as before. In training mode a layer computes on its plain parameter,
+    in eval mode on the weight as it is packed, with gradients through that. Converted are nn.Linear (`model` itself may
+    be one) and transformers' Conv1D; `report` names the layers that were left alone, and why.
 
     include, exclude: dotted names, globs or module types, one or several; `exclude` wins. A name or type of a
         container means all layers in it; a glob must match a whole dotted name ("encoder.*.fc1"), or the front of one

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlinear import _engine, _kernels, activations, ops
+from fastlinear import _engine, _kernels, activations, environment, ops
 from fastlinear.activations import Activation
-from fastlinear.packs import record_of
+from fastlinear.elsewhere import why_elsewhere
+from fastlinear.packs import dtype_of, record_of
 from fastlinear.planned import Planned
+from fastlinear.planner import tell
 
-_UNSAVED = ("_engine", "_casting", "_chosen", "_torch_packs")
+_UNSAVED = ("_engine", "_casting", "_chosen", "_torch_packs", "_elsewhere")
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -42,14 +44,10 @@ class FastModule(Planned):
         return self._engine.forward(self, input)
 
     def _torch(self, x: Tensor) -> Tensor:
-        frozen = record_of(self)
-        x = self._precision.numbers(x) if isinstance(x, Tensor) else x
-        weight, bias = self.weight if frozen is None else frozen.unpack(self._transposed), self.bias
-        mixed = isinstance(x, Tensor) and any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
-        if mixed and self._takes(x):
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        """The answer in torch's own ops: in training, and where the user switched the kernels off, of the parameter as
+        it is, which for a frozen layer is what it is packed in; otherwise of the numbers that the kernels multiply."""
         try:
-            y = F.linear(x, weight.t() if self._transposed else weight, bias)
+            return self._plain(x) if self.training or environment.disabled() or self._is_odd(x) else self._referred(x)
         except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
             if isinstance(x, Tensor) and not x.is_nested and (x.dim() == 0 or x.shape[-1] != self.in_features):
                 raise RuntimeError(
@@ -57,7 +55,49 @@ class FastModule(Planned):
                     f"not a tensor of shape {tuple(x.shape)}"
                 ) from error
             raise
-        return activations.apply(self.activation, y)
+
+    def _each(self, x: Any) -> Tensor:
+        """The answer to a nested tensor, part by part, since rows are quantised by what is in them."""
+        if x.layout is torch.jagged:
+            y = self._engine.forward(self, x.values())
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
+        return torch.nested.as_nested_tensor([self._engine.forward(self, part) for part in x.unbind()])
+
+    def _plain(self, x: Tensor) -> Tensor:
+        frozen = record_of(self)
+        x = self._precision.numbers(x) if isinstance(x, Tensor) else x
+        weight, bias = self.weight if frozen is None else frozen.unpack(self._transposed), self.bias
+        mixed = isinstance(x, Tensor) and any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
+        if mixed and self._takes(x):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return activations.apply(self.activation, F.linear(x, weight.t() if self._transposed else weight, bias))
+
+    def _is_odd(self, x: Any) -> bool:
+        """Whether the dtypes are none that go together, of which nn.Linear knows what to say."""
+        if not isinstance(x, Tensor):
+            return True
+        if self._takes(x):
+            return False
+        if _is_autocast(x):
+            return x.dtype not in _kernels.FORMATS
+        fit = x.is_floating_point() and dtype_of(self) is x.dtype
+        return not fit or (self.bias is not None and self.bias.dtype is not x.dtype)
+
+    def _referred(self, x: Tensor) -> Tensor:
+        if x.is_nested and self._precision.rows is not None:
+            return self._each(x)
+        frozen, precision = record_of(self), self._precision
+        reference = self._reference(precision, frozen)
+        weight, bias = self.weight if frozen is None else frozen.panels, self.bias
+        if not _is_autocast(x):
+            return reference.floats(x, weight, bias)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if x.dtype in _kernels.FORMATS:
+                x = x.to(dtype)
+                reference = reference._replace(precision=precision._replace(packed=precision.under(dtype)))
+            return reference.floats(x, weight, bias)
 
     def _slow(self, x: Tensor, why: str) -> Tensor:
         """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
@@ -66,19 +106,30 @@ class FastModule(Planned):
         if why == _engine.AUTOCAST:
             y = self._under_autocast(x)
         else:
-            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._native(x, self.packed_as)
-        return self._torch(x) if y is None else y
+            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._answer(x, self.packed_as)
+        if y is None:
+            self._count(x, why)
+            y = self._torch(x)
+        return y
+
+    def _count(self, x: Tensor, why: str) -> None:
+        reason = why_elsewhere(self, x, why == _engine.STALE)
+        count = self._elsewhere[reason] = self._elsewhere.get(reason, 0) + 1
+        if count == 1:
+            tell(f"{label(self)} goes round the kernels: {reason}")
 
     def _under_autocast(self, x: Tensor) -> Tensor | None:
         """What stock autocast makes of the call: x and the weight are cast to its dtype."""
+        if self.training:
+            return None
         if not torch.is_autocast_enabled("cpu"):  # another device's is
-            return self._native(x, self.packed_as)
+            return self._answer(x, self.packed_as)
         dtype = torch.get_autocast_dtype("cpu")
         if x.dtype not in _kernels.FORMATS and self._precision.takes(x.dtype):  # integers stay what they are
-            return self._native(x, self.packed_as)
-        if x.dtype not in _kernels.FORMATS or dtype not in _kernels.FORMATS or self._differentiated(x):
+            return self._answer(x, self.packed_as)
+        if x.dtype not in _kernels.FORMATS or dtype not in _kernels.FORMATS:
             return None
-        return self._native(x.to(dtype), self._precision.under(dtype))
+        return self._answer(x.to(dtype), self._precision.under(dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in _UNSAVED}
@@ -108,6 +159,11 @@ def label(module: nn.Module) -> str:
     """What messages call a layer: its class, and its name in the converted model if it has one."""
     name = vars(module).get("_name", "")
     return f"{type(module).__name__} {name!r}" if name else type(module).__name__
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _spell(activation: Activation) -> str:

@@ -27,9 +27,8 @@ def freeze(model: Model) -> Model:
     Writing to it (`weight.data += delta`, as LoRA's merge does, `copy_`, an init), loading a state dict, or a change of
     dtype or device makes it a Parameter again, with what was written; tensors of `state_dict()` are copies. A layer
     without a bias shows an empty Parameter, so that `next(model.parameters())` tells dtype and device. Weights that
-    something else in `model` uses, an embedding, say, stay, since dropping them would save nothing. In training, and
-    where gradients are wanted, which reach all but the frozen weights, each call unpacks: run frozen models under
-    torch.no_grad().
+    something else in `model` uses, an embedding, say, stay, since dropping them would save nothing. Gradients reach
+    all but the frozen weights; in training mode each call unpacks, in eval mode each backward.
 
     Raises TypeError for anything but an nn.Module; warns (UserWarning) of a model without fast layers.
     """

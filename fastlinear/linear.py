@@ -33,7 +33,7 @@ class FastLinear(FastModule, nn.Linear):
     an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
     sum up to 64 products in fp16. Input [..., in_features], output [..., out_features] of the input's dtype: fp32, with
     a weight of 16 or 8 bits also bf16 or fp16. The first call with a new number of rows measures the kernels for it
-    (about 50 ms, kept in a cache file); training, gradients, other dtypes and devices run nn.Linear's own code.
+    (about 50 ms, kept in a cache file); training runs nn.Linear's own code, and so do other dtypes and devices.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ def why_no_twin(module: nn.Module) -> str | None:
     return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
 
 
-_OWN = ("activation", "_engine", "_casting", "_chosen", "_torch_packs", "_tune", "_name", "_precision")
+_OWN = ("activation", "_engine", "_casting", "_chosen", "_torch_packs", "_elsewhere", "_tune", "_name", "_precision")
 _CONV_OWN = ("in_features", "out_features")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastlinear.activations import Activation
 from fastlinear.precision import Precision
 from fastlinear.quantize import Requantize, Rows
+from fastlinear.reference import Reference
 
 IDENTITY = Activation("identity")  # what the op's string says for None
 SCHEMA = (
@@ -50,11 +51,9 @@ class Form(NamedTuple):
         """The activation as a layer has it."""
         return None if self.activation == IDENTITY.name else Activation(self.activation, tuple(self.params))
 
-    def canonical(self, weight: Tensor) -> Tensor:
-        """[N, K]"""
-        if self.layout:
-            return unpack(weight, self.layout, self.n, self.k, self.smooth)
-        return weight.t() if self.transposed else weight
+    def reference(self) -> Reference:
+        """What the op computes, in torch's own ops."""
+        return Reference(self.fused(), self.precision(), self.transposed, (self.layout, self.n, self.k))
 
 
 def arguments(

@@ -3,12 +3,12 @@
     linear(x, weight, bias, activation, params, transposed, packed, accumulate) = activation(F.linear(x, weight, bias))
 
 weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] and the output [..., N], contiguous, of
-the dtype of x, to which weight and bias are cast. The packed weight is no argument but an accelerator behind the
+the dtype of x. `packed` is the format that the weight is rounded to, its own if "", `accumulate` the least exact
+one of the sums, and `rows` with `scale`, `zero` and `smooth` tell how x is quantised, or was, where it is integers.
+With `out`, a dtype, the output is integers, of `out_scale` and `out_zero`. `reference` says it all in torch's ops.
+The packed weight is no argument but an accelerator behind the
 scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph
 that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
-`packed` and `accumulate` are what the accelerator may round to: the format of its weight, and that of its sums. So is
-`rows` with `scale`, `zero` and `smooth`, which tell how x is quantised, or was, where it is integers. With `out`, a
-dtype, the output is integers, of `out_scale` and `out_zero`.
 
 A frozen layer has no canonical weight: its panels stand there, with `layout`, N and K, and its graphs hold them. What
 needs the weight itself has it from fastlinear::unpack(panels, layout, n, k, smooth), [N, K] in the dtype of the layout,
@@ -26,11 +26,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, activations
+from fastlinear import _kernels, gradient
 from fastlinear.activations import Activation
 from fastlinear.op_form import SCHEMA, Form, Key, address_of, arguments, key_of
 from fastlinear.precision import DTYPES, Precision, name_of
-from fastlinear.quantize import Quantized, dequantize, requantize
+from fastlinear.quantize import Quantized, dequantize
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -88,6 +88,9 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     frozen = layer._frozen if weight is None else None
     if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias):
         return layer._torch(x)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if wanted and layer._precision.out is not None:  # integers have no gradients
+        return layer._torch(x)
     form = (layer.activation, layer._transposed, layer.packed_as, layer._precision)
     if frozen is None:
         y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0)))
@@ -104,14 +107,11 @@ def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | 
     operands = [t for t in (x, weight, bias) if t is not None]
     dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in operands)
     fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _kernels.FORMATS for t in operands)) or layer._takes(x)
-    return dense and fit and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
+    return dense and fit
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    form = Form(*rest)
-    precision = form.precision()
-    y = activations.linear(precision.numbers(x), form.canonical(weight), bias, form.fused())
-    return y if precision.out is None else requantize(y.float(), precision.out)
+    return Form(*rest).reference().linear(x, weight, bias)
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -209,17 +209,22 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Ten
 
 
 def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    """What is differentiated is made of torch's ops; anything else goes on below autograd."""
-    if _differentiable(x) or _differentiable(weight) or (bias is not None and _differentiable(bias)):
+    """What reverse mode differentiates has a backward of its own; other derivatives are those of torch's ops."""
+
+    def below() -> Tensor:
+        y: Tensor = _op.redispatch(keyset & torch._C._after_autograd_keyset, x, weight, bias, *rest)
+        return y
+
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    # Dynamo enters forward_ad without its Python level, so the tensors are asked themselves; there is but one level, 0.
+    if any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in operands):
         return _formula(x, weight, bias, *rest)
-    below = keyset & torch._C._after_autograd_keyset
-    y: Tensor = _op.redispatch(below, x, weight, bias, *rest)
-    return y
-
-
-def _differentiable(t: Tensor) -> bool:
-    # Dynamo enters forward_ad without its Python level, so the tensor is asked itself; there is but one level, 0.
-    return (t.requires_grad and torch.is_grad_enabled()) or torch._VF._unpack_dual(t, level=0)[1] is not None
+    if not differentiated or Form(*rest).out is not None:
+        return below()
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _formula(x, weight, bias, *rest)
+    return gradient.attach(below, x, weight, bias, Form(*rest).reference())
 
 
 def _vmap(
@@ -230,18 +235,13 @@ def _vmap(
     x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
     if of_weight is None and of_bias is None:
         return _op(x, weight, bias, *rest), 0
-    form = Form(*rest)
-    precision = form.precision()
-    x = precision.numbers(x)
-    if of_weight is None:
-        weight = form.canonical(weight)
-    else:
-        weight = weight.movedim(of_weight, 0).mT if form.transposed else weight.movedim(of_weight, 0)
-    y = x.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ weight.to(x.dtype).mT
+    reference = Form(*rest).reference()
+    rows = reference.rows(x)
+    weight = reference.weight(weight if of_weight is None else weight.movedim(of_weight, 0)).to(rows.dtype)
+    y = rows.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ weight.mT
     if bias is not None:
-        y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(x.dtype)
-    y = activations.apply(form.fused(), y.reshape(*x.shape[:-1], y.shape[-1]))
-    return y if precision.out is None else requantize(y.float(), precision.out), 0
+        y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(y.dtype)
+    return reference.finish(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype), 0
 
 
 _library = torch.library.Library("fastlinear", "DEF")

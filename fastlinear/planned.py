@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear import _engine, _kernels, ops, planner, torch_plans
+from fastlinear import _engine, _kernels, gradient, ops, planner, torch_plans
 from fastlinear._engine import Engine
 from fastlinear.activations import Activation
 from fastlinear.candidates import FROZEN, Chosen, Problem
-from fastlinear.frozen import Freezable
+from fastlinear.frozen import Freezable, Frozen
 from fastlinear.packs import dtype_of, odd_dtype, pack, record_of, why_unfit
 from fastlinear.packs import lock as _lock
 from fastlinear.precision import AS_HELD, Precision, dtype_of_rows, epilogue, long_name, name_of
+from fastlinear.quantize import handed_on
+from fastlinear.reference import Reference
 
 
 class Planned(Freezable):
@@ -28,6 +30,7 @@ class Planned(Freezable):
     _precision = AS_HELD  # as it was asked for
     _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs
     _torch_packs: torch_plans.Packs  # of the weight as it is now
+    _elsewhere: dict[str, int]  # calls that the kernels did not answer, by reason
     _tune: str
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
@@ -56,22 +59,48 @@ class Planned(Freezable):
         return self.precision.takes(x.dtype) and odd_dtype(dtype_of(self), self.bias) is None
 
     def _differentiated(self, x: Tensor) -> bool:
-        if self.training or not torch.is_grad_enabled():
-            return self.training
         operands = (x, None if record_of(self) else self.weight, self.bias)
-        return any(t is not None and t.requires_grad for t in operands)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+    def _answer(self, x: Tensor, packed_as: str) -> Tensor | None:
+        """The answer of the kernels, with a backward where gradients are wanted; None where torch has to compute it."""
+        if self.training or not self._differentiated(x):
+            return self._native(x, packed_as)
+        frozen = record_of(self)
+        weight = self._parameters.get("weight") if frozen is None else frozen.panels
+        with torch.no_grad():
+            y = self._native(x, packed_as)
+        if y is None or weight is None:
+            return None
+        engine = self._engine_for(packed_as)
+        chosen = self._chosen.get(
+            (engine, _kernels.num_threads(), name_of(x.dtype), _engine.bucket(x.shape[:-1].numel()))
+        )
+        kernel = chosen is not None and chosen.name not in torch_plans.NAMES and not chosen.refused
+        packed, plan = engine.packed, planner.native(chosen) if chosen and kernel else None
+        native = None if packed is None else gradient.Native(packed, plan, engine.rows)  # None: thawed meanwhile
+        reference = self._reference(self._precision_in(engine, packed_as), frozen)
+        out = reference.precision.out
+        y = y if out is None else handed_on(y, out)
+        return gradient.attach(lambda: y, x, weight, self.bias, reference, native)
+
+    def _reference(self, precision: Precision, frozen: Frozen | None) -> Reference:
+        panels = ("", 0, 0) if frozen is None else frozen.form
+        return Reference(self.activation, precision, self._transposed, panels)
+
+    def _engine_for(self, packed_as: str) -> Engine:
+        engine = self._engine if packed_as == self.packed_as else self._casting.get(packed_as)
+        return engine or self._casting.setdefault(packed_as, self._new_engine(AS_HELD))
 
     def _native(self, x: Tensor, packed_as: str) -> Tensor | None:
         """The answer of the engine with a pack in that format, packed and planned for if need be; None where torch has
         to compute it."""
-        engine = self._engine if packed_as == self.packed_as else self._casting.get(packed_as)
-        if engine is None:
-            engine = self._casting.setdefault(packed_as, self._new_engine(AS_HELD))
+        engine = self._engine_for(packed_as)
         y = engine.attempt(self, x)
         if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
             return y
         fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self._columns()
-        if fit and not self._differentiated(x) and self._prepare(engine, packed_as, x):
+        if fit and not self.training and not self._differentiated(x) and self._prepare(engine, packed_as, x):
             y = engine.attempt(self, x)
         return y
 
@@ -211,6 +240,7 @@ class Planned(Freezable):
             frozen.layers.add(self)
             engine.hold(frozen.packed)
         vars(self).update(_engine=engine, _casting={}, _chosen={}, _torch_packs={})
+        vars(self).setdefault("_elsewhere", {})
         ops.register(self)
 
     @property

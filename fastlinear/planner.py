@@ -313,14 +313,19 @@ def _spell(chosen: Chosen) -> str:
 
 
 def _tell(problem: Problem, choice: autotune.Choice) -> None:
-    """The table of a tuning, like Inductor's AUTOTUNE log: on stderr if FASTLINEAR_VERBOSE=1, else at debug level."""
+    """The table of a tuning, like Inductor's AUTOTUNE log."""
     best = choice.table[0][1] if choice.table else 0.0
     lines = [f"AUTOTUNE linear({problem.m}x{problem.k}, {problem.n}x{problem.k}) {problem.key()}"]
     lines += [f"  {name:<28} {ms:9.4f} ms {best / ms:6.1%}" for name, ms in choice.table]
     verdict = f"chosen: {choice.name}" if choice.decided else f"too noisy to tell: {choice.name} for now"
     verdict = "the machine was busy: a plan by rule for now" if choice.busy else verdict
     lines.append(f"{verdict}; {choice.rounds} rounds, {choice.seconds * 1e3:.1f} ms")
+    tell("\n".join(lines))
+
+
+def tell(text: str) -> None:
+    """Why a call is slow, for whoever looks for it: on stderr if FASTLINEAR_VERBOSE=1, else logged at debug level."""
     if environment.verbose():
-        print("\n".join(lines), file=sys.stderr)
+        print(text, file=sys.stderr)
     else:
-        _log.debug("\n".join(lines))
+        _log.debug(text)

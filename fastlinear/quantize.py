@@ -101,7 +101,7 @@ def quantize_weight(weight: Tensor, smooth: Tensor | None = None) -> Quantized:
     Raises ValueError for infinities and NaN.
     """
     w = weight.detach()
-    blocks = [_quantize_channels(block, smooth) for block in w.split(max(1, BLOCK // max(1, w.shape[1])))]
+    blocks = [quantize_channels(block, smooth) for block in w.split(max(1, BLOCK // max(1, w.shape[1])))]
     values, scale = map(torch.cat, zip(*blocks, strict=True))
     if not bool(scale.isfinite().all()):
         w = w.float() if smooth is None else w.float() / smooth
@@ -110,11 +110,12 @@ def quantize_weight(weight: Tensor, smooth: Tensor | None = None) -> Quantized:
     return Quantized(values, scale)
 
 
-def _quantize_channels(weight: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_channels(weight: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The values int8 [..., N, K] and the scale fp32 [..., N] of `quantize_weight`, unchecked; traceable."""
     w = weight.float() if smooth is None else weight.float() / smooth
     scale = _amax(w) / 127
     scale = torch.where(scale < TINY, 0.0, scale)
-    values = torch.where(scale[:, None] > 0, torch.round(w / scale[:, None]).clamp(-127, 127), 0.0)
+    values = torch.where(scale[..., None] > 0, torch.round(w / scale[..., None]).clamp(-127, 127), 0.0)
     return values.to(torch.int8), scale
 
 
@@ -124,7 +125,7 @@ def dequantize(weight: Quantized) -> Tensor:
 
 
 def quantize_rows(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of x [M, K], in fp32, bf16 or fp16, as (u uint8 [M, K], scale fp32 [M], zero int32 [M]).
+    """Rows of x [..., K], in fp32, bf16 or fp16, as (u uint8 [..., K], scale fp32 [...], zero int32 [...]); traceable.
 
     A row whose scale would be below 2^-126 has scale 0 and u = zero. Where a row cannot be quantised, for an infinity
     or a NaN in it (static: a NaN; infinities saturate), its scale is NaN and u = zero, so that all of its y is NaN.
@@ -137,19 +138,23 @@ def quantize_rows(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         return u, _all(x, rows.scale), _all(x, rows.zero).int()
     x = x.float() if rows.smooth is None else x.float() * rows.smooth
     if rows.kind == "static":
-        scale = torch.where(x.isnan().any(1), math.nan, _all(x, rows.scale))
+        scale = torch.where(x.isnan().any(-1), math.nan, _all(x, rows.scale))
         zero = _all(x, rows.zero)
     elif rows.kind == "symmetric":
         scale, zero = _amax(x) / 127, _all(x, 128)
     else:
-        low, high = (x.amin(1).clamp(max=0.0), x.amax(1).clamp(min=0.0)) if x.shape[1] else (x.sum(1), x.sum(1))
-        scale, zero = asymmetric(low, high)
+        scale, zero = asymmetric(_most(x, torch.amin).clamp(max=0.0), _most(x, torch.amax).clamp(min=0.0))
     whole = (scale >= TINY) & scale.isfinite()
     scale = torch.where(whole | (scale < TINY), torch.where(whole, scale, 0.0), math.nan)
-    below = -127 if rows.kind == "symmetric" else -zero[:, None]
-    steps = _steps(x * scale.reciprocal()[:, None], below, 127 if rows.kind == "symmetric" else 255 - zero[:, None])
-    u = torch.where(whole[:, None], steps, 0.0) + zero[:, None]
+    zeros = zero[..., None]
+    low, high = (-127, 127) if rows.kind == "symmetric" else (-zeros, 255 - zeros)
+    u = torch.where(whole[..., None], _steps(x * scale.reciprocal()[..., None], low, high), 0.0) + zeros
     return u.to(torch.uint8), scale, zero.int()
+
+
+def dequantize_rows(u: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The rows [..., K] that the result of `quantize_rows` stands for, in fp32."""
+    return scale[..., None] * (u.float() - zero[..., None].float())
 
 
 def asymmetric(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,10 +201,15 @@ def products(u: Tensor, zero: Tensor, weight: Quantized) -> Tensor:
 
 def requantize(y: Tensor, out: Requantize) -> Tensor:
     """fp32 y as integers; NaN becomes the lowest value."""
-    inverse = torch.tensor(out.scale, dtype=torch.float32, device="cpu").reciprocal()
+    inverse = y.new_full((), out.scale, dtype=torch.float32).reciprocal()
     steps = _steps(torch.where(y.isnan(), -math.inf, y * inverse), -out.zero, 255 - out.zero)
     integers: Tensor = steps + out.zero - (0 if out.dtype is torch.uint8 else 128)
     return integers.to(out.dtype)
+
+
+def handed_on(integers: Tensor, out: Requantize) -> Tensor:
+    """What the result of `requantize` stands for, in fp32; the layer that reads it makes the same integers of it."""
+    return (integers.float() - (out.zero - (0 if out.dtype is torch.uint8 else 128))) * out.scale
 
 
 def signal_to_noise(exact: Tensor, approximate: Tensor) -> float:
@@ -227,18 +237,23 @@ def _centred(weight: Quantized) -> Tensor:
 
 
 def _amax(rows: Tensor) -> Tensor:
-    return rows.abs().amax(1) if rows.shape[1] else rows.sum(1)  # torch has no maximum of nothing
+    return _most(rows.abs(), torch.amax)
+
+
+def _most(rows: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """torch.amax or torch.amin of each row; 0 for nothing, of which torch has none."""
+    whole = torch._C._is_tracing() or rows.shape[-1] > 0  # a trace warns of every look at a shape
+    return function(rows, -1) if whole else rows.sum(-1)
 
 
 def _steps(values: Tensor, low: Any, high: Any) -> Tensor:
     """fp32 `values` rounded and held to low ... high; a NaN stays one."""
-    low, high = (torch.as_tensor(end, dtype=torch.float32, device=values.device) for end in (low, high))
     return torch.round(values.clamp(low, high))
 
 
 def _all(x: Tensor, value: float) -> Tensor:
     """The same fp32 number for every row of x."""
-    return torch.full(x.shape[:1], float(value), dtype=torch.float32, device=x.device)
+    return x.new_full(x.shape[:-1], float(value), dtype=torch.float32)
 
 
 def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: str, fits: bool) -> None:

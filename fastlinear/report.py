@@ -6,8 +6,8 @@ import platform
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -51,15 +51,16 @@ class LayerReport:
     out_features: int
     dtype: str  # of the parameter and, where it is another one, of its pack: "float32 as bfloat16"
     activation: Activation | None
-    decision: (
-        str  # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "untuned"; "skipped"
-    )
+    # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "elsewhere": all calls so far
+    # went round the kernels; "untuned": there were none; "skipped"
+    decision: str
     buckets: tuple[Chosen, ...]  # what runs for each format of x and bucket of M so far, smallest first
     pack_mib: float  # what the packed weight takes: beyond the weight itself, or instead of it where `frozen`
     reason: str | None = None  # why it was skipped
     frozen: bool = False
     origin: str = ""  # where the pack of a frozen layer comes from, unless it was packed here
     quality: Quality = UNKNOWN  # of a quantised layer: signal to noise in dB
+    elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
 
 
 class Report(tuple[LayerReport, ...]):
@@ -109,6 +110,7 @@ def report(model: nn.Module) -> Report:
 def _describe(name: str, layer: Any) -> LayerReport:
     fast = linear.is_fast(layer)
     buckets, frozen = layer.plans if fast else (), record_of(layer)
+    elsewhere = dict(vars(layer)["_elsewhere"]) if fast else {}
     features = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")  # Conv1D
     return LayerReport(
         name=name,
@@ -116,19 +118,20 @@ def _describe(name: str, layer: Any) -> LayerReport:
         out_features=getattr(layer, features[1]),
         dtype=layer.dtypes if fast else str(layer.weight.dtype).removeprefix("torch."),
         activation=layer.activation if fast else None,
-        decision=_decision(buckets) if fast else "skipped",
+        decision=_decision(buckets, elsewhere) if fast else "skipped",
         buckets=buckets,
         pack_mib=layer.pack_nbytes / 2**20 if fast else 0.0,
         reason=None if fast else why_skipped(layer) or "convert was not called on it",
         frozen=frozen is not None,
         origin="" if frozen is None else frozen.origin,
         quality=quality_of(layer) if fast else UNKNOWN,
+        elsewhere=elsewhere,
     )
 
 
-def _decision(buckets: tuple[Chosen, ...]) -> str:
+def _decision(buckets: tuple[Chosen, ...], elsewhere: Mapping[str, int]) -> str:
     if not buckets:
-        return "untuned"
+        return "elsewhere" if elsewhere else "untuned"
     return "torch" if all(chosen.name.startswith("torch/") for chosen in buckets) else "fast"
 
 
@@ -136,7 +139,8 @@ def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     """Equal for layers that share a row: those of repeated blocks."""
     runs = tuple((c.x, c.bucket, c.name, c.speedup, c.refused, c.provisional) for c in layer.buckets)
     shape = (layer.in_features, layer.out_features, layer.dtype, layer.frozen)
-    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, layer.quality == UNKNOWN
+    known = layer.quality == UNKNOWN
+    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, known, (*layer.elsewhere,)
 
 
 def _pattern(layer: LayerReport) -> str:
@@ -158,10 +162,21 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
         head, mib = ("",) * len(head), ""
         if chosen.refused:
             yield (*head, "", "", f"({chosen.refused} refused)", "", "")
-    outcome = f"skipped: {first.reason}" if first.reason else first.decision
-    for line in textwrap.wrap(outcome, _TAIL_WIDTH) if not first.buckets else ():
-        yield (*head, "", "", line)
-        head = ("",) * len(head)
+    for outcome in _outcomes(layers):
+        for line in textwrap.wrap(outcome, _TAIL_WIDTH):
+            yield (*head, "", "", line)
+            head = ("",) * len(head)
+
+
+def _outcomes(layers: list[LayerReport]) -> Iterator[str]:
+    """What is to be said of layers alike beside their plans."""
+    first, counts = layers[0], sum((Counter(layer.elsewhere) for layer in layers), Counter())
+    if first.reason:
+        yield f"skipped: {first.reason}"
+    elif first.decision == "untuned":
+        yield first.decision
+    for reason, count in counts.items():
+        yield f"{count} call{'s' * (count != 1)} elsewhere: {reason}"
 
 
 def _worst(layers: list[LayerReport]) -> str:

@@ -125,13 +125,12 @@ def test_nested(dtype: torch.dtype) -> None:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("training", [False, True])
-def test_gradients_are_stocks(dtype: torch.dtype, training: bool) -> None:
-    """Where gradients are wanted, and in training, everything is torch's: outputs and gradients bit for bit."""
+def test_training_is_stocks(dtype: torch.dtype) -> None:
+    """In training everything is torch's: outputs and gradients bit for bit."""
     stock, fast = twins(nn.GELU())
     results = []
     for model in (stock, fast):
-        model.train(training).requires_grad_()
+        model.train().requires_grad_()
         model.zero_grad()
         x = torch.linspace(-1, 1, 5 * K).view(5, K).requires_grad_()
         with autocast(dtype):
@@ -140,6 +139,24 @@ def test_gradients_are_stocks(dtype: torch.dtype, training: bool) -> None:
         results.append((y, x.grad, *(p.grad.clone() for p in model.parameters())))
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
     assert fast[0].pack_nbytes == 0 and not fast[0].plans
+
+
+@EVERY_DTYPE
+def test_gradients(dtype: torch.dtype) -> None:
+    """In eval mode outputs are what they are without gradients, and those are stock's but for rounding."""
+    stock, fast = twins(nn.GELU())
+    results = []
+    for model in (stock, fast):
+        x = torch.linspace(-1, 1, 5 * K).view(5, K)
+        with autocast(dtype):
+            expected = model(x)
+            y = model.requires_grad_()(x.requires_grad_())
+        assert torch.equal(y, expected)
+        results.append(torch.autograd.grad(y.float().square().sum(), (x, *model.parameters())))
+    for of_stock, of_fast in zip(*results, strict=True):
+        bound = 8 * torch.finfo(dtype).eps * of_stock.abs().max().item()
+        torch.testing.assert_close(of_fast, of_stock, rtol=0, atol=bound)
+    assert fast[0].plans
 
 
 @EVERY_DTYPE

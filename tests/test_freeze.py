@@ -660,7 +660,7 @@ def test_the_op_takes_panels(pairing: Pairing) -> None:
     assert torch.equal(op(x, record.panels, layer.bias, *rest), y)
     torch.testing.assert_close(
         op(x, record.panels, layer.bias + 1, *rest),
-        F.gelu(F.linear(x, layer.weight.to(x.dtype), (layer.bias + 1).to(x.dtype))),
+        F.gelu(F.linear(x.float(), layer.weight.float(), (layer.bias + 1).float())).to(x.dtype),
     )
     for grad in (False, True):
         inputs = x.detach().clone().requires_grad_(grad)

@@ -200,10 +200,9 @@ def test_threads_change_no_bit(scheme: str) -> None:
 
 
 @every_scheme
-@pytest.mark.parametrize("training", [False, True])
-def test_gradients_are_those_of_the_parameter(scheme: str, training: bool) -> None:
-    """Where gradients are wanted the layer is nn.Linear with its own weight."""
-    layer = layer_of(scheme, "tanh").requires_grad_().train(training)
+def test_training_is_on_the_parameter(scheme: str) -> None:
+    """In training mode the layer is nn.Linear with its own weight; what eval mode does is in environment/test_modes."""
+    layer = layer_of(scheme, "tanh").requires_grad_().train()
     results = []
     for call in (layer, lambda x: F.linear(x, layer.weight, layer.bias).tanh()):
         leaf = torch.ones(5, K).requires_grad_()
@@ -369,7 +368,8 @@ def test_freeze_keeps_the_integers(scheme: str, kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     layer.requires_grad_()
-    y = layer(x.requires_grad_())  # with gradients, through the dequantised weight
+    assert torch.equal(layer(x.requires_grad_()), expected)
+    y = layer.train()(x)  # in training, through the dequantised weight
     torch.testing.assert_close(y, F.linear(x, wanted.t() if kind == "conv1d" else wanted, layer.bias).relu())
     fastlinear.unfreeze(layer)
     assert torch.equal(layer.weight, wanted) and isinstance(layer.weight, nn.Parameter)
@@ -634,7 +634,8 @@ def test_what_may_stand_between() -> None:
 
 
 def test_chains_train_export_and_end() -> None:
-    """In training, in an exported program and after unconvert all is floating point; compiled it is as in eager."""
+    """In training and after unconvert all is floating point; where gradients are wanted, and exported, so is what is
+    handed on, with the numbers of the integers; compiled it is as in eager."""
     model, x = mlp(8, 16, 4).eval(), torch.randn(50, 8)
     fast = chained(model, x)
     with torch.no_grad():
@@ -642,10 +643,14 @@ def test_chains_train_export_and_end() -> None:
         torch._dynamo.reset()
         assert torch.equal(torch.compile(fast, backend="aot_eager", fullgraph=True)(x), expected)
         exported = torch.export.export(fast, (x,)).module()(x)
-        torch.testing.assert_close(exported, model(x))
-    torch.testing.assert_close(fast(x), model(x))  # wanting gradients
-    fast.train()(x).sum().backward()
-    assert all(p.grad is not None for p in fast.parameters())
+        torch.testing.assert_close(exported, expected)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    for differentiated in (fast, compiled, fast.train()):
+        y = differentiated(x)
+        torch.testing.assert_close(y, model(x) if fast.training else expected)
+        fast.zero_grad()
+        y.sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in fast.parameters())
     with torch.no_grad():
         assert torch.equal(fastlinear.unconvert(fast).eval()(x), model(x))
 

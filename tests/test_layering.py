@@ -40,8 +40,10 @@ PYTHON_ROOMS = {
     "schemes": {"quantize"},
     "foreign": {"quantize"},
     "precision": {"_kernels", "activations", "quantize", "schemes"},
-    "op_form": {"activations", "precision", "quantize"},
-    "ops": {"_kernels", "activations", "op_form", "precision", "quantize"},
+    "reference": {"_kernels", "activations", "precision", "quantize"},
+    "gradient": {"_kernels", "activations", "quantize", "reference"},
+    "op_form": {"activations", "precision", "quantize", "reference"},
+    "ops": {"_kernels", "activations", "gradient", "op_form", "precision", "quantize"},
     "candidates": {"_kernels", "activations", "environment", "precision", "torch_plans"},
     "planner": {"_kernels", "activations", "autotune", "candidates", "precision", "quantize", "torch_plans"},
     "packs": {"_kernels", "_engine", "planner", "precision", "quantize"},
@@ -50,7 +52,18 @@ PYTHON_ROOMS = {
     "frozen": {"_kernels", "_engine", "candidates", "lent", "op_form", "packs", "planner", "precision", "quality"},
     "fitness": {"foreign", "frozen", "packs", "precision", "quantize"},
     "planned": {"_kernels", "_engine", "activations", "candidates", "frozen", "ops", "packs", "planner", "precision"},
-    "fast_module": {"_kernels", "_engine", "activations", "ops", "packs", "planned"},
+    "elsewhere": {"_kernels", "environment", "packs"},
+    "fast_module": {
+        "_kernels",
+        "_engine",
+        "activations",
+        "elsewhere",
+        "environment",
+        "ops",
+        "packs",
+        "planned",
+        "planner",
+    },
     "linear": {"activations", "fast_module", "fitness", "foreign", "frozen", "ops", "packs", "precision", "schemes"},
     "freeze": {"frozen", "op_form", "packs"},
     "fusion": {"activations", "linear"},
@@ -71,7 +84,7 @@ PYTHON_ROOMS = {
 }
 PYTHON_ROOMS["planner"] |= {"_engine", "environment", "measuring", "tuning_cache", "waits"}
 PYTHON_ROOMS["frozen"] |= {"torch_plans"}
-PYTHON_ROOMS["planned"] |= {"environment", "torch_plans"}
+PYTHON_ROOMS["planned"] |= {"environment", "gradient", "quantize", "reference", "torch_plans"}
 PYTHON_ROOMS["convert"] |= {"tuning"}
 PYTHON_ROOMS["serialize"] = {"_engine", "_kernels", "bypass", "candidates", "frozen", "fusion", "header", "linear"}
 PYTHON_ROOMS["serialize"] |= {"manifest", "matching", "packs", "planner", "precision", "safefile", "stored_scheme"}
