@@ -22,6 +22,10 @@ class Fingerprint:
     def memory(self) -> tuple[int, int]: ...
     def fits(self, weight: Tensor) -> bool: ...
 
+def all_fit(fingerprints: tuple[Fingerprint | None, ...], tensors: tuple[Tensor | None, ...]) -> bool: ...
+
+trial: int
+
 class Engine:
     packed: Packed | None
     epilogue: Epilogue

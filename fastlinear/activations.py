@@ -66,6 +66,7 @@ _NAME_OF_FUNCTION = {
     for name, definition in _DEFINITIONS.items()
     for function in (definition.function, *definition.aliases)
 }
+_METHODS = {getattr(Tensor, name + mark): name for name in ("relu", "sigmoid", "tanh") for mark in ("", "_")}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -125,6 +126,24 @@ def recognise(candidate: object) -> Activation | None:
     except TypeError:  # unhashable: no function of torch's
         return None
     return None if name is None else Activation(name, tuple(_DEFINITIONS[name].params.values()))
+
+
+def called(function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
+    """The Activation that `function(y, *args, **kwargs)`, torch's or a method of Tensor's, is of y, in place or not.
+
+    None where it is none, or its parameters are not known numbers.
+    """
+    name = (_METHODS | _NAME_OF_FUNCTION).get(function)
+    if name is None:
+        return None
+    if kwargs.get("approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    definition = _DEFINITIONS[name]
+    given = {**definition.params, **dict(zip(definition.params, args, strict=False)), **kwargs}
+    try:
+        return _checked(name, tuple(given[param] for param in definition.params))
+    except ValueError:  # known when the graph runs, if at all
+        return None
 
 
 def has_hooks(module: nn.Module) -> bool:

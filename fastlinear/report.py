@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 import re
 import textwrap
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -63,8 +64,41 @@ class LayerReport:
     elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
 
 
+@dataclass
+class NodeReport:
+    """One node of a graph that torch.compile made of the model.
+
+    outcome: "fast": a product on packed weights; "fused": done by the node that `why` names; "dropped"; "torch":
+    torch's own op. why: into what, or why not, in a few words; "" where nothing spoke for another outcome.
+    """
+
+    name: str
+    op: str
+    outcome: str = "torch"
+    why: str = ""
+
+
+class Graph(Protocol):
+    """What the Dynamo backend has compiled. reason: why all of it is torch's own, None where it is not; layers: those
+    it runs, each with the modules' weights that it is packed from."""
+
+    nodes: tuple[NodeReport, ...]
+    reason: str | None
+    layers: tuple[tuple[Any, tuple[Any, ...]], ...]
+
+    def is_of(self, model: nn.Module) -> bool: ...
+
+
+graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # all that there are
+
+
 class Report(tuple[LayerReport, ...]):
-    """The linear layers of a model, in its order; str() is a table that gives layers alike but in number one row."""
+    """The linear layers of a model, in its order; str() is a table that gives layers alike but in number one row.
+
+    graphs: what torch.compile(model, backend="fastlinear") made of it so far: `nodes` has a NodeReport of every node.
+    """
+
+    graphs: tuple[Graph, ...] = ()
 
     @property
     def pack_mib(self) -> float:
@@ -77,7 +111,8 @@ class Report(tuple[LayerReport, ...]):
             alike.setdefault(_likeness(layer), []).append(layer)
         rows = _aligned([_HEADER, *(row for layers in alike.values() for row in _rows(layers))])
         summary = (part for line in self._summary() for part in textwrap.wrap(line, _WIDTH))
-        return "\n".join((rows[0], "-" * max(map(len, rows)), *rows[1:], "", *summary))
+        told = (line for graph in self.graphs for line in ("", *_of_graph(graph)))
+        return "\n".join((rows[0], "-" * max(map(len, rows)), *rows[1:], "", *summary, *told))
 
     def _summary(self) -> Iterator[str]:
         decisions = Counter(layer.decision for layer in self)
@@ -101,10 +136,43 @@ class Report(tuple[LayerReport, ...]):
 
 def report(model: nn.Module) -> Report:
     """What became of each linear layer of `model`: kernel and speed-up for each batch size met so far, memory, or why
-    it was skipped. Raises TypeError for anything but an nn.Module."""
+    it was skipped; and, where it was compiled with backend="fastlinear", of each node of its graphs. Raises TypeError
+    for anything but an nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
-    return Report(_describe(names[0], layer) for layer, names in linear_layers(model).items())
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns
+    own = [graph for graph in graphs if graph.is_of(model)]
+    placed = {id(weight): each for graph in own for each in graph.layers for weight in each[1]}
+    rows: dict[Any, LayerReport] = {}
+    for layer, names in linear_layers(model).items():
+        running, weights = placed.get(id(_held(layer)), (layer, ()))
+        if running not in rows:
+            name = names[0] if len(weights) < 2 else running._name
+            described = _describe(name, running)
+            rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
+    found = Report(rows.values())
+    found.graphs = tuple(own)
+    return found
+
+
+def _held(layer: Any) -> Any:
+    """What a graph knows a layer by: its weight, or its panels."""
+    frozen = record_of(layer)
+    return layer._parameters.get("weight") if frozen is None else frozen.panels
+
+
+def _of_graph(graph: Graph) -> Iterator[str]:
+    outcomes = Counter(node.outcome for node in graph.nodes)
+    yield f"graph of {len(graph.nodes)} nodes: {', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())}"
+    if graph.reason is not None:
+        yield f"  as it was: {graph.reason}"
+        return
+    plain = Counter(node.op for node in graph.nodes if not node.why)
+    told = Counter((node.op, node.outcome, re.sub(r"\d+", "*", node.why)) for node in graph.nodes if node.why)
+    for (op, outcome, why), n in told.items():
+        yield from textwrap.wrap(f"  {n} {op}: {outcome}, {why}", _WIDTH, subsequent_indent="      ")
+    listed = ", ".join(f"{n} {op}" for op, n in plain.items())
+    yield from textwrap.wrap(f"  torch's own: {listed or 'nothing'}", _WIDTH, subsequent_indent="      ")
 
 
 def _describe(name: str, layer: Any) -> LayerReport:

@@ -52,7 +52,7 @@ def choose(
 
     Warns of a pattern that matches no layer, and when there is nothing to convert.
     """
-    included_by, excluded_by = _as_patterns("include", include), _as_patterns("exclude", exclude)
+    included_by, excluded_by = as_patterns("include", include), as_patterns("exclude", exclude)
     layers = linear_layers(model)
     included = _hits(model, layers, "include", included_by or [])
     excluded = _hits(model, layers, "exclude", excluded_by or [])
@@ -100,7 +100,7 @@ def _obstacle(layer: nn.Module, asked: Wanted = ANYHOW, name: str = "") -> str |
     return linear.why_not(layer, asked, name)
 
 
-def _as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:
+def as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:
     """`patterns` as a list; raises TypeError for anything but names, globs, module types and iterables of them."""
     if patterns is None:
         return None

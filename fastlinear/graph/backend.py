@@ -1,0 +1,80 @@
+"""The way of a graph through the backend, and the record of it that the report finds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastlinear.graph.capture import Capture, is_training, wants_grad
+from fastlinear.graph.options import options as checked
+from fastlinear.graph.rewrite import Rewriter
+from fastlinear.graph.story import Story
+from fastlinear.packs import record_of
+from fastlinear.report import NodeReport, graphs
+
+_log = logging.getLogger("fastlinear")
+
+
+class Graph:
+    """One compiled graph, as the report has it."""
+
+    def __init__(self, story: Story, capture: Capture, reason: str | None, layers: Sequence[Any]) -> None:
+        self.nodes: tuple[NodeReport, ...] = tuple(story.nodes)
+        self.reason, self.layers = reason, tuple(layers)
+        self._parameters = tuple(capture.values.values())
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the graph was made of a part of this model."""
+        own = {id(tensor) for tensor in model.parameters()}
+        records = (record_of(module) for module in model.modules())
+        own |= {id(frozen.panels) for frozen in records if frozen is not None}
+        return any(id(tensor) in own for tensor in self._parameters)
+
+
+def backend(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """What torch.compile(..., backend="fastlinear", options=...) runs instead of Dynamo's graph: the same graph with
+    its linear layers on packed weights, and what follows them fused. See `Options` for the options.
+
+    Raises TypeError or ValueError for an option that it does not know, or of a wrong kind.
+    """
+    wanted = checked(options, mode)
+    story, capture = Story(module.graph.nodes), Capture(module, inputs)
+    reason = _why_plain(module, inputs)
+    layers: list[Any] = []
+    if reason is None:
+        layers = Rewriter(capture, wanted, story).run()
+        module.recompile()
+    run = module.forward
+    graph = Graph(story, capture, reason, layers)
+    graphs.add(graph)
+    _log.info(
+        "a graph of %d nodes runs on %d fast products%s", len(story.nodes), len(layers), f": {reason}" if reason else ""
+    )
+
+    def compiled(*args: Any) -> Any:
+        return run(*args)
+
+    compiled.graph = graph  # type: ignore[attr-defined]
+    return compiled
+
+
+def _why_plain(module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
+    """Why a graph is to run as it is; None where it may be rewritten."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return "gradients are wanted: call the model under torch.no_grad()"
+    for node in module.graph.nodes:
+        if wants_grad(node):
+            return "it turns gradients on"
+        if is_training(node):
+            return "the model is in training mode"
+    return None

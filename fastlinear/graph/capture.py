@@ -1,0 +1,174 @@
+"""What a graph of Dynamo's says: which op a node is, in one spelling, what it may change, which tensors are weights.
+
+Dynamo hands over torch's own functions and Tensor's methods as the model's code spelled them: x + y, torch.add(x, y),
+x.add(y). A pattern is written once, over the names given here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastlinear import activations
+from fastlinear.activations import Activation
+
+# Spellings of what patterns ask for that do not carry the name of their Tensor method.
+_SPELLINGS: dict[Any, str] = {
+    operator.truediv: "div",
+    torch._C._nn.gelu: "gelu",
+    torch._C._nn.linear: "linear",
+    torch.ops.fastlinear.linear.default: "fastlinear",
+}
+
+# What changes how the nodes after it run, so that nothing may be moved over it.
+_MODES = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+}
+
+_IN_PLACE = {operator.setitem, operator.delitem} | {
+    getattr(operator, "i" + name.rstrip("_")) for name in dir(operator) if hasattr(operator, "i" + name.rstrip("_"))
+}
+
+
+def op_of(node: fx.Node) -> str:
+    """The name of what a node does, the same for a function, an operator and a method: "add", "linear"; "" for nodes
+    that do nothing (inputs, the output)."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    found = _SPELLINGS.get(node.target)
+    if found is None:
+        found = str(getattr(node.target, "__name__", node.target))
+    return found.removesuffix(".default")
+
+
+def activation_of(node: fx.Node) -> Activation | None:
+    """The activation that a node applies to its first argument; None for anything else."""
+    target = getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    return activations.called(target, node.args[1:], node.kwargs)
+
+
+def changes(node: fx.Node) -> bool:
+    """Whether a node may write to its arguments, or change how later nodes run: nothing is moved over it."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op == "call_method":
+        return _is_in_place(str(node.target))
+    if node.op != "call_function" or node.target in _MODES:
+        return True
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if getattr(target, "__module__", "") == "_operator":
+        return target in _IN_PLACE
+    if not str(getattr(target, "__module__", None) or "torch").startswith("torch"):
+        return True  # nobody knows
+    return _is_in_place(target.__name__) or node.kwargs.get("out") is not None or _argument(node, "inplace") is True
+
+
+def _is_in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """What a torch function written in Python is given as the argument of this name; None where it has none."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if inspect.isfunction(node.target):
+        names = list(inspect.signature(node.target).parameters)
+        if name in names and names.index(name) < len(node.args):
+            return node.args[names.index(name)]
+    return None
+
+
+def is_training(node: fx.Node) -> bool:
+    """Whether a node does what only a model in training mode does: drop out, or normalise by the batch it sees."""
+    return op_of(node) in ("dropout", "batch_norm") and _argument(node, "training") is True
+
+
+def wants_grad(node: fx.Node) -> bool:
+    """Whether the graph turns gradients on by this node."""
+    return node.target is torch._C._set_grad_enabled and node.args[:1] == (True,)
+
+
+def is_idle(node: fx.Node) -> bool:
+    """Whether a node returns its first argument as it is, by its own contract."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    name = op_of(node)
+    if name == "dropout":
+        return node.target is F.dropout and _argument(node, "training") is False
+    x, y = example(node.args[0]), example(node)
+    if name not in ("to", "float", "half", "bfloat16") or x is None or y is None:
+        return False
+    copies = node.kwargs.get("copy") or node.kwargs.get("memory_format") or any(arg is True for arg in node.args[2:])
+    return not copies and x.dtype is y.dtype and x.device == y.device
+
+
+def example(node: Any) -> Tensor | None:
+    """The fake tensor that Dynamo traced a node with; None where there is none, or it is no tensor."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input that the graph is run on."""
+    return bool(torch.fx.experimental.symbolic_shapes.statically_known_true(a == b))
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+class Capture:
+    """A graph, and the tensors behind those of its nodes that stand for parameters.
+
+    values: of the nodes that are Parameters, or packed bytes of frozen layers, the real tensors.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.module, self.graph = module, module.graph
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.inputs = dict(zip(placeholders, inputs, strict=True))
+        self.values: dict[fx.Node, Tensor] = {}
+        for node in module.graph.nodes:
+            value = self.inputs.get(node) if node.op != "get_attr" else _attribute(module, str(node.target))
+            frozen = _source(node).endswith("_frozen.panels")
+            if type(value) is nn.Parameter or (type(value) is Tensor and frozen):
+                self.values[node] = value
+
+    def name_of(self, node: fx.Node) -> str:
+        """What the model calls the module that holds a parameter: "encoder.layer.0.output.dense"; "" where that is the
+        model itself."""
+        if node.op == "get_attr":
+            return ".".join(str(node.target).split(".")[:-1])
+        return ".".join(re.findall(r"\._modules\['([^']*)'\]", _source(node)))
+
+    def classes_of(self, node: fx.Node) -> Iterator[type]:
+        """The classes of the modules within whose forward a node runs, the innermost last."""
+        for _, cls in (node.meta.get("nn_module_stack") or {}).values():
+            if isinstance(cls, type):
+                yield cls
+
+
+def _source(node: fx.Node) -> str:
+    """Where Dynamo found an input, as an expression of Python's."""
+    return str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", ""))
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module

@@ -1,0 +1,217 @@
+"""torch's fused encoder kernels, spelled out: they hide linear layers, and run those unpacked.
+
+Each row is the torch op and the same in plain torch, for the arguments for which it is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fastlinear.graph.capture import example
+
+
+class Expansion(NamedTuple):
+    """plain: takes the op's arguments. why_not: why these nodes and numbers are another thing, None if they are not.
+    outputs: how many tensors it returns, in a tuple if several."""
+
+    plain: Callable[..., Any]
+    why_not: Callable[..., str | None]
+    outputs: int
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    proj_weight: Any,
+    proj_bias: Any,
+    mask: Any = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> Any:
+    """Self-attention of x [B, L, E]. The mask is true where nothing is to be looked at: [L, L], by mask_type 1 [B, L]
+    of keys, by 2 [B, H, L, L]."""
+    heads = F.linear(query, qkv_weight, qkv_bias).unflatten(-1, (3, num_head, embed_dim // num_head))
+    q, k, v = (heads.select(2, i).transpose(1, 2) for i in range(3))
+    if mask is not None:
+        mask = mask.to(torch.bool).logical_not()
+        mask = mask.unsqueeze(1).unsqueeze(1) if mask_type == 1 else mask
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.linear(y.transpose(1, 2).flatten(-2), proj_weight, proj_bias)
+
+
+def _attention_and_no_weights(*args: Any, **kwargs: Any) -> Any:
+    return _attention(*args, **kwargs), None
+
+
+def _why_not_attention(
+    query: Any, key: Any, value: Any, embed_dim: int, num_head: int, *rest: Any, need_weights: bool = True, **_: Any
+) -> str | None:
+    if query is not key or query is not value:
+        return "its query, key and value are not one tensor"
+    if rest[5] if len(rest) > 5 else need_weights:
+        return "its weights are wanted"
+    return _why_not_dense(query)
+
+
+def _why_not_dense(x: Any, *_: Any, **__: Any) -> str | None:
+    tensor = example(x)
+    return "its input is no dense tensor [B, L, E]" if tensor is None or tensor.is_nested or tensor.dim() != 3 else None
+
+
+def _encoder_layer(
+    src: Any,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    proj_weight: Any,
+    proj_bias: Any,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Any,
+    norm_bias_1: Any,
+    norm_weight_2: Any,
+    norm_bias_2: Any,
+    ffn_weight_1: Any,
+    ffn_bias_1: Any,
+    ffn_weight_2: Any,
+    ffn_bias_2: Any,
+    mask: Any = None,
+    mask_type: int | None = None,
+) -> Any:
+    def norm(x: Any, weight: Any, bias: Any) -> Any:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    x = norm(src, norm_weight_1, norm_bias_1) if norm_first else src
+    attention = (qkv_weight, qkv_bias, proj_weight, proj_bias, mask)
+    x = src + _attention(x, x, x, embed_dim, num_heads, *attention, mask_type=mask_type)
+    x = x if norm_first else norm(x, norm_weight_1, norm_bias_1)
+    y = norm(x, norm_weight_2, norm_bias_2) if norm_first else x
+    y = F.linear(y, ffn_weight_1, ffn_bias_1)
+    y = F.linear(F.gelu(y) if use_gelu else F.relu(y), ffn_weight_2, ffn_bias_2)
+    return x + y if norm_first else norm(x + y, norm_weight_2, norm_bias_2)
+
+
+def _forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    **_: Any,
+) -> Any:
+    """Self-attention of x [L, B, E]; masks are bool, true where nothing is to be looked at, or are added."""
+    size = embed_dim_to_check // num_heads
+    heads = F.linear(query, in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, size))
+    q, k, v = (heads.select(2, i).permute(1, 2, 0, 3) for i in range(3))  # [B, H, L, D]
+    causal = is_causal and key_padding_mask is None and not need_weights
+    mask = None
+    if attn_mask is not None and not causal:
+        mask = _added(attn_mask, query)
+        deep = example(attn_mask.node)
+        mask = mask.unflatten(0, (-1, num_heads)) if deep is not None and deep.dim() == 3 else mask
+    if key_padding_mask is not None:
+        padding = _added(key_padding_mask, query).unsqueeze(1).unsqueeze(1)
+        mask = padding if mask is None else mask + padding
+    if need_weights:
+        scores = (q * (1 / math.sqrt(size))) @ k.transpose(-2, -1)
+        weights = torch.softmax(scores if mask is None else scores + mask, -1)
+        y = weights @ v
+        weights = weights.mean(1) if average_attn_weights else weights
+    else:
+        y, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
+    return F.linear(y.permute(2, 0, 1, 3).flatten(-2), out_proj_weight, out_proj_bias), weights
+
+
+def _added(mask: Any, x: Any) -> Any:
+    """A mask as what is added to the scores, in the dtype of x."""
+    known, dtype = example(mask.node), example(x.node)
+    assert known is not None and dtype is not None
+    if known.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype.dtype).masked_fill(mask, -math.inf)
+
+
+def _why_not_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> str | None:
+    given = dict(zip(_FORWARD[3:], args, strict=False)) | kwargs
+    masks = (given.get("attn_mask"), given.get("key_padding_mask"))
+    if query is not key or query is not value:
+        return "its query, key and value are not one tensor"
+    if given.get("training") is not False and given["dropout_p"] != 0:
+        return "the model is in training mode"
+    if any(given.get(name) is not None for name in ("bias_k", "bias_v", "static_k", "static_v", "q_proj_weight")):
+        return "it has biases or projections of its own for key and value"
+    if given["add_zero_attn"] or any(mask is not None and example(mask) is None for mask in masks):
+        return "it attends to a zero, or by a mask that is no tensor"
+    return _why_not_dense(query)
+
+
+_FORWARD = list(inspect.signature(F.multi_head_attention_forward).parameters)
+
+EXPANSIONS: dict[Any, Expansion] = {
+    F.multi_head_attention_forward: Expansion(_forward, _why_not_forward, 2),
+    torch._transformer_encoder_layer_fwd: Expansion(_encoder_layer, _why_not_dense, 1),
+    torch._native_multi_head_attention: Expansion(_attention_and_no_weights, _why_not_attention, 2),
+}
+
+
+def expand(graph: fx.Graph, node: fx.Node) -> list[fx.Node] | str | None:
+    """Spells out a node in its place, and returns what stands there now, or why it cannot; None for any other node."""
+    row = EXPANSIONS.get(node.target) if node.op == "call_function" else None
+    if row is None:
+        return None
+    if (reason := row.why_not(*node.args, **node.kwargs)) is not None:
+        return reason
+    if any(user.target is not operator.getitem for user in node.users) and row.outputs > 1:
+        return "its outputs are not taken apart"
+    before = set(graph.nodes)
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    with graph.inserting_before(node):
+        proxy: Any = functools.partial(fx.Proxy, tracer=tracer)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), proxy)
+        result = row.plain(*args, **kwargs)
+    for user in list(node.users) if row.outputs > 1 else ():  # operator.getitem
+        _replace(graph, user, result[user.args[1]])
+    if row.outputs == 1:
+        _replace(graph, node, result)
+    else:
+        graph.erase_node(node)
+    return [each for each in graph.nodes if each not in before]
+
+
+def _replace(graph: fx.Graph, node: fx.Node, value: fx.Proxy | None) -> None:
+    """None stands for what is never read."""
+    if value is not None:
+        value.node.meta = dict(node.meta)
+        node.replace_all_uses_with(value.node)
+    graph.erase_node(node)

@@ -1,0 +1,172 @@
+"""What runs in a rewritten graph: functions of x and of the parameters, as Dynamo passes them in each call.
+
+One compiled graph serves every module whose guards hold, be it the blocks of a model that are compiled one by one or
+two models of one class. So a function has a layer for each weight it is called with, and a layer is shared by all
+graphs that want the same of its weight: it is packed and planned once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn, split_with_sizes
+
+from fastlinear import _kernels, activations
+from fastlinear.activations import Activation
+from fastlinear.fast_module import FastModule
+from fastlinear.fitness import why_weight_unfit
+from fastlinear.frozen import Frozen, hold
+from fastlinear.op_form import Form
+from fastlinear.precision import Precision, Wanted
+from fastlinear.stack import Stack, why_not_together
+
+_MOST = 128  # layers that one function of a graph remembers; a model of more blocks than that packs again
+
+
+class Operator(FastModule, nn.Module):
+    """A linear layer of a graph: a fast layer without a place in a model."""
+
+    def __init__(self, spec: Spec, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        form = spec.form or Form("", [], spec.transposed)
+        n, k = (form.n, form.k) if form.layout else reversed(weight.shape) if spec.transposed else weight.shape
+        vars(self).update(in_features=k, out_features=n, activation=spec.activation, _transposed=spec.transposed)
+        vars(self).update(_precision=spec.precision, _tune=spec.tune, _name=spec.name, training=False)
+        own: dict[str, Any] = {"weight": None if form.layout else weight, "bias": bias}
+        self._parameters.update(own)
+        self._reset()
+        if form.layout:
+            packed = _kernels.Packed.over(weight.numpy(), form.layout, n, k)
+            frozen = Frozen(packed, spec.dtype_of(packed), smooth=form.smooth)
+            frozen.panels = weight
+            hold(self, frozen)
+
+
+class Spec(NamedTuple):
+    """What a graph wants of a weight. form: of the op fastlinear::linear that stood there, if one did."""
+
+    name: str
+    activation: Activation | None
+    transposed: bool
+    precision: Precision
+    tune: str
+    asked: Wanted
+    form: Form | None = None
+
+    def dtype_of(self, packed: _kernels.Packed) -> Any:
+        return packed.dtype if packed.dtype in _kernels.FORMATS else next(iter(_kernels.FORMATS))
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for what one layer may answer."""
+        precision = self.precision._replace(sample=None)
+        rows = precision.rows and precision.rows._replace(smooth=None)
+        smooth = id(self.precision.smooth) if self.precision.smooth is not None else None
+        return self.activation, self.transposed, self.tune, precision._replace(rows=rows), smooth
+
+
+_known: weakref.WeakValueDictionary[Any, Operator] = weakref.WeakValueDictionary()
+_stacks: weakref.WeakValueDictionary[Any, Stack] = weakref.WeakValueDictionary()
+
+
+def operator_for(spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator:
+    """The layer of these parameters, which may be that of another graph."""
+    key = (id(weight), id(bias), spec.key())
+    layer = _known.get(key)
+    if layer is None or _held(layer) is not weight or layer._parameters["bias"] is not bias:
+        layer = _known[key] = Operator(spec, weight, bias)
+    return layer
+
+
+def _held(layer: Operator) -> Tensor | None:
+    weight = layer._parameters["weight"]
+    panels: Tensor | None = weight if layer._frozen is None else layer._frozen.panels
+    return panels
+
+
+def why_not(spec: Spec, layer: Operator) -> str | None:
+    """Why the kernels cannot run a layer as the graph wants it, in a few words; None if they can."""
+    return None if spec.form is not None else why_weight_unfit(layer, spec.asked, spec.name)
+
+
+def product(spec: Spec, first: Operator) -> Callable[..., Tensor]:
+    """linear(x, weight, bias): the product, with `first` for the parameters that the graph was made with."""
+    layers: dict[int, Operator | None] = {id(_held(first)): first}
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layer = layers.get(id(weight))
+        if layer is None or _held(layer) is not weight:
+            layer = _adopt(layers, spec, weight, bias)
+            if layer is None:
+                return _in_torch(spec, x, weight, bias)
+        layer._parameters["bias"] = bias  # type: ignore[assignment]
+        y: Tensor = layer._engine.forward(layer, x)
+        return y
+
+    return linear
+
+
+def _adopt(layers: dict[int, Any], spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator | None:
+    """A layer for parameters that the graph was not made with; None where torch has to compute them."""
+    layer = operator_for(spec, weight, bias) if _is_for_any(spec) else None
+    return None if layer is None or why_not(spec, layer) is not None else _remember(layers, weight, layer)
+
+
+def _is_for_any(spec: Spec) -> bool:
+    """Whether other weights are to be packed like those the graph was made with: not by what was seen of the latter."""
+    return spec.asked.scheme is None or spec.asked.scheme.calibration is None
+
+
+def _remember(known: dict[int, Any], weight: Tensor, value: Any) -> Any:
+    while len(known) >= _MOST:
+        known.pop(next(iter(known)))
+    known[id(weight)] = value
+    return value
+
+
+def _in_torch(spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if spec.form is not None:
+        return spec.form.reference().floats(x, weight, bias)
+    return activations.linear(x, weight.t() if spec.transposed else weight, bias, spec.activation)
+
+
+def group(
+    spec: Spec, layers: Sequence[Operator], dense: Sequence[bool]
+) -> tuple[Callable[..., tuple[Tensor, ...]], Stack]:
+    """linears(x, weight, ..., bias, ...): the products as one, each output contiguous where `dense` says so, else
+    columns of their common rows; and the stack for the parameters that the graph was made with."""
+    singles = [product(spec, layer) for layer in layers]
+    first, half = _stack_for(spec, layers), len(layers)
+    stacks: dict[int, Stack] = {id(layers[0].weight): first}
+
+    def linears(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        stack = stacks.get(id(tensors[0])) or _adopt_all(stacks, spec, tensors)
+        y = None if stack is None else stack(x, tensors)
+        if y is None or stack is None:
+            return tuple(single(x, w, b) for single, w, b in zip(singles, tensors[:half], tensors[half:], strict=True))
+        parts = split_with_sizes(y, stack.widths, -1)
+        return tuple(part.contiguous() if apart else part for part, apart in zip(parts, dense, strict=True))
+
+    return linears, first
+
+
+def _adopt_all(stacks: dict[int, Any], spec: Spec, tensors: tuple[Any, ...]) -> Any:
+    """A stack for parameters that the graph was not made with; None where they have to be alone."""
+    half, layers = len(tensors) // 2, []
+    for weight, bias in zip(tensors[:half], tensors[half:], strict=True):
+        layer = operator_for(spec, weight, bias) if _is_for_any(spec) else None
+        if layer is None or why_not(spec, layer) is not None:
+            return None
+        layers.append(layer)
+    if why_not_together(layers) is not None:
+        return None
+    return _remember(stacks, tensors[0], _stack_for(spec, layers))
+
+
+def _stack_for(spec: Spec, layers: Sequence[Operator]) -> Stack:
+    key = (*map(id, layers), spec.key())
+    stack = _stacks.get(key)
+    if stack is None or any(a is not b for a, b in zip(stack.layers, layers, strict=True)):
+        stack = _stacks[key] = Stack(layers, spec.tune, spec.name)
+    return stack

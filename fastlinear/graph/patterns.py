@@ -1,0 +1,260 @@
+"""The table of what a graph's nodes may become: composites that are one function, and products with what they absorb.
+
+A composite is written as the torch code that models spell it in, and found by tracing that: its first parameter is x,
+further ones stand for whatever stands there. A product is a linear layer in any spelling; an absorption is a node that
+may follow it, and what the product then is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fastlinear.activations import Activation
+from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
+from fastlinear.op_form import Form
+
+_COMMUTATIVE = {"add", "mul"}
+
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # function, arguments, keywords
+
+
+class Composite(NamedTuple):
+    """Several nodes that are one function. form: as models spell it; call: what it is, from what its parameters stand
+    for."""
+
+    name: str
+    form: Callable[..., Any]
+    call: Callable[..., Call]
+
+
+def _one(function: Any, **keywords: Any) -> Callable[..., Call]:
+    return lambda x: (function, (x,), keywords)
+
+
+def _rms_norm(x: fx.Node, weight: fx.Node, eps: float, dtype: Any = None) -> Call:
+    shape = tuple(weight.meta["example_value"].shape)
+    return torch.rms_norm, (x, shape, weight, eps), {}
+
+
+def _rms(x: Any, weight: Any, eps: Any) -> Any:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def _rms_of_16_bits(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+    wide = x.to(torch.float32)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)
+
+
+def _rms_of_16_bits_late(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+    return weight * (x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)).to(dtype)
+
+
+_TANH, _ROOT = math.sqrt(2 / math.pi), math.sqrt(2)
+
+COMPOSITES = (
+    Composite("gelu", lambda x: x * 0.5 * (1.0 + torch.erf(x / _ROOT)), _one(F.gelu)),
+    Composite(
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1.0 + torch.tanh(_TANH * (x + 0.044715 * torch.pow(x, 3.0)))),
+        _one(F.gelu, approximate="tanh"),
+    ),
+    Composite(
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1.0 + torch.tanh(x * _TANH * (1.0 + 0.044715 * x * x))),
+        _one(F.gelu, approximate="tanh"),
+    ),
+    Composite("silu", lambda x: x * torch.sigmoid(x), _one(torch._C._nn.silu)),
+    Composite("mish", lambda x: x * torch.tanh(F.softplus(x)), _one(torch._C._nn.mish)),
+    Composite("rms_norm", _rms, _rms_norm),
+    Composite("rms_norm", _rms_of_16_bits, _rms_norm),
+    Composite("rms_norm", _rms_of_16_bits_late, _rms_norm),
+)
+
+
+class Match(NamedTuple):
+    """bound: what the parameters of a form stand for; inner: the nodes that are matched, but for the root."""
+
+    bound: dict[str, Any]
+    inner: set[fx.Node]
+
+
+def composites(root: fx.Node) -> Iterator[tuple[Composite, Match]]:
+    """The rows whose last node `root` may be, with what their parameters stand for."""
+    for row in COMPOSITES:
+        pattern, names = _traced(row.form)
+        if op_of(pattern) == op_of(root):
+            bindings: dict[fx.Node, Any] | None = _match(pattern, root, {})
+            if bindings is not None:
+                bound = {names[p]: value for p, value in bindings.items() if p in names}
+                inner = {v for p, v in bindings.items() if p not in names and v is not root}
+                if _is_sound(row, bound):
+                    yield row, Match(bound, inner)
+
+
+def _is_sound(row: Composite, bound: dict[str, Any]) -> bool:
+    x = example(bound["x"])
+    if x is None or not x.is_floating_point():
+        return False
+    if row.name != "rms_norm":
+        return True
+    weight = example(bound["weight"])
+    if weight is None or not weight.dtype is x.dtype is bound.get("dtype", x.dtype):
+        return False
+    return weight.dim() == 1 and same_size(x.shape[-1], weight.shape[0]) and isinstance(bound["eps"], float)
+
+
+@functools.cache
+def _traced(form: Callable[..., Any]) -> tuple[fx.Node, dict[fx.Node, str]]:
+    graph = fx.symbolic_trace(form).graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    names = list(inspect.signature(form).parameters)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return output.args[0], dict(zip(placeholders, names, strict=True))
+
+
+def _match(p: Any, v: Any, bindings: dict[fx.Node, Any]) -> dict[fx.Node, Any] | None:
+    """`bindings` with those that make the pattern p the value v; None where nothing does."""
+    if not isinstance(p, fx.Node):
+        return bindings if _is_same(p, v) else None
+    if p in bindings:
+        return bindings if bindings[p] is v else None
+    if p.op == "placeholder":
+        return {**bindings, p: v}
+    if not isinstance(v, fx.Node) or op_of(p) != op_of(v) or len(p.args) != len(v.args) or {*p.kwargs} != {*v.kwargs}:
+        return None
+    orders = [v.args, v.args[::-1]] if op_of(p) in _COMMUTATIVE else [v.args]
+    for args in orders:
+        found: dict[fx.Node, Any] | None = {**bindings, p: v}
+        for mine, theirs in zip((*p.args, *p.kwargs.values()), (*args, *(v.kwargs[k] for k in p.kwargs)), strict=True):
+            found = None if found is None else _match(mine, theirs, found)
+        if found is not None:
+            return found
+    return None
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) or isinstance(b, float):
+        numbers = all(isinstance(each, (int, float)) for each in (a, b))
+        return numbers and math.isclose(a, b, rel_tol=1e-6)
+    return type(a) is type(b) and bool(a == b)
+
+
+@dataclass
+class Product:
+    """One linear layer of the graph and what it has absorbed: `root` is the node whose value it computes.
+
+    form: that of the op fastlinear::linear, where the model was converted; None where it is torch's own linear.
+    """
+
+    root: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool = False
+    activation: Activation | None = None
+    form: Form | None = None
+    nodes: list[fx.Node] = field(default_factory=list)  # all that it stands for, the root last
+
+    def absorbed(self, node: fx.Node, activation: Activation) -> Product:
+        return replace(self, root=node, activation=activation, nodes=[*self.nodes, node])
+
+
+def product_at(node: fx.Node) -> Product | None:
+    """The linear layer that starts with this node; None where none does."""
+    reader = _READERS.get(op_of(node))
+    return None if reader is None else reader(node)
+
+
+def _linear(node: fx.Node) -> Product | None:
+    given: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    return _checked(Product(node, given["input"], given["weight"], given.get("bias"), nodes=[node]))
+
+
+def _addmm(node: fx.Node) -> Product | None:
+    """transformers' Conv1D: x.view(-1, K), addmm(bias, x, weight), .view of its rows as they were."""
+    if node.kwargs or len(node.args) != 3:
+        return None
+    bias, x, weight = _any(node.args)
+    found = _checked(Product(node, x, weight, bias, transposed=True, nodes=[node]))
+    users = list(node.users)
+    if found is None or op_of(found.x) != "view" or len(users) != 1 or op_of(users[0]) != "view":
+        return found
+    source, (back,) = _any(found.x.args)[0], users
+    before, rows, after = example(source), example(found.x), example(back)
+    if before is None or rows is None or after is None or rows.dim() != 2:
+        return found
+    kept = same_size(before.shape[-1], rows.shape[-1]) and same_shape(before.shape[:-1], after.shape[:-1])
+    return replace(found, root=back, x=source, nodes=[node, back]) if kept else found
+
+
+def _converted(node: fx.Node) -> Product | None:
+    x, weight, bias, *rest = _any(node.args)
+    form = Form(*rest)
+    return _checked(Product(node, x, weight, bias, form.transposed, form.fused(), form, [node]))
+
+
+def _any(args: Any) -> Any:
+    """The arguments of a node; what they are is looked at later."""
+    return args
+
+
+def _checked(product: Product) -> Product | None:
+    x, weight, bias = product.x, product.weight, product.bias
+    fit = isinstance(x, fx.Node) and isinstance(weight, fx.Node) and (bias is None or isinstance(bias, fx.Node))
+    return product if fit else None
+
+
+_READERS: dict[str, Callable[[fx.Node], Product | None]] = {
+    "linear": _linear,
+    "addmm": _addmm,
+    "fastlinear": _converted,
+}
+
+
+class Absorption(NamedTuple):
+    """What a product may absorb. take: the product with the node that reads it; None where that is another thing."""
+
+    name: str
+    take: Callable[[Capture, Product, fx.Node], Product | None]
+
+
+def _activation(capture: Capture, product: Product, node: fx.Node) -> Product | None:
+    found = activation_of(node) if node.args[:1] == (product.root,) else None
+    return None if found is None or product.activation is not None else product.absorbed(node, found)
+
+
+ABSORPTIONS = (Absorption("activation", _activation),)
+
+
+def takes_strides(product: Product) -> bool:
+    """Whether all that happens to a product's output works on columns of a wider tensor as well: it is cut into heads,
+    which go where strides do not matter."""
+    return all(_is_cut(product.root, user) for user in product.root.users)
+
+
+# Of these the result does not depend on how their inputs lie in memory, nor do its strides.
+_STRIDE_FREE = {"scaled_dot_product_attention", "matmul", "mul", "add", "sub", "neg", "cat"}
+_PERMUTING = {"transpose", "permute", "getitem"}
+
+
+def _is_cut(root: fx.Node, node: fx.Node) -> bool:
+    before, after = example(root), example(node)
+    if op_of(node) not in ("view", "reshape", "unflatten") or before is None or after is None:
+        return False
+    heads = after.dim() == before.dim() + 1 and same_shape(after.shape[:-2], before.shape[:-1])
+    return heads and all(map(_goes_anywhere, node.users))
+
+
+def _goes_anywhere(node: fx.Node) -> bool:
+    name = op_of(node)
+    return name in _STRIDE_FREE or (name in _PERMUTING and all(map(_goes_anywhere, node.users)))

@@ -1,0 +1,233 @@
+"""The rewriting of one graph: what is idle goes, composites become one call, products run on packed weights and absorb
+what follows them, siblings become one product.
+
+Each change is made only where the graph proves it: what is absorbed has one reader, which is its absorber, and no node
+between the two writes to a tensor or changes how later nodes run.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+import fastlinear.graph.operators as operators
+from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
+from fastlinear.graph.expansions import expand
+from fastlinear.graph.operators import Operator, Spec
+from fastlinear.graph.options import Options
+from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, product_at, takes_strides
+from fastlinear.graph.story import Story
+from fastlinear.precision import DTYPES, name_of
+from fastlinear.stack import why_not_together
+
+
+class Rewriter:
+    """One graph on its way. story: what became of each node; layers: those that run in the end, by name."""
+
+    def __init__(self, capture: Capture, options: Options, story: Story) -> None:
+        self.capture, self.options, self.story = capture, options, story
+        self.graph = capture.graph
+        self._moved: dict[fx.Node, fx.Node] = {}  # a node that is gone -> what has its value
+
+    def run(self) -> list[tuple[Any, tuple[Tensor, ...]]]:
+        """Rewrites the graph, and returns the fast layers that it then runs, each with the weights it is packed of."""
+        self._expand()
+        self._drop_idle()
+        if self.options.fuse:
+            self._join_composites()
+        self._number()
+        taken: list[tuple[Product, Spec, Operator]] = []
+        for node in list(self.graph.nodes):
+            product = product_at(node)
+            if product is not None:
+                found = self._take(product)
+                if isinstance(found, str):
+                    self.story.tell(node, "torch", found)
+                else:
+                    taken.append(found)
+        groups = self._siblings(taken) if self.options.fuse else []
+        together = {id(each) for members in groups for each in members}
+        layers = [self._place_group(members) for members in groups]
+        layers += [self._place(*each) for each in taken if id(each) not in together]
+        self.graph.lint()
+        return layers
+
+    def _number(self) -> None:
+        self._order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._writes = [i for node, i in self._order.items() if changes(node)]
+
+    def _is_calm(self, first: fx.Node, last: fx.Node) -> bool:
+        """Whether no node between the two writes to a tensor or changes a mode."""
+        begin = bisect.bisect_right(self._writes, self._order[first])
+        return begin == bisect.bisect_left(self._writes, self._order[last])
+
+    def _expand(self) -> None:
+        for node in list(self.graph.nodes):
+            parts = expand(self.graph, node)
+            if isinstance(parts, str):
+                self.story.tell(node, "torch", f"it hides linear layers: {parts}")
+            elif parts is not None:
+                self.story.tell(node, "dropped", "its linear layers and the rest stand in its place")
+                self.story.add(node, parts)
+
+    def _drop_idle(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op in ("call_function", "call_method") and is_idle(node):
+                self.story.tell(node, "dropped", "it returns its input as it is")
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+
+    def _join_composites(self) -> None:
+        self._number()
+        for root in list(self.graph.nodes):
+            for row, match in composites(root) if root.op in ("call_function", "call_method") else ():
+                inside = {*match.inner, root}
+                first = min(inside, key=self._order.__getitem__)
+                if all(user in inside for node in match.inner for user in node.users) and self._is_calm(first, root):
+                    function, args, keywords = row.call(**match.bound)
+                    with self.graph.inserting_before(root):
+                        node = self.graph.call_function(function, args, keywords)
+                    node.meta = dict(root.meta)
+                    self._order[node] = self._order[root]
+                    self.story.rename(root, node, f"{row.name}, {len(inside)} nodes in one")
+                    for each in match.inner:
+                        self.story.tell(each, "fused", f"into {row.name}", node)
+                    root.replace_all_uses_with(node)
+                    for each in sorted(inside, key=self._order.__getitem__, reverse=True):
+                        self.graph.erase_node(each)
+                    break
+
+    def _take(self, product: Product) -> tuple[Product, Spec, Operator] | str:
+        """The product with all that it absorbs and the layer that is to run it, or why torch runs it."""
+        weight, bias = self.capture.values.get(product.weight), None
+        if weight is None:
+            return "its weight is no parameter of a module"
+        if product.bias is not None:
+            bias = self.capture.values.get(product.bias)
+            if bias is None:
+                return "its bias is no parameter of a module"
+        name, classes = self.capture.name_of(product.weight), list(self.capture.classes_of(product.nodes[0]))
+        form, asked = product.form, self.options.asked
+        if (reason := self.options.why_left(name, classes)) is not None:
+            return reason
+        rounds = form is None and asked.packed not in (None, name_of(weight.dtype))
+        if rounds and not self.options.is_included(name, classes):
+            what = DTYPES.get(asked.packed or "", asked.packed)
+            if name.split(".")[-1] == "lm_head":
+                return f"packing an lm_head as {what} is lossy: name it in include to have it"
+            if any(product_at(user) is None for user in product.weight.users):
+                return f"packing a shared weight as {what} is lossy: name the layer in include to have it"
+        if form is None and (reason := asked.why_not(name, weight.shape[0 if product.transposed else 1])) is not None:
+            return reason
+        if self.options.fuse:
+            product = self._absorb(product)
+        precision = asked.of(name) if form is None else form.precision()
+        spec = Spec(name, product.activation, product.transposed, precision, self.options.tune, asked, form)
+        layer = operators.operator_for(spec, weight, bias)
+        if (reason := operators.why_not(spec, layer)) is not None:
+            return reason
+        if self.options.filter_fn is not None and not self.options.filter_fn(layer, name):
+            return "it is refused by filter_fn"
+        return product, spec, layer
+
+    def _absorb(self, product: Product) -> Product:
+        while True:
+            users = list(product.root.users)
+            for user in users:
+                takes = (row.take(self.capture, product, user) for row in ABSORPTIONS)
+                grown = next((each for each in takes if each is not None), None)
+                if grown is None:
+                    if activation_of(user) is not None and product.activation is not None:
+                        self.story.tell(user, "torch", "the product before it has an activation already")
+                    continue
+                others = [each.name for each in users if each is not user]
+                if others:
+                    self.story.tell(user, "torch", f"what it reads is read by {', '.join(others)}, too")
+                elif not self._is_calm(product.root, user):
+                    self.story.tell(user, "torch", "a node between it and its product writes to a tensor")
+                else:
+                    break
+            else:
+                return product
+            product = grown
+
+    def _siblings(self, taken: Sequence[Any]) -> list[list[Any]]:
+        """The products that read the same x and are one product better."""
+        by_x: dict[Any, list[Any]] = defaultdict(list)
+        for each in taken:
+            product, spec, _ = each
+            key = spec._replace(name="", activation=None).key()
+            by_x[product.x, key].append(each)
+        return [members for members in by_x.values() if self._may_join(members)]
+
+    def _may_join(self, members: Sequence[Any]) -> bool:
+        if len(members) < 2:
+            return False
+        layers = [layer for *_, layer in members]
+        reason = why_not_together(layers)
+        if reason is None and len({id(layer) for layer in layers}) < len(layers):
+            reason = "they are one layer, called twice"
+        first, last = members[0][0].nodes[0], members[-1][0].root
+        if reason is None and not self._is_calm(first, last):
+            reason = "a node between them writes to a tensor"
+        parameters = (p for product, *_ in members for p in (product.weight, product.bias) if p is not None)
+        if reason is None and any(self._order[p] > self._order[first] for p in parameters):
+            reason = "a parameter of theirs is fetched between them"
+        for product, *_ in members if reason is not None else ():
+            self.story.tell(product.root, "fast", f"alone, although it has siblings: {reason}")
+        return reason is None
+
+    def _place(self, product: Product, spec: Spec, layer: Operator) -> tuple[Any, tuple[Tensor, ...]]:
+        function = operators.product(spec, layer)
+        with self.graph.inserting_before(product.root):
+            node = self.graph.call_function(function, (self._now(product.x), product.weight, product.bias))
+        self._finish(product, node, f"FastLinear {_text(spec)}")
+        return layer, (self.capture.values[product.weight],)
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        return self._moved.get(node, node)
+
+    def _finish(self, product: Product, node: fx.Node, what: str) -> None:
+        """Puts `node` in the place of a product."""
+        node.meta = dict(product.root.meta)
+        self._moved[product.root] = node
+        root, first = product.root, product.nodes[0]
+        self.story.tell(first, "fast", what)
+        for each in product.nodes[1:]:
+            self.story.tell(each, "fused", f"into {first.name}")
+        root.replace_all_uses_with(node)
+        for each in reversed(product.nodes):
+            self.graph.erase_node(each)
+
+    def _place_group(self, members: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
+        products = [product for product, *_ in members]
+        dense = [not takes_strides(product) for product in products]
+        names = [spec.name for _, spec, _ in members]
+        spec = members[0][1]._replace(name=_common(names))
+        function, stack = operators.group(spec, [layer for *_, layer in members], dense)
+        args = (self._now(products[0].x), *(p.weight for p in products), *(p.bias for p in products))
+        with self.graph.inserting_before(products[0].nodes[0]):
+            whole = self.graph.call_function(function, args)
+            parts = [self.graph.call_function(operator.getitem, (whole, i)) for i in range(len(products))]
+        listed = ", ".join(product.nodes[0].name for product in products)
+        for product, part in zip(products, parts, strict=True):
+            self._finish(product, part, f"one product of {listed}")
+        return stack.whole, tuple(self.capture.values[product.weight] for product in products)
+
+
+def _text(spec: Spec) -> str:
+    return repr(spec.name) + (f" with {spec.activation.name}" if spec.activation else "")
+
+
+def _common(names: Sequence[str]) -> str:
+    """attention.self.query, attention.self.key -> attention.self.(query, key)"""
+    split = [name.rpartition(".") for name in names]
+    if len({front for front, *_ in split}) > 1:
+        return ", ".join(names)
+    front, dot, _ = split[0]
+    return f"{front}{dot}({', '.join(last for *_, last in split)})"
