@@ -132,9 +132,11 @@ def test_what_is_sent_moves_nothing(kind: str, models: dict[str, nn.Module], exp
         ForkingPickler.dumps(model)
     for layer in [layer for layer in model.modules() if linear.is_fast(layer)]:
         weight: Any = layer.weight
-        torch.utils.dlpack.from_dlpack(weight).mul_(2)
-        layer.weight.share_memory_().zero_()  # type: ignore[operator]
-        weight.numpy()[:] = 7
+        before = weight.clone()
+        exported, array = torch.utils.dlpack.from_dlpack(weight), weight.numpy()
+        weight.share_memory_()  # writing to it would thaw the layer
+        assert torch.equal(layer.weight, before)  # type: ignore[arg-type]
+        del exported, array
         record: Any = layer._frozen
         record.panels.share_memory_()  # what compiled graphs hold
         for tensor in (record.packed.data, record.packed.scale, record.packed.zero):
