@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear import _engine, _kernels, gradient, ops, planner, torch_plans
+from fastlinear import _engine, _kernels, environment, gradient, ops, planner, torch_plans
 from fastlinear._engine import Engine
 from fastlinear.activations import Activation
 from fastlinear.candidates import FROZEN, Chosen, Problem
@@ -100,7 +100,8 @@ class Planned(Freezable):
         if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
             return y
         fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self._columns()
-        if fit and not self.training and not self._differentiated(x) and self._prepare(engine, packed_as, x):
+        off = self.training or environment.disabled()
+        if fit and not off and not self._differentiated(x) and self._prepare(engine, packed_as, x):
             y = engine.attempt(self, x)
         return y
 
