@@ -37,7 +37,7 @@ from roofline import Roofline
 from shapes import FP32
 
 import fastlinear
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 RESULTS = Path(__file__).with_name("results")
 STATES = ("hot", "cold")

@@ -15,7 +15,7 @@ from shapes import FP32, OURS
 from timing import race
 
 import fastlinear
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 # Seconds, fewest and most rounds for one cell of the grid.
 FULL, QUICK = (1.2, 5, 40), (0.05, 3, 5)

@@ -16,9 +16,10 @@ from timing import Call, Rotation, Sampled
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _engine, measuring, planner
-from fastlinear.candidates import Chosen
-from fastlinear.quantize import quantize_weight
+import fastlinear._engine as _engine
+from fastlinear.plan import decide, measuring
+from fastlinear.plan.candidates import Chosen
+from fastlinear.spec.int8 import quantize_weight
 
 Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
 
@@ -181,7 +182,7 @@ class Fast:
             first(x)
         milliseconds = 1e3 * (time.perf_counter() - start)
         (chosen,) = (plan for plan in first.plans if plan.bucket == _engine.bucket(len(x)))
-        with mock.patch.object(planner, "decide", return_value=chosen):
+        with mock.patch.object(decide, "decide", return_value=chosen):
             for module in others:
                 module(x)
         return Candidate(self.modules, x), chosen, milliseconds

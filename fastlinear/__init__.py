@@ -1,15 +1,16 @@
 """Fast linear layers for PyTorch on CPUs: prepacked weights, fused activations, autotuned kernels."""
 
 from fastlinear._kernels import cpu_info, kernels
-from fastlinear.calibration import calibrate
-from fastlinear.convert import convert, refresh, unconvert
-from fastlinear.freeze import freeze, unfreeze
-from fastlinear.header import FormatError
-from fastlinear.linear import FastLinear
-from fastlinear.report import report
-from fastlinear.schemes import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly
-from fastlinear.serialize import load, save
-from fastlinear.tuning import tune
+from fastlinear._moved import keep_old_names
+from fastlinear.file.header import FormatError
+from fastlinear.file.saving import load, save
+from fastlinear.layer.linear import FastLinear
+from fastlinear.model.calibration import calibrate
+from fastlinear.model.convert import convert, refresh, unconvert
+from fastlinear.model.freezing import freeze, unfreeze
+from fastlinear.model.reporting import report
+from fastlinear.model.tuning import tune
+from fastlinear.spec.schemes import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly
 
 __all__ = [
     "Calibration",
@@ -31,3 +32,5 @@ __all__ = [
     "unconvert",
     "unfreeze",
 ]
+
+keep_old_names()

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear import _kernels, activations, inspection, linear, measuring, planner, selfcheck
-from fastlinear.activations import Activation
-from fastlinear.convert import convert
-from fastlinear.header import FormatError
-from fastlinear.report import report
-from fastlinear.schemes import Int8Dynamic, Int8WeightOnly
-from fastlinear.tuning import tune
+import fastlinear._kernels as _kernels
+from fastlinear.cli import check as selfcheck
+from fastlinear.file import inspection
+from fastlinear.file.header import FormatError
+from fastlinear.layer import linear
+from fastlinear.model.convert import convert
+from fastlinear.model.reporting import report
+from fastlinear.model.tuning import tune
+from fastlinear.plan import decide, measuring
+from fastlinear.spec import activations
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.schemes import Int8Dynamic, Int8WeightOnly
 
 _SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
 _BENCH_SECONDS = 0.3  # a shape
@@ -106,7 +111,7 @@ def info(_: argparse.Namespace) -> int:
 
 
 def _cache() -> str:
-    cache = planner.cache()
+    cache = decide.cache()
     return f"{cache.path}, {len(cache)} entries" if cache.path else "in memory only: there is no home folder"
 
 
@@ -209,7 +214,7 @@ def check(_: argparse.Namespace) -> int:
 
 def _check_override() -> None:
     try:
-        planner.override()
+        decide.override()
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from fastlinear import environment
+import fastlinear._environment as environment
 from fastlinear._kernels cimport (
     FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute,
     element_bytes, format_of_x, is_float, look_at, need, pool_size

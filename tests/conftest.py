@@ -35,10 +35,10 @@ class Idle:
 def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seeds torch and runs the test on one thread of torch's pool; a test that wants more says so itself. Tuning has
     all its seconds, and, unless a test brings its own `waits`, holds the machine for idle: other tests keep it busy."""
-    from fastlinear import measuring, planner
+    from fastlinear.plan import decide, measuring
 
     measuring.process.reset()
-    monkeypatch.setattr(planner, "Waits", Idle)
+    monkeypatch.setattr(decide, "Waits", Idle)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield

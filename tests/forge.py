@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear import manifest
-from fastlinear.header import LENGTH
+from fastlinear.file import manifest
+from fastlinear.file.header import LENGTH
 
 Edit = Callable[[dict[str, Any]], object]
 

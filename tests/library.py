@@ -23,7 +23,7 @@ import emulator
 import torch
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 Steps = Iterable[tuple[str, tuple[float, ...]]]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _kernels, linear
+import fastlinear._kernels as _kernels
+from fastlinear.layer import linear
 
 
 class Pairing(NamedTuple):

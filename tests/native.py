@@ -21,8 +21,8 @@ from library import ROOT, Steps
 from oracle import Dtypes, Result, Sums
 from torch import Tensor
 
-from fastlinear import _kernels
-from fastlinear.quantize import Quantized, Requantize, Rows
+import fastlinear._kernels as _kernels
+from fastlinear.spec.int8 import Quantized, Requantize, Rows
 
 Kernel = dict[str, Any]
 Note = Callable[[str], object]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear import activations
+from fastlinear.spec import activations
 
 UNIT, UNIT_FP16 = 2.0**-24, 2.0**-11
 MAX = torch.finfo(torch.float32).max

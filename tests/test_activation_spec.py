@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlinear import _kernels, activations
-from fastlinear.activations import Activation, apply, recognise, resolve
+import fastlinear._kernels as _kernels
+from fastlinear.spec import activations
+from fastlinear.spec.activations import Activation, apply, recognise, resolve
 
 # name -> (torch's module with other than default parameters where it has some, those parameters, the default ones)
 MODULES: dict[str, tuple[nn.Module, tuple[float, ...], tuple[float, ...]]] = {

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlinear import _kernels, activations
+import fastlinear._kernels as _kernels
+from fastlinear.spec import activations
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = 1 << 32

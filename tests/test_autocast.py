@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import FastLinear, _kernels, activations, linear
-from fastlinear.precision import Precision
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear
+from fastlinear.layer import linear
+from fastlinear.spec import activations
+from fastlinear.spec.precision import Precision
 
 K, N = 37, 70
 DTYPES = [torch.bfloat16, torch.float16]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fastlinear import autotune
-from fastlinear.autotune import Candidate, Choice, choose
+from fastlinear.plan import race
+from fastlinear.plan.race import Candidate, Choice, choose
 
 Noise = Callable[[float, float], float]  # (now, true seconds of the call) -> factor
 
@@ -69,7 +69,7 @@ def heavy_tail(rng: random.Random) -> Noise:
 
 
 def drift(rng: random.Random) -> Noise:
-    return lambda now, true: jitter(rng, true) / (1 - 0.2 * min(1.0, now / autotune.BUDGET))
+    return lambda now, true: jitter(rng, true) / (1 - 0.2 * min(1.0, now / race.BUDGET))
 
 
 def bimodal(rng: random.Random) -> Noise:
@@ -133,7 +133,7 @@ def draw_field(rng: random.Random) -> Field:
         names = ["base", *(f"k{i}" for i in range(1, len(gaps)))]
         times = [(best * (1 + g) / t, best * (1 + g) * t) for g, t in zip(gaps, tilts, strict=True)]
         field = Field(dict(zip(names, times, strict=True)), rng.uniform(20e-6, 150e-6))
-        if autotune.PASSES * sum(h + c + field.evict for h, c in times) <= autotune.BUDGET:
+        if race.PASSES * sum(h + c + field.evict for h, c in times) <= race.BUDGET:
             return field
 
 
@@ -238,8 +238,8 @@ def test_budget(seconds: float, count: int) -> None:
         field = [machine.candidate(name, seconds * (1 + i / 100), seconds * 1.2) for i, name in enumerate(names)]
         choice = choose(field, "base", clock=machine.clock, evict=machine.evict if cold else None)
         assert set(machine.calls) == set(names)
-        least = 1.5 * seconds * (count + 4) + 2 * (machine.evict_seconds + autotune.SAMPLE)
-        assert choice.seconds == machine.now <= max(1.1 * autotune.BUDGET, least)
+        least = 1.5 * seconds * (count + 4) + 2 * (machine.evict_seconds + race.SAMPLE)
+        assert choice.seconds == machine.now <= max(1.1 * race.BUDGET, least)
 
 
 def test_long_clear_cases_are_decided_by_few_calls() -> None:
@@ -255,11 +255,11 @@ def test_calls_are_interleaved_and_duels_alternate() -> None:
     machine = Machine()
     field = [machine.candidate(name, t) for name, t in (("base", 104e-6), ("a", 100e-6), ("b", 103e-6))]
     choice = choose(field, "base", clock=machine.clock, budget=0.02)
-    rounds = [machine.calls[i : i + 3] for i in range(0, 3 * (autotune.ROUNDS_TO_JUDGE + 1), 3)]
+    rounds = [machine.calls[i : i + 3] for i in range(0, 3 * (race.ROUNDS_TO_JUDGE + 1), 3)]
     assert all(sorted(r) == ["a", "b", "base"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 1
     duel = machine.calls[-2 * choice.pairs :]
-    assert choice.pairs >= autotune.PAIRS
+    assert choice.pairs >= race.PAIRS
     assert duel[:8] == ["base", "a", "a", "base", "base", "a", "a", "base"]
 
 
@@ -382,7 +382,7 @@ def test_a_steal_that_nobody_tells_is_seen_by_the_best_calls() -> None:
 def test_stolen_time_is_given_back_within_bounds() -> None:
     """A tuning beside spinning processes takes PATIENCE budgets more at most, and its last sample."""
     for seed in range(20):
-        longest = (1 + autotune.PATIENCE) * autotune.BUDGET + 2 * autotune.TRIES * 30e-3
+        longest = (1 + race.PATIENCE) * race.BUDGET + 2 * race.TRIES * 30e-3
         assert busy_choice(seed, told=True, steal=spinners).seconds < longest
 
 

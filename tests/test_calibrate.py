@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import Calibration, calibrate, calibration
-from fastlinear.quantize import Rows, output_snr, quantize_rows, quantize_weight
+from fastlinear import Calibration, calibrate
+from fastlinear.model import calibration
+from fastlinear.spec.int8 import Rows, output_snr, quantize_rows, quantize_weight
 
 UNREACHED = "no batch of the calibration reached it"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastlinear
 from fastlinear import __main__ as cli
-from fastlinear import selfcheck
+from fastlinear.cli import check
 
 MODEL = """
 import torch
@@ -117,12 +117,12 @@ def test_check_sees_a_wrong_kernel(
     damage: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scaled, reordered and missing results fail it, with exit code 1."""
-    right = selfcheck._run
+    right = check._run
 
     def wrong(*arguments: object, **options: object) -> Tensor:
         return damage(right(*arguments, **options))
 
-    monkeypatch.setattr(selfcheck, "_run", wrong)
+    monkeypatch.setattr(check, "_run", wrong)
     assert cli.main(["check"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
     for kernel in [row["name"] for row in fastlinear.kernels() if row["runnable"]]:

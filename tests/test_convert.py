@@ -12,7 +12,8 @@ from models import OFF, Model, fast_names, inputs, mlp, same_tensors
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import FastLinear, linear
+from fastlinear import FastLinear
+from fastlinear.layer import linear
 
 
 @pytest.mark.parametrize("inplace", [False, True])

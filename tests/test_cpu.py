@@ -31,7 +31,7 @@ from machines import (
     machine,
 )
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 
 @pytest.mark.parametrize(("name", "described", "isas", "sizes"), RECORDED, ids=[row[0] for row in RECORDED])

@@ -26,7 +26,7 @@ from torch import nn
 
 import fastlinear
 from fastlinear import FormatError
-from fastlinear.header import LENGTH
+from fastlinear.file.header import LENGTH
 
 IDS = torch.tensor([0, 3, 4])
 ROOM = 512 << 20  # bytes a child may allocate

@@ -10,8 +10,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import FastLinear, Int8Dynamic, Int8Static, Int8WeightOnly, quantize
-from fastlinear.schemes import Scheme
+from fastlinear import FastLinear, Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.spec import int8
+from fastlinear.spec.schemes import Scheme
 
 LOST = 0.005  # at most half a point of accuracy
 SCHEMES = {
@@ -67,8 +68,8 @@ def by_specification(scheme: Scheme, x: Tensor) -> Tensor:
     for name, layer in trained().named_children():
         if isinstance(layer, nn.Linear):
             rows = scheme.rows(name)
-            weight = quantize.quantize_weight(layer.weight, None if rows is None else rows.smooth)
-            x = quantize.linear(x, weight, rows, layer.bias)
+            weight = int8.quantize_weight(layer.weight, None if rows is None else rows.smooth)
+            x = int8.linear(x, weight, rows, layer.bias)
         else:
             x = layer(x)
     return x

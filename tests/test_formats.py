@@ -13,7 +13,7 @@ import torch
 from native import Kernel, every_kernel
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 SIXTEEN_BIT = [dtype for dtype in native.DTYPES.values() if dtype.itemsize == 2]
 

@@ -27,8 +27,12 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import FastLinear, _kernels, activations, frozen, linear, packs, planner, torch_plans
-from fastlinear.precision import Precision
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear
+from fastlinear.layer import frozen, linear, packs
+from fastlinear.plan import decide, rivals
+from fastlinear.spec import activations
+from fastlinear.spec.precision import Precision
 
 K, N = 37, 70
 EVERY_PAIRING = pytest.mark.parametrize("pairing", PAIRINGS)
@@ -356,9 +360,9 @@ def test_adopting_over_a_pack() -> None:
 def test_torchs_own_ways_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that ran on torch's kernel runs on a native one once it is frozen, even if that is asked for by name."""
     layer, x = layer_of(), torch.randn(5, K)
-    monkeypatch.setenv("FASTLINEAR_KERNEL", torch_plans.BASELINE)
+    monkeypatch.setenv("FASTLINEAR_KERNEL", rivals.BASELINE)
     y = layer(x)
-    assert [chosen.name for chosen in layer.plans] == [torch_plans.BASELINE]
+    assert [chosen.name for chosen in layer.plans] == [rivals.BASELINE]
     fastlinear.freeze(layer)
     assert layer.plans == ()
     torch.testing.assert_close(layer(x), y)
@@ -369,7 +373,7 @@ def test_torchs_own_ways_go(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tuning_measures_kernels_only(pairing: Pairing) -> None:
     """A frozen layer is tuned among the kernels, and remembered; one that was tuned before is not tuned again."""
     layer, x = layer_of(pairing=pairing, activation="relu", tune="lazy"), torch.randn(40, K).to(pairing.x)
-    planner.cache().clear()
+    decide.cache().clear()
     fastlinear.freeze(layer)
     layer(x)
     (chosen,) = layer.plans
@@ -379,7 +383,7 @@ def test_tuning_measures_kernels_only(pairing: Pairing) -> None:
     layer(x)
     assert layer.plans[0].source in ("cache", "tuned")  # tuned again, where noise had hidden the answer
     before = layer_of(pairing=pairing, activation="relu", tune="lazy")
-    planner.cache().clear()
+    decide.cache().clear()
     before(x)
     (known,) = before.plans
     again = frozen.Frozen(packs.pack(before.weight, before.precision), pairing.held)
@@ -387,9 +391,9 @@ def test_tuning_measures_kernels_only(pairing: Pairing) -> None:
     frozen.hold(after, again)
     after(x)
     (chosen,) = after.plans
-    if known.name not in torch_plans.NAMES:
+    if known.name not in rivals.NAMES:
         assert (chosen.source, chosen.name, chosen.speedup) == ("cache", known.name, known.speedup)
-    assert chosen.name not in torch_plans.NAMES
+    assert chosen.name not in rivals.NAMES
 
 
 def test_disable(monkeypatch: pytest.MonkeyPatch) -> None:

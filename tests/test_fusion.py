@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear.activations import Activation
-from fastlinear.fusion import Absorbed, find_pairs
+from fastlinear.model.fusion import Absorbed, find_pairs
+from fastlinear.spec.activations import Activation
 
 
 def pairs(model: nn.Module) -> dict[str, str]:

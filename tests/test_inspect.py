@@ -12,9 +12,11 @@ from models import OFF, Model, mlp
 from torch import nn
 
 import fastlinear
+import fastlinear._kernels as _kernels
 from fastlinear import __main__ as cli
-from fastlinear import _kernels, linear, planner
-from fastlinear.frozen import Frozen
+from fastlinear.layer import linear
+from fastlinear.layer.frozen import Frozen
+from fastlinear.plan import decide
 
 FP32 = _kernels.FORMATS[torch.float32]
 
@@ -40,7 +42,7 @@ def test_what_it_tells(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.ModuleDict({"body": mlp(8, 16, 16, 16), "wide": nn.Linear(8, 300), "small": Small()}).eval()
     fastlinear.save(OFF(model, dtype=torch.bfloat16, include=["body.0", "wide", "small"]), path)
     text = printed(path, capsys)
-    layout = planner.layout("bf16")
+    layout = decide.layout("bf16")
     mib = _kernels.packed_nbytes(layout, 300, 8) / 2**20
     assert re.search(rf"^wide +1 +8x300 fp32 as bf16 {layout} +{mib:.2f} mapped$", text, re.MULTILINE)
     assert re.search(rf"^body\.0 +1 +8x16 +fp32 as bf16 {layout} +relu +0\.00 mapped$", text, re.MULTILINE)
@@ -61,7 +63,7 @@ def test_layers_alike_share_a_row(path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_will_be_repacked(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A layout that this machine does not run is told, as load will treat it."""
     other = next(
-        row["layout"] for row in _kernels.kernels() if row["format"] == FP32 and row["layout"] != planner.layout(FP32)
+        row["layout"] for row in _kernels.kernels() if row["format"] == FP32 and row["layout"] != decide.layout(FP32)
     )
     model: Any = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 5)).eval()
     linear.adopt(model[0], over=Frozen(_kernels.Packed(model[0].weight.detach(), other), torch.float32))

@@ -1,4 +1,4 @@
-"""int8 on every kernel: to the last bit what fastlinear/quantize.py says, for any ISA, edges and threads."""
+"""int8 on every kernel: to the last bit what fastlinear/int8.py says, for any ISA, edges and threads."""
 
 import itertools
 import math
@@ -14,9 +14,10 @@ from native import Kernel, every_integer_kernel
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlinear import _kernels, quantize
+import fastlinear._kernels as _kernels
 from fastlinear._kernels import Epilogue, Packed, Plan, RowQuantizer
-from fastlinear.quantize import Quantized, Requantize, Rows
+from fastlinear.spec import int8
+from fastlinear.spec.int8 import Quantized, Requantize, Rows
 
 INF, NAN, TINY = math.inf, math.nan, 2.0**-126
 INTEGERS = [torch.uint8, torch.int8]
@@ -72,7 +73,7 @@ def held(
     """The product on this kernel, which is the specification's to the last bit."""
     steps, activation = STEPS[step]
     y = native.integers(kernel, x, q, rows, b, steps, to, **how)
-    assert agree(y, quantize.linear(x, q, rows, b, activation, to))
+    assert agree(y, int8.linear(x, q, rows, b, activation, to))
     return y
 
 
@@ -125,7 +126,7 @@ def test_the_longest_sums(kernel: Kernel, zeros: bool) -> None:
 def test_the_limit_of_k() -> None:
     """255 * max |q - zero| * K < 2^31, checked when packing; zero points that are all 0 are none."""
     assert (_kernels.dot_limit(), _kernels.dot_limit(True)) == (65793, 33025)
-    assert (quantize.longest(None), quantize.longest(torch.ones(1))) == (65793, 33025)
+    assert (int8.longest(None), int8.longest(torch.ones(1))) == (65793, 33025)
     one, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     for layout in [layout for layout, *_ in native.LAYOUTS if layout.startswith("int8/")]:
         for zero, limit, said in ((None, 65793, ""), (none, 65793, ""), (one, 33025, " with zero points")):
@@ -303,7 +304,7 @@ def test_requantised_outputs(kernel: Kernel, dtype: torch.dtype) -> None:
     for scale, zero in RANGES:
         out = torch.full((1, len(values)), 77, dtype=dtype)
         native.product(kernel, packed, x, values, (), 1, 1, out, rows, (dtype, scale, zero))
-        assert torch.equal(out[0], quantize.requantize(values, Requantize(dtype, scale, zero)))
+        assert torch.equal(out[0], int8.requantize(values, Requantize(dtype, scale, zero)))
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)

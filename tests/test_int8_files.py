@@ -12,10 +12,15 @@ from test_int8_layers import KINDS, SCHEMES, STATIC, K, Language, N, chained, ev
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import FastLinear, FormatError, Int8Dynamic, Int8Static, _kernels, linear, manifest, planner, quantize
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear, FormatError, Int8Dynamic, Int8Static
 from fastlinear import __main__ as cli
-from fastlinear.frozen import Frozen, is_frozen, record_of
-from fastlinear.precision import DTYPES, wanted
+from fastlinear.file import manifest
+from fastlinear.layer import linear
+from fastlinear.layer.frozen import Frozen, is_frozen, record_of
+from fastlinear.plan import decide
+from fastlinear.spec import int8
+from fastlinear.spec.precision import DTYPES, wanted
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def test_memory_of_a_file(path: Path, scheme: str) -> None:
 
 def foreign_layouts(packed: str) -> list[str]:
     layouts = {row["layout"]: None for row in _kernels.kernels() if row["format"] == packed}
-    return [layout for layout in layouts if layout != planner.layout(packed)]
+    return [layout for layout in layouts if layout != decide.layout(packed)]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +99,12 @@ def test_a_foreign_layout_is_repacked(path: Path, layout: str, zeros: bool) -> N
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(K, N))))
     pack = record_of(model[0]).packed
-    assert pack.layout == planner.layout(packed) and torch.equal(pack.unpack(), weight.values)
+    assert pack.layout == decide.layout(packed) and torch.equal(pack.unpack(), weight.values)
     assert torch.equal(pack.scale, weight.scale)
     assert pack.zero is None if weight.zero is None else torch.equal(pack.zero, weight.zero)
     assert f"1 repacked from {layout}" in str(fastlinear.report(model))
     x = torch.randn(3, K)
-    want = quantize.linear(x, weight, scheme.rows(""), elsewhere[0].bias)
+    want = int8.linear(x, weight, scheme.rows(""), elsewhere[0].bias)
     torch.testing.assert_close(answers(model, x), want, rtol=0, atol=0 if scheme.rows("") else 1e-4)
 
 
@@ -142,22 +147,22 @@ def test_plans_go_with_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A process that loads it measures nothing for what was tuned where it was saved; one with another scheme does."""
     keys: list[str] = []
 
-    def tune(problem: planner.Problem, operands: planner.Operands) -> planner.Chosen:
+    def tune(problem: decide.Problem, operands: decide.Operands) -> decide.Chosen:
         keys.append(problem.key())
-        return planner.heuristic(problem)._replace(source="tuned", speedup=1.5)
+        return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
 
-    monkeypatch.setattr(planner, "_tuned", tune)
-    planner.cache().clear()
+    monkeypatch.setattr(decide, "_tuned", tune)
+    decide.cache().clear()
     model, x = make(), torch.randn(5, K)
     for scheme in ("dynamic", "asymmetric", "smoothed", "static u8", "weight-only"):
         fast = fastlinear.convert(model, quantize=SCHEMES[scheme](model, torch.randn(64, K)))
         want = answers(fast, x)
         fastlinear.save(fast, path)
-        planner.cache().clear()  # as in another process
+        decide.cache().clear()  # as in another process
         keys.clear()
         loaded = fastlinear.load(path, on_meta(make))
         assert torch.equal(answers(loaded, x), want) and not keys
-    planner.cache().clear()
+    decide.cache().clear()
 
 
 def test_files_of_floats_are_as_before(path: Path) -> None:
@@ -211,10 +216,10 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a smoothing that is a number": (quantized(smooth=1), "not just"),
         "no smoothing though it has": (quantized(smooth=None), "0.smooth"),
         "floats": (
-            lambda s: s.update(packed="fp32", layout=planner.layout("fp32")),
+            lambda s: s.update(packed="fp32", layout=decide.layout("fp32")),
             "packed in fp32, and quantised by",
         ),
-        "weight-only": (lambda s: s.update(packed="int8wo", layout=planner.layout("int8wo")), "packed in int8wo, and"),
+        "weight-only": (lambda s: s.update(packed="int8wo", layout=decide.layout("int8wo")), "packed in int8wo, and"),
         "too many columns": (lambda s: s.update(k=_kernels.dot_limit() + 1), "that a sum of integers holds"),
     }
 
@@ -263,7 +268,7 @@ def test_inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(path, "static, smoothed")
     assert cli.main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    assert f"fp32 as int8 static {planner.layout('int8')}" in " ".join(text.split()) and "other tensors: 1 " in text
+    assert f"fp32 as int8 static {decide.layout('int8')}" in " ".join(text.split()) and "other tensors: 1 " in text
 
 
 def test_static_files_need_no_calibration(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Layers and models in int8: every scheme computes what quantize.py says, in every state, on every way to get
+"""Layers and models in int8: every scheme computes what int8.py says, in every state, on every way to get
 there."""
 
 import copy
@@ -15,21 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import (
-    FastLinear,
-    Int8Dynamic,
-    Int8Static,
-    Int8WeightOnly,
-    _kernels,
-    activations,
-    linear,
-    planner,
-    quantize,
-    torch_plans,
-)
-from fastlinear.candidates import native_candidates
-from fastlinear.precision import DTYPES, wanted
-from fastlinear.schemes import Scheme
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear, Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.layer import linear
+from fastlinear.plan import decide, rivals
+from fastlinear.plan.candidates import native_candidates
+from fastlinear.spec import activations, int8
+from fastlinear.spec.precision import DTYPES, wanted
+from fastlinear.spec.schemes import Scheme
 
 K, N = 37, 70
 
@@ -72,12 +65,12 @@ def layer_of(
 
 
 def spec(layer: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """What quantize.py says that the layer makes of x; with another weight in the place of its own, if one is given."""
+    """What int8.py says that the layer makes of x; with another weight in the place of its own, if one is given."""
     weight = layer.weight if weight is None else weight
     precision = layer._precision
-    quantized = quantize.quantize_weight(weight.t() if layer._transposed else weight, precision.smooth)
+    quantized = int8.quantize_weight(weight.t() if layer._transposed else weight, precision.smooth)
     function = None if layer.activation is None else lambda y: activations.apply(layer.activation, y)
-    return quantize.linear(x, quantized, precision.rows, layer.bias, function, precision.out)
+    return int8.linear(x, quantized, precision.rows, layer.bias, function, precision.out)
 
 
 def agrees(layer: Any, y: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
@@ -156,7 +149,7 @@ def test_odd_rows(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", STATIC)
-@pytest.mark.parametrize("dtype", quantize.BYTES)
+@pytest.mark.parametrize("dtype", int8.BYTES)
 def test_static_layers_take_integers(scheme: str, dtype: torch.dtype) -> None:
     """uint8 and int8 inputs are what the scheme would have made of x; the output is fp32."""
     layer = layer_of(scheme)
@@ -164,7 +157,7 @@ def test_static_layers_take_integers(scheme: str, dtype: torch.dtype) -> None:
     y = layer(x)
     agrees(layer, y, x)
     assert y.dtype == torch.float32 and [chosen.x for chosen in layer.plans] == [str(dtype).removeprefix("torch.")]
-    u = quantize.quantize_rows(torch.randn(5, K), layer._precision.rows)[0]
+    u = int8.quantize_rows(torch.randn(5, K), layer._precision.rows)[0]
     torch.testing.assert_close(layer._torch(u), layer(u), rtol=0.1, atol=0.3)
 
 
@@ -309,7 +302,7 @@ def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
     """Schema, fake tensors and dispatch pass torch's own opcheck."""
-    from fastlinear import op_form
+    from fastlinear.layer import op_form
 
     layer, x = layer_of(scheme), torch.randn(5, K)
     weight, form = layer.weight, ("", 0, 0)
@@ -323,7 +316,7 @@ def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
     foreign = op(x, weight.clone(), layer.bias, *rest)  # nobody's: torch computes it
     torch.testing.assert_close(foreign, F.linear(x, layer.weight, layer.bias).relu())
     if scheme in STATIC:
-        u = quantize.quantize_rows(x, layer._precision.rows)[0]
+        u = int8.quantize_rows(x, layer._precision.rows)[0]
         torch.library.opcheck(op, (u, weight, layer.bias, *rest))
         to_bytes = rest._replace(out=torch.uint8, out_scale=0.1, out_zero=3)
         torch.library.opcheck(op, (u, weight, layer.bias, *to_bytes))
@@ -357,7 +350,7 @@ def test_freeze_keeps_the_integers(scheme: str, kind: str) -> None:
     """The same bits out, a weight that is the dequantised one, and a Parameter of it after unfreeze."""
     layer, x = layer_of(scheme, kind=kind), torch.randn(5, K)
     smooth, weight = layer._precision.smooth, layer.weight.t() if kind == "conv1d" else layer.weight
-    wanted = quantize.dequantize(quantize.quantize_weight(weight, smooth))
+    wanted = int8.dequantize(int8.quantize_weight(weight, smooth))
     wanted = wanted if smooth is None else wanted * smooth
     wanted = wanted.t() if kind == "conv1d" else wanted
     expected = layer(x)
@@ -389,10 +382,10 @@ def test_a_calibration_is_let_go() -> None:
 # ---- weights of others -----------------------------------------------------------------------------------------------
 
 
-def theirs(zeros: bool) -> quantize.Quantized:
+def theirs(zeros: bool) -> int8.Quantized:
     values = torch.randint(-128, 128, (N, K)).to(torch.int8)
     zero = torch.randint(-128, 128, (N,), dtype=torch.int32) if zeros else None
-    return quantize.Quantized(values, torch.rand(N) / 64, zero)
+    return int8.Quantized(values, torch.rand(N) / 64, zero)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -408,18 +401,18 @@ def test_weights_of_others(zeros: bool, scheme: Scheme, dtype: torch.dtype) -> N
         return
     layer = FastLinear.from_quantized(*arguments, quantize=scheme).eval()
     layer._tune = "off"
-    want = quantize.linear(x, weight, scheme.rows(""), bias, torch.relu)
+    want = int8.linear(x, weight, scheme.rows(""), bias, torch.relu)
     tolerance = 1e-4 if scheme.rows("") is None else 0
     with torch.no_grad():
         torch.testing.assert_close(layer(x), want, rtol=max(tolerance, 0.02 * (tolerance > 0)), atol=tolerance)
-    assert isinstance(layer, FastLinear) and torch.equal(layer.weight, quantize.dequantize(weight))
+    assert isinstance(layer, FastLinear) and torch.equal(layer.weight, int8.dequantize(weight))
 
 
 class FromTorchao(Tensor):
     """The parts of torchao's integer tensors that are looked at."""
 
     @staticmethod
-    def __new__(cls, weight: quantize.Quantized) -> "FromTorchao":
+    def __new__(cls, weight: int8.Quantized) -> "FromTorchao":
         made = Tensor._make_wrapper_subclass(cls, weight.values.shape, dtype=torch.float32)
         made.whole, made.qdata, made.scale, made.zero_point = weight, weight.values, weight.scale, weight.zero
         made.block_size = (1, weight.values.shape[1])
@@ -447,10 +440,10 @@ def test_models_that_torchao_quantised() -> None:
     fast = OFF(model, quantize=Int8Dynamic(), inplace=True)
     assert fast_names(fast) == {"0", "2"}
     with torch.no_grad():
-        want = quantize.linear(x, weight, quantize.Rows(), fast[0].bias, torch.relu)
+        want = int8.linear(x, weight, int8.Rows(), fast[0].bias, torch.relu)
         assert torch.equal(fast[0](x), want)
         agrees(fast[2], fast(x), want)
-    assert torch.equal(fast[0].weight, quantize.dequantize(weight))
+    assert torch.equal(fast[0].weight, int8.dequantize(weight))
 
 
 def test_what_is_quantised_already_cannot_be_smoothed() -> None:
@@ -662,13 +655,13 @@ def test_chains_train_export_and_end() -> None:
 def test_tuning_measures_kernels_of_the_pack(scheme: str) -> None:
     """Candidates are the kernels that read the layout, integers of one ISA only; torch computes other numbers."""
     layer, x = layer_of(scheme, tune="lazy", n=71), torch.randn(40, K)
-    planner.cache().clear()
+    decide.cache().clear()
     agrees(layer, layer(x), x)
     (chosen,) = layer.plans
     names = {name.split()[0] for name, _ in chosen.table}
     rows = [row for row in _kernels.kernels() if row["name"] in names]
     layout = layer._engine.packed.layout
-    assert chosen.source == "tuned" and chosen.speedup is None and not names & {*torch_plans.NAMES}
+    assert chosen.source == "tuned" and chosen.speedup is None and not names & {*rivals.NAMES}
     assert rows and len(rows) == len(names) and all(layout in row["reads"] for row in rows)
     if layer._precision.rows is not None:
         assert len({row["isa"] for row in rows}) == 1
@@ -702,27 +695,27 @@ def test_override(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
             agrees(layer, layer(x), x)
             assert [(c.name, c.source) for c in layer.plans] == [(row["name"], "override")]
             assert layer._engine.packed.layout == row["layout"]
-    monkeypatch.setenv("FASTLINEAR_KERNEL", torch_plans.BASELINE)
+    monkeypatch.setenv("FASTLINEAR_KERNEL", rivals.BASELINE)
     layer = layer_of(scheme)
     agrees(layer, layer(x), x)
-    assert layer.plans[0].name != torch_plans.BASELINE
+    assert layer.plans[0].name != rivals.BASELINE
 
 
 def falling_back(monkeypatch: pytest.MonkeyPatch, winner: Callable[[str], bool]) -> list[list[str]]:
     """From here on every tuning is won by the first candidate whose name `winner` accepts; what ran in each."""
-    from fastlinear import autotune
+    from fastlinear.plan import race
 
     ran: list[list[str]] = []
 
-    def choose(candidates: Any, baseline: str, **_: Any) -> autotune.Choice:
+    def choose(candidates: Any, baseline: str, **_: Any) -> race.Choice:
         for candidate in candidates:
             candidate.run()
         names = [candidate.name for candidate in candidates]
         ran.append(names)
-        return autotune.Choice(next(filter(winner, names)), ((names[0], 1.0),), 2.0, True, 1, 1, 0.0)
+        return race.Choice(next(filter(winner, names)), ((names[0], 1.0),), 2.0, True, 1, 1, 0.0)
 
-    monkeypatch.setattr(autotune, "choose", choose)
-    planner.cache().clear()
+    monkeypatch.setattr(race, "choose", choose)
+    decide.cache().clear()
     return ran
 
 
@@ -741,16 +734,16 @@ def test_fallback(held: torch.dtype, of_x: torch.dtype, monkeypatch: pytest.Monk
             continue
 
         def winner(name: str, kind: str = kind) -> bool:
-            return name == torch_plans.BASELINE if kind == "torch" else DTYPES.keys() & {name.split("/")[0]} != set()
+            return name == rivals.BASELINE if kind == "torch" else DTYPES.keys() & {name.split("/")[0]} != set()
 
         ran = falling_back(monkeypatch, winner)
         layer = FastLinear.from_linear(stock, "relu", quantize=Int8Dynamic(fallback=True)).eval()
         y = layer(x)
         torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
         (chosen,) = layer.plans
-        assert chosen.refused == "int8" and (chosen.name in torch_plans.NAMES) == (kind == "torch")
+        assert chosen.refused == "int8" and (chosen.name in rivals.NAMES) == (kind == "torch")
         assert "(int8 refused)" in str(fastlinear.report(layer))
-        assert any(name.startswith("int8/") for name in ran[0]) and torch_plans.BASELINE in ran[0]
+        assert any(name.startswith("int8/") for name in ran[0]) and rivals.BASELINE in ran[0]
         counted = {form} if kind == "native" else set()
         assert {engine.packed.format for engine in layer._casting.values()} == counted
         layer._reset()
@@ -794,8 +787,8 @@ def test_the_report_tells_the_error(scheme: str, freeze: bool) -> None:
     calibrated = "static" in scheme or scheme == "smoothed"
     for row in fastlinear.report(fast):
         smooth = fast.get_submodule(row.name)._precision.smooth
-        quantized = quantize.quantize_weight(weights[row.name], smooth)
-        assert row.quality.weight == pytest.approx(quantize.weight_snr(weights[row.name], quantized, smooth))
+        quantized = int8.quantize_weight(weights[row.name], smooth)
+        assert row.quality.weight == pytest.approx(int8.weight_snr(weights[row.name], quantized, smooth))
         assert (row.quality.output is not None) == calibrated and 25 < row.quality.weight < 70
         assert not calibrated or 15 < row.quality.output < 70
     text = str(fastlinear.report(fast))
@@ -812,7 +805,7 @@ def test_reports_without_int8_have_no_such_column() -> None:
 def test_candidates_are_told_by_the_table() -> None:
     """A problem in each integer format has native candidates for every M, from the best ISA that has them."""
     for packed, scheme in itertools.product(_kernels.PACKED.keys() - DTYPES.keys(), ("symmetric", "static-smooth")):
-        problem = planner.Problem(1, N, K, "fp32", packed, "fp32", "fp32", True, None, False, 1, scheme)
+        problem = decide.Problem(1, N, K, "fp32", packed, "fp32", "fp32", True, None, False, 1, scheme)
         for m in (1, 16, 512):
             found = native_candidates(problem._replace(m=m))
             assert found and {c.name.split("/")[1] for c in found} <= {

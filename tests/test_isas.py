@@ -7,7 +7,7 @@ import library
 import native
 import torch
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 KERNELS = """
 #pragma once

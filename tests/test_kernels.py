@@ -14,7 +14,7 @@ from native import Kernel, every_kernel
 from oracle import Dtypes
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 SLICES = (1, 2, 3, 7)
 THREADS = (1, 2)

@@ -5,108 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import house
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = {path.stem for path in (ROOT / "csrc").glob("*.cpp")} - {"registry"}
-
-# Each C++ room, a folder of include/fastlinear or csrc/ beside it, and the rooms whose files its own may include.
-CPP_ROOMS = {
-    "contract": {"host"},  # what the parts promise one another
-    "host": set(),  # what the machine and torch give
-    "formats": {"contract"},  # what an element is
-    "weight": {"contract", "host"},  # [N, K] <-> panels
-    "generic": {"contract", "formats"},  # written once over a vector
-    "epilogues": {"contract", "generic"},  # one file a function
-    "isa": {"contract", "formats", "generic"},  # one folder an ISA
-    "driver": {"contract", "formats", "host", "weight"},  # from a problem to y
-    "csrc": {"contract", "host", "generic", "epilogues", "isa"},  # one unit an ISA, and the table
-    "benchmarks": set(),
-}
-
-# Each Python room, and the rooms it may import; the public face and the command line may import them all.
-PYTHON_ROOMS = {
-    "_cpu": set(),
-    "_kernels": {"_cpu"},
-    "_engine": {"_kernels", "environment"},
-    "activations": set(),
-    "environment": set(),
-    "measuring": set(),
-    "waits": set(),
-    "tuning_cache": {"environment"},
-    "autotune": set(),
-    "torch_plans": {"activations"},
-    "quantize": set(),
-    "schemes": {"quantize"},
-    "foreign": {"quantize"},
-    "precision": {"_kernels", "activations", "quantize", "schemes"},
-    "reference": {"_kernels", "activations", "precision", "quantize"},
-    "gradient": {"_kernels", "activations", "quantize", "reference"},
-    "op_form": {"activations", "precision", "quantize", "reference"},
-    "ops": {"_kernels", "activations", "gradient", "op_form", "precision", "quantize"},
-    "candidates": {"_kernels", "activations", "environment", "precision", "torch_plans"},
-    "planner": {"_kernels", "activations", "autotune", "candidates", "precision", "quantize", "torch_plans"},
-    "packs": {"_kernels", "_engine", "planner", "precision", "quantize"},
-    "quality": {"_kernels", "packs", "quantize"},
-    "lent": set(),
-    "frozen": {"_kernels", "_engine", "candidates", "lent", "op_form", "packs", "planner", "precision", "quality"},
-    "fitness": {"foreign", "frozen", "packs", "precision", "quantize"},
-    "planned": {"_kernels", "_engine", "activations", "candidates", "frozen", "ops", "packs", "planner", "precision"},
-    "elsewhere": {"_kernels", "environment", "packs"},
-    "fast_module": {
-        "_kernels",
-        "_engine",
-        "activations",
-        "elsewhere",
-        "environment",
-        "ops",
-        "packs",
-        "planned",
-        "planner",
-    },
-    "linear": {"activations", "fast_module", "fitness", "foreign", "frozen", "ops", "packs", "precision", "schemes"},
-    "freeze": {"frozen", "op_form", "packs"},
-    "fusion": {"activations", "linear"},
-    "chains": {"activations", "fusion", "linear", "quantize"},
-    "selection": {"frozen", "linear", "packs", "precision"},
-    "bypass": {"linear"},
-    "calibration": {"quantize", "schemes", "selection", "tuning"},
-    "tuning": {"linear", "measuring"},
-    "convert": {"bypass", "chains", "fitness", "freeze", "fusion", "linear", "precision", "schemes", "selection"},
-    "report": {"_kernels", "activations", "candidates", "linear", "measuring", "packs", "quality", "selection"},
-    "selfcheck": {"_kernels", "activations", "precision", "quantize"},
-    "header": set(),
-    "safefile": {"header"},
-    "stored_scheme": {"_kernels", "header", "precision", "quantize"},
-    "manifest": {"_kernels", "activations", "header", "linear", "precision", "stored_scheme"},
-    "matching": {"activations", "fitness", "frozen", "fusion", "header", "linear", "manifest", "packs"},
-    "inspection": {"_kernels", "header", "manifest", "planner", "quantize", "safefile", "stored_scheme"},
-}
-PYTHON_ROOMS["planner"] |= {"_engine", "environment", "measuring", "tuning_cache", "waits"}
-PYTHON_ROOMS["frozen"] |= {"torch_plans"}
-PYTHON_ROOMS["planned"] |= {"environment", "gradient", "quantize", "reference", "torch_plans"}
-PYTHON_ROOMS["convert"] |= {"tuning"}
-PYTHON_ROOMS["serialize"] = {"_engine", "_kernels", "bypass", "candidates", "frozen", "fusion", "header", "linear"}
-PYTHON_ROOMS["serialize"] |= {"manifest", "matching", "packs", "planner", "precision", "safefile", "stored_scheme"}
-PYTHON_ROOMS["serialize"] |= {"torch_plans", "tuning_cache"}
-PYTHON_ROOMS["stack"] = {"_engine", "_kernels", "frozen", "linear", "packs"}
-# The backend lies over all that makes a model fast; nothing but what reads the entry point knows of it.
-PYTHON_ROOMS |= {
-    "graph.capture": {"activations"},
-    "graph.expansions": {"graph.capture"},
-    "graph.patterns": {"activations", "graph.capture", "op_form"},
-    "graph.options": {"precision", "schemes", "selection"},
-    "graph.operators": {"_kernels", "activations", "fast_module", "fitness", "frozen", "op_form", "precision", "stack"},
-    "graph.story": {"graph.capture", "report"},
-    "graph.rewrite": {"precision", "stack"},
-    "graph.backend": {"report"},
-    "graph": set(),
-}
-_GRAPH = [room for room in PYTHON_ROOMS if room.startswith("graph.")]
-PYTHON_ROOMS["graph.rewrite"] |= {*_GRAPH} - {"graph.backend", "graph.rewrite"}
-PYTHON_ROOMS["graph.backend"] |= {"packs", *_GRAPH} - {"graph.backend"}
-PYTHON_ROOMS["graph"] |= {"graph.backend"}
-PYTHON_ROOMS |= {room: {*PYTHON_ROOMS, "__init__"} for room in ("__init__", "__main__")}
 
 SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include", "csrc", "examples", "benchmarks"))]
 SUFFIXES = {".py", ".pyi", ".pyx", ".pxi", ".hpp", ".cpp"}
@@ -135,111 +38,117 @@ def sources() -> Iterator[tuple[str, str]]:
                 yield path.relative_to(ROOT).as_posix(), path.read_text()
 
 
-def cpp_includes(text: str) -> list[str]:
-    return re.findall(r'#include "fastlinear/([^"]+)"', text)
-
-
-def python_imports(text: str) -> set[str]:
-    """The rooms of the package that a Python source imports, at its top or inside a function."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "fastlinear"):
-            module = (node.module or "").removeprefix("fastlinear").lstrip(".")
-            found |= {module} if module else {alias.name for alias in node.names if alias.name in PYTHON_ROOMS}
-        if isinstance(node, ast.Import):
-            found |= {alias.name[11:] for alias in node.names if alias.name.startswith("fastlinear.")}
-    return found
-
-
-def _module(path: str) -> str:
-    """fastlinear/graph/rewrite.py -> graph.rewrite, fastlinear/graph/__init__.py -> graph"""
-    name = path.removeprefix("fastlinear/").removesuffix(".py").replace("/", ".")
-    return name.removesuffix(".__init__")
-
-
-def cython_imports(text: str) -> set[str]:
-    return set(re.findall(r"^\s*from fastlinear\.(\w+) c?import", text, re.MULTILINE))
-
-
-def room_of(path: str) -> str:
-    """The folder of a header or unit."""
-    return path.removeprefix("include/fastlinear/").split("/")[0]
-
-
 def isa_of(path: str) -> set[str]:
     return ISAS & set(re.split(r"[/.]", path))
 
 
-def cpp_trespasses(path: str, text: str) -> list[str]:
-    here = room_of(path)
-    allowed = CPP_ROOMS.get(here, set()) | {here}
+def trespasses(room: str, path: str, text: str) -> list[str]:
+    """What a file of a room includes or imports that the table does not let it."""
+    allowed = {*house.ROOMS[room].uses, room}
     return [
-        f"{path} includes {included}"
-        for included in cpp_includes(text)
-        if room_of(included) not in allowed or (isa_of(included) and isa_of(included) != isa_of(path))
+        f"{path} uses {name or 'the front door'}"
+        for used, name in house.used_rooms(path, text)
+        if used not in allowed or (isa_of(name) and isa_of(path) and isa_of(name) != isa_of(path))
     ]
 
 
-def includes_of(path: str, texts: dict[str, str], above: tuple[str, ...] = ()) -> None:
-    """Follows the includes of a header; fails where they come back to it."""
+def circle_from(path: str, uses: dict[str, set[str]], above: tuple[str, ...] = ()) -> None:
+    """Follows what a file uses; fails where that comes back to it."""
     assert path not in above, " -> ".join((*above, path))
-    for included in cpp_includes(texts[path]):
-        includes_of(f"include/fastlinear/{included}", texts, (*above, path))
+    for used in uses.get(path, ()):
+        circle_from(used, uses, (*above, path))
 
 
-def test_cpp_arrows() -> None:
-    """Every C++ include follows the plan, and no ISA reaches into another's folder."""
-    cpp = [(path, text) for path, text in sources() if path.endswith((".hpp", ".cpp"))]
-    assert len(cpp) > 20 and len(ISAS) > 2
-    assert [line for path, text in cpp for line in cpp_trespasses(path, text)] == []
-    assert {room_of(path) for path, _ in cpp} <= CPP_ROOMS.keys(), "a folder has no room in the plan"
-    for path, _ in cpp:
-        includes_of(path, dict(cpp))
+@pytest.mark.parametrize("room", house.ROOMS)
+def test_arrows(room: str) -> None:
+    """Every include and import of a room goes where the table allows, and no ISA reaches into another's folder."""
+    files = list(house.sources(room))
+    assert files
+    assert [line for path, text in files for line in trespasses(room, path, text)] == []
+
+
+def test_every_file_has_a_room() -> None:
+    """No source of the package stands outside the rooms, but for the front door."""
+    placed = {path for room in house.ROOMS for path, _ in house.sources(room)} | {*house.FRONT}
+    package = [path for path, _ in sources() if path.startswith(("fastlinear/", "include/", "csrc/"))]
+    assert len(package) > 100
+    assert [path for path in package if path not in placed and not path.endswith(".pyi")] == []
+
+
+def test_arrows_go_down() -> None:
+    """The rooms have no circle, neither as the table has them nor as the sources do."""
+    for uses in ({room: {*house.ROOMS[room].uses} for room in house.ROOMS}, _by_user(house.arrows())):
+        for room in uses:
+            circle_from(room, uses)
+
+
+def _by_user(pairs: set[tuple[str, str]]) -> dict[str, set[str]]:
+    return {user: {used for other, used in pairs if other == user} for user, _ in pairs}
+
+
+@pytest.mark.parametrize("room", [room for room in house.ROOMS if house.ROOMS[room].files[0].startswith("include/")])
+def test_headers_have_no_circle(room: str) -> None:
+    """Within a room, too, includes go one way."""
+    prefix = "include/fastlinear/"
+    uses = {path: {prefix + name for name in house.cpp_includes(text)} for path, text in house.sources(room)}
+    for path in uses:
+        circle_from(path, uses)
+
+
+def test_modules_have_no_circle() -> None:
+    """Nor do the modules of the package import one another in a circle, not even inside functions."""
+    texts = {path: text for room in house.ROOMS for path, text in house.sources(room) if path.endswith(".py")}
+    uses = {path: {*modules_of(path, text)} & texts.keys() for path, text in texts.items()}
+    assert sum(map(len, uses.values())) > 100
+    for path in uses:
+        circle_from(path, uses)
+
+
+def modules_of(path: str, text: str) -> Iterator[str]:
+    """The files that the imports of a module may mean."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlinear."):
+            folder = (node.module or "").replace(".", "/")
+            yield f"{folder}.py"
+            yield from (f"{folder}/{alias.name}.py" for alias in node.names)
 
 
 @pytest.mark.parametrize(
-    ("path", "included"),
+    ("path", "line"),
     [
-        ("include/fastlinear/contract/kernel.hpp", "driver/grid.hpp"),
-        ("include/fastlinear/isa/avx2/fp32.hpp", "driver/gemm.hpp"),
-        ("include/fastlinear/isa/avx2/fp32.hpp", "epilogues/relu.hpp"),
-        ("include/fastlinear/isa/avx512_bf16/bf16.hpp", "isa/avx512/bf16.hpp"),
-        ("include/fastlinear/generic/tile.hpp", "isa/avx512/fp32.hpp"),
-        ("include/fastlinear/generic/convert.hpp", "isa/avx512/vec.hpp"),
-        ("include/fastlinear/generic/quantize.hpp", "driver/finish.hpp"),
-        ("include/fastlinear/weight/pack.hpp", "driver/gemm.hpp"),
-        ("include/fastlinear/epilogues/relu.hpp", "formats/bf16.hpp"),
-        ("include/fastlinear/driver/gemm.hpp", "isa/avx2/fp32.hpp"),
-        ("include/fastlinear/driver/gemm.hpp", "generic/tile.hpp"),
-        ("csrc/avx2.cpp", "isa/avx512/fp32.hpp"),
-        ("csrc/avx512_fp16.cpp", "isa/avx512/vec.hpp"),
-        ("include/fastlinear/host/cpu.hpp", "contract/kernel.hpp"),
+        ("include/fastlinear/contract/kernel.hpp", '#include "fastlinear/driver/grid.hpp"'),
+        ("include/fastlinear/isa/avx2/fp32.hpp", '#include "fastlinear/driver/gemm.hpp"'),
+        ("include/fastlinear/isa/avx2/fp32.hpp", '#include "fastlinear/epilogues/relu.hpp"'),
+        ("include/fastlinear/isa/avx512_bf16/bf16.hpp", '#include "fastlinear/isa/avx512/bf16.hpp"'),
+        ("include/fastlinear/generic/tile.hpp", '#include "fastlinear/isa/avx512/fp32.hpp"'),
+        ("include/fastlinear/weight/pack.hpp", '#include "fastlinear/driver/gemm.hpp"'),
+        ("include/fastlinear/epilogues/relu.hpp", '#include "fastlinear/formats/bf16.hpp"'),
+        ("include/fastlinear/driver/gemm.hpp", '#include "fastlinear/generic/tile.hpp"'),
+        ("include/fastlinear/host/cpu.hpp", '#include "fastlinear/contract/kernel.hpp"'),
+        ("csrc/avx2.cpp", '#include "fastlinear/isa/avx512/fp32.hpp"'),
+        ("fastlinear/_engine.pyx", "from fastlinear.layer import linear"),
+        ("fastlinear/spec/int8.py", "from fastlinear.plan.decide import decide"),
+        ("fastlinear/plan/decide.py", "def f():\n    from fastlinear.layer.linear import FastLinear"),
+        ("fastlinear/model/convert.py", "from fastlinear import FastLinear"),
+        ("fastlinear/model/convert.py", "import fastlinear"),
+        ("fastlinear/file/saving.py", "import fastlinear.cli.check"),
     ],
 )
-def test_a_forbidden_arrow_is_seen(path: str, included: str) -> None:
-    """The check can fail: each of the plan's nevers is reported."""
-    assert cpp_trespasses(path, f'#include "fastlinear/{included}"\n')
+def test_a_forbidden_arrow_is_seen(path: str, line: str) -> None:
+    """The check can fail: each of the table's nevers is reported."""
+    (room,) = (room for room in house.ROOMS if path in dict(house.sources(room)))
+    assert trespasses(room, path, f"{line}\n")
 
 
 def test_a_circle_is_seen() -> None:
     """The search for circles can fail."""
-    here, there = (f"include/fastlinear/driver/{name}.hpp" for name in "ab")
-    texts = {here: '#include "fastlinear/driver/b.hpp"\n', there: '#include "fastlinear/driver/a.hpp"\n'}
-    with pytest.raises(AssertionError, match=r"a\.hpp -> .*b\.hpp -> .*a\.hpp"):
-        includes_of(here, texts)
+    with pytest.raises(AssertionError, match=r"a -> b -> a"):
+        circle_from("a", {"a": {"b"}, "b": {"a"}})
 
 
-def test_python_arrows() -> None:
-    """Every import inside the package follows the plan."""
-    modules = {_module(path): text for path, text in sources() if re.fullmatch(r"fastlinear/(\w+/)?\w+\.py", path)}
-    assert modules.keys() <= PYTHON_ROOMS.keys(), "a module has no room in the plan"
-    trespasses = {name: python_imports(text) - PYTHON_ROOMS[name] for name, text in modules.items()}
-    cython = {Path(path).stem: text for path, text in sources() if re.fullmatch(r"fastlinear/\w+\.pyx", path)}
-    trespasses |= {name: cython_imports(text) - PYTHON_ROOMS[name] for name, text in cython.items()}
-    assert {name: rooms for name, rooms in trespasses.items() if rooms} == {}
-    assert len(cython) > 1 and cython_imports("from fastlinear._cpu cimport x\n") == {"_cpu"}
-    assert "linear" in python_imports("def f():\n    from .linear import FastLinear\n")
-    assert python_imports("from . import _kernels, x\nimport fastlinear.ops\nimport torch") == {"_kernels", "ops"}
+def test_the_picture_is_of_this_tree() -> None:
+    """docs/architecture.svg is what `python tests/house.py` draws."""
+    assert house.PICTURE.read_text() == house.draw()
 
 
 @pytest.mark.parametrize(("pattern", "where", "reason"), FORBIDDEN, ids=[reason for *_, reason in FORBIDDEN])

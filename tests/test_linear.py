@@ -17,7 +17,9 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import FastLinear, activations, linear
+from fastlinear import FastLinear
+from fastlinear.layer import linear
+from fastlinear.spec import activations
 
 K, N = 16, 32
 KINDS: dict[str, Callable[[int, int], nn.Module]] = {

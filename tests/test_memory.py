@@ -15,7 +15,7 @@ import torch
 from native import Kernel, Note, every_integer_kernel, every_kernel
 from torch import Tensor
 
-from fastlinear.quantize import Quantized, Requantize, Rows
+from fastlinear.spec.int8 import Quantized, Requantize, Rows
 
 SHAPES = ("one", "tile", "tile and one", "ragged")
 EDGES: tuple[Literal["start", "end"], ...] = ("start", "end")

@@ -9,7 +9,7 @@ import torch
 from native import Kernel
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 M, N, K = 9, 83, 21
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add}

@@ -16,8 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from fastlinear import FastLinear, _kernels, activations, linear, ops
-from fastlinear.precision import DTYPES, Precision
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear
+from fastlinear.layer import linear, operator
+from fastlinear.spec import activations
+from fastlinear.spec.precision import DTYPES, Precision
 
 K, N = 16, 32
 OP = torch.ops.fastlinear.linear.default
@@ -436,7 +439,7 @@ def test_transforms(name: str, grad: bool) -> None:
 
 
 def test_make_fx_records_torch_ops() -> None:
-    """Tracing a packed layer yields aten ops, not a call into nowhere."""
+    """Tracing a packed layer yields aten operator, not a call into nowhere."""
     layer, x = layer_of(), torch.randn(5, K)
     layer(x)
     targets = {str(node.target) for node in make_fx(layer)(x).graph.nodes if node.op == "call_function"}
@@ -502,7 +505,7 @@ def test_the_registry_keeps_nothing_alive() -> None:
     layer._tune = "off"
     OP(*arguments(layer, torch.randn(5, K)))
     key = id(layer)
-    assert ops._layers[key] is layer and layer in ops._found.values()
-    before = len(ops._found)
+    assert operator._layers[key] is layer and layer in operator._found.values()
+    before = len(operator._found)
     del layer
-    assert key not in ops._layers and len(ops._found) == before - 1
+    assert key not in operator._layers and len(operator._found) == before - 1

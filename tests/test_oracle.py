@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from oracle import Dtypes, Sums
 from torch import Tensor
 
-from fastlinear import activations
+from fastlinear.spec import activations
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 SHAPES = [(4, 5, 3), (17, 33, 65), (8, 64, 768), (2, 3, 1000)]

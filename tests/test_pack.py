@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 from fastlinear._kernels import Packed
 
 every_layout = pytest.mark.parametrize(

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlinear import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly, _kernels, quantize
-from fastlinear.foreign import foreign, quantized
-from fastlinear.quantize import (
+import fastlinear._kernels as _kernels
+from fastlinear import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.spec import int8
+from fastlinear.spec.foreign import foreign, quantized
+from fastlinear.spec.int8 import (
     KINDS,
     Quantized,
     Requantize,
@@ -31,7 +33,7 @@ from fastlinear.quantize import (
     signal_to_noise,
     weight_snr,
 )
-from fastlinear.schemes import Observed, Scheme
+from fastlinear.spec.schemes import Observed, Scheme
 
 INF, NAN, TINY = math.inf, math.nan, 2.0**-126
 STATIC = Rows("static", 0.06, 100)
@@ -608,5 +610,5 @@ def test_the_real_torchao() -> None:
 
 def test_the_specification_imports_torch_only() -> None:
     """So that it can be read, and run, without the rest."""
-    modules = {name for name, value in vars(quantize).items() if type(value).__name__ == "module"}
+    modules = {name for name, value in vars(int8).items() if type(value).__name__ == "module"}
     assert modules <= {"math", "torch"}

@@ -9,10 +9,12 @@ from models import OFF, Model, mlp
 from torch import nn
 
 import fastlinear
-from fastlinear import _engine, _kernels, linear
-from fastlinear.activations import Activation
-from fastlinear.quality import Quality
-from fastlinear.report import LayerReport, Report
+import fastlinear._engine as _engine
+import fastlinear._kernels as _kernels
+from fastlinear.layer import linear
+from fastlinear.layer.quality import Quality
+from fastlinear.model.reporting import LayerReport, Report
+from fastlinear.spec.activations import Activation
 
 
 class Answer:

@@ -23,9 +23,9 @@ from forge import forge, join, split
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlinear import header, safefile
-from fastlinear.header import DTYPES, MAX_BYTES, MAX_DIMS, PAGE, FormatError
-from fastlinear.safefile import Blob
+from fastlinear.file import header, safefile
+from fastlinear.file.header import DTYPES, MAX_BYTES, MAX_DIMS, PAGE, FormatError
+from fastlinear.file.safefile import Blob
 
 METADATA = {"fastlinear": "{}", "ключ": 'with "quotes"\n'}
 
@@ -323,7 +323,7 @@ def test_no_permission(file: Path) -> None:
         parent.chmod(0o755)
     program = """
 import os, sys
-from fastlinear import safefile
+from fastlinear.file import safefile
 if os.getuid() == 0:
     os.setuid(65534)
 else:

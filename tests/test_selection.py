@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastlinear
-from fastlinear import linear
+from fastlinear.layer import linear
 
 ALL = {f"layers.{i}.fc{j}" for i in range(11) for j in (1, 2)} | {"head"}
 FC1 = {name for name in ALL if name.endswith("fc1")}

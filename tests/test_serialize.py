@@ -21,20 +21,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import (
-    FastLinear,
-    FormatError,
-    _kernels,
-    fusion,
-    linear,
-    manifest,
-    packs,
-    planner,
-    safefile,
-    torch_plans,
-)
-from fastlinear.frozen import Frozen, is_frozen, record_of
-from fastlinear.precision import DTYPES, Precision
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear, FormatError
+from fastlinear.file import manifest, safefile
+from fastlinear.layer import linear, packs
+from fastlinear.layer.frozen import Frozen, is_frozen, record_of
+from fastlinear.model import fusion
+from fastlinear.plan import decide, rivals
+from fastlinear.spec.precision import DTYPES, Precision
 
 IDS = torch.tensor([0, 3, 4])
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(7))
@@ -491,7 +485,7 @@ def test_a_loaded_model_can_be_trained_again(path: Path) -> None:
 def foreign_layout(format: str) -> str:
     """A layout that this machine does not pack in."""
     layouts = [row["layout"] for row in _kernels.kernels() if row["format"] == format]
-    return next(layout for layout in layouts if layout != planner.layout(format))
+    return next(layout for layout in layouts if layout != decide.layout(format))
 
 
 @pytest.mark.parametrize("dtype", _kernels.FORMATS)
@@ -504,7 +498,7 @@ def test_a_foreign_layout_is_repacked(path: Path, dtype: torch.dtype) -> None:
     linear.adopt(elsewhere[0], None, "off", "0", over=Frozen(packed, dtype))
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(37, 70))))
-    assert record_of(model[0]).packed.layout == planner.layout(_kernels.FORMATS[dtype])
+    assert record_of(model[0]).packed.layout == decide.layout(_kernels.FORMATS[dtype])
     assert torch.equal(model[0].weight, stock[0].weight)
     x = torch.randn(3, 37, dtype=dtype)
     assert torch.equal(answers(model, x), answers(OFF(stock), x))
@@ -527,7 +521,7 @@ fastlinear.save(fastlinear.convert(nn.Sequential(nn.Linear(37, 70)), tune="off")
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(37, 70))))
     assert torch.equal(model[0].weight, stock[0].weight)
     (layer,) = split(path)[0]["__metadata__"][manifest.KEY]["layers"]
-    repacked = layer["layout"] != planner.layout(FP32)
+    repacked = layer["layout"] != decide.layout(FP32)
     assert ("repacked from" in str(fastlinear.report(model))) == repacked
 
 
@@ -536,14 +530,14 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys of what is tuned from here on; the winner is always the best native kernel by rule."""
     keys: list[str] = []
 
-    def tune(problem: planner.Problem, operands: planner.Operands) -> planner.Chosen:
+    def tune(problem: decide.Problem, operands: decide.Operands) -> decide.Chosen:
         keys.append(problem.key())
-        return planner.heuristic(problem)._replace(source="tuned", speedup=1.5)
+        return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
 
-    monkeypatch.setattr(planner, "_tuned", tune)
-    planner.cache().clear()
+    monkeypatch.setattr(decide, "_tuned", tune)
+    decide.cache().clear()
     yield keys
-    planner.cache().clear()
+    decide.cache().clear()
 
 
 @pytest.mark.parametrize("freeze", ["before tuning", "after tuning", "never"])
@@ -556,7 +550,7 @@ def test_plans_go_with_the_file(path: Path, tuned: list[str], freeze: str) -> No
     if freeze == "after tuning":
         fastlinear.freeze(fast)
     fastlinear.save(fast, path)
-    planner.cache().clear()  # as in another process
+    decide.cache().clear()  # as in another process
     model = fastlinear.load(path, on_meta(lambda: mlp(8, 24, 5)))
     assert torch.equal(answers(model, X), answers(fast, X))
     assert [chosen for i in (0, 2) for chosen in model[i].plans] == wanted
@@ -569,10 +563,10 @@ def test_plans_of_another_machine_are_not_believed(path: Path, tuned: list[str])
     """Another CPU, or another version of torch: everything is measured here."""
     fast = fastlinear.convert(mlp(8, 5).eval())
     answers(fast, X)
-    for field in planner.cache().machine:
+    for field in decide.cache().machine:
         fastlinear.save(fast, path)
         forge_metadata(path, lambda said, field=field: said["machine"].update({field: "another"}))
-        planner.cache().clear()
+        decide.cache().clear()
         tuned.clear()
         answers(fastlinear.load(path, on_meta(lambda: mlp(8, 5))), X)
         assert len(tuned) == 1, field
@@ -598,7 +592,7 @@ def test_poisoned_plans_slow_nothing_but_themselves_down(path: Path, tuned: list
             said["plans"][key] = {**said["plans"][key], **poison} if isinstance(poison, dict) else poison
 
         forge_metadata(path, spoil)
-        planner.cache().clear()
+        decide.cache().clear()
         tuned.clear()
         model = fastlinear.load(path, on_meta(lambda: mlp(8, 5)))
         torch.testing.assert_close(answers(model, X), answers(fast, X))
@@ -610,7 +604,7 @@ def test_torchs_own_plans_stay_behind(path: Path, tuned: list[str]) -> None:
     fast = fastlinear.convert(mlp(8, 5).eval())
     answers(fast, X)
     key, chosen = next(iter(fast[0]._chosen.items()))
-    fast[0]._chosen[key] = chosen._replace(name=torch_plans.BASELINE)
+    fast[0]._chosen[key] = chosen._replace(name=rivals.BASELINE)
     fastlinear.save(fast, path)
     assert split(path)[0]["__metadata__"][manifest.KEY]["plans"] == {}
 
@@ -742,7 +736,7 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a negative K": (layer("fc", k=-1), "cannot be of 16 x -1"),
         "a K of the same pages": (layer("fc", k=9), "'fc' is 9 x 16"),
         "an unknown layout": (layer("fc", layout="fp32/7x3"), "'fp32/7x3', which is none of"),
-        "a layout of another format": (layer("fc", layout=planner.layout("bf16")), "is said to be"),
+        "a layout of another format": (layer("fc", layout=decide.layout("bf16")), "is said to be"),
         "a layout of another size": (layer("fc", layout=other, n=3000, bias=None), "takes"),
         "an unknown format": (layer("fc", packed="fp64"), "is said to be"),
         "an unknown parameter": (layer("fc", held="int3"), "is said to be"),
@@ -856,7 +850,7 @@ def test_nothing_is_half_loaded_when_memory_ends(path: Path, monkeypatch: pytest
         raise MemoryError
 
     other = foreign_layout(FP32)
-    monkeypatch.setattr(planner, "layout", lambda _: other)
+    monkeypatch.setattr(decide, "layout", lambda _: other)
     monkeypatch.setattr(_kernels, "Packed", type("Packed", (), {"over": staticmethod(over)}))
     with pytest.raises(MemoryError):
         fastlinear.load(path, model)

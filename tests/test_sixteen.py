@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import FastLinear, _kernels, activations, candidates, linear, planner, torch_plans
-from fastlinear.precision import DTYPES, FP32, Precision
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear
+from fastlinear.layer import linear
+from fastlinear.plan import candidates, decide, rivals
+from fastlinear.spec import activations
+from fastlinear.spec.precision import DTYPES, FP32, Precision
 
 K, N = 37, 70
 NARROW = [dtype for dtype in _kernels.FORMATS if dtype != torch.float32]
@@ -405,7 +409,7 @@ def test_kernel_override(pairing: Pairing, kernel: dict[str, Any], monkeypatch: 
     assert ({chosen.name for chosen in layer.plans} == {kernel["name"]}) or not able
 
 
-@pytest.mark.parametrize("way", torch_plans.NAMES)
+@pytest.mark.parametrize("way", rivals.NAMES)
 @EVERY_PAIRING
 def test_torchs_own_ways(pairing: Pairing, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch/linear does every pairing; those that pack do what they can, never a weight that is packed in 16 bits
@@ -417,16 +421,16 @@ def test_torchs_own_ways(pairing: Pairing, way: str, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(layer(x), formula, rtol=4 * eps, atol=4 * torch.finfo(pairing.packed).eps)
     (chosen,) = layer.plans
     same = pairing.x == pairing.packed == pairing.held
-    assert chosen.name == way or way != torch_plans.BASELINE
-    assert chosen.name != way or way == torch_plans.BASELINE or same
+    assert chosen.name == way or way != rivals.BASELINE
+    assert chosen.name != way or way == rivals.BASELINE or same
 
 
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def problem_of(pairing: Pairing, m: int = 5, accumulate: str = "fp32") -> planner.Problem:
+def problem_of(pairing: Pairing, m: int = 5, accumulate: str = "fp32") -> decide.Problem:
     x, held, packed = (_kernels.FORMATS[dtype] for dtype in pairing)
-    return planner.Problem(
+    return decide.Problem(
         m=m,
         n=N,
         k=K,
@@ -457,7 +461,7 @@ def test_tuning_measures_what_fits(pairing: Pairing) -> None:
     (chosen,) = layer.plans
     measured = {name.split()[0] for name, _ in chosen.table}
     natives = {c.name for c in candidates.native_candidates(problem_of(pairing, 48))}
-    assert natives | {torch_plans.BASELINE} <= measured and chosen.source == "tuned"
+    assert natives | {rivals.BASELINE} <= measured and chosen.source == "tuned"
     assert not measured & {"torch/mkl", "torch/mkldnn"} or pairing.x == pairing.packed == pairing.held
     if chosen.name in natives:
         bounded(y, layer, x)
@@ -465,7 +469,8 @@ def test_tuning_measures_what_fits(pairing: Pairing) -> None:
 
 CHILD = """
 import sys, torch
-from fastlinear import FastLinear, waits
+from fastlinear.plan import waits
+from fastlinear import FastLinear
 from torch import nn
 
 waits.Waits.__call__ = lambda self: 0.0  # other tests keep the machine busy
@@ -497,7 +502,7 @@ def test_a_tampered_cache_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     wrong = next(row["name"] for row in KERNELS if not any(r.startswith("fp16") for r in row["reads"]))
     for name, source in ((wrong, "tuned"), ("torch/mkl", "cache")):
         problem = problem_of(pairing)._replace(n=31, activation=layer.activation)
-        planner.cache().put(problem.key(), planner.Tuned(name, {"threads": 1, "k_slices": 1}))
+        decide.cache().put(problem.key(), decide.Tuned(name, {"threads": 1, "k_slices": 1}))
         layer._tune = "lazy"
         layer._reset()
         y = layer(x)

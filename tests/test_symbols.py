@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 # What a symbol of each may use, its own first; "baseline" is every symbol that names none of them.
 MAY_USE = {"baseline": ["baseline"]}

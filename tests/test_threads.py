@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlinear import FastLinear, _kernels, activations, autotune, linear, torch_plans
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear
+from fastlinear.layer import linear
+from fastlinear.plan import race, rivals
+from fastlinear.spec import activations
 
 TIMEOUT = 60  # seconds, for what should take one or two: a hang is told from a slow machine
 
@@ -75,8 +79,8 @@ def test_one_untuned_layer_in_16_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     """The first call, sixteen times at once: every output is right and the tuner has run once."""
     layer, x = layer_of(72, 104, "lazy"), torch.randn(6, 104)
     tunings: list[str] = []
-    choose = autotune.choose
-    monkeypatch.setattr(autotune, "choose", lambda *a, **kw: tunings.append("one") or choose(*a, **kw))
+    choose = race.choose
+    monkeypatch.setattr(race, "choose", lambda *a, **kw: tunings.append("one") or choose(*a, **kw))
     outputs: list[Tensor] = [torch.empty(0)] * 16
 
     def work(i: int) -> None:
@@ -150,7 +154,9 @@ def test_same_bits_for_any_number_of_threads(kernel: native.Kernel, k_slices: in
 SETUP = """
 import os, sys, time, threading, multiprocessing
 import torch
-from fastlinear import FastLinear, _kernels, packs
+import fastlinear._kernels as _kernels
+from fastlinear.layer import packs
+from fastlinear import FastLinear
 
 def layer_of(n):
     layer = FastLinear(512, n, activation="relu").eval().requires_grad_(False)
@@ -265,7 +271,7 @@ def test_torchs_own_pool_is_the_only_one(first: str) -> None:
 
 ISA = """
 import torch, fastlinear
-from fastlinear import waits
+from fastlinear.plan import waits
 waits.Waits.__call__ = lambda self: 0.0  # other tests keep the machine busy
 isas = {row["name"]: row["isa"] for row in fastlinear.kernels() if row["runnable"]}
 print(",".join(dict.fromkeys(reversed(isas.values()))), ",".join(fastlinear.cpu_info()["isas"]))
@@ -301,7 +307,7 @@ def test_an_unknown_isa_is_told() -> None:
 
 
 WAYS = [(k["name"], native.DTYPES[k["format"]], k["id"]) for k in native.RUNNABLE if k["format"] in FORMATS]
-WAYS += [(name, torch.float32, name) for name in torch_plans.NAMES]
+WAYS += [(name, torch.float32, name) for name in rivals.NAMES]
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
@@ -311,7 +317,7 @@ def test_kernel_override(kernel: str, dtype: torch.dtype, conv1d: bool, monkeypa
     if kernel == "torch/mkl" and not torch.backends.mkl.is_available():
         pytest.skip("this torch is built without MKL")
     monkeypatch.setenv("FASTLINEAR_KERNEL", kernel)
-    monkeypatch.setattr(autotune, "choose", None)
+    monkeypatch.setattr(race, "choose", None)
     layer = layer_of(48, 64, "lazy", conv1d, dtype)
     for shape in ((1, 64), (2, 3, 64), (50, 64), (64,), (0, 64)):
         x = torch.randn(shape).to(dtype)
@@ -344,7 +350,7 @@ def test_disable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autotune_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTLINEAR_AUTOTUNE=0 measures nothing, and gives equal layers equal plans and bits."""
     monkeypatch.setenv("FASTLINEAR_AUTOTUNE", "0")
-    monkeypatch.setattr(autotune, "choose", None)
+    monkeypatch.setattr(race, "choose", None)
     layer, x = layer_of(136, 88, "lazy"), torch.randn(11, 88)
     other = FastLinear.from_linear(nn.Linear(88, 136), "gelu").eval().requires_grad_(False)
     other.load_state_dict(layer.state_dict())

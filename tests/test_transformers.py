@@ -11,8 +11,8 @@ from models import OFF, fast_names, same_tensors
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import linear
-from fastlinear.fusion import Absorbed
+from fastlinear.layer import linear
+from fastlinear.model.fusion import Absorbed
 
 
 def absorbed(model: nn.Module) -> list[Absorbed]:

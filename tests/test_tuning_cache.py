@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastlinear import tuning_cache
-from fastlinear.tuning_cache import Machine, Tuned, TuningCache, default_folder
+from fastlinear.plan import memory
+from fastlinear.plan.memory import Machine, Tuned, TuningCache, default_folder
 
 MACHINE = Machine("Some CPU", ("avx512", "avx2", "scalar"), "0.1.0", "2.13.0")
 NAMES = {"fp32/avx512/6x64", "fp32/avx2/6x16", "torch/linear"}
@@ -213,7 +213,7 @@ def test_hostile_files(tmp_path: Path, content: bytes) -> None:
 def test_oversize_is_ignored_though_valid(tmp_path: Path) -> None:
     """The cap is on bytes, whatever they say."""
     path = written(tmp_path)
-    path.write_bytes(path.read_bytes() + b" " * tuning_cache.MAX_BYTES)
+    path.write_bytes(path.read_bytes() + b" " * memory.MAX_BYTES)
     assert cache(tmp_path).get("a") is None
 
 
@@ -279,8 +279,8 @@ def test_failed_write_keeps_the_old_file(
 
 def test_a_held_lock_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another process writes, a put does not wait at all, and a later one, or flush, writes both."""
-    monkeypatch.setattr(tuning_cache, "PATIENCE", 0.01)
-    monkeypatch.setattr(tuning_cache.time, "sleep", _no_sleep)
+    monkeypatch.setattr(memory, "PATIENCE", 0.01)
+    monkeypatch.setattr(memory.time, "sleep", _no_sleep)
     path = written(tmp_path)
     waiting = cache(tmp_path)
     with open(path.with_suffix(".lock"), "wb") as side:
@@ -315,7 +315,7 @@ def test_the_lock_does_not_outlive_a_fork(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as forking:
         forking.setattr(os, "replace", fork_and_replace)
         ours.put("b", VALUE)
-    monkeypatch.setattr(tuning_cache.time, "sleep", _no_sleep)
+    monkeypatch.setattr(memory.time, "sleep", _no_sleep)
     cache(tmp_path).put("c", VALUE)
     os.write(done[1], b"x")
     os.waitpid(children[0], 0)
@@ -360,7 +360,7 @@ def test_links_are_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 def test_the_oldest_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the file may hold pushes out what was put first, a quarter at a time; the file stays readable."""
-    monkeypatch.setattr(tuning_cache, "MAX_BYTES", 20_000)
+    monkeypatch.setattr(memory, "MAX_BYTES", 20_000)
     full = cache(tmp_path)
     keys = [f"key{i}" for i in range(200)]
     for key in keys:
@@ -385,7 +385,7 @@ def test_what_is_held_is_for_this_process(tmp_path: Path) -> None:
 
 def test_eight_processes_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight processes that write ten entries each, starting together, leave one valid file with all eighty."""
-    monkeypatch.setattr(tuning_cache, "PATIENCE", 60.0)  # a busy machine may make it wait, but not lose
+    monkeypatch.setattr(memory, "PATIENCE", 60.0)  # a busy machine may make it wait, but not lose
     fork = multiprocessing.get_context("fork")
     together = fork.Barrier(8)
 

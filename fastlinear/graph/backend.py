@@ -13,8 +13,8 @@ from fastlinear.graph.capture import Capture, is_training, wants_grad
 from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
-from fastlinear.packs import record_of
-from fastlinear.report import NodeReport, graphs
+from fastlinear.layer.packs import record_of
+from fastlinear.model.reporting import NodeReport, graphs
 
 _log = logging.getLogger("fastlinear")
 

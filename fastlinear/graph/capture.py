@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastlinear import activations
-from fastlinear.activations import Activation
+from fastlinear.spec import activations
+from fastlinear.spec.activations import Activation
 
 # Spellings of what patterns ask for that do not carry the name of their Tensor method.
 _SPELLINGS: dict[Any, str] = {

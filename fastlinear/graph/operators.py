@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn, split_with_sizes
 
-from fastlinear import _kernels, activations
-from fastlinear.activations import Activation
-from fastlinear.fast_module import FastModule
-from fastlinear.fitness import why_weight_unfit
-from fastlinear.frozen import Frozen, hold
-from fastlinear.op_form import Form
-from fastlinear.precision import Precision, Wanted
-from fastlinear.stack import Stack, why_not_together
+import fastlinear._kernels as _kernels
+from fastlinear.layer.fast_module import FastModule
+from fastlinear.layer.fitness import why_weight_unfit
+from fastlinear.layer.frozen import Frozen, hold
+from fastlinear.layer.op_form import Form
+from fastlinear.layer.stack import Stack, why_not_together
+from fastlinear.spec import activations
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.precision import Precision, Wanted
 
 _MOST = 128  # layers that one function of a graph remembers; a model of more blocks than that packs again
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlinear.precision import Wanted, wanted
-from fastlinear.schemes import Scheme
-from fastlinear.selection import as_patterns
+from fastlinear.model.selection import as_patterns
+from fastlinear.spec.precision import Wanted, wanted
+from fastlinear.spec.schemes import Scheme
 
 _TUNE = ("lazy", "off")
 

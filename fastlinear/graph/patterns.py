@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fastlinear.activations import Activation
 from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
-from fastlinear.op_form import Form
+from fastlinear.layer.op_form import Form
+from fastlinear.spec.activations import Activation
 
 _COMMUTATIVE = {"add", "mul"}
 

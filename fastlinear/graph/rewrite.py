@@ -22,8 +22,8 @@ from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
 from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, product_at, takes_strides
 from fastlinear.graph.story import Story
-from fastlinear.precision import DTYPES, name_of
-from fastlinear.stack import why_not_together
+from fastlinear.layer.stack import why_not_together
+from fastlinear.spec.precision import DTYPES, name_of
 
 
 class Rewriter:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from fastlinear.graph.capture import op_of
-from fastlinear.report import NodeReport
+from fastlinear.model.reporting import NodeReport
 
 
 class Story:

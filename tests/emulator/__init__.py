@@ -18,7 +18,7 @@ from typing import Any
 import machines
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 
 HERE = Path(__file__).resolve().parent
 _folder = tempfile.TemporaryDirectory(prefix="fastlinear-emulator-")

@@ -13,9 +13,9 @@ import test_symbols
 import torch
 
 import emulator
+import fastlinear._kernels as _kernels
 from emulator import scalar
 from emulator.code import assembled, call, dies_of
-from fastlinear import _kernels
 
 needs_avx512 = pytest.mark.skipif(
     "avx512" not in _kernels.cpu_info()["isas"], reason="fp16 is emulated in registers of AVX-512"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastlinear import _kernels, waits
+import fastlinear._kernels as _kernels
+from fastlinear.plan import waits
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def test_pool_threads() -> None:
 
 CHILD = """
 import json, torch, fastlinear
-from fastlinear import FastLinear, planner
+from fastlinear.plan import decide
+from fastlinear import FastLinear
 from torch import nn
 
 torch.set_num_threads(2)

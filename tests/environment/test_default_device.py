@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _kernels, frozen, linear, planner, selfcheck
+import fastlinear._kernels as _kernels
+from fastlinear.cli import check
+from fastlinear.layer import frozen, linear
+from fastlinear.plan import decide
 
 X = torch.linspace(-1, 1, 5 * 24).reshape(5, 24)
 
@@ -104,7 +107,7 @@ def test_a_model_made_under_a_default_device(door: str, mode: str, tmp_path: Pat
 
 def test_a_repacking_load_within_meta(tmp_path: Path) -> None:
     """A file in a layout that this machine packs otherwise loads in the very block that made the model on meta."""
-    layouts = sorted({k["layout"] for k in fastlinear.kernels() if k["format"] == "fp32"} - {planner.layout("fp32")})
+    layouts = sorted({k["layout"] for k in fastlinear.kernels() if k["format"] == "fp32"} - {decide.layout("fp32")})
     if not layouts:
         pytest.skip("there is one fp32 layout")
     model = stock()
@@ -121,4 +124,4 @@ def test_a_repacking_load_within_meta(tmp_path: Path) -> None:
 def test_selfcheck_under_meta() -> None:
     """The check of the kernels, which makes all of its tensors, finds nothing wrong there."""
     with torch.device("meta"):
-        assert max(worst for _, _, worst in itertools.islice(selfcheck.results(), 8)) <= 1
+        assert max(worst for _, _, worst in itertools.islice(check.results(), 8)) <= 1

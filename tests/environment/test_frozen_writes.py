@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import frozen
+from fastlinear.layer import frozen
 
 K, N = 37, 70
 DELTA = torch.linspace(-1, 1, N * K).view(N, K)

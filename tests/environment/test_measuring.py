@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import fastlinear
-from fastlinear import FastLinear, _kernels, autotune, candidates, measuring, planner
-from fastlinear.candidates import Chosen, Problem
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear
+from fastlinear.plan import candidates, decide, measuring, race
+from fastlinear.plan.candidates import Chosen, Problem
 
 
 class Clock:
@@ -30,9 +32,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
     monkeypatch.setattr(measuring, "process", measuring.Measuring(clock))
-    planner.cache().clear()
+    decide.cache().clear()
     yield clock
-    planner.cache().clear()
+    decide.cache().clear()
 
 
 @pytest.fixture
@@ -40,15 +42,15 @@ def measured(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[Problem]:
     """The problems that were measured, each in 0.05 s of the clock; the plan is that of the rule."""
     problems: list[Problem] = []
 
-    def tuned(problem: Problem, operands: planner.Operands) -> Chosen:
+    def tuned(problem: Problem, operands: decide.Operands) -> Chosen:
         problems.append(problem)
         clock.now += 0.05
-        chosen = planner.heuristic(problem)._replace(source="tuned", speedup=1.5)
+        chosen = decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
         numbers = {"threads": chosen.plan_threads, "k_slices": chosen.k_slices}
-        planner.cache().put(problem.key(), planner.Tuned(chosen.name, numbers, (), 1.5))
+        decide.cache().put(problem.key(), decide.Tuned(chosen.name, numbers, (), 1.5))
         return chosen
 
-    monkeypatch.setattr(planner, "_tuned", tuned)
+    monkeypatch.setattr(decide, "_tuned", tuned)
     return problems
 
 
@@ -83,15 +85,15 @@ def test_nobody_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch, measure
     """While one thread measures, calls of others return: by rule, and provisional until they may measure themselves;
     a layer that measures nothing is not concerned."""
     monkeypatch.setattr(measuring, "MEANWHILE", 0.0)
-    begun, may_end, tuned = threading.Event(), threading.Event(), planner._tuned
+    begun, may_end, tuned = threading.Event(), threading.Event(), decide._tuned
 
-    def slowly(problem: Problem, operands: planner.Operands) -> Chosen:
+    def slowly(problem: Problem, operands: decide.Operands) -> Chosen:
         if problem.k == 31:
             begun.set()
             assert may_end.wait(60)
         return tuned(problem, operands)
 
-    monkeypatch.setattr(planner, "_tuned", slowly)
+    monkeypatch.setattr(decide, "_tuned", slowly)
     first, second, off = layer(31), layer(32), fastlinear.convert(nn.Linear(33, 8).eval(), tune="off")
     worker = threading.Thread(target=lambda: first(torch.randn(3, 31)))
     worker.start()
@@ -114,21 +116,21 @@ def test_nobody_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch, measure
 
 
 @pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[autotune.Choice]:
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[race.Choice]:
     """What the next races end with, the last of them for ever."""
-    given: list[autotune.Choice] = []
+    given: list[race.Choice] = []
 
-    def choose(candidates: Any, baseline: str, **_: Any) -> autotune.Choice:
+    def choose(candidates: Any, baseline: str, **_: Any) -> race.Choice:
         for candidate in candidates:
             candidate.run()
         verdict = given.pop(0) if len(given) > 1 else given[0]
         return verdict._replace(name=baseline)
 
-    monkeypatch.setattr(autotune, "choose", choose)
+    monkeypatch.setattr(race, "choose", choose)
     return given
 
 
-BUSY = autotune.Choice("", (("torch/linear", 1.0),), 1.0, False, 1, 1, 0.05, busy=True)
+BUSY = race.Choice("", (("torch/linear", 1.0),), 1.0, False, 1, 1, 0.05, busy=True)
 GOOD = BUSY._replace(decided=True, busy=False, speedup=1.25)
 
 
@@ -138,14 +140,14 @@ def make_due(fast: Any, clock: Clock) -> Callable[[float], None]:
     def wait(seconds: float) -> None:
         clock.now += seconds
         for chosen in fast.plans:
-            plan = planner.native(chosen)
+            plan = decide.native(chosen)
             plan.due = 1e-9 if chosen.provisional else 0.0
             fast._engine.plan_for(chosen.bucket, chosen.threads, torch.float32, plan)
 
     return wait
 
 
-def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[autotune.Choice]) -> None:
+def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[race.Choice]) -> None:
     """A plan that could not be measured is the rule's, marked, and in no file; a later call measures, not before it is
     due, and then the mark is gone and the cache has it."""
     verdicts += [BUSY, GOOD]
@@ -154,7 +156,7 @@ def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[autotune.Cho
     fast(x)
     (first,) = fast.plans
     assert (first.source, first.provisional, first.speedup) == ("heuristic", measuring.BUSY, None)
-    assert len(planner.cache()) == 0
+    assert len(decide.cache()) == 0
     shown = str(fastlinear.report(nn.Sequential(fast)))
     assert f"{first.name}?" in shown and "others had the CPUs" in shown
     wait(measuring.AGAIN[0] / 2)
@@ -164,22 +166,22 @@ def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[autotune.Cho
     fast(x)
     (second,) = fast.plans
     assert (second.source, second.provisional, second.speedup) == ("tuned", "", 1.25)
-    assert len(planner.cache()) == 1
+    assert len(decide.cache()) == 1
 
 
-def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock, verdicts: list[autotune.Choice]) -> None:
+def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock, verdicts: list[race.Choice]) -> None:
     """On a machine that is never idle a plan is measured 1 + len(AGAIN) times, and then stays the rule's, marked, until
     tune() asks."""
     attempts = 0
     verdicts += [BUSY]
-    choose = autotune.choose
+    choose = race.choose
 
-    def counted(*args: Any, **kwargs: Any) -> autotune.Choice:
+    def counted(*args: Any, **kwargs: Any) -> race.Choice:
         nonlocal attempts
         attempts += 1
         return choose(*args, **kwargs)
 
-    monkeypatch.setattr(autotune, "choose", counted)
+    monkeypatch.setattr(race, "choose", counted)
     fast, x = layer(), torch.randn(3, 24)
     wait = make_due(fast, clock)
     for _ in range(20):
@@ -191,14 +193,14 @@ def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock, ver
     assert sources(fast) == ["tuned"] and attempts == 2 + len(measuring.AGAIN)
 
 
-def test_equal_layers_tune_once_though_undecided(clock: Clock, verdicts: list[autotune.Choice]) -> None:
+def test_equal_layers_tune_once_though_undecided(clock: Clock, verdicts: list[race.Choice]) -> None:
     """Twelve equal layers whose candidates noise hides are measured once in a process; no file has the guess."""
     verdicts += [GOOD._replace(decided=False), BUSY]
     layers = [layer() for _ in range(12)]
     for fast in layers:
         fast(torch.randn(3, 24))
     assert [sources(fast) for fast in layers] == [["tuned"]] + 11 * [["cache"]]
-    assert len(verdicts) == 1 and len(planner.cache()) == 0
+    assert len(verdicts) == 1 and len(decide.cache()) == 0
 
 
 @pytest.mark.parametrize("numbers", [{"k_slices": 4096}, {"threads": 77}, {"threads": 2}, {"k_slices": 2}])
@@ -207,9 +209,9 @@ def test_only_todays_candidates_are_believed(measured: list[Problem], numbers: d
     fast, x = layer(), torch.randn(3, 24)
     fast(x)
     (problem,) = measured
-    known = planner.cache().get(problem.key())
+    known = decide.cache().get(problem.key())
     assert known is not None
-    planner.cache().put(problem.key(), known._replace(numbers={**known.numbers, **numbers}))
+    decide.cache().put(problem.key(), known._replace(numbers={**known.numbers, **numbers}))
     other = layer()
     other(x)
     assert len(measured) == 2 and sources(other) == ["tuned"]
@@ -235,32 +237,32 @@ def test_a_late_override_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_proxy_has_work_for_all_threads(threads: int, m: int, k: int) -> None:
     """What is measured instead of a large problem is no larger, and has a group of panels for every thread."""
     n = 64 * 128
-    layout = planner.layout("fp32")
+    layout = decide.layout("fp32")
     packed = _kernels.Packed.over(mmap.mmap(-1, _kernels.packed_nbytes(layout, n, k)), layout, n, k)
     problem = Problem(m, n, k, "fp32", "fp32", "none", "fp32", False, None, False, threads, layout=layout)
-    small, operands = planner._proxy(problem, planner.Operands(None, None, packed))
+    small, operands = decide._proxy(problem, decide.Operands(None, None, packed))
     assert small.m <= m and small.n <= n and small.n == operands.packed.n and small.k == k
     assert small.n >= 64 * threads
-    assert small.m * small.n * k <= max(planner._PROXY_WORK * threads + 48 * 32 * k, 48 * 64 * max(2, threads) * k)
+    assert small.m * small.n * k <= max(decide._PROXY_WORK * threads + 48 * 32 * k, 48 * 64 * max(2, threads) * k)
 
 
 @pytest.mark.parametrize("part", ["model", "family", "number", "stepping", "l1d", "l2", "l3"])
 def test_machines_of_equal_brand_are_told_apart(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key of a machine changes with each number that CPUID gives, with the CPUs, and with the build."""
-    before, info = planner._machine(), _kernels.cpu_info()
-    assert planner._machine() == before
+    before, info = decide._machine(), _kernels.cpu_info()
+    assert decide._machine() == before
     changed = info | {part: "other" if part == "model" else info[part] + (1 << 20)}
     monkeypatch.setattr(_kernels, "cpu_info", lambda: changed)
-    assert planner._machine() != before
+    assert decide._machine() != before
     monkeypatch.setattr(_kernels, "cpu_info", lambda: info)
-    assert planner._machine() == before
+    assert decide._machine() == before
     monkeypatch.setattr("os.cpu_count", lambda: 4097)
-    assert planner._machine() != before
+    assert decide._machine() != before
 
 
 def test_another_build_is_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was measured with other kernels of the same version is not believed."""
-    before, other = planner._machine(), tmp_path / "library.so"
+    before, other = decide._machine(), tmp_path / "library.so"
     other.write_bytes(b"other kernels")
     monkeypatch.setattr(_kernels, "__file__", str(other))
-    assert planner._machine() != before
+    assert decide._machine() != before

@@ -22,12 +22,15 @@ from models import OFF
 from torch import nn
 
 import fastlinear
-from fastlinear import _engine, _kernels, candidates, linear, planner, torch_plans
-from fastlinear.tuning_cache import Tuned
+import fastlinear._engine as _engine
+import fastlinear._kernels as _kernels
+from fastlinear.layer import linear
+from fastlinear.plan import candidates, decide, rivals
+from fastlinear.plan.memory import Tuned
 
 SETUP = """
 import gc, os, sys, weakref, torch, fastlinear
-from fastlinear import _kernels
+import fastlinear._kernels as _kernels
 from torch import nn
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -87,7 +90,7 @@ def test_two_views_are_two_storages() -> None:
 def test_scales_and_zero_points_are_copies() -> None:
     """What is written to them changes no pack."""
     values = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
-    packed = _kernels.Packed(values, planner.layout("int8"), torch.rand(40), torch.full((40,), 3, dtype=torch.int32))
+    packed = _kernels.Packed(values, decide.layout("int8"), torch.rand(40), torch.full((40,), 3, dtype=torch.int32))
     before = packed.data.clone()
     assert packed.scale is not None and packed.zero is not None
     packed.scale.zero_()
@@ -183,7 +186,7 @@ for _ in range(3):
     child(code)
 
 
-@pytest.mark.parametrize("way", [name for name in torch_plans.NAMES if name != torch_plans.BASELINE])
+@pytest.mark.parametrize("way", [name for name in rivals.NAMES if name != rivals.BASELINE])
 def test_one_pack_for_all_batch_sizes(way: str) -> None:
     """What MKL or oneDNN packed serves every number of rows, rightly, is counted, and goes with the weight."""
     if way == "torch/mkl" and not torch.backends.mkl.is_available():
@@ -354,9 +357,9 @@ def test_a_pack_that_overflows_is_refused() -> None:
 def test_memory_of_expanded_tensors() -> None:
     """What the tuner evicts is what a tensor's storage has, however large the tensor says that it is."""
     row = torch.ones(1, 4096)
-    assert torch_plans.memory(row.expand(100_000, 4096)) == (row.data_ptr(), row.nbytes)
-    assert torch_plans.memory(row[:, 5:]) == (row.data_ptr() + 20, row.nbytes - 20)
-    assert torch_plans.memory(torch.empty(0))[1] == 0
+    assert rivals.memory(row.expand(100_000, 4096)) == (row.data_ptr(), row.nbytes)
+    assert rivals.memory(row[:, 5:]) == (row.data_ptr() + 20, row.nbytes - 20)
+    assert rivals.memory(torch.empty(0))[1] == 0
 
 
 def test_expanded_weights_are_tuned() -> None:
@@ -375,12 +378,12 @@ def test_a_remembered_plan_is_one_of_todays(monkeypatch: pytest.MonkeyPatch) -> 
     """Name and numbers: what asks for other K slices or threads, each of which costs memory, is not believed."""
     problem = candidates.Problem(16, 64, 1024, "fp32", "fp32", "fp32", "fp32", True, None, False, 2)
     good = candidates.native_candidates(problem)[0]
-    operands = planner.Operands(None, None, _kernels.Packed(torch.ones(64, 1024), planner.layout("fp32")))
+    operands = decide.Operands(None, None, _kernels.Packed(torch.ones(64, 1024), decide.layout("fp32")))
     asked = []
-    monkeypatch.setattr(planner, "_tuned", lambda *_: asked.append(1) or good)
+    monkeypatch.setattr(decide, "_tuned", lambda *_: asked.append(1) or good)
     for slices, threads, believed in ((good.k_slices, good.plan_threads, True), (4096, 1, False), (1, 4096, False)):
         tuned = Tuned(good.name, {"threads": threads, "k_slices": slices})
-        monkeypatch.setattr(planner, "cache", lambda tuned=tuned: type("Cache", (), {"get": lambda _, key: tuned})())
+        monkeypatch.setattr(decide, "cache", lambda tuned=tuned: type("Cache", (), {"get": lambda _, key: tuned})())
         asked.clear()
-        assert planner.decide(problem, operands, measure=True).source == ("cache" if believed else "tuned")
+        assert decide.decide(problem, operands, measure=True).source == ("cache" if believed else "tuned")
         assert bool(asked) != believed

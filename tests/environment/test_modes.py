@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import Int8Dynamic, Int8Static, Int8WeightOnly, activations
-from fastlinear.quantize import (
+from fastlinear import Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.spec import activations
+from fastlinear.spec.int8 import (
     TINY,
     dequantize,
     dequantize_rows,

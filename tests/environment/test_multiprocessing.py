@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastlinear
-from fastlinear import frozen, linear
+from fastlinear.layer import frozen, linear
 
 X = torch.linspace(-2, 2, 9 * 64).reshape(9, 64)
 

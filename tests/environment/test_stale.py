@@ -13,8 +13,9 @@ from models import OFF
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear import _engine, _kernels
-from fastlinear.linear import FastLinear
+import fastlinear._engine as _engine
+import fastlinear._kernels as _kernels
+from fastlinear.layer.linear import FastLinear
 
 K, N = 70, 96  # larger than what is compared whole
 FORMATS = list(_kernels.FORMATS)

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from fastlinear import FastLinear, environment
+import fastlinear._environment as environment
+from fastlinear import FastLinear
 
 WORDS = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 SWITCHES = {

@@ -1,0 +1,126 @@
+"""Every kernel that runs here, and every activation, against fp64; integer products against their specification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastlinear._kernels as _kernels
+from fastlinear.spec import activations, int8
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.int8 import Quantized, Rows
+from fastlinear.spec.precision import DTYPES, INTEGER_ROWS
+
+_SHAPES = ((1, 64, 64), (5, 33, 7), (16, 96, 130), (67, 70, 301))  # around tiles, panels and the unrolling of K
+_FP16_SUMS = 64  # products that may be added in fp16 before the sum goes on in fp32
+_ULPS, _RELATIVE = 4, 1e-6  # an activation may be off by the larger of the two
+
+
+def results() -> Iterator[tuple[str, str, float]]:
+    """(kernel or ISA, what it computed, its worst error as a share of what is allowed) for all that runs here."""
+    torch.manual_seed(0)
+    rows = [row for row in _kernels.kernels() if row["runnable"]]
+    for row in rows:
+        for layout in row["reads"]:
+            form = layout.split("/")[0]
+            worst = _worst_product if row["rows"] in INTEGER_ROWS else _worst_sum
+            yield row["name"], "sums" if form == row["format"] else f"sums of {form}", worst(row, layout)
+    for isa, row in {row["isa"]: row for row in reversed(rows) if row["format"] in DTYPES}.items():
+        for name in activations.names():
+            yield isa, name, _worst_activation(row, name)
+
+
+def _worst_sum(row: dict[str, Any], layout: str) -> float:
+    """Largest error of x W^T + b, for all formats of x that the kernel takes, over what is allowed: Higham's bound for
+    sums of K + 1 terms, gamma_{K+2} (|x| |W|^T + |b|), and half a spacing of the output's format."""
+    dtype, worst = _kernels.PACKED[layout.split("/")[0]], 0.0
+    free = row["rows"] == "fp32" and dtype is not torch.float32
+    for of_x in DTYPES.values() if free else [DTYPES[row["rows"]]]:
+        for m, k, n in _SHAPES:
+            x, weight, bias = (
+                torch.randn(m, k, device="cpu").to(of_x),
+                _weight(n, k, dtype),
+                torch.randn(n, device="cpu"),
+            )
+            want = x.double() @ weight.double().T + bias
+            share = _gamma(k + 2, torch.float32)
+            if row["accumulate"] == "fp16":
+                share += (1 + share) * _gamma(min(k, _FP16_SUMS), torch.float16)
+            bound = share * (x.double().abs() @ weight.double().abs().T + bias.abs())
+            for of_y in {of_x, torch.float32}:  # in fp32 an error shows that the rounding to 16 bits hides
+                spacing = torch.finfo(of_y).eps * (want.abs() + bound).clamp_min(torch.finfo(of_y).tiny)
+                error = (_run(row, layout, x, weight, bias, of_y) - want).abs()
+                worst = max(worst, _largest(error / (bound + (of_y is not torch.float32) * spacing / 2)))
+    return worst
+
+
+def _worst_product(row: dict[str, Any], layout: str) -> float:
+    """0 where all bits are those of the specification, for every kind of rows; infinite where one is not."""
+    for kind in _kernels.ROW_KINDS:
+        rows = Rows(kind, 0.03, 100)
+        for m, k, n in _SHAPES:
+            weight = Quantized(
+                _weight(n, k, torch.int8),
+                torch.rand(n, device="cpu"),
+                torch.randint(-128, 128, (n,), device="cpu").int(),
+            )
+            x, bias = torch.randn(m, k, device="cpu"), torch.randn(n, device="cpu")
+            got = _run(row, layout, x, weight, bias, torch.float32, rows=_kernels.RowQuantizer(*rows))
+            if not torch.equal(got, int8.linear(x, weight, rows, bias)):
+                return float("inf")
+    return 0.0
+
+
+def _weight(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return (
+        torch.randint(-128, 128, (n, k), dtype=dtype, device="cpu")
+        if dtype is torch.int8
+        else torch.randn(n, k, device="cpu").to(dtype)
+    )
+
+
+def _gamma(n: int, dtype: torch.dtype) -> float:
+    unit = torch.finfo(dtype).eps / 2
+    return n * unit / (1 - n * unit)
+
+
+def _worst_activation(row: dict[str, Any], name: str) -> float:
+    """Largest error of an activation over what is allowed. K = 1 and a weight of ones: the sum itself is exact.
+
+    Further to the left torch's own formula of gelu_tanh cancels, even in fp64.
+    """
+    activation = Activation(name, _kernels.activations()[name])
+    x = torch.linspace(-4, 8, 4001, device="cpu")[:, None].to(DTYPES[row["rows"]])
+    ones = torch.ones(32, 1, dtype=DTYPES[row["format"]], device="cpu")
+    got = _run(row, row["layout"], x, ones, torch.zeros(32, device="cpu"), torch.float32, activation)
+    want = activations.apply(activation, x.double())
+    ulp = torch.exp2(torch.frexp(want.abs().clamp_min(2.0**-126)).exponent - 24.0)
+    return _largest((got - want).abs() / torch.maximum(_ULPS * ulp, _RELATIVE * want.abs()))
+
+
+def _run(
+    row: dict[str, Any],
+    layout: str,
+    x: Tensor,
+    weight: Tensor | Quantized,
+    bias: Tensor,
+    dtype: torch.dtype,
+    *steps: Activation,
+    rows: _kernels.RowQuantizer | None = None,
+) -> Tensor:
+    if isinstance(weight, Tensor) and weight.dtype is torch.int8:
+        weight = Quantized(weight, torch.ones(len(weight), device="cpu"))
+    parts = (weight,) if isinstance(weight, Tensor) else (weight.values, weight.scale, weight.zero)
+    packed, out = (
+        _kernels.Packed(parts[0], layout, *parts[1:]),
+        torch.full((len(x), len(bias)), torch.nan, dtype=dtype, device="cpu"),
+    )
+    _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(steps), x, bias, out, rows)
+    return out
+
+
+def _largest(ratios: Tensor) -> float:
+    return float("inf") if ratios.isnan().any() else float(ratios.max())

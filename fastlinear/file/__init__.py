@@ -1,0 +1,1 @@
+"""Saving and loading: one safetensors file, checked before anything changes."""

@@ -1,0 +1,230 @@
+"""What a frozen file says of its model, beside its tensors: JSON in the metadata, written and, with distrust, read.
+
+    {"schema": 1, "library": "0.1.0",
+     "layers": [{"name": "encoder.fc1", "n": 3072, "k": 768, "layout": "fp32/32x1", "panels": "encoder.fc1.packed",
+                 ...}],
+     "fused": [{"layer": "encoder.fc1", "holder": "encoder", "slot": "act"}],
+     "ties": {"decoder.bias": "bias"}, "transient": ["position_ids"],
+     "machine": {"cpu": ...}, "plans": {key: {"name": "fp32/avx512/6x64", ...}}}
+
+All that it says is held against the entries of the file before anybody believes it; names are held against the model by
+whoever loads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+import fastlinear._kernels as _kernels
+from fastlinear.file import stored_scheme
+from fastlinear.file.header import LIMIT, PAGE, Contents, Entry, parse_json, shown
+from fastlinear.file.stored_scheme import StoredScheme
+from fastlinear.layer import linear
+from fastlinear.spec import activations
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.precision import DTYPES, wanted
+
+KEY = "fastlinear"
+SCHEMA = 1  # of the newest files; another meaning of an old field takes another number
+
+
+class Layer(NamedTuple):
+    """A converted layer y = activation(x W^T + b), W [n, k]. Its tensors are called as in the model: name.bias ..."""
+
+    name: str
+    n: int
+    k: int
+    held: str  # format of the parameter that was packed
+    packed: str  # format of the pack
+    layout: str
+    panels: str  # entry with the packed bytes; layers that were tied have one between them
+    bias: str | None  # format
+    activation: Activation | None
+    transposed: bool  # the module holds [k, n]
+    accumulate: str
+    tune: str
+    quantized: StoredScheme | None = None
+
+    @property
+    def weight(self) -> str:
+        """Name of the parameter, which is stored plain only where something else than fast layers uses it, too."""
+        return member(self.name, "weight")
+
+
+class Fused(NamedTuple):
+    """The layer computes the activation that the module `holder` has at `slot`."""
+
+    layer: str
+    holder: str
+    slot: str
+
+
+class Manifest(NamedTuple):
+    layers: tuple[Layer, ...]
+    fused: tuple[Fused, ...] = ()
+    ties: Mapping[str, str] = {}  # further names of a plain tensor -> the name it is stored by
+    transient: tuple[str, ...] = ()  # buffers that are in no state dict
+    machine: Mapping[str, Any] = {}  # whom the plans are for
+    plans: Mapping[str, Any] = {}  # as in the tuning cache
+    library: str = ""  # version that wrote it
+
+
+def member(module: str, name: str) -> str:
+    """The dotted name of what `module` calls `name`; the model itself is called ""."""
+    return f"{module}.{name}" if module else name
+
+
+def plain_names(manifest: Manifest, contents: Contents) -> dict[str, Entry]:
+    """What is stored as it is, by all its names; the rest of the file is packed weights."""
+    packed = {*packed_names(manifest)}
+    plain = {name: entry for name, entry in contents.entries.items() if name not in packed}
+    return plain | {name: plain[stored] for name, stored in manifest.ties.items()}
+
+
+def packed_names(manifest: Manifest) -> Iterator[str]:
+    """The entries that belong to fast layers alone, and have no name in the model."""
+    for layer in manifest.layers:
+        yield layer.panels
+        if layer.quantized is not None and layer.quantized.smooth is not None:
+            yield layer.quantized.smooth
+
+
+def dump(manifest: Manifest) -> dict[str, str]:
+    """The metadata of the file."""
+    raw = {"schema": SCHEMA, **manifest._asdict(), "library": version("fastlinear")}
+    raw["layers"] = [_dump_layer(layer) for layer in manifest.layers]
+    raw["fused"] = [fused._asdict() for fused in manifest.fused]
+    return {KEY: json.dumps(raw, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _dump_layer(layer: Layer) -> dict[str, Any]:
+    raw = layer._asdict()
+    scheme = raw.pop("quantized")  # files without it are for older versions, too
+    return raw if scheme is None else {**raw, "quantized": scheme.dump()}
+
+
+def parse(contents: Contents) -> Manifest:
+    """What the metadata says; ValueError where it is not what `dump` writes, or not of these entries."""
+    if KEY not in contents.metadata:
+        raise ValueError("it was not written by fastlinear.save")
+    raw = parse_json("its metadata", contents.metadata[KEY])
+    if not isinstance(raw, dict) or type(raw.get("schema")) is not int:
+        raise ValueError("its metadata names no schema")
+    if raw["schema"] != SCHEMA:
+        library = shown(raw.get("library"))
+        raise ValueError(f"it is of schema {raw['schema']}, by fastlinear {library}; this version reads {SCHEMA}")
+    kinds = {"layers": list, "fused": list, "ties": dict, "transient": list, "machine": dict, "plans": dict}
+    _check_fields("its metadata", raw, {"schema": int, "library": str, **kinds})
+    layouts = {row["layout"]: row["format"] for row in _kernels.kernels()}
+    layers = tuple(_layer(layer, layouts) for layer in raw["layers"])
+    for accumulate in {layer.accumulate for layer in layers}:
+        wanted(None, accumulate)
+    for fused in raw["fused"]:
+        _check_fields("a fused activation", fused, dict.fromkeys(Fused._fields, str))
+    for name in (*raw["ties"].values(), *raw["transient"]):
+        if not isinstance(name, str):
+            raise ValueError(f"its metadata has {shown(name)} where a tensor should be named")
+    pairs = tuple(Fused(**fused) for fused in raw["fused"])
+    rest = {key: raw[key] for key in ("ties", "machine", "plans", "library")}
+    manifest = Manifest(layers, pairs, transient=tuple(raw["transient"]), **rest)
+    _check_names(manifest, contents)
+    _check_layers(manifest, contents)
+    return manifest
+
+
+def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
+    """One layer, as far as it can be checked by itself. layouts: those of the kernels, with their formats."""
+    text, number = str, int
+    kinds: dict[str, Any] = {"name": text, "n": number, "k": number, "held": text, "packed": text, "layout": text}
+    kinds |= {"panels": text, "bias": (text, None), "activation": (list, None), "transposed": bool}
+    kinds |= {"accumulate": text, "tune": text}
+    kinds |= {"quantized": dict} if isinstance(raw, dict) and "quantized" in raw else {}
+    _check_fields("a layer", raw, kinds)
+    layer = Layer(**raw)
+    who = f"the layer {shown(layer.name)}"
+    if layer.layout not in layouts:
+        raise ValueError(f"{who} is packed as {shown(layer.layout)}, which is none of {', '.join(layouts)}")
+    if layouts[layer.layout] != layer.packed or layer.held not in DTYPES:
+        raise ValueError(f"{who} is said to be {shown(layer.held)} packed in {shown(layer.packed)} as {layer.layout!r}")
+    if layer.bias not in (None, _kernels.FORMATS[torch.float32], layer.held):
+        raise ValueError(f"{who} cannot have a bias in {shown(layer.bias)}")
+    if not (0 <= layer.n < LIMIT and 0 <= layer.k < LIMIT):
+        raise ValueError(f"{who} cannot be of {layer.n} x {layer.k}")
+    quantized = stored_scheme.parse(who, raw.get("quantized"), layer.packed, layer.k)
+    if layer.tune not in linear.TUNE_MODES:
+        raise ValueError(f"{who} cannot be tuned {shown(layer.tune)}")
+    activation = raw["activation"]
+    if activation is not None:
+        if len(activation) != 2 or not isinstance(activation[0], str) or not isinstance(activation[1], list):
+            raise ValueError(f"{who} has no activation of the form [name, parameters]: {shown(activation)}")
+        activation = activations.resolve((activation[0], *activation[1]))
+    return layer._replace(activation=activation, quantized=quantized)
+
+
+def _check_fields(who: str, raw: object, kinds: Mapping[str, Any]) -> None:
+    """`kinds`: for each field its type, or a type and None."""
+    if not isinstance(raw, dict) or raw.keys() != kinds.keys():
+        raise ValueError(f"{who} has not just the fields {', '.join(kinds)}")
+    for field, kind in kinds.items():
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if (None if raw[field] is None else type(raw[field])) not in allowed:
+            raise ValueError(f"{who} has {shown(raw[field])} as its {field}")
+
+
+def _check_names(manifest: Manifest, contents: Contents) -> None:
+    """No name means two things, and none means nothing."""
+    names = [layer.name for layer in manifest.layers]
+    _check_single("layers", names)
+    _check_single("fused activations", [fused.layer for fused in manifest.fused])
+    _check_single("slots of activations", [(fused.holder, fused.slot) for fused in manifest.fused])
+    active = {layer.name for layer in manifest.layers if layer.activation is not None}
+    packed = {layer.panels for layer in manifest.layers}
+    stored = contents.entries.keys() - {*packed_names(manifest)}
+    every: list[tuple[str, str, Container[str]]] = [("panels", name, contents.entries) for name in packed]
+    every += [("fused activations", fused.layer, active) for fused in manifest.fused]
+    every += [("ties", name, stored) for name in manifest.ties.values()]
+    every += [("transient buffers", name, {*stored, *manifest.ties}) for name in manifest.transient]
+    for what, name, known in every:
+        if name not in known:
+            raise ValueError(f"{shown(name)}, named among its {what}, is not there")
+    for name in manifest.ties:
+        if name in contents.entries:
+            raise ValueError(f"{shown(name)} is both stored and tied to another tensor")
+
+
+def _check_single(what: str, names: Iterable[object]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{shown(name)} stands twice among its {what}")
+
+
+def _check_layers(manifest: Manifest, contents: Contents) -> None:
+    """Every pack has the bytes that its shape and layout take, and what is stored beside it fits."""
+    plain = plain_names(manifest, contents)
+    packs: dict[str, tuple[Any, ...]] = {}
+    for layer in manifest.layers:
+        who = f"the layer {shown(layer.name)}"
+        entry = contents.entries[layer.panels]
+        nbytes = _kernels.packed_nbytes(layer.layout, layer.n, layer.k)
+        if (entry.dtype, entry.shape) != (torch.uint8, (-(-nbytes // PAGE) * PAGE,)) or entry.begin % PAGE:
+            raise ValueError(
+                f"{who}, {layer.n} x {layer.k} as {layer.layout}, takes {nbytes} bytes of U8 in whole pages, "
+                f"but {shown(layer.panels)} is {entry.nbytes} bytes of {entry.dtype} at {entry.begin}"
+            )
+        stored_scheme.check_entry(who, layer.quantized, layer.k, contents)
+        smooth = None if layer.quantized is None else layer.quantized.smooth
+        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth)
+        if packs.setdefault(layer.panels, pack) != pack:
+            raise ValueError(f"{who} shares {shown(layer.panels)} with a layer of another form")
+        bias = plain.get(member(layer.name, "bias"))
+        if (bias and (bias.dtype, bias.shape)) != (layer.bias and (DTYPES[layer.bias], (layer.n,))):
+            raise ValueError(f"{who} has another bias than it says")
+        weight, shape = plain.get(layer.weight), (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
+        if weight is not None and (weight.dtype, weight.shape) != (DTYPES[layer.held], shape):
+            raise ValueError(f"{who} is stored unpacked in another dtype or shape")

@@ -1,0 +1,120 @@
+"""Whether a model is the one that a file says it holds, found out before anything of the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear.file.header import Contents, Entry, shown
+from fastlinear.file.manifest import Fused, Layer, Manifest, member, plain_names
+from fastlinear.layer import linear
+from fastlinear.layer.fitness import is_transposed
+from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
+from fastlinear.layer.packs import dtype_of
+from fastlinear.model import fusion
+from fastlinear.spec.activations import recognise
+
+_SHOWN = 10  # names in a message
+
+
+class Held(NamedTuple):
+    """A parameter or buffer and its place in a model."""
+
+    module: nn.Module
+    attribute: str
+    name: str  # dotted
+    tensor: Tensor
+    kind: str  # "parameter", "buffer", or "transient" for a buffer that no state dict has
+
+
+def tensors_of(model: nn.Module) -> Iterator[Held]:
+    """All that torch knows of, and frozen weights as tensors on meta. A module at two places goes by its first name."""
+    for prefix, module in model.named_modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None and attribute == "weight" and is_frozen(module):
+                tensor = torch.empty(_weight_shape(module), dtype=dtype_of(module), device="meta")
+            if tensor is not None and attribute != PLACEHOLDER:
+                kind = "transient" if attribute in module._non_persistent_buffers_set else "buffer"
+                kind = "parameter" if attribute in module._parameters else kind
+                yield Held(module, attribute, member(prefix, attribute), tensor, kind)
+
+
+class Match(NamedTuple):
+    """A model that a file fits."""
+
+    modules: dict[str, nn.Module]  # by first names
+    stored: Mapping[str, Entry]  # what the file has plain, by all its names
+    plain: list[Held]  # what is to be replaced by that
+    pairs: list[fusion.Pair]  # activations to be absorbed
+
+
+def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
+    """How the file fits the model; ValueError, telling names, where it does not."""
+    stored = plain_names(said, contents)
+    held = {each.name: each for each in tensors_of(model)}
+    needed = [name for name, each in held.items() if each.kind != "transient" or each.tensor.is_meta]
+    given = {**stored, **{layer.weight: None for layer in said.layers}}
+    missing = [name for name in needed if name not in given]
+    unexpected = [name for name in given if name not in held and name not in said.transient]
+    if missing or unexpected:
+        parts = [f"lacks {_listed(missing)} of this {type(model).__name__}"] if missing else []
+        parts += [f"has {_listed(unexpected)} that this {type(model).__name__} has not"] if unexpected else []
+        raise ValueError(f"it {' and '.join(parts)}")
+    plain = [held[name] for name in needed if name in stored]
+    if other := [each.name for each in plain if tuple(each.tensor.shape) != stored[each.name].shape]:
+        raise ValueError(f"it has {_listed(other)} in other shapes than this {type(model).__name__}")
+    modules, slots = dict(model.named_modules()), {fused.layer: fused for fused in said.fused}
+    pairs = [_pair(modules, layer, slots.get(layer.name)) for layer in said.layers]
+    return Match(modules, stored, plain, [pair for pair in pairs if pair is not None])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensor{'s'[: len(names) > 1]} ({', '.join(map(_plainly, names[:_SHOWN]))}{more})"
+
+
+def _plainly(name: str) -> str:
+    return name if name.isprintable() and len(name) < 200 else shown(name)
+
+
+def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -> fusion.Pair | None:
+    """What the model's layer is still to absorb; ValueError where it cannot become the one of the file."""
+    module: Any = modules[layer.name]
+    fast = linear.is_fast(module)
+    reason = linear.why_no_twin(module)
+    if reason is not None:
+        raise ValueError(f"its layer {layer.name!r} is fast, but in this model {reason}")
+    shape = (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
+    if _weight_shape(module) != shape or is_transposed(module) != layer.transposed:
+        raise ValueError(f"its layer {layer.name!r} is {layer.k} x {layer.n}, but {module!r} in this model")
+    holder = modules.get(fused.holder) if fused else None
+    there = _at(holder, fused.slot) if fused and holder is not None else None
+    if fast:
+        absorbed = isinstance(there, fusion.Absorbed) and there.linear is module
+        if module.activation != layer.activation or absorbed != (fused is not None):
+            raise ValueError(f"its layer {layer.name!r} was fused with other activations than in this model")
+        return None
+    if layer.activation is None:
+        return None
+    if fused is None or holder is None or recognise(there) != layer.activation:
+        raise ValueError(
+            f"its layer {layer.name!r} computes {layer.activation.name}, which this model has not got "
+            + (f"as {shown(member(fused.holder, fused.slot))}" if fused else "there: it was built as a FastLinear")
+        )
+    parent, _, name = layer.name.rpartition(".")
+    return fusion.Pair(module, modules[parent], name, holder, fused.slot, layer.activation)
+
+
+def _at(holder: nn.Module, slot: str) -> object:
+    return holder._modules.get(slot) or vars(holder).get(slot)
+
+
+def _weight_shape(module: Any) -> tuple[int, ...]:
+    """Unread, where it is frozen."""
+    if not is_frozen(module):
+        return tuple(module.weight.shape)
+    shape = module.in_features, module.out_features
+    return shape if module._transposed else shape[::-1]

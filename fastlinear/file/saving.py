@@ -1,0 +1,244 @@
+"""Save and load: a model with fast layers as one file, and a stock model made the same by such a file.
+
+manifest.py is what the file says of the model, matching.py holds that against the model that loads it, safefile.py is
+the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import fastlinear._engine as _engine
+import fastlinear._kernels as _kernels
+from fastlinear.file import manifest, matching, safefile
+from fastlinear.file.header import faults_of, shown
+from fastlinear.file.manifest import Fused, Layer, Manifest, member
+from fastlinear.file.matching import Held, Match, tensors_of
+from fastlinear.file.safefile import AnyPath, Blob, Mapped
+from fastlinear.file.stored_scheme import StoredScheme, check_channels
+from fastlinear.layer import linear, packs
+from fastlinear.layer.frozen import Frozen, hold
+from fastlinear.model import fusion
+from fastlinear.model.encoders import forbid_bypasses
+from fastlinear.plan import decide, rivals
+from fastlinear.plan.candidates import FROZEN
+from fastlinear.plan.memory import Tuned
+from fastlinear.spec.precision import DTYPES, Precision
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_PACKED, _SMOOTH = "packed", "smooth"  # what the tensors of a layer are called that its module has not
+
+
+# ---- save ----
+
+
+def save(model: nn.Module, path: AnyPath) -> None:
+    """Write `model` to one file, for `load`: the packed weights of its fast layers, frozen or not, and all else plain.
+
+    The file is in the format of safetensors. It takes the place of an old one in a single step, so processes that have
+    that one loaded keep it, and a save that fails or is killed leaves it. Tensors that share memory are stored once; a
+    fast layer's weight that something else uses too, an embedding, say, is stored plain beside its pack. With it go the
+    plans tuned so far, for machines like this one. `model` stays as it is.
+
+    Raises TypeError for what is no nn.Module, and for parameters, buffers and extra state that no file can hold;
+    OSError as the system gives it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save() takes an nn.Module, but was given {type(model).__name__}")
+    modules = dict(model.named_modules())
+    layers = {m: name for name, m in modules.items() if linear.is_fast(m) and packs.why_unfit(m) is None}
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    stored: dict[Hashable, str] = {}  # what is in memory -> the name it is stored by
+    transient = []
+    for name, module in modules.items():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} has extra state beside its tensors")
+    for held in tensors_of(model):
+        if held.module in layers and held.attribute == "weight":
+            continue
+        _check_storable(held)
+        first = stored.setdefault(_identity(held.tensor), held.name)
+        if first == held.name:
+            tensors[first] = held.tensor
+        else:
+            ties[held.name] = first
+        if held.kind == "transient":
+            transient.append(held.name)
+    blobs: dict[str, Blob] = {}
+    records = []
+    panels: dict[Hashable, str] = {}
+    for module, name in layers.items():
+        blob, key = _blob(module)
+        packed = panels.setdefault(key, member(name, _PACKED))
+        blobs.setdefault(packed, blob)
+        records.append(_record(module, name, packed))
+        if (smooth := module._precision.smooth) is not None:
+            entry = packed.removesuffix(_PACKED) + _SMOOTH
+            if tensors.setdefault(entry, smooth) is not smooth:
+                raise ValueError(f"two tensors of the file would be called {entry!r}")
+        weight = module._parameters.get("weight")
+        if weight is not None and _identity(weight) in stored:
+            ties[member(name, "weight")] = stored[_identity(weight)]
+    fused = tuple(
+        Fused(layers[child.linear], holder, slot)
+        for holder, module in modules.items()
+        for slot, child in module._modules.items()
+        if isinstance(child, fusion.Absorbed) and child.linear in layers
+    )
+    plans = {key: tuned._asdict() for module in layers for key, tuned in _plans(module)}
+    said = Manifest(tuple(records), fused, ties, tuple(transient), decide.cache().machine, plans)
+    safefile.write(path, blobs, tensors, manifest.dump(said))
+
+
+def _check_storable(held: Held) -> None:
+    t, kind = held.tensor, type(held.tensor)
+    if kind not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.is_nested or t.is_meta:
+        what = f"a {kind.__name__} on device {t.device}" if t.is_meta else f"a {kind.__name__} and no dense tensor"
+        raise TypeError(f"{held.name!r} cannot be saved: it is {what}")
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for tensors that are the same numbers in the same memory."""
+    if tensor.numel() == 0:
+        return id(tensor)
+    views = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), views
+
+
+def _blob(layer: Any) -> tuple[Blob, Hashable]:
+    """The packed weight of a fast layer, made when it is written, and what is equal for layers that share it."""
+    frozen = packs.record_of(layer)
+    if frozen is not None:
+        data = frozen.packed.data
+        return Blob(data.nbytes, lambda: data), id(frozen)
+    weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
+    layout = decide.layout(precision.packed)
+    nbytes = _kernels.packed_nbytes(layout, layer.out_features, layer.in_features)
+    key = _identity(weight), precision.packed, transposed, id(precision.smooth)
+    return Blob(nbytes, lambda: packs.pack(weight, precision, transposed).data), key
+
+
+def _record(layer: Any, name: str, panels: str) -> Layer:
+    frozen, packed = packs.record_of(layer), layer.packed_as
+    return Layer(
+        name=name,
+        n=layer.out_features,
+        k=layer.in_features,
+        held=_kernels.FORMATS[packs.dtype_of(layer)],
+        packed=packed,
+        layout=decide.layout(packed) if frozen is None else frozen.packed.layout,
+        panels=panels,
+        bias=None if layer.bias is None else _kernels.FORMATS[layer.bias.dtype],
+        activation=layer.activation,
+        transposed=layer._transposed,
+        accumulate=layer._precision.accumulate,
+        tune=layer._tune,
+        quantized=_scheme(layer._precision, panels),
+    )
+
+
+def _scheme(precision: Precision, panels: str) -> StoredScheme | None:
+    if precision.rows is None:
+        return None
+    smooth = None if precision.smooth is None else panels.removesuffix(_PACKED) + _SMOOTH
+    return StoredScheme(precision.rows._replace(smooth=None), precision.out, smooth)
+
+
+def _plans(layer: Any) -> Iterator[tuple[str, Tuned]]:
+    """What was measured for the kernels of a layer, by the keys under which a process that loads it will ask."""
+    for (engine, *_), chosen in list(layer._chosen.items()):
+        kept = not chosen.refused and chosen.name not in rivals.NAMES
+        if kept and engine is layer._engine and chosen.source in ("tuned", "cache"):
+            problem = layer.problem(engine, engine.packed, chosen.bucket, chosen.x, chosen.threads)
+            problem = problem._replace(held=FROZEN, fallback=False)
+            numbers = {"threads": chosen.plan_threads, "k_slices": chosen.k_slices}
+            yield problem.key(), Tuned(chosen.name, numbers)
+
+
+# ---- load ----
+
+
+def load(path: AnyPath, model: Model) -> Model:
+    """Give `model` the tensors and fast layers of a file that `save` wrote, and return it.
+
+    model: of the architecture that was converted and saved, on the meta device or with any weights, which go unread; or
+        one that is converted in the same way. It may be in training or in eval mode, and stays so.
+
+    Nothing is copied: all tensors are views of a mapping of the file, whose pages are read when they are first used and
+    shared by all processes that load it. Replace such a file (as `save` does), never write into it. Parameters need no
+    gradients. Writing to one changes it for this process alone. A layout that this CPU does not run is repacked here
+    and now, which `report` tells. Buffers that no state dict has are taken from the file where the model's are on meta.
+
+    Raises FormatError for a file that is damaged, newer, or of another model, whose missing and unexpected names it
+    tells; OSError as the system gives it. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load() fills an nn.Module, but was given {type(model).__name__}")
+    mapped = safefile.open_mapped(path)
+    with faults_of(path):
+        said = manifest.parse(mapped.contents)
+        match = matching.match(model, said, mapped.contents)
+    with torch.inference_mode(False):
+        with faults_of(path):
+            frozen = _packs(said, mapped)
+        _assign(match, said, mapped)
+        for record in said.layers:
+            _become(match.modules[record.name], record, frozen[record.panels], record.weight in match.stored)
+    for pair in match.pairs:
+        fusion.absorb(pair)
+    forbid_bypasses(model)
+    if said.machine == decide.cache().machine:
+        decide.cache().learn(said.plans)
+    return model
+
+
+def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
+    """The packed weights by their entries: in the mapping, or repacked where this machine has another layout."""
+    frozen = {}
+    layouts = {packed: decide.layout(packed) for packed in {record.packed for record in said.layers}}
+    for record in said.layers:
+        if record.panels not in frozen:
+            data = mapped.blob(record.panels, _kernels.packed_nbytes(record.layout, record.n, record.k))
+            packed, origin = _kernels.Packed.over(data, record.layout, record.n, record.k), ""
+            check_channels(f"the layer {shown(record.name)}", packed)
+            smooth = record.quantized and record.quantized.smooth
+            if layouts[record.packed] != record.layout:
+                packed, origin = packs.repack(packed, layouts[record.packed]), f"repacked from {record.layout}"
+            frozen[record.panels] = Frozen(
+                packed, DTYPES[record.held], origin=origin, smooth=mapped.tensor(smooth) if smooth else None
+            )
+    return frozen
+
+
+def _assign(match: Match, said: Manifest, mapped: Mapped) -> None:
+    """Gives the model what is stored plain; what shares an entry is one tensor."""
+    parameters: dict[str, nn.Parameter] = {}
+    for held in match.plain:
+        name = said.ties.get(held.name, held.name)
+        if name not in parameters:
+            parameters[name] = nn.Parameter(mapped.tensor(name), requires_grad=False)
+        tensor = parameters[name] if held.kind == "parameter" else parameters[name].data
+        setattr(held.module, held.attribute, tensor)
+
+
+def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -> None:
+    """Makes a layer fast, and frozen unless its weight is stored plain, too; it then has that and its pack."""
+    precision = Precision(None if record.packed == record.held else record.packed, record.accumulate)
+    if record.quantized is not None:
+        rows = record.quantized.rows._replace(smooth=frozen.smooth)
+        precision = precision._replace(rows=rows, out=record.quantized.out)
+    if not linear.is_fast(module):
+        over = None if weight_is_plain else frozen
+        linear.adopt(module, record.activation, record.tune, record.name, precision, over)
+    else:
+        linear.set_precision(module, precision)
+        if not weight_is_plain:
+            hold(module, frozen)
+    if weight_is_plain:
+        module._engine.take(module.weight, _engine.Fingerprint(module.weight), frozen.packed)

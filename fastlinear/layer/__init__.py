@@ -1,0 +1,1 @@
+"""One layer: how it packs, plans, answers, differentiates and freezes."""

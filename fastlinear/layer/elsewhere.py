@@ -1,0 +1,63 @@
+"""Why a call of a fast layer went round the kernels, in a few words; looked at only once it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+import fastlinear._environment as environment
+import fastlinear._kernels as _kernels
+from fastlinear.layer.packs import dtype_of, record_of, why_unfit
+
+
+def why_elsewhere(layer: Any, x: Any, stale: bool) -> str:
+    """The first of all reasons that there are for a call layer(x) not to be answered by the kernels. stale: whether the
+    weight was not packed, or changed since."""
+    known = _why_switched_off(layer) or _why_watched() or _why_input(layer, x) or why_unfit(layer)
+    return known or ("its weight keeps changing" if stale else "the form of its tensors")
+
+
+def _why_switched_off(layer: Any) -> str | None:
+    if layer.training:
+        return "training"
+    return "FASTLINEAR_DISABLE" if environment.disabled() else None
+
+
+def _why_watched() -> str | None:
+    """The mode of torch that rewrites or records calls, the innermost first."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None:
+        return str(interpreter.key()).rpartition(".")[2].lower()  # vmap, grad, jvp, functionalize
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD"
+    for depth, mode_at in (
+        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
+        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
+    ):
+        for level in reversed(range(depth)):
+            if type(mode := mode_at(level)) is not DeviceContext:  # which rewrites nothing but factories
+                return type(mode).__name__
+    return None
+
+
+def _why_input(layer: Any, x: Any) -> str | None:
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, torch.nn.Parameter):
+        return f"an input of type {type(x).__name__}"
+    if x.is_nested:
+        return "a nested input"
+    if x.device.type != "cpu":
+        return f"an input on device {x.device}"
+    if x.layout is not torch.strided:
+        return f"an input that is {x.layout}, not dense"
+    weight = dtype_of(layer) if record_of(layer) is not None or layer._parameters.get("weight") is not None else None
+    if weight in _kernels.FORMATS and not layer.precision.takes(x.dtype):
+        return f"an input of {x.dtype}"
+    return None

@@ -1,0 +1,299 @@
+"""Frozen layers: the packed weight stays, the Parameter goes, and everything else that nn.Linear does is kept.
+
+A frozen layer has None in the place of its parameter "weight", and a Frozen in its __dict__. `layer.weight` is unpacked
+at each access, as a tensor that is for reading; so are state dicts. What needs a weight to write to (load_state_dict,
+half(), to("cuda") ...) thaws the layer first, and so does whoever writes to the tensor (lent.py). Model code that reads
+a weight in every call, like T5's feed-forward for its dtype, would spend most of its time unpacking: from some point
+on, it gets a tensor that is kept.
+
+A Frozen stands for a weight: layers that hold the same one are tied. `hold(layer, frozen)` freezes a fast layer over it
+and `linear.adopt(module, ..., over=frozen)` a stock one; `packs.record_of(layer)` is the layer's, if it is frozen.
+
+A frozen layer without a bias has an empty Parameter instead of its weight, so that `next(model.parameters())`, the
+usual way to ask for dtype and device, has an answer. No state dict has it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+import fastlinear._engine as _engine
+import fastlinear._kernels as _kernels
+from fastlinear._engine import Engine
+from fastlinear.layer import op_form
+from fastlinear.layer.lent import Lent
+from fastlinear.layer.packs import lock, pack, record_of, why_unfit
+from fastlinear.layer.quality import note
+from fastlinear.plan import decide, rivals
+from fastlinear.plan.candidates import Chosen
+from fastlinear.spec.precision import Precision, dtype_of_rows
+
+_log = logging.getLogger("fastlinear")
+
+_OFTEN = 32  # reads of a weight by others after which it is kept unpacked
+PLACEHOLDER = "frozen_weight"  # the name of the empty Parameter
+
+
+class Frozen:
+    """What frozen layers have instead of a weight.
+
+    packed: the weight [n, k]; dtype: what the Parameter was in, and will be again; requires_grad: likewise; origin: for
+    the report, in a few words, where the pack comes from if it was not packed here ("repacked from bf16/32x2"); smooth:
+    fp32 [k] that the columns of the weight were divided by before they were packed, None for 1.
+    """
+
+    def __init__(
+        self,
+        packed: _kernels.Packed,
+        dtype: torch.dtype,
+        requires_grad: bool = False,
+        origin: str = "",
+        smooth: Tensor | None = None,
+    ) -> None:
+        self.packed, self.dtype, self.requires_grad, self.origin = packed, dtype, requires_grad, origin
+        self.smooth = smooth
+        self.layers: WeakSet[Freezable] = WeakSet()  # those that are tied by this
+        self.reads = 0  # by others than the layer itself
+        self.kept: Lent | None = None  # what is lent, once it is read often
+        self._lent: weakref.ref[Lent] | None = None
+        # What the op takes, where Dynamo finds it: it does not look into extension types.
+        self.panels, self.form = packed.data, (packed.layout, packed.n, packed.k)
+
+    def unpack(self, transposed: bool) -> Tensor:
+        """The weight as the Parameter had it: [n, k], or [k, n] if transposed."""
+        weight = op_form.unpack(self.panels, *self.form, self.smooth).to(self.dtype)
+        return weight.t().contiguous() if transposed else weight
+
+    @property
+    def lent(self) -> Lent | None:
+        """The unpacked weight that somebody has at the moment."""
+        return None if self._lent is None else self._lent()
+
+    def read(self, transposed: bool) -> Tensor:
+        """The same for others than the layer; all at one time get the same memory, and whoever writes to it thaws."""
+        lent = self.lent
+        if lent is None:
+            with torch.inference_mode(False):
+                weight = self.unpack(transposed)
+            self.reads += 1
+            if type(weight) is not Tensor:
+                return weight
+            lent = Lent(weight, functools.partial(_take_over, weakref.ref(self)))
+            self._lent, self.kept = weakref.ref(lent), lent if self.reads > _OFTEN else None
+        return lent.hand_out(lent.whole)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:  # copied layers are tied by the copy
+        return Frozen(self.packed, self.dtype, self.requires_grad, self.origin, self.smooth)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        packed = self.packed
+        contents = packed.unpack(), packed.scale, packed.zero
+        rest = self.dtype, self.requires_grad, self.smooth
+        if protocol > 2:
+            return _packed_from_bytes, (packed.format, *map(_bytes_of, contents), *rest)
+        # torch.save's protocol, to which bytes are text. What goes to another process has a later one: torch sends
+        # tensors as open files, which must live until they have been received, as these do not.
+        return _packed_again, (packed.format, *contents, *rest)
+
+
+def _bytes_of(tensor: Tensor | None) -> tuple[bytearray, torch.dtype, tuple[int, ...]] | None:
+    if tensor is None:
+        return None
+    return bytearray(tensor.reshape(-1).view(torch.uint8).numpy()), tensor.dtype, tuple(tensor.shape)
+
+
+def _tensor_of(contents: tuple[bytearray, torch.dtype, tuple[int, ...]] | None) -> Tensor | None:
+    if contents is None:
+        return None
+    data, dtype, shape = contents
+    if not data:  # which frombuffer refuses
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _packed_from_bytes(packed_as: str, weight: Any, scale: Any, zero: Any, *rest: Any) -> Frozen:
+    contents: tuple[Any, ...] = tuple(map(_tensor_of, (weight, scale, zero)))
+    return _packed_again(packed_as, *contents, *rest)
+
+
+def _packed_again(
+    packed_as: str,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    dtype: torch.dtype,
+    requires_grad: bool,
+    smooth: Tensor | None,
+) -> Frozen:
+    packed = _kernels.Packed(weight, decide.layout(packed_as), scale, zero)
+    return Frozen(packed, dtype, requires_grad, smooth=smooth)
+
+
+class Freezable(nn.Module):
+    """The part of a fast layer that makes a frozen one look like any other."""
+
+    _frozen: Frozen | None = None
+    _transposed: bool
+    _engine: Engine
+    _chosen: dict[tuple[Engine, int, str, int], Chosen]
+
+    def _reset(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def packed_as(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def precision(self) -> Precision:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            frozen = record_of(self)
+            if frozen is not None:
+                # Whoever records or rewrites what is done with it gets plain ops.
+                plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
+                return frozen.unpack(self._transposed) if plain else frozen.read(self._transposed)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            _let_go(self)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "weight":
+            _let_go(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        frozen = record_of(self)
+        if frozen is not None:
+            destination[prefix + "weight"] = frozen.unpack(self._transposed)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + PLACEHOLDER, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
+    ) -> None:
+        if prefix + "weight" in state_dict:
+            thaw_layer(self)
+        elif strict and is_frozen(self):
+            missing_keys.append(prefix + "weight")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *lists)
+        if prefix + PLACEHOLDER in missing_keys:
+            missing_keys.remove(prefix + PLACEHOLDER)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        frozen = record_of(self)
+        if frozen is not None:
+            before = torch.empty(0, dtype=frozen.dtype, device="cpu")
+            after = fn(before)
+            if after.dtype is not before.dtype or after.device != before.device:
+                thaw_layer(self)
+        self._reset()  # to(), half(), share_memory() ...: the weight is about to be another one
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    return record_of(layer) is not None
+
+
+def hold(layer: Any, frozen: Frozen) -> None:
+    """Makes a fast layer a frozen one over `frozen`; what it had as its weight is let go, unread.
+
+    Raises ValueError where the shapes differ.
+    """
+    if (frozen.packed.n, frozen.packed.k) != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"a layer of {layer.in_features} in and {layer.out_features} out features cannot hold a weight of "
+            f"{frozen.packed.n} x {frozen.packed.k}"
+        )
+    with lock:
+        if layer._frozen is not None:
+            layer._frozen.layers.discard(layer)
+        vars(layer)["_frozen"] = frozen  # first, since other threads may be calling the layer
+        layer._parameters["weight"] = None
+        if layer._parameters.get("bias") is None:
+            empty = torch.empty(0, dtype=frozen.dtype, device="cpu")
+            layer._parameters[PLACEHOLDER] = nn.Parameter(empty, requires_grad=False)
+        layer._reset()
+
+
+def freeze_layer(layer: Any, *tied: Any) -> None:
+    """Packs the weight of a fast layer and drops it; `tied` are fast layers with the very same Parameter.
+
+    Raises ValueError where the kernels cannot read its parameters (`packs.why_unfit`).
+    """
+    with lock:
+        if is_frozen(layer):
+            return
+        if (reason := why_unfit(layer)) is not None:
+            raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
+        weight = layer._parameters["weight"]
+        # It may have changed in a way that torch does not count.
+        packed = pack(weight, layer.precision, layer._transposed, compare=True)
+        note(layer, packed)
+        frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
+        for each in (layer, *tied):
+            chosen = [chosen for (engine, *_), chosen in each._chosen.items() if engine is each._engine]
+            vars(each)["_precision"] = each._precision._replace(sample=None)  # it has served
+            hold(each, frozen)
+            _plan_again(each, chosen)
+
+
+def _plan_again(layer: Freezable, plans: list[Chosen]) -> None:
+    """Spares a layer that was just frozen the tuning of what it ran before; torch's own ways need the weight."""
+    for chosen in plans:
+        if chosen.name not in rivals.NAMES and not chosen.refused:
+            key = layer._engine, chosen.threads, chosen.x, chosen.bucket
+            layer._engine.plan_for(chosen.bucket, chosen.threads, dtype_of_rows(chosen.x), decide.native(chosen))
+            layer._chosen[key] = chosen
+
+
+def thaw_layer(layer: Any) -> None:
+    """Makes the weight of a frozen layer, and of those tied to it, one Parameter again; does nothing to others."""
+    with lock, torch.inference_mode(False):
+        frozen = record_of(layer)
+        if frozen is None:
+            return
+        lent = frozen.lent
+        weight = nn.Parameter(frozen.unpack(layer._transposed) if lent is None else lent.whole, frozen.requires_grad)
+        if lent is not None:
+            lent.parameter = weight
+        _thaw(frozen, weight)
+
+
+def _take_over(record: weakref.ref[Frozen], written: Tensor) -> nn.Parameter | None:
+    """Thaws the layers of a Frozen, whose weight somebody has written to in the memory that was lent."""
+    with lock, torch.inference_mode(False):
+        frozen = record()
+        if frozen is None or not frozen.layers:
+            return None
+        weight = nn.Parameter(written, frozen.requires_grad)
+        _log.info("a frozen weight of %d x %d was written to, and is a Parameter again", *written.shape)
+        _thaw(frozen, weight)
+        return weight
+
+
+def _thaw(frozen: Frozen, weight: nn.Parameter) -> None:
+    for tied in list(frozen.layers):
+        tied._parameters["weight"] = weight
+        _let_go(tied)
+
+
+def _let_go(layer: Freezable) -> None:
+    """A layer that was frozen has got, or lost, a weight."""
+    frozen = vars(layer).pop("_frozen", None)
+    if frozen is not None:
+        frozen.layers.discard(layer)
+        layer._parameters.pop(PLACEHOLDER, None)
+        layer._reset()

@@ -1,0 +1,235 @@
+"""FastLinear: an nn.Linear that runs on a packed weight with its activation fused, or on F.linear where it must.
+
+Weight and bias stay ordinary Parameters (until `freeze` drops the weight), so state dicts, optimizers, hooks and
+`isinstance(m, nn.Linear)` keep their meaning. transformers' Conv1D has a fast twin of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear.layer import operator
+from fastlinear.layer.fast_module import FastModule
+from fastlinear.layer.fitness import taken_over, why_weight_unfit
+from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, thaw_layer
+from fastlinear.layer.packs import forget_pack, pack_quantized, why_unfit
+from fastlinear.spec import activations, foreign
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.precision import ANYHOW, AS_HELD, Precision, Wanted, wanted
+from fastlinear.spec.schemes import Int8Dynamic, Scheme
+
+TUNE_MODES = ("lazy", "off")
+_CONV1D = "transformers.pytorch_utils"  # where GPT-2's Conv1D lives; looked at only if the user has imported it
+
+
+class FastLinear(FastModule, nn.Linear):
+    """Drop-in for nn.Linear followed by an activation: y = activation(x W^T + b).
+
+    Takes what nn.Linear takes, and `activation`: a name ("gelu"), a name with torch's parameters (("leaky_relu", 0.1)),
+    an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
+    sum up to 64 products in fp16. Input [..., in_features], output [..., out_features] of the input's dtype: fp32, with
+    a weight of 16 or 8 bits also bf16 or fp16. The first call with a new number of rows measures the kernels for it
+    (about 50 ms, kept in a cache file); training runs nn.Linear's own code, and so do other dtypes and devices.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: object = None,
+        accumulate: str = "fp32",
+    ) -> None:
+        resolved = activations.resolve(activation)
+        asked = wanted(None, accumulate)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _become_fast(self, resolved, "lazy", "", asked.of(""))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        activation: object = None,
+        *,
+        dtype: torch.dtype | None = None,
+        accumulate: str = "fp32",
+        quantize: Scheme | None = None,
+    ) -> FastLinear:
+        """A FastLinear that shares the parameters of `linear`; ValueError where it cannot be one (see `why_not`).
+
+        dtype: torch.bfloat16 or torch.float16 packs the weight in 16 bits, whatever the parameter's dtype is.
+        quantize: packs it in 8 bits, as in `convert`; a calibration is looked up by the name "", which is that of a
+            layer calibrated by itself. An int8 tensor of torchao's is taken over as it is.
+        """
+        asked = wanted(dtype, accumulate, quantize)
+        resolved, reason = (
+            activations.resolve(activation),
+            "it is frozen" if is_frozen(linear) else why_not(linear, asked),
+        )
+        if reason is not None:
+            raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
+        over = taken_over(linear, asked)
+        fast = cls.__new__(cls)
+        state = vars(linear).items()
+        vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
+        _become_fast(fast, resolved, "lazy", "", asked.of(""))
+        if over is not None:
+            hold(fast, over)
+        return fast
+
+    @classmethod
+    def from_quantized(
+        cls,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: object = None,
+        *,
+        quantize: Scheme | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FastLinear:
+        """A frozen FastLinear over an int8 weight that somebody else quantised: scale * (values - zero).
+
+        values: int8 [out_features, in_features]; scale: floating, [out_features]; zero: integers from -128 to 127,
+            [out_features], or None for zeros; bias: [out_features], fp32 or `dtype`, or None.
+        quantize: how x is treated; None is Int8Dynamic(). A calibration is looked up by the name "".
+        dtype: of `layer.weight`, and of the Parameter that `unfreeze` makes.
+        Raises TypeError or ValueError for tensors that are not so, and where `quantize` cannot have them.
+        """
+        asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), activations.resolve(activation)
+        weight = foreign.quantized(values, scale, zero)
+        n, k = weight.values.shape
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"bias must be [{n}], one number for each output feature, but is {list(bias.shape)}")
+        reason = asked.why_not("", k, weight)
+        if reason is not None or asked.scheme is None:
+            raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
+        fast = cls(k, n, bias is not None, "meta", dtype, activation=resolved)
+        if bias is not None:
+            fast.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        vars(fast)["_precision"] = asked.of("")
+        hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed), dtype))
+        if (reason := why_unfit(fast)) is not None:
+            raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
+        return fast
+
+
+def adopt(
+    module: nn.Module,
+    activation: Activation | None = None,
+    tune: str = "lazy",
+    name: str = "",
+    precision: Precision = AS_HELD,
+    over: Frozen | None = None,
+) -> None:
+    """Turns an nn.Linear or a transformers Conv1D into its fast twin in place: same object, parameters and hooks.
+
+    `tune` is "lazy" (on first call) or "off" (heuristic); `name` is what messages call the layer; `over` makes it a
+    frozen layer, whose own weight, on whatever device, goes unread. ValueError where `why_not(module)` has a reason.
+    """
+    if tune not in TUNE_MODES:
+        raise ValueError(f"tune={tune!r} is unknown; allowed are {', '.join(TUNE_MODES)}")
+    reason = why_not(module) if over is None else why_no_twin(module)
+    if reason is not None:
+        raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
+    module.__class__ = _twin(type(module)) or type(module)
+    _become_fast(module, activation, tune, name, precision)
+    if over is not None:
+        hold(module, over)
+
+
+def precision_of(module: Any) -> Precision:
+    """What a fast layer was told to compute in."""
+    precision: Precision = module._precision
+    return precision
+
+
+def set_precision(module: Any, precision: Precision) -> None:
+    """Tells a fast layer what to compute in."""
+    vars(module)["_precision"] = precision
+    module._reset()
+
+
+def release(module: nn.Module) -> None:
+    """Turns a fast layer back into what it was, thawed; its activation is no longer applied."""
+    thaw_layer(module)
+    stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, Freezable))
+    operator.forget(module)
+    for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
+        vars(module).pop(key, None)
+    module.__class__ = stock
+
+
+def refresh(module: Any) -> None:
+    """Forgets plans and packed weight, but for that of a frozen layer.
+
+    Needed only after a change that goes unseen: a few elements written through `.data`.
+    """
+    if module._parameters.get("weight") is not None:
+        forget_pack(module.weight)
+    module._reset()
+
+
+def settle(module: Any) -> None:
+    """Has the next call pack a fast layer's weight, even where that has kept changing."""
+    for engine in (module._engine, *module._casting.values()):
+        engine.settle()
+
+
+def is_fast(module: nn.Module) -> bool:
+    """True for FastLinear and its Conv1D twin."""
+    return isinstance(module, FastModule)
+
+
+def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
+    """Why a module cannot run on the kernels as it was asked for, in a few words; None if it can."""
+    return why_no_twin(module) or why_weight_unfit(module, asked, name)
+
+
+def why_no_twin(module: nn.Module) -> str | None:
+    if is_fast(module) or _twin(type(module)) is not None:
+        return None
+    return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
+
+
+_OWN = ("activation", "_engine", "_casting", "_chosen", "_torch_packs", "_elsewhere", "_tune", "_name", "_precision")
+_CONV_OWN = ("in_features", "out_features")
+
+
+def _become_fast(module: Any, activation: Activation | None, tune: str, name: str, precision: Precision) -> None:
+    vars(module).update(activation=activation, _tune=tune, _name=name, _precision=precision)
+    if module._transposed:
+        vars(module).update(in_features=module.weight.shape[0], out_features=module.weight.shape[1])
+    module._reset()
+
+
+def _twin(cls: type) -> type[FastModule] | None:
+    if cls is nn.Linear:
+        return FastLinear
+    stock = getattr(sys.modules.get(_CONV1D), "Conv1D", None)
+    return _conv1d_twin(cls) if cls is stock and stock is not None else None
+
+
+@functools.cache
+def _conv1d_twin(stock: type[nn.Module]) -> type[FastModule]:
+    doc = "Conv1D of transformers (GPT-2) as a fast layer."
+    members = {"_transposed": True, "__module__": __name__, "__doc__": doc, "__repr__": nn.Module.__repr__}
+    return type("FastConv1D", (FastModule, stock), members)
+
+
+def __getattr__(name: str) -> Any:
+    """FastConv1D exists once transformers' Conv1D does; pickle looks it up here."""
+    if name == "FastConv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        return _conv1d_twin(Conv1D)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

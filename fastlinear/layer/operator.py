@@ -1,0 +1,260 @@
+"""The dispatcher's view of a fast layer: the op fastlinear::linear.
+
+    linear(x, weight, bias, activation, params, transposed, packed, accumulate) = activation(F.linear(x, weight, bias))
+
+weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] and the output [..., N], contiguous, of
+the dtype of x. `packed` is the format that the weight is rounded to, its own if "", `accumulate` the least exact
+one of the sums, and `rows` with `scale`, `zero` and `smooth` tell how x is quantised, or was, where it is integers.
+With `out`, a dtype, the output is integers, of `out_scale` and `out_zero`. `reference` says it all in torch's ops.
+The packed weight is no argument but an accelerator behind the
+scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph
+that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
+
+A frozen layer has no canonical weight: its panels stand there, with `layout`, N and K, and its graphs hold them. What
+needs the weight itself has it from fastlinear::unpack(panels, layout, n, k, smooth), [N, K] in the dtype of the layout,
+or in fp32 where that is integers.
+
+Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and the profiler.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import fastlinear._kernels as _kernels
+from fastlinear.layer import gradient
+from fastlinear.layer.op_form import SCHEMA, Form, Key, address_of, arguments, key_of
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.int8 import Quantized, dequantize
+from fastlinear.spec.precision import DTYPES, Precision, name_of
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+
+class Layer(Protocol):
+    """What the op has to know of a fast layer."""
+
+    activation: Activation | None
+    in_features: int
+    training: bool
+    _transposed: bool
+    _precision: Precision
+
+    @property
+    def _parameters(self) -> Mapping[str, Tensor | None]: ...
+
+    @property
+    def _frozen(self) -> Any: ...  # panels and form, or None
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def packed_as(self) -> str: ...
+
+    def _takes(self, x: Tensor) -> bool: ...
+
+    def _native(self, x: Tensor, packed_as: str) -> Tensor | None: ...
+
+    def _torch(self, x: Tensor) -> Tensor: ...
+
+
+_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
+_by_address: dict[int | None, list[weakref.ref[Layer]]] = {}  # by where their weights were when one was last looked for
+_missed: dict[Key, int] = {}  # what no layer was found for -> calls until it is looked for again
+_MISSES, _AGAIN = 4096, 1000
+_found: weakref.WeakValueDictionary[Key, Layer] = weakref.WeakValueDictionary()  # those that were looked up
+
+
+def register(layer: Layer) -> None:
+    """Lets the op find the layer by whatever parameters it has at the time."""
+    _layers[id(layer)] = layer
+    _by_address.clear()
+    _missed.clear()
+
+
+def forget(layer: object) -> None:
+    """Undoes `register`: the layer is no longer a fast one."""
+    _layers.pop(id(layer), None)
+
+
+def linear(layer: Layer, x: Tensor) -> Tensor:
+    """layer(x) as the op where that is what a fast layer would run natively, else as torch's own ops; traceable."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    frozen = layer._frozen if weight is None else None
+    if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias):
+        return layer._torch(x)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if wanted and layer._precision.out is not None:  # integers have no gradients
+        return layer._torch(x)
+    form = (layer.activation, layer._transposed, layer.packed_as, layer._precision)
+    if frozen is None:
+        y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0)))
+    else:
+        y = _op(x, frozen.panels, bias, *arguments(*form, frozen.form))
+    return y
+
+
+def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.dim() == 0 or x.shape[-1] != layer.in_features:
+        return False
+    if weight is not None and weight.dim() != 2:
+        return False
+    operands = [t for t in (x, weight, bias) if t is not None]
+    dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in operands)
+    fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _kernels.FORMATS for t in operands)) or layer._takes(x)
+    return dense and fit
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return Form(*rest).reference().linear(x, weight, bias)
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    form = Form(*rest)
+    packed = form.packed or name_of(weight.dtype)
+    key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
+    slot = (*key, packed)
+    layer = _find(slot, key, packed, weight, bias)
+    y = None if layer is None else layer._native(x, packed)
+    return _formula(x, weight, bias, *rest).contiguous() if y is None else y
+
+
+def _find(slot: Key, key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
+    """The layer that the op's arguments belong to, if there is one. Addresses change without notice: where none is
+    found all are looked at again, but for one question not in every call."""
+    layer = _found.get(slot)
+    if layer is not None and id(layer) in _layers and _is_of(layer, weight, bias):
+        return layer
+    if _missed.get(slot, 0) > 0:
+        _missed[slot] -= 1
+        return None
+    layer = _look_up(key, packed, weight, bias)
+    if layer is None:
+        _by_address.clear()
+        for each in [each for ref in _layers.valuerefs() if (each := ref()) is not None]:
+            _by_address.setdefault(address_of(_weight_of(each)), []).append(weakref.ref(each))
+        layer = _look_up(key, packed, weight, bias)
+    if layer is not None:
+        _found[slot] = layer
+        return layer
+    if len(_missed) >= _MISSES:
+        _missed.clear()
+    _missed[slot] = _AGAIN
+    return None
+
+
+def _look_up(key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
+    near = [layer for ref in _by_address.get(weight.data_ptr(), ()) if (layer := ref()) is not None]
+    able = [layer for layer in near if id(layer) in _layers and _key_of_layer(layer) == key]
+    able = [layer for layer in able if _is_of(layer, weight, bias) and (packed in DTYPES or packed == layer.packed_as)]
+    return max(able, key=lambda layer: layer.packed_as == packed, default=None)
+
+
+def _key_of_layer(layer: Layer) -> Key:
+    return key_of(address_of(_weight_of(layer)), layer.activation, layer._transposed, layer._precision)
+
+
+def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
+    return _same(_weight_of(layer), weight) and _same(layer._parameters.get("bias"), bias)
+
+
+def _weight_of(layer: Layer) -> Tensor | None:
+    """What stands for the weight in the op."""
+    weight = layer._parameters.get("weight")
+    panels: Tensor | None = None if weight is not None or layer._frozen is None else layer._frozen.panels
+    return weight if panels is None else panels
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    address = address_of(a)
+    same_memory = address is not None and address == address_of(b)
+    return same_memory and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    form = Form(*rest)
+    n, k = (form.n, form.k) if form.layout else reversed(weight.shape) if form.transposed else weight.shape
+    torch._check(x.dim() > 0 and x.shape[-1] == k, lambda: f"fastlinear::linear: x {x.shape} needs {k} columns")
+    dtype = form.out or (x.dtype if x.dtype.is_floating_point else torch.float32)
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+def _unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
+    packed = _kernels.Packed.over(panels.numpy(), layout, n, k)
+    values, scale = packed.unpack(), packed.scale
+    return values if scale is None else dequantize(Quantized(values, scale, packed.zero))
+
+
+def _fake_weight(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
+    return panels.new_empty((n, k), dtype=DTYPES.get(layout.split("/")[0], torch.float32))
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """F.linear under autocast: x is cast, and the weight packed as it is cast."""
+    form, dtype = Form(*rest), torch.get_autocast_dtype("cpu")
+    integers = form.precision().numbers(x) is not x
+    if x.dtype not in _kernels.FORMATS and not integers:  # autocast leaves fp64 alone
+        return _formula(x, weight, bias, *rest)
+    form = form._replace(packed=form.precision().under(dtype))
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        y: Tensor = _op(x if integers else x.to(dtype), weight, bias, *form)
+    return y
+
+
+def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """What reverse mode differentiates has a backward of its own; other derivatives are those of torch's ops."""
+
+    def below() -> Tensor:
+        y: Tensor = _op.redispatch(keyset & torch._C._after_autograd_keyset, x, weight, bias, *rest)
+        return y
+
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    # Dynamo enters forward_ad without its Python level, so the tensors are asked themselves; there is but one level, 0.
+    if any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in operands):
+        return _formula(x, weight, bias, *rest)
+    if not differentiated or Form(*rest).out is not None:
+        return below()
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _formula(x, weight, bias, *rest)
+    return gradient.attach(below, x, weight, bias, Form(*rest).reference())
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, int]:
+    """A batch of inputs is more rows of x; a batch of parameters is a batched product."""
+    of_x, of_weight, of_bias, *_ = in_dims
+    x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
+    if of_weight is None and of_bias is None:
+        return _op(x, weight, bias, *rest), 0
+    reference = Form(*rest).reference()
+    rows = reference.rows(x)
+    weight = reference.weight(weight if of_weight is None else weight.movedim(of_weight, 0)).to(rows.dtype)
+    y = rows.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ weight.mT
+    if bias is not None:
+        y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(y.dtype)
+    return reference.finish(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype), 0
+
+
+_library = torch.library.Library("fastlinear", "DEF")
+_library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_op = torch.ops.fastlinear.linear.default
+_library.impl("linear", _cpu, "CPU")
+_library.impl("linear", _formula, "CompositeExplicitAutograd")  # every other device
+_library.impl("linear", _autocast, "AutocastCPU")
+_library.impl("linear", _autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
+torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)
+
+_library.define("unpack(Tensor panels, str layout, int n, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("unpack", _unpack, "CPU")
+torch.library.register_fake("fastlinear::unpack", _fake_weight, lib=_library)

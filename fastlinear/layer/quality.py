@@ -1,0 +1,52 @@
+"""What quantising costs a layer, as signal to noise: of its weight, and of its output where calibration kept inputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import fastlinear._kernels as _kernels
+from fastlinear.layer.packs import record_of
+from fastlinear.spec.int8 import Quantized, output_snr, weight_snr
+
+_ELEMENTS = 1 << 20  # of a larger weight every second, third ... channel is looked at
+
+
+class Quality(NamedTuple):
+    """Signal to noise in dB; None where it is not known."""
+
+    weight: float | None = None
+    output: float | None = None
+
+
+UNKNOWN = Quality()
+_known: WeakKeyDictionary[_kernels.Packed, Quality] = WeakKeyDictionary()
+
+
+def quality_of(layer: Any) -> Quality:
+    """Of what a fast layer is packed in; for a frozen one as it was with the weight."""
+    packed = layer._engine.packed
+    if packed is None:
+        return UNKNOWN
+    if record_of(layer) is None and layer._engine.fresh(layer):
+        note(layer, packed)
+    return _known.get(packed, UNKNOWN)
+
+
+def note(layer: Any, packed: _kernels.Packed) -> None:
+    """Remembers it of a pack of the weight that a layer still has."""
+    if packed.scale is not None and packed not in _known:
+        _known[packed] = _measured(layer, packed)
+
+
+def _measured(layer: Any, packed: _kernels.Packed) -> Quality:
+    every, precision = max(1, packed.n * packed.k // _ELEMENTS), layer.precision
+    weight = (layer.weight.t() if layer._transposed else layer.weight).detach()[::every]
+    scale, zero = packed.scale, packed.zero
+    assert scale is not None
+    quantized = Quantized(packed.unpack()[::every], scale[::every], None if zero is None else zero[::every])
+    bias = None if layer.bias is None else layer.bias.detach()[::every]
+    of_output = None
+    if precision.sample is not None and weight.numel() > 0:
+        of_output = output_snr(precision.sample, weight, quantized, precision.rows, bias)
+    return Quality(weight_snr(weight, quantized, precision.smooth), of_output)

@@ -1,0 +1,203 @@
+"""The swap of a model's linear layers for fast ones, and back.
+
+What can be refused is refused before the first layer changes, and what fails later is undone: no model is ever left
+half-converted.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear.layer import linear
+from fastlinear.layer.fitness import taken_over
+from fastlinear.model import chains, fusion
+from fastlinear.model.encoders import allow_bypass, forbid_bypasses
+from fastlinear.model.freezing import freeze as freeze_model
+from fastlinear.model.freezing import unfreeze
+from fastlinear.model.selection import REASON, Filter, Patterns, choose
+from fastlinear.model.tuning import check_example, check_module, fast_layers, run_to_tune
+from fastlinear.spec.precision import Precision, Wanted, wanted
+from fastlinear.spec.schemes import Scheme
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TUNE = ("lazy", "now", "off")
+_log = logging.getLogger("fastlinear")
+
+
+def convert(
+    model: Model,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    filter_fn: Filter | None = None,
+    dtype: torch.dtype | None = None,
+    accumulate: str = "fp32",
+    quantize: Scheme | None = None,
+    fuse: bool = True,
+    inplace: bool = False,
+    freeze: bool = False,
+    tune: str = "lazy",
+    example_inputs: Any = None,
+) -> Model:
+    """A copy of `model` whose linear layers run on prepacked weights, with the activations that follow them fused.
+
+    The copy shares parameters and buffers with `model`, which stays as it is; `inplace=True` changes `model` itself.
+    State dict, hooks, training and gradients work as before. In training mode a layer computes on its plain parameter,
+    in eval mode on the weight as it is packed, with gradients through that. Converted are nn.Linear (`model` itself may
+    be one) and transformers' Conv1D; `report` names the layers that were left alone, and why.
+
+    include, exclude: dotted names, globs or module types, one or several; `exclude` wins. A name or type of a
+        container means all layers in it; a glob must match a whole dotted name ("encoder.*.fc1"), or the front of one
+        up to a dot, so "layers.1" never means "layers.10".
+    filter_fn: filter_fn(module, name) is asked about every layer that is left, and converts it by returning True.
+    dtype: torch.bfloat16 or torch.float16 packs the weights in 16 bits; parameters and activations keep their dtypes.
+        As this is lossy for a parameter of another dtype, an `lm_head`, and a layer whose weight has a second use (an
+        embedding's, say), are then left alone unless `include` matches them.
+    accumulate: "fp16" admits kernels that sum up to 64 products in fp16 before they go on in fp32.
+    quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits; as lossy as
+        `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
+    fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
+        a module whose source says so. Hooks put on such a layer later see activated output, and a model in which it
+        is wrapped (by LoRA, say) or replaced later raises RuntimeError: do that first, or pass fuse=False.
+    freeze: drop the weights of the converted layers, as `freeze(model)` does. With `inplace` each goes as soon as it
+        is packed, so that memory peaks at the model and one layer; what `dtype` or `quantize` rounds is then lost, and
+        an error in tuning leaves the model converted.
+    tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
+        `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
+
+    Layers that are fast already stay as they are, unless `dtype`, `accumulate` or `quantize` is given: then they take
+    all three.
+
+    nn.TransformerEncoder leaves torch's fused fast path, which would bypass the converted layers; as always without
+    that path, outputs at padded positions are arbitrary instead of zero.
+
+    Raises TypeError or ValueError for arguments of a wrong kind; warns (UserWarning) of a pattern that matches no
+    layer and of a model with nothing to convert.
+    """
+    _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
+    asked = wanted(dtype, accumulate, quantize)
+    reasons = choose(model, include, exclude, filter_fn, asked)
+    chosen = [layer for layer, reason in reasons.items() if reason is None and not linear.is_fast(layer)]
+    fast = [layer for layer, reason in reasons.items() if reason is None and linear.is_fast(layer)]
+    pairs = fusion.find_pairs(model, set(chosen)) if fuse else []
+    activations = {pair.linear: pair.activation for pair in pairs}
+
+    result = model if inplace else _copy_sharing_tensors(model)
+    twin = dict(zip(model.modules(), result.modules(), strict=True))
+    names = {module: name for name, module in model.named_modules()}
+    with ExitStack() as undo:
+        for layer in chosen:
+            mode = "off" if tune == "off" else "lazy"
+            name, over = names[layer], taken_over(layer, asked)
+            if over is not None:  # which `release` would bring back as numbers
+                undo.callback(twin[layer]._parameters.__setitem__, "weight", layer._parameters["weight"])
+            linear.adopt(twin[layer], activations.get(layer), mode, name, asked.of(name), over)
+            undo.callback(linear.release, twin[layer])
+        for layer in fast:
+            _set_precision(undo, twin[layer], _next(linear.precision_of(layer), asked, names[layer]))
+        for pair in pairs:
+            there = pair._replace(linear=twin[pair.linear], home=twin[pair.home], holder=twin[pair.holder])
+            fusion.absorb(there)
+            undo.callback(fusion.restore, there.holder, there.slot)
+        if asked.scheme is not None and asked.scheme.chain:
+            for first, out in chains.find(result, {twin[layer] for layer in (*chosen, *fast)}):
+                _set_precision(undo, first, linear.precision_of(first)._replace(out=out))
+        for module in forbid_bypasses(result):
+            undo.callback(allow_bypass, module)
+        if freeze:
+            undo.pop_all()  # a weight that is gone cannot be brought back
+            freeze_model(result)
+        if tune == "now":
+            run_to_tune(result, example_inputs, None)
+        undo.pop_all()
+    for layer, reason in reasons.items():
+        if reason is not None and not linear.is_fast(layer):
+            vars(twin[layer])[REASON] = reason
+    _log.info("converted %d of %d linear layers, fused %d activations", len(chosen), len(reasons), len(pairs))
+    return result
+
+
+def _next(before: Precision, asked: Wanted, name: str) -> Precision:
+    """What a layer that is fast already is told to compute in."""
+    if asked.packed is None:
+        return before._replace(accumulate=asked.everywhere.accumulate)
+    return asked.of(name)
+
+
+def _set_precision(undo: ExitStack, layer: nn.Module, precision: Precision) -> None:
+    undo.callback(linear.set_precision, layer, linear.precision_of(layer))
+    linear.set_precision(layer, precision)
+
+
+def unconvert(model: Model) -> Model:
+    """Undo `convert` and `freeze` in place, with activations and torch's encoder fast path, and return the model.
+
+    A FastLinear whose activation was not absorbed from within `model` stays, with a warning: nn.Linear has none.
+    """
+    check_module("unconvert", model)
+    unfreeze(model)
+    for module in list(model.modules()):
+        for slot, child in list(module._modules.items()):
+            if isinstance(child, fusion.Absorbed):
+                fusion.restore(module, slot)
+                if linear.is_fast(child.linear):
+                    linear.release(child.linear)
+    for name, module in model.named_modules():
+        vars(module).pop(REASON, None)
+        allow_bypass(module)
+        if linear.is_fast(module) and module.activation is None:
+            linear.release(module)
+        elif linear.is_fast(module):
+            warnings.warn(
+                f"unconvert left {name!r} fast: its activation {module.activation.name!r} was not absorbed from a "
+                f"module within this {type(model).__name__}",
+                stacklevel=2,
+            )
+    return model
+
+
+def refresh(model: Model) -> Model:
+    """Drop all packed weights, so that the next call packs them anew, and return the model.
+
+    Changes of weights are seen by themselves: torch counts them, and where it does not (fused optimizers, collectives,
+    writes through `.data`, an alias or another process) a sample of the contents tells. Needed only after a change that
+    goes unseen: a few elements written through `.data`. Frozen layers keep their packs.
+    """
+    check_module("refresh", model)
+    for layer in fast_layers(model):
+        linear.refresh(layer)
+    return model
+
+
+def _copy_sharing_tensors(model: Model) -> Model:
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    shared = (*model.parameters(), *model.buffers(), *held)
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except Exception as error:  # whatever the model's own attributes raise when they are copied
+        raise TypeError(f"{type(model).__name__} cannot be copied ({error}): convert it with inplace=True") from error
+
+
+def _check_arguments(model: object, filter_fn: object, flags: dict[str, Any], tune: object, example: object) -> None:
+    check_module("convert", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of (module, name) or None, but is {filter_fn!r}")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, but is {flag!r}")
+    if tune not in _TUNE:
+        raise ValueError(f"tune must be one of {', '.join(map(repr, _TUNE))}, but is {tune!r}")
+    if tune == "now" and example is None:
+        raise ValueError("tune='now' runs the model, so it needs example_inputs")
+    if tune != "now" and example is not None:
+        raise ValueError(f"example_inputs are used by tune='now' alone, but tune is {tune!r}")
+    if example is not None:
+        check_example(example)

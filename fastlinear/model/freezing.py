@@ -1,0 +1,84 @@
+"""freeze and unfreeze: which weights of a model can go, and their way back."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import warnings
+from collections import defaultdict
+from typing import TypeVar
+
+from torch import nn
+
+from fastlinear.layer import op_form
+from fastlinear.layer.frozen import Freezable, freeze_layer, is_frozen, thaw_layer
+from fastlinear.layer.packs import why_unfit
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger("fastlinear")
+
+
+def freeze(model: Model) -> Model:
+    """Drop the weights of all fast layers of `model`, layer by layer, keep what they are packed in, and return it.
+
+    `layer.weight` and `state_dict()` unpack on demand: exactly, or what `convert(dtype=...)` rounded it to. `weight` is
+    no Parameter then, but a tensor for reading; where a model reads it in call after call (T5 does), it stays unpacked.
+    Writing to it (`weight.data += delta`, as LoRA's merge does, `copy_`, an init), loading a state dict, or a change of
+    dtype or device makes it a Parameter again, with what was written; tensors of `state_dict()` are copies. A layer
+    without a bias shows an empty Parameter, so that `next(model.parameters())` tells dtype and device. Weights that
+    something else in `model` uses, an embedding, say, stay, since dropping them would save nothing. Gradients reach
+    all but the frozen weights; in training mode each call unpacks, in eval mode each backward.
+
+    Raises TypeError for anything but an nn.Module; warns (UserWarning) of a model without fast layers.
+    """
+    _check("freeze", model)
+    layers = [module for module in model.modules() if isinstance(module, Freezable)]
+    if not layers:
+        warnings.warn(f"nothing to freeze: {type(model).__name__} has no fast layer", stacklevel=2)
+    for tied in _alone(model):
+        freeze_layer(*tied)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what casts and copies took: up to a sixth
+    if trim is not None:
+        trim(0)
+    _log.info("%d of %d fast layers are frozen", sum(map(is_frozen, layers)), len(layers))
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Undo `freeze` in place, with the ties between layers, and return the model.
+
+    Raises TypeError for anything but an nn.Module.
+    """
+    _check("unfreeze", model)
+    for module in model.modules():
+        if isinstance(module, Freezable):
+            thaw_layer(module)
+    return model
+
+
+def _alone(model: nn.Module) -> list[list[Freezable]]:
+    """The fast layers whose weights nothing else in the model uses; those with the same weight and pack together.
+
+    Only layers are held here, so that each weight can go as soon as it is packed.
+    """
+    users = defaultdict(list)
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                users[op_form.address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
+    groups = []
+    for uses in users.values():
+        fast = [module for module, name, _ in uses if name == "weight" and isinstance(module, Freezable)]
+        if len(fast) == len(uses) and not any(map(why_unfit, fast)):
+            kinds = {
+                (key, layer.packed_as, layer._transposed, id(layer.precision.smooth))
+                for layer, (*_, key) in zip(fast, uses, strict=True)
+            }
+            groups += [fast] if len(kinds) == 1 else []
+    return groups
+
+
+def _check(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}() takes an nn.Module, but was given {type(model).__name__}")

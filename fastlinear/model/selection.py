@@ -1,0 +1,140 @@
+"""Which linear layers of a model convert takes, and the reason for each one that it leaves."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastlinear.layer import linear
+from fastlinear.layer.frozen import is_frozen
+from fastlinear.layer.packs import dtype_of
+from fastlinear.spec.precision import ANYHOW, AS_HELD, DTYPES, Wanted, name_of
+
+Pattern = str | type[nn.Module]
+Patterns = Pattern | Iterable[Pattern]
+Filter = Callable[[nn.Module, str], bool]
+
+# On a layer that the caller chose to leave alone: why, for the report.
+REASON = "_fastlinear_reason"
+
+
+def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The layers of `model` that multiply by a weight, of any linear class, fast or not, with all their names."""
+    transformers = sys.modules.get("transformers.pytorch_utils")  # before this is imported there is no Conv1D
+    classes = (nn.Linear, getattr(transformers, "Conv1D", nn.Linear))
+    layers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, classes) or linear.is_fast(module):
+            layers.setdefault(module, []).append(name)
+    return layers
+
+
+def why_skipped(layer: nn.Module) -> str | None:
+    """Why `layer` is not fast; None where nothing stands against it."""
+    reason: str | None = vars(layer).get(REASON)
+    return reason or _obstacle(layer)
+
+
+def choose(
+    model: nn.Module,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    filter_fn: Filter | None,
+    asked: Wanted = ANYHOW,
+) -> dict[nn.Module, str | None]:
+    """For every linear layer the reason to leave it alone, or None to convert it (arguments as in `convert`).
+
+    Warns of a pattern that matches no layer, and when there is nothing to convert.
+    """
+    included_by, excluded_by = as_patterns("include", include), as_patterns("exclude", exclude)
+    layers = linear_layers(model)
+    included = _hits(model, layers, "include", included_by or [])
+    excluded = _hits(model, layers, "exclude", excluded_by or [])
+    uses: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(parameter, []).append(name)
+
+    def reason(layer: nn.Module, name: str) -> str | None:
+        if linear.is_fast(layer) and _is_already(layer, name, asked):
+            return "already fast"
+        if is_frozen(layer):
+            return "frozen in another precision, which unfreeze makes room for"
+        if layer in excluded:
+            return f"excluded by {excluded[layer]}"
+        if included_by is not None and layer not in included:
+            return "not among the included layers"
+        if (obstacle := _obstacle(layer, asked, name)) is not None:
+            return obstacle
+        rounds = asked.packed not in (None, name_of(dtype_of(layer))) and linear.why_not(layer) is None
+        if rounds and layer not in included:
+            what = DTYPES.get(asked.packed or "", asked.packed)
+            if name.split(".")[-1] == "lm_head":
+                return f"packing an lm_head as {what} is lossy: name it in include to have it"
+            if len(uses[layer.weight]) > 1:
+                names = " and ".join(uses[layer.weight])
+                return f"packing a shared weight ({names}) as {what} is lossy: name the layer in include to have it"
+        return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
+
+    reasons = {layer: reason(layer, names[0]) for layer, names in layers.items()}
+    if all(reasons.values()) and "already fast" not in reasons.values():
+        why = "; ".join(sorted({r for r in reasons.values() if r})) or "it has no linear layer"
+        warnings.warn(f"nothing to convert in {type(model).__name__}: {why}", stacklevel=3)
+    return reasons
+
+
+def _is_already(layer: Any, name: str, asked: Wanted) -> bool:
+    if asked.packed is None and asked.everywhere.is_as(AS_HELD):
+        return True
+    return asked.why_not(name, layer.in_features) is None and linear.precision_of(layer).is_as(asked.of(name))
+
+
+def _obstacle(layer: nn.Module, asked: Wanted = ANYHOW, name: str = "") -> str | None:
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    return linear.why_not(layer, asked, name)
+
+
+def as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:
+    """`patterns` as a list; raises TypeError for anything but names, globs, module types and iterables of them."""
+    if patterns is None:
+        return None
+    one = isinstance(patterns, (str, type)) or not isinstance(patterns, Iterable)
+    several: list[Any] = [patterns] if one else list(patterns)
+    for pattern in several:
+        if not isinstance(pattern, str) and not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
+            raise TypeError(f"{argument} takes names, globs and nn.Module types, but was given {pattern!r}")
+    return several
+
+
+def _hits(
+    model: nn.Module, layers: dict[nn.Module, list[str]], argument: str, patterns: list[Pattern]
+) -> dict[nn.Module, str]:
+    """The layers that a pattern matches, each with the text of that pattern."""
+    hits: dict[nn.Module, str] = {}
+    for pattern in patterns:
+        text = repr(pattern) if isinstance(pattern, str) else pattern.__name__
+        found = [layer for layer, names in layers.items() if any(_matches(model, pattern, name) for name in names)]
+        hits.update(dict.fromkeys(found, text))
+        if not found:
+            example = repr(next(iter(layers.values()))[0]) if layers else "(it has none)"
+            warnings.warn(
+                f"{argument}={text} matches no linear layer of {type(model).__name__}; a pattern must match a whole "
+                f"dotted name or the front of one up to a dot, and the names look like {example}",
+                stacklevel=4,
+            )
+    return hits
+
+
+def _matches(model: nn.Module, pattern: Pattern, name: str) -> bool:
+    """Whether `pattern` means the module called `name`, or a container that it lies in."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    if isinstance(pattern, str):
+        return any(fnmatchcase(prefix, pattern) for prefix in prefixes)
+    return any(isinstance(model.get_submodule(prefix), pattern) for prefix in ("", *prefixes))

@@ -1,0 +1,332 @@
+"""From a problem (shape, formats, epilogue, threads) to what runs it: an override, the cache, a tuning or a heuristic.
+
+autotune decides between the candidates, kernels of the table and torch's own ways to do the same; this module knows how
+to call them and how to make their weights cold.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastlinear._engine as _engine
+import fastlinear._environment as environment
+import fastlinear._kernels as _kernels
+from fastlinear.plan import measuring, race, rivals
+from fastlinear.plan.candidates import (
+    FROZEN,
+    Chosen,
+    Problem,
+    able,
+    heuristic,
+    layout,
+    native_candidates,
+    override,
+    runnable,
+)
+from fastlinear.plan.memory import Machine, Tuned, TuningCache
+from fastlinear.plan.waits import Waits
+from fastlinear.spec.int8 import Requantize
+from fastlinear.spec.precision import DTYPES, Precision, dtype_of_rows, epilogue
+
+__all__ = ["Chosen", "Operands", "Problem", "cache", "decide", "executable", "layout", "override"]
+
+_log = logging.getLogger("fastlinear")
+
+# A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
+# fit its budget), and on as much weight as the second-level caches hold twice, so that it comes from beyond them. A
+# larger problem is tuned on its first rows and columns: the kernels see the same K, panels and row tiles, and each
+# thread has at least one group of panels of the widest kernels.
+_PROXY_WORK, _PROXY_CACHES = 20e6, 2
+_PROXY_ROWS, _PROXY_COLUMNS = 48, 64
+
+# No CPU is faster than this, a thread: 1024 multiply-adds of AMX int8, or reading 128 bytes of L1, in each of 6 billion
+# cycles a second. What seems so was not measured.
+_MOST_WORK, _MOST_BYTES = 6e9 * 1024, 6e9 * 128
+
+
+class Operands(NamedTuple):
+    """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels; rows, out:
+    how x and y are quantised; spare: the weight in panels of its own format, where the problem has a fallback;
+    torch_packs: what the layer has packed for torch's own ways, to which a plan may add."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    packed: _kernels.Packed
+    rows: _kernels.RowQuantizer | None = None
+    out: Requantize | None = None
+    spare: _kernels.Packed | None = None
+    torch_packs: rivals.Packs | None = None
+
+    def head(self, n: int, transposed: bool) -> Operands:
+        """The first n output channels, rounded up to whole panels."""
+        n = max(packed.head(n).n for packed in (self.packed, self.spare) if packed is not None)
+        weight, bias, spare = self.weight, self.bias, self.spare
+        if weight is not None:
+            weight = weight[:, :n].contiguous() if transposed else weight[:n]
+        bias, spare = None if bias is None else bias[:n], None if spare is None else spare.head(n)
+        return self._replace(weight=weight, bias=bias, packed=self.packed.head(n), spare=spare, torch_packs=None)
+
+    def unquantized(self) -> Operands | None:
+        return None if self.spare is None else Operands(self.weight, self.bias, self.spare)
+
+
+def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
+    """What to run: what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if `measure` and
+    FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
+    name = override()
+    if name is not None and _applies(name, problem, operands):
+        return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source="override"), problem)
+    if not measure or _kernels.forked() or not environment.measures():
+        return heuristic(problem)
+    known = _remembered(problem)
+    if known is not None:
+        return known
+    key = problem.key()
+    with measuring.process.turn(key) as why_not:
+        if why_not == measuring.SPENT:
+            return _neighbor(problem) or heuristic(problem)
+        if why_not:
+            return heuristic(problem)._replace(provisional=why_not)
+        # Another layer's call may have measured this while the turn was waited for.
+        return _remembered(problem) or _tuned(problem, operands)
+
+
+def native(chosen: Chosen) -> _kernels.Plan:
+    """What an Engine runs for `chosen`, where that is a kernel of the table."""
+    return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
+
+
+def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _kernels.Plan | Callable[..., Tensor]:
+    """What an Engine runs for `chosen`."""
+    if chosen.name in rivals.NAMES:
+        names = (chosen.name, rivals.BASELINE)  # a tampered cache may name a way that torch refuses
+        return next(plan for name in names if (plan := _torch_plan(name, problem, operands))).run
+    spare = operands.unquantized() if chosen.refused else None
+    kernel = native(chosen)
+    kernel.due = measuring.process.due(problem.key(), chosen.provisional) if chosen.provisional else 0.0
+    return kernel if spare is None else functools.partial(_fall_back, chosen, problem, spare.packed)
+
+
+def _fall_back(
+    chosen: Chosen, problem: Problem, packed: _kernels.Packed, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    rows = x.reshape(-1, problem.k)
+    out = x.new_empty(len(rows), packed.n)
+    _kernels.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out)
+    return out.view(*x.shape[:-1], packed.n)
+
+
+def _applies(name: str, problem: Problem, operands: Operands) -> bool:
+    if name in rivals.NAMES:
+        return _torch_plan(name, problem, operands) is not None
+    return any(row["name"] == name for each in _ways(problem) for row in able(each))
+
+
+def _ways(problem: Problem) -> list[Problem]:
+    """The problem itself and, where it may fall back, the unquantised one."""
+    plain = problem.unquantized()
+    return [problem, plain] if problem.fallback and Precision(plain.packed).takes(DTYPES[problem.x]) else [problem]
+
+
+def _refusing(chosen: Chosen, problem: Problem) -> Chosen:
+    """`chosen`, which says so if it does not run on the quantised weight."""
+    refused = problem.fallback and not any(row["name"] == chosen.name for row in able(problem))
+    return chosen._replace(refused=problem.packed if refused else "")
+
+
+def _torch_plan(name: str, problem: Problem, operands: Operands) -> rivals.TorchPlan | None:
+    """torch's way `name`, or None where it is not admitted, would keep yet another pack of the weight, or is refused by
+    torch."""
+    weight, packs = operands.weight, {} if operands.torch_packs is None else operands.torch_packs
+    if weight is None or not problem.admits_torch:
+        return None
+    problem = problem.unquantized() if problem.fallback else problem
+    plain = problem.x == problem.packed == problem.held and problem.m < 1 << 31  # they count rows in 32 bits
+    if name != rivals.BASELINE and not plain:
+        return None
+    try:
+        return rivals.make(name, weight, problem.transposed, problem.activation, packs)
+    except (AttributeError, RuntimeError) as error:
+        _log.debug("%s is no candidate: %s", name, error)
+        return None
+
+
+@functools.cache
+def cache() -> TuningCache:
+    """What was tuned on this machine, by `Problem.key()`."""
+    names = {row["name"] for row in runnable()} | set(rivals.NAMES)
+    made = TuningCache(_machine(), names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=made.forked)
+    atexit.register(made.flush)
+    return made
+
+
+def _machine() -> Machine:
+    library = f"{version('fastlinear')} {_build()}"
+    return Machine(_processor(), tuple(_kernels.cpu_info()["isas"]), library, torch.__version__)
+
+
+def _processor() -> str:
+    """What tells CPUs of equal brand apart: family, model and stepping, caches, CPUs."""
+    info = _kernels.cpu_info()
+    caches = "/".join(str(info[level] >> 10) for level in ("l1d", "l2", "l3"))
+    numbers = f"family {info['family']} model {info['number']} stepping {info['stepping']}"
+    return f"{info['model']}, {numbers}, caches {caches} KiB, {os.cpu_count()} CPUs"
+
+
+def _build() -> str:
+    """Digest of the library with the kernels: another build may rank them differently."""
+    with open(_kernels.__file__, "rb") as library:
+        return hashlib.sha256(library.read()).hexdigest()[:12]
+
+
+def _remembered(problem: Problem, of: Problem | None = None) -> Chosen | None:
+    """What the cache knows of the problem (or of one like it, `of`), if today it would be a candidate, name and
+    numbers; for a frozen layer also what was known of the same layer before, if a kernel had won there."""
+    like = problem if of is None else of
+    for held in (problem.held, *(DTYPES if problem.held == FROZEN else ())):
+        tuned = cache().get(like._replace(held=held).key())
+        known = None if tuned is None else _among_candidates(tuned, problem)
+        if tuned is not None and known is not None:
+            compared = of is None and problem._replace(held=held).admits_torch
+            known = known._replace(source="cache", table=tuned.table, speedup=tuned.speedup if compared else None)
+            return _refusing(known, problem)
+    return None
+
+
+def _among_candidates(tuned: Tuned, problem: Problem) -> Chosen | None:
+    """The candidate that was meant, if there is one."""
+    threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
+    meant = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "tuned")
+    admitted = problem.admits_torch and meant.name in rivals.NAMES and threads == slices == 1
+    return meant if admitted or any(meant in native_candidates(each) for each in _ways(problem)) else None
+
+
+def _neighbor(problem: Problem) -> Chosen | None:
+    """What was measured for the bucket of M next to this one, or the one after that."""
+    up = _engine.bucket(problem.m + 1)
+    down = max(1, problem.m - 1 if problem.m <= 8 else _engine.bucket(problem.m * 2 // 3))
+    for m in (down, up, _engine.bucket(max(1, problem.m // 2)), _engine.bucket(2 * problem.m)):
+        known = _remembered(problem, of=problem._replace(m=m))
+        if known is not None:
+            return known._replace(source="neighbor", table=())
+    return None
+
+
+def _tuned(problem: Problem, operands: Operands) -> Chosen:
+    small, tensors = _proxy(problem, operands)
+    x = _input(small)
+    natives: dict[str, Chosen] = {}
+    runs, weights = [], []
+    for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
+        found = {_spell(c): c for c in native_candidates(each)}
+        runs += [race.Candidate(name, _call_native(c, small, those, x), c.plan_threads) for name, c in found.items()]
+        weights.append(those.packed.data)
+        natives |= found
+    baseline = rivals.BASELINE if _torch_plan(rivals.BASELINE, small, tensors) else None
+    weights += [] if tensors.weight is None else [tensors.weight]
+    for name in rivals.NAMES:
+        plan = _torch_plan(name, small, tensors)
+        if plan is None or tensors.weight is None:
+            continue
+        weights += [] if plan.packed is None else [plan.packed]
+        runs.append(race.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias)))
+    blocks = [rivals.memory(w) for w in weights]
+
+    def evict() -> None:
+        for address, nbytes in blocks:
+            _kernels.evict(address, nbytes)
+
+    with torch.inference_mode(), Waits(_kernels.pool_threads()) as waited:
+        choice = race.choose(
+            runs,
+            baseline or _spell(heuristic(problem)),
+            evict=evict,
+            waited=waited,
+            floor=_least_seconds(small, tensors),
+        )
+    _tell(problem, choice)
+    if choice.busy:
+        measuring.process.failed(problem.key())
+        return heuristic(problem)._replace(provisional=measuring.BUSY)
+    measuring.process.succeeded(problem.key())
+    winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
+    winner = winner._replace(table=choice.table, speedup=None if baseline is None else choice.speedup)
+    numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
+    keep = cache().put if choice.decided else cache().hold
+    keep(problem.key(), Tuned(winner.name, numbers, choice.table, choice.speedup))
+    return _refusing(winner, problem)
+
+
+def _input(problem: Problem) -> Tensor:
+    # A generator of its own: tuning must not move the user's random numbers.
+    shape, generator = (problem.m, problem.k), torch.Generator("cpu").manual_seed(0)
+    if problem.x in DTYPES:
+        return torch.randn(shape, generator=generator, dtype=DTYPES[problem.x], device="cpu")
+    return torch.randint(0, 128, shape, generator=generator, device="cpu").to(dtype_of_rows(problem.x))
+
+
+def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
+    """The problem to measure instead of `problem`, and its tensors."""
+    area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
+    row_bytes = operands.packed.dtype.itemsize * max(problem.k, 1)
+    nbytes = _PROXY_CACHES * (_kernels.cpu_info()["l2"] or 1 << 20) * problem.threads
+    least = _PROXY_COLUMNS * max(2, problem.threads)
+    m, n = problem.m, min(problem.n, max(least, nbytes // row_bytes))
+    if m * max(n, 1) > area:
+        m = min(m, max(_PROXY_ROWS, int(area / max(n, 1))))
+        n = min(n, max(least, int(area / m)))
+    head = operands.head(n, problem.transposed)
+    return problem._replace(m=m, n=head.packed.n), head
+
+
+def _least_seconds(problem: Problem, operands: Operands) -> float:
+    """What a call takes at the very least."""
+    work, nbytes = problem.m * problem.n * problem.k, operands.packed.nbytes
+    return max(work / _MOST_WORK, nbytes / _MOST_BYTES) / problem.threads
+
+
+def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor) -> Callable[[], object]:
+    plan, steps = native(chosen), epilogue(problem.activation, tensors.out)
+    dtype = DTYPES.get(problem.x, torch.float32) if tensors.out is None else tensors.out.dtype
+
+    def call() -> None:
+        out = torch.empty(x.shape[0], problem.n, dtype=dtype, device="cpu")
+        _kernels.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows)
+
+    return call
+
+
+def _spell(chosen: Chosen) -> str:
+    return f"{chosen.name} t{chosen.plan_threads}" + (f" k/{chosen.k_slices}" if chosen.k_slices > 1 else "")
+
+
+def _tell(problem: Problem, choice: race.Choice) -> None:
+    """The table of a tuning, like Inductor's AUTOTUNE log."""
+    best = choice.table[0][1] if choice.table else 0.0
+    lines = [f"AUTOTUNE linear({problem.m}x{problem.k}, {problem.n}x{problem.k}) {problem.key()}"]
+    lines += [f"  {name:<28} {ms:9.4f} ms {best / ms:6.1%}" for name, ms in choice.table]
+    verdict = f"chosen: {choice.name}" if choice.decided else f"too noisy to tell: {choice.name} for now"
+    verdict = "the machine was busy: a plan by rule for now" if choice.busy else verdict
+    lines.append(f"{verdict}; {choice.rounds} rounds, {choice.seconds * 1e3:.1f} ms")
+    tell("\n".join(lines))
+
+
+def tell(text: str) -> None:
+    """Why a call is slow, for whoever looks for it: on stderr if FASTLINEAR_VERBOSE=1, else logged at debug level."""
+    if environment.verbose():
+        print(text, file=sys.stderr)
+    else:
+        _log.debug(text)

@@ -1,0 +1,171 @@
+"""What a layer's products are made of, as one value: the format of its packed weight, and what is rounded to integers.
+
+A format is a name of the kernel table; nothing here or in those who read it asks which one it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastlinear._kernels as _kernels
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
+from fastlinear.spec.schemes import Scheme
+
+FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
+INTEGER_ROWS = {row["rows"] for row in _kernels.kernels()} - {*_kernels.FORMATS.values()}
+PRODUCTS = {row["format"] for row in _kernels.kernels() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
+DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+
+
+class Precision(NamedTuple):
+    """What one layer computes in. Tensors in it make `==` useless: ask `is_as`.
+
+    packed: the format of the packed weight, None for the parameter's own; accumulate: that of the least exact sums of
+    floats that are welcome; rows: how x is quantised, None where it is not; out: what y is quantised to for the layer
+    that reads it; fallback: whether the parameter's own format may run where it is faster; sample: inputs [m, k] to
+    tell the error of such a layer by.
+    """
+
+    packed: str | None = None
+    accumulate: str = FP32
+    rows: Rows | None = None
+    out: Requantize | None = None
+    fallback: bool = False
+    sample: Tensor | None = None
+
+    @property
+    def smooth(self) -> Tensor | None:
+        """fp32 [k] that x is multiplied by, and the columns of the weight are divided by."""
+        return None if self.rows is None else self.rows.smooth
+
+    @property
+    def scheme(self) -> str:
+        """What makes a plan for it another one than for the same packed weight and x otherwise; "" for floats."""
+        words = [] if self.rows is None else [self.rows.kind]
+        words += [] if self.smooth is None else ["smooth"]
+        return "-".join(words + ([] if self.out is None else [f"to-{name_of(self.out.dtype)}"]))
+
+    def takes(self, x: torch.dtype) -> bool:
+        """Whether kernels multiply an x of this dtype by a weight packed so; if that is fp32, x must be, too."""
+        if x in BYTES:
+            return self.rows is not None and self.rows.kind == "static"
+        return x in _kernels.FORMATS and (x is torch.float32 or self.packed != FP32)
+
+    def under(self, dtype: torch.dtype) -> str:
+        """The format of the packed weight under autocast to `dtype`, which integers are deaf to."""
+        return name_of(dtype) if self.packed is None or self.packed in DTYPES else self.packed
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """The floating-point tensor that x stands for, if it is integers that this takes; x itself otherwise."""
+        if self.rows is None or x.dtype not in BYTES or not self.takes(x.dtype):
+            return x
+        zero = self.rows.zero - (0 if x.dtype is torch.uint8 else 128)
+        numbers = (x.float() - zero) * self.rows.scale
+        return numbers if self.smooth is None else numbers / self.smooth
+
+    def quantizer(self) -> _kernels.RowQuantizer | None:
+        return None if self.rows is None else _kernels.RowQuantizer(*self.rows)
+
+    def is_as(self, other: Precision) -> bool:
+        """Whether layers of both compute the same."""
+        a, b = (p._replace(rows=p.rows and p.rows._replace(smooth=None), sample=None) for p in (self, other))
+        return a == b and is_same(self.smooth, other.smooth)
+
+
+AS_HELD = Precision()  # in the parameter's own format
+
+
+class Wanted(NamedTuple):
+    """What `convert` was asked for: one precision for all layers, or what a scheme says of each."""
+
+    everywhere: Precision
+    scheme: Scheme | None = None
+
+    @property
+    def packed(self) -> str | None:
+        return self.everywhere.packed if self.scheme is None else self.scheme.packed
+
+    def of(self, name: str) -> Precision:
+        """That of the layer called `name`, of which `why_not` has nothing to say."""
+        if self.scheme is None:
+            return self.everywhere
+        observed = self.scheme.observed(name)
+        return self.everywhere._replace(
+            packed=self.scheme.packed,
+            rows=self.scheme.rows(name),
+            fallback=self.scheme.fallback,
+            sample=None if observed is None else observed.inputs,
+        )
+
+    def why_not(self, name: str, k: int, theirs: Quantized | None = None) -> str | None:
+        """Why the layer called `name`, of k input features, cannot be so; None if it can.
+
+        theirs: its weight, where somebody else quantised that.
+        """
+        reason = None if self.scheme is None else self.scheme.why_not(name)
+        if self.scheme is None or reason is not None:
+            return reason
+        rows, zeros = self.scheme.rows(name), theirs is not None and theirs.zero is not None
+        if rows is None:
+            return f"{type(self.scheme).__name__} has no zero points, which its weight has" if zeros else None
+        most = _kernels.dot_limit(zeros)
+        if k > most:
+            return f"its {k} input features are more than the {most} whose products an int32 sum holds"
+        if rows.smooth is not None and theirs is not None:
+            return "its weight is quantised already, and so cannot be smoothed: calibrate it as it is"
+        observed = self.scheme.observed(name)
+        if observed is not None and observed.inputs.shape[1] != k:
+            return f"it was calibrated with {observed.inputs.shape[1]} input features, but has {k}"
+        return None
+
+
+ANYHOW = Wanted(AS_HELD)
+
+
+def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = None) -> Wanted:
+    """The arguments of `convert`; TypeError or ValueError where weights cannot be packed in `dtype`, `accumulate` is no
+    format of sums, `quantize` no scheme, or both are given."""
+    narrow = [each for each in _kernels.FORMATS if each is not torch.float32]
+    if dtype is not None and not any(dtype is allowed for allowed in narrow):
+        error = ValueError if isinstance(dtype, torch.dtype) else TypeError
+        raise error(f"dtype must be None, {' or '.join(map(str, narrow))}, but is {dtype!r}")
+    sums = sorted({row["accumulate"] for row in _kernels.kernels()} & {*DTYPES} | {FP32}, reverse=True)
+    if accumulate not in sums:
+        raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
+    if quantize is not None and not isinstance(quantize, Scheme):
+        kinds = ", ".join(each.__name__ for each in Scheme.__subclasses__())
+        raise TypeError(f"quantize must be None or one of fastlinear's {kinds}, but is {quantize!r}")
+    if quantize is not None and dtype is not None:
+        raise ValueError(f"a weight is packed by dtype={dtype} or by quantize={quantize!r}, not by both")
+    packed = None if dtype is None else _kernels.FORMATS[dtype]  # type: ignore[index]
+    return Wanted(Precision(packed, str(accumulate)), quantize)
+
+
+def epilogue(activation: Activation | None, out: Requantize | None) -> _kernels.Epilogue:
+    """What is done with the sums."""
+    steps = () if activation is None else (activation,)
+    return _kernels.Epilogue(steps, None if out is None else (out.dtype, out.scale, out.zero))
+
+
+def is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are None or equal tensors."""
+    return a is b if a is None or b is None else a is b or torch.equal(a, b)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What kernels and plans call a dtype: "fp32", "uint8"; torch's name where no kernel has it."""
+    return _kernels.FORMATS.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def dtype_of_rows(name: str) -> torch.dtype:
+    """The dtype of x that `name_of` calls so."""
+    return DTYPES.get(name) or next(dtype for dtype in BYTES if name_of(dtype) == name)
+
+
+def long_name(form: str) -> str:
+    """What torch calls a format, if it has it: "float32"."""
+    return str(DTYPES[form]).removeprefix("torch.") if form in DTYPES else form

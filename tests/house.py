@@ -1,0 +1,187 @@
+"""The rooms of the tree: what each is for, which may use which, and the picture of that in docs/architecture.svg.
+
+    python tests/house.py        draws the picture anew, from the includes and imports of the sources
+
+A room is a folder. `tests/test_layering.py` holds every include and import against this table.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "docs/architecture.svg"
+
+
+class Room(NamedTuple):
+    """files: globs from the root; uses: the rooms its files may include or import."""
+
+    purpose: str
+    files: tuple[str, ...]
+    uses: tuple[str, ...]
+
+
+def _cpp(name: str, purpose: str, *uses: str) -> Room:
+    return Room(purpose, (f"include/fastlinear/{name}/**/*.hpp",), uses)
+
+
+def _python(name: str, purpose: str, *uses: str) -> Room:
+    return Room(purpose, (f"fastlinear/{name}/**/*.py",), uses)
+
+
+ROOMS = {
+    "contract": _cpp("contract", "what the parts promise one another", "host"),
+    "host": _cpp("host", "what the machine and torch give"),
+    "formats": _cpp("formats", "what an element is", "contract"),
+    "weight": _cpp("weight", "a weight [N, K] to panels, and back", "contract", "host"),
+    "generic": _cpp("generic", "written once over a vector", "contract", "formats"),
+    "epilogues": _cpp("epilogues", "one file a function", "contract", "generic"),
+    "isa": _cpp("isa", "one folder an instruction set", "contract", "formats", "generic"),
+    "driver": _cpp("driver", "from a problem to y", "contract", "formats", "host", "weight"),
+    "csrc": Room(
+        "one unit an instruction set, and the table",
+        ("csrc/*.cpp",),
+        ("contract", "host", "generic", "epilogues", "isa"),
+    ),
+    "native": Room(
+        "the door to C++: hot path, packs, tensors, the CPU",
+        ("fastlinear/_*.py", "fastlinear/_*.pyx", "fastlinear/_*.px[di]"),
+        ("contract", "host", "formats", "weight", "driver"),
+    ),
+    "spec": _python("spec", "what the numbers mean, in plain torch", "native"),
+    "plan": _python("plan", "the question and the answer", "native", "spec"),
+    "layer": _python("layer", "one layer", "native", "spec", "plan"),
+    "model": _python("model", "a whole model", "native", "spec", "plan", "layer"),
+    "graph": _python("graph", "the compile backend", "native", "spec", "plan", "layer", "model"),
+    "file": _python("file", "saving and loading", "native", "spec", "plan", "layer", "model"),
+    "cli": _python("cli", "one file a command", "native", "spec", "plan", "layer", "model", "graph", "file"),
+}
+FRONT = ("fastlinear/__init__.py", "fastlinear/__main__.py")  # may import every room, and is imported by none
+
+
+def sources(room: str) -> Iterator[tuple[str, str]]:
+    """(path from the root, text) of each file of a room, without what the build generates."""
+    for pattern in ROOMS[room].files:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            if name not in FRONT:
+                yield name, path.read_text()
+
+
+def used_rooms(path: str, text: str) -> Iterator[tuple[str, str]]:
+    """(room, what the file names) of each include or import of the package in a file."""
+    for name in (*cpp_includes(text), *python_imports(path, text)):
+        yield room_of(name), name
+
+
+def cpp_includes(text: str) -> list[str]:
+    return re.findall(r'(?:#include|extern from) "fastlinear/([^"]+)"', text)
+
+
+def python_imports(path: str, text: str) -> list[str]:
+    """The dotted names below fastlinear that a source imports, also inside functions; "" for the front door."""
+    if path.endswith((".hpp", ".cpp")):
+        return []
+    if not path.endswith(".py"):
+        return re.findall(r"^\s*(?:from|c?import) fastlinear\.?([\w.]*)", text, re.MULTILINE)
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastlinear":
+            found.append((node.module or "").removeprefix("fastlinear").lstrip("."))
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "fastlinear"]
+            found += [name.removeprefix("fastlinear").lstrip(".") for name in names]
+    return found
+
+
+def room_of(name: str) -> str:
+    """The room of an included or imported name: its folder."""
+    head = re.split(r"[./]", name)[0]
+    return "native" if head.startswith("_") else head
+
+
+def arrows() -> set[tuple[str, str]]:
+    """(user, used) of all rooms, as the sources have it."""
+    return {
+        (room, used)
+        for room in ROOMS
+        for path, text in sources(room)
+        for used, _ in used_rooms(path, text)
+        if used in ROOMS and used != room
+    }
+
+
+# ---- the picture ----
+
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 290, 58, 24, 52, 20
+
+
+def floors(pairs: set[tuple[str, str]]) -> dict[str, int]:
+    """Each room one floor above the highest that it uses."""
+    level: dict[str, int] = {}
+
+    def floor(room: str) -> int:
+        if room not in level:
+            level[room] = 1 + max((floor(used) for user, used in pairs if user == room), default=-1)
+        return level[room]
+
+    for room in ROOMS:
+        floor(room)
+    return level
+
+
+def _direct(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Without the arrows that a longer way implies: the picture needs those that remain."""
+
+    def reaches(a: str, b: str) -> bool:
+        return any(used == b or reaches(used, b) for user, used in pairs if user == a)
+
+    return {(a, b) for a, b in pairs if not any(reaches(c, b) for user, c in pairs if user == a and c != b)}
+
+
+def draw() -> str:
+    """The picture as SVG: a box a room, users above what they use."""
+    pairs = arrows()
+    level = floors(pairs)
+    rows = [[room for room in ROOMS if level[room] == floor] for floor in range(max(level.values()) + 1)]
+    width = 2 * _MARGIN + max(len(row) for row in rows) * (_WIDTH + _GAP_X) - _GAP_X
+    height = 2 * _MARGIN + len(rows) * (_HEIGHT + _GAP_Y) - _GAP_Y
+    at = {}
+    for floor, row in enumerate(rows):
+        left = (width - len(row) * (_WIDTH + _GAP_X) + _GAP_X) / 2
+        for i, room in enumerate(row):
+            at[room] = (left + i * (_WIDTH + _GAP_X), height - _MARGIN - (floor + 1) * _HEIGHT - floor * _GAP_Y)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        'font-family="sans-serif" font-size="11">',
+        '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
+        '<path d="M0,0 L8,4 L0,8 z" fill="#667"/></marker></defs>',
+        f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fff"/>',
+    ]
+    for user, used in sorted(_direct(pairs)):
+        (x, y), (u, v) = at[user], at[used]
+        lines.append(
+            f'<path d="M{x + _WIDTH / 2:.0f},{y + _HEIGHT:.0f} L{u + _WIDTH / 2:.0f},{v:.0f}" '
+            'stroke="#667" fill="none" marker-end="url(#head)"/>'
+        )
+    for room, (x, y) in at.items():
+        cpp = ROOMS[room].files[0].startswith(("include", "csrc"))
+        lines.append(
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" '
+            f'fill="{"#e8eef7" if cpp else "#f3ecdd"}" stroke="#667"/>'
+        )
+        for dy, weight, text in ((22, "bold", room), (42, "normal", ROOMS[room].purpose)):
+            lines.append(
+                f'<text x="{x + _WIDTH / 2:.0f}" y="{y + dy:.0f}" text-anchor="middle" font-weight="{weight}">'
+                f"{escape(text)}</text>"
+            )
+    return "\n".join([*lines, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(draw())
