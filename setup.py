@@ -31,6 +31,7 @@ extensions = [
     Extension(
         "fastlinear._kernels", ["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))], libraries=["dl"], **common
     ),
+    Extension("fastlinear._calls", ["fastlinear/_calls.pyx"], **common),
     Extension("fastlinear._engine", ["fastlinear/_engine.pyx"], **common),
 ]
 

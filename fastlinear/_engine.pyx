@@ -14,6 +14,7 @@ from libcpp cimport bool as cbool
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._environment as environment
+from fastlinear._calls cimport leads_to, quiet
 from fastlinear._kernels cimport (
     FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute,
     element_bytes, format_of_x, is_float, look_at, need, pool_size
@@ -192,13 +193,20 @@ cdef class Engine:
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
     `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for narrower ones.
     `rows` quantizes x for integer products; x may be integers, too, where it is static. What the engine cannot answer
-    goes to `module._slow(x, why)`, why being UNFIT, GRADIENT, AUTOCAST, PROFILED, STALE, UNPLANNED or DISABLED.
+    goes to `module._slow(x, why, bare)`, why being UNFIT, GRADIENT, AUTOCAST, PROFILED, STALE, UNPLANNED
+    or DISABLED.
+
+    What an epilogue does that only some callers want, an activation that was absorbed or integers for the next layer,
+    is left out by a `bare` engine. The other, joined to it, answers where the call proves that its output goes there.
     """
 
     cdef readonly Packed packed
     cdef readonly Epilogue epilogue
     cdef readonly RowQuantizer rows
-    cdef readonly bint transposed
+    cdef readonly bint transposed, bare
+    cdef readonly Engine elsewhere  # bare; None where all calls are alike
+    cdef object marker, out         # where the output of this one goes, see leads_to
+    cdef list tickets               # of the marker
     cdef object weight        # the parameter that was packed, or waits to be; None for a frozen layer
     cdef Fingerprint fingerprint    # of it as it was then
     cdef object bias          # the last one that was found fit
@@ -209,11 +217,17 @@ cdef class Engine:
     cdef ptrdiff_t threads
     cdef Format x_format
 
-    def __init__(self, Epilogue epilogue not None, bint transposed=False, RowQuantizer rows=None):
+    def __init__(self, Epilogue epilogue not None, bint transposed=False, RowQuantizer rows=None, bint bare=False):
         self.epilogue = epilogue
         self.transposed = transposed
         self.rows = rows
+        self.bare = bare
         self.drop()
+
+    def join(self, Engine elsewhere not None, marker, list tickets, out):
+        """Leaves to `elsewhere` the calls whose output does not go to `marker` (None: to whatever follows) and from
+        there to a layer that takes the integers `out` (None: to anything). In `tickets` the marker finds its inputs."""
+        self.elsewhere, self.marker, self.tickets, self.out = elsewhere, marker, tickets, out
 
     def drop(self):
         """Forgets the packed weight and the plans."""
@@ -290,29 +304,34 @@ cdef class Engine:
         """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile(), an x
         that is no plain tensor."""
         cdef dict state = <dict> PyObject_GenericGetDict(module, NULL)
-        if not is_plain(x) or "forward" in state or "_compiled_call_impl" in state:
+        if not is_plain(x) or not quiet(state):
             return None
-        for name in own_hooks:
-            if <dict> state[name]:
-                return None
         for hooks in global_hooks:
             if <dict> hooks:
                 return None
-        return self.guarded(module, state, x)
+        if self.elsewhere is None:
+            return self.guarded(module, state, x)
+        if not leads_to(module, self.marker, self.out):
+            return self.elsewhere.guarded(module, state, x)
+        y = self.guarded(module, state, x)
+        if self.tickets is not None:
+            self.tickets.append(y)
+        return y
 
     def forward(self, module, x):
         """`module.forward(x)`."""
-        return self.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x)
+        cdef Engine engine = self if self.elsewhere is None else self.elsewhere
+        return engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x)
 
     cdef object guarded(self, module, dict state, x):
         if not is_plain(x) or watched():
-            return module._slow(x, UNFIT)
+            return module._slow(x, UNFIT, self.bare)
         if profiler_module._is_profiler_enabled:
-            return module._slow(x, PROFILED)
+            return module._slow(x, PROFILED, self.bare)
         if is_autocast_enabled():
-            return module._slow(x, AUTOCAST)
+            return module._slow(x, AUTOCAST, self.bare)
         y = self.answer(state, x)
-        return module._slow(x, y) if type(y) is str else y
+        return module._slow(x, y, self.bare) if type(y) is str else y
 
     def attempt(self, module, x):
         """The output, or None where torch has to compute it; for callers that know that no mode watches."""

@@ -104,8 +104,7 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
             f"its layer {layer.name!r} computes {layer.activation.name}, which this model has not got "
             + (f"as {shown(member(fused.holder, fused.slot))}" if fused else "there: it was built as a FastLinear")
         )
-    parent, _, name = layer.name.rpartition(".")
-    return fusion.Pair(module, modules[parent], name, holder, fused.slot, layer.activation)
+    return fusion.Pair(module, holder, fused.slot, layer.activation)
 
 
 def _at(holder: nn.Module, slot: str) -> object:

@@ -70,6 +70,12 @@ def save(model: nn.Module, path: AnyPath) -> None:
             ties[held.name] = first
         if held.kind == "transient":
             transient.append(held.name)
+    fused: dict[str, Fused] = {}
+    for holder, module in modules.items():
+        for slot, child in module._modules.items():
+            if isinstance(child, fusion.Absorbed) and child.linear in layers:
+                name = layers[child.linear]
+                fused.setdefault(name, Fused(name, holder, slot))
     blobs: dict[str, Blob] = {}
     records = []
     panels: dict[Hashable, str] = {}
@@ -77,7 +83,8 @@ def save(model: nn.Module, path: AnyPath) -> None:
         blob, key = _blob(module)
         packed = panels.setdefault(key, member(name, _PACKED))
         blobs.setdefault(packed, blob)
-        records.append(_record(module, name, packed))
+        computed = module.activation if name in fused or linear.has_own_activation(module) else None
+        records.append(_record(module, name, packed)._replace(activation=computed))
         if (smooth := module._precision.smooth) is not None:
             entry = packed.removesuffix(_PACKED) + _SMOOTH
             if tensors.setdefault(entry, smooth) is not smooth:
@@ -85,14 +92,8 @@ def save(model: nn.Module, path: AnyPath) -> None:
         weight = module._parameters.get("weight")
         if weight is not None and _identity(weight) in stored:
             ties[member(name, "weight")] = stored[_identity(weight)]
-    fused = tuple(
-        Fused(layers[child.linear], holder, slot)
-        for holder, module in modules.items()
-        for slot, child in module._modules.items()
-        if isinstance(child, fusion.Absorbed) and child.linear in layers
-    )
     plans = {key: tuned._asdict() for module in layers for key, tuned in _plans(module)}
-    said = Manifest(tuple(records), fused, ties, tuple(transient), decide.cache().machine, plans)
+    said = Manifest(tuple(records), tuple(fused.values()), ties, tuple(transient), decide.cache().machine, plans)
     safefile.write(path, blobs, tensors, manifest.dump(said))
 
 
@@ -190,8 +191,11 @@ def load(path: AnyPath, model: Model) -> Model:
         _assign(match, said, mapped)
         for record in said.layers:
             _become(match.modules[record.name], record, frozen[record.panels], record.weight in match.stored)
-    for pair in match.pairs:
-        fusion.absorb(pair)
+        for pair in match.pairs:
+            fusion.absorb(pair)
+        for record in said.layers:
+            if record.weight in match.stored:
+                _take(match.modules[record.name], frozen[record.panels])
     forbid_bypasses(model)
     if said.machine == decide.cache().machine:
         decide.cache().learn(said.plans)
@@ -240,5 +244,9 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
         linear.set_precision(module, precision)
         if not weight_is_plain:
             hold(module, frozen)
-    if weight_is_plain:
-        module._engine.take(module.weight, _engine.Fingerprint(module.weight), frozen.packed)
+
+
+def _take(layer: Any, frozen: Frozen) -> None:
+    """Spares a fast layer the packing of its weight."""
+    for engine in filter(None, (layer._engine, layer._engine.elsewhere)):
+        engine.take(layer.weight, _engine.Fingerprint(layer.weight), frozen.packed)

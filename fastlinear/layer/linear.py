@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from typing import Any
 
 import torch
@@ -141,10 +142,22 @@ def adopt(
     reason = why_not(module) if over is None else why_no_twin(module)
     if reason is not None:
         raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
-    module.__class__ = _twin(type(module)) or type(module)
+    _turn_into(module, _twin(type(module)) or type(module))
     _become_fast(module, activation, tune, name, precision)
     if over is not None:
         hold(module, over)
+
+
+def set_absorbed(module: Any, marker: nn.Module | None) -> None:
+    """Tells a fast layer that its activation is that of `marker`, for which it is to be applied where the output goes
+    to the marker and nowhere else; None: it is the layer's own."""
+    vars(module)["_absorbed"] = marker
+    module._reset()
+
+
+def has_own_activation(module: Any) -> bool:
+    """True for a fast layer that applies an activation whoever calls it."""
+    return module.activation is not None and module._absorbed is None
 
 
 def precision_of(module: Any) -> Precision:
@@ -166,7 +179,7 @@ def release(module: nn.Module) -> None:
     operator.forget(module)
     for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
         vars(module).pop(key, None)
-    module.__class__ = stock
+    _turn_into(module, stock)
 
 
 def refresh(module: Any) -> None:
@@ -181,7 +194,7 @@ def refresh(module: Any) -> None:
 
 def settle(module: Any) -> None:
     """Has the next call pack a fast layer's weight, even where that has kept changing."""
-    for engine in (module._engine, *module._casting.values()):
+    for engine in module._engines():
         engine.settle()
 
 
@@ -196,17 +209,52 @@ def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
 
 
 def why_no_twin(module: nn.Module) -> str | None:
-    if is_fast(module) or _twin(type(module)) is not None:
+    if is_fast(module):
         return None
-    return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
+    if _twin(type(module)) is None:
+        return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
+    if not _runs_its_own(module, "forward") and not ("_hf_hook" in vars(module) and _runs_its_own(module, _HOOKED)):
+        return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
+    return None
 
 
-_OWN = ("activation", "_engine", "_casting", "_chosen", "_torch_packs", "_elsewhere", "_tune", "_name", "_precision")
+_HOOKED = "_old_forward"  # where accelerate puts the forward that its hooks run around
+
+
+def _runs_its_own(module: nn.Module, attribute: str) -> bool:
+    method = vars(module).get(attribute)
+    if method is None:
+        return attribute == "forward"
+    return (
+        isinstance(method, types.MethodType) and method.__func__ is type(module).forward and method.__self__ is module
+    )
+
+
+def _turn_into(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives a module another class, and what stands for its forward that class's."""
+    for attribute in ("forward", _HOOKED):
+        if attribute in vars(module) and _runs_its_own(module, attribute):
+            vars(module)[attribute] = types.MethodType(cls.forward, module)
+    module.__class__ = cls
+
+
+_OWN = (
+    "activation",
+    "_absorbed",
+    "_engine",
+    "_casting",
+    "_chosen",
+    "_torch_packs",
+    "_elsewhere",
+    "_tune",
+    "_name",
+    "_precision",
+)
 _CONV_OWN = ("in_features", "out_features")
 
 
 def _become_fast(module: Any, activation: Activation | None, tune: str, name: str, precision: Precision) -> None:
-    vars(module).update(activation=activation, _tune=tune, _name=name, _precision=precision)
+    vars(module).update(activation=activation, _absorbed=None, _tune=tune, _name=name, _precision=precision)
     if module._transposed:
         vars(module).update(in_features=module.weight.shape[0], out_features=module.weight.shape[1])
     module._reset()
@@ -223,7 +271,13 @@ def _twin(cls: type) -> type[FastModule] | None:
 def _conv1d_twin(stock: type[nn.Module]) -> type[FastModule]:
     doc = "Conv1D of transformers (GPT-2) as a fast layer."
     members = {"_transposed": True, "__module__": __name__, "__doc__": doc, "__repr__": nn.Module.__repr__}
-    return type("FastConv1D", (FastModule, stock), members)
+    twin = type("FastConv1D", (FastModule, stock), members)
+    twin.forward = _forward_of_conv1d  # type: ignore[attr-defined]  # not a user's own, so not among the members
+    return twin
+
+
+def _forward_of_conv1d(self: Any, x: Tensor) -> Tensor:
+    return FastModule.forward(self, x)
 
 
 def __getattr__(name: str) -> Any:

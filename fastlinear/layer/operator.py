@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import fastlinear._kernels as _kernels
 from fastlinear.layer import gradient
 from fastlinear.layer.op_form import SCHEMA, Form, Key, address_of, arguments, key_of
+from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.int8 import Quantized, dequantize
 from fastlinear.spec.precision import DTYPES, Precision, name_of
@@ -59,9 +60,11 @@ class Layer(Protocol):
 
     def _takes(self, x: Tensor) -> bool: ...
 
-    def _native(self, x: Tensor, packed_as: str) -> Tensor | None: ...
+    def computes(self, bare: bool) -> tuple[Activation | None, Precision]: ...
 
-    def _torch(self, x: Tensor) -> Tensor: ...
+    def _native(self, x: Tensor, packed_as: str, bare: bool) -> Tensor | None: ...
+
+    def _torch(self, x: Tensor, bare: bool) -> Tensor: ...
 
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
@@ -83,21 +86,35 @@ def forget(layer: object) -> None:
     _layers.pop(id(layer), None)
 
 
-def linear(layer: Layer, x: Tensor) -> Tensor:
+def linear(layer: Layer, x: Tensor, bare: bool = False) -> Tensor:
     """layer(x) as the op where that is what a fast layer would run natively, else as torch's own ops; traceable."""
+    activation, precision = layer.computes(bare)
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     frozen = layer._frozen if weight is None else None
     if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias):
-        return layer._torch(x)
+        return layer._torch(x, bare)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if wanted and layer._precision.out is not None:  # integers have no gradients
-        return layer._torch(x)
-    form = (layer.activation, layer._transposed, layer.packed_as, layer._precision)
+    if wanted and precision.out is not None:  # integers have no gradients
+        return layer._torch(x, bare)
+    form = (activation, layer._transposed, layer.packed_as, precision)
     if frozen is None:
         y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0)))
     else:
         y = _op(x, frozen.panels, bias, *arguments(*form, frozen.form))
     return y
+
+
+_FORM = tuple[str, list[float], bool, str, str, str, int, int, str, float, int, Tensor | None, int | None, float, int]
+
+
+def for_script(layer: Layer, bare: bool) -> tuple[Tensor | None, Any]:
+    """What stands for the weight of a frozen layer, and the arguments of the op behind the bias, as TorchScript takes
+    them."""
+    activation, precision = layer.computes(bare)
+    frozen = layer._frozen if layer._parameters.get("weight") is None else None
+    panels = None if frozen is None else frozen.form
+    form = arguments(activation, layer._transposed, layer.packed_as, precision, panels or ("", 0, 0))
+    return None if frozen is None else frozen.panels, torch.jit.Attribute(tuple(form), _FORM)
 
 
 def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -121,7 +138,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
     slot = (*key, packed)
     layer = _find(slot, key, packed, weight, bias)
-    y = None if layer is None else layer._native(x, packed)
+    y = None if layer is None else layer._native(x, packed, _key_of_layer(layer, False) != key)
     return _formula(x, weight, bias, *rest).contiguous() if y is None else y
 
 
@@ -151,13 +168,18 @@ def _find(slot: Key, key: Key, packed: str, weight: Tensor, bias: Tensor | None)
 
 def _look_up(key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
     near = [layer for ref in _by_address.get(weight.data_ptr(), ()) if (layer := ref()) is not None]
-    able = [layer for layer in near if id(layer) in _layers and _key_of_layer(layer) == key]
+    able = [layer for layer in near if id(layer) in _layers and key in _keys_of(layer)]
     able = [layer for layer in able if _is_of(layer, weight, bias) and (packed in DTYPES or packed == layer.packed_as)]
     return max(able, key=lambda layer: layer.packed_as == packed, default=None)
 
 
-def _key_of_layer(layer: Layer) -> Key:
-    return key_of(address_of(_weight_of(layer)), layer.activation, layer._transposed, layer._precision)
+def _keys_of(layer: Layer) -> tuple[Key, Key]:
+    return _key_of_layer(layer, False), _key_of_layer(layer, True)
+
+
+def _key_of_layer(layer: Layer, bare: bool) -> Key:
+    activation, precision = layer.computes(bare)
+    return key_of(address_of(_weight_of(layer)), activation, layer._transposed, precision)
 
 
 def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
@@ -254,6 +276,11 @@ _library.impl("linear", _autocast, "AutocastCPU")
 _library.impl("linear", _autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
 torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)
+
+_library.define("activation(Tensor y, str name, float[] params) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl(
+    "activation", lambda y, name, params: activations.apply(Activation(name, params), y), "CompositeImplicitAutograd"
+)
 
 _library.define("unpack(Tensor panels, str layout, int n, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("unpack", _unpack, "CPU")

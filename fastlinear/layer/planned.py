@@ -7,6 +7,8 @@ makes its own at its first call, or has the pack of a frozen layer from the star
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,14 +29,27 @@ from fastlinear.spec.int8 import handed_on
 from fastlinear.spec.precision import AS_HELD, Precision, dtype_of_rows, epilogue, long_name, name_of
 from fastlinear.spec.reference import Reference
 
+_watchers: list[Callable[[Any], object]] = []
+
+
+@contextmanager
+def watching(done: Callable[[Any], object]) -> Iterator[None]:
+    """Calls done(layer) whenever a fast layer has planned a call; unlike a hook, it changes nothing of the calls."""
+    _watchers.append(done)
+    try:
+        yield
+    finally:
+        _watchers.remove(done)
+
 
 class Planned(Freezable):
     """What a fast layer needs beside its parameters to run natively."""
 
     _precision = AS_HELD  # as it was asked for
-    _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs
+    _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs, bare ones as "bare bf16"
     _torch_packs: rivals.Packs  # of the weight as it is now
     _elsewhere: dict[str, int]  # calls that the kernels did not answer, by reason
+    _absorbed: Any = None  # the marker where the activation stood that this layer applies for it
     _tune: str
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
@@ -66,40 +81,53 @@ class Planned(Freezable):
         operands = (x, None if record_of(self) else self.weight, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
-    def _answer(self, x: Tensor, packed_as: str) -> Tensor | None:
+    def _answer(self, x: Tensor, packed_as: str, bare: bool = False) -> Tensor | None:
         """The answer of the kernels, with a backward where gradients are wanted; None where torch has to compute it."""
         if self.training or not self._differentiated(x):
-            return self._native(x, packed_as)
+            return self._native(x, packed_as, bare)
         frozen = record_of(self)
         weight = self._parameters.get("weight") if frozen is None else frozen.panels
         with torch.no_grad():
-            y = self._native(x, packed_as)
+            y = self._native(x, packed_as, bare)
         if y is None or weight is None:
             return None
-        engine = self._engine_for(packed_as)
+        engine = self._engine_for(packed_as, bare)
         chosen = self._chosen.get(
             (engine, _kernels.num_threads(), name_of(x.dtype), _engine.bucket(x.shape[:-1].numel()))
         )
         kernel = chosen is not None and chosen.name not in rivals.NAMES and not chosen.refused
         packed, plan = engine.packed, decide.native(chosen) if chosen and kernel else None
         native = None if packed is None else gradient.Native(packed, plan, engine.rows)  # None: thawed meanwhile
-        reference = self._reference(self._precision_in(engine, packed_as), frozen)
+        reference = self._reference(self._precision_in(engine, packed_as), frozen, bare)
         out = reference.precision.out
         y = y if out is None else handed_on(y, out)
         return gradient.attach(lambda: y, x, weight, self.bias, reference, native)
 
-    def _reference(self, precision: Precision, frozen: Frozen | None) -> Reference:
+    def _reference(self, precision: Precision, frozen: Frozen | None, bare: bool) -> Reference:
         panels = ("", 0, 0) if frozen is None else frozen.form
-        return Reference(self.activation, precision, self._transposed, panels)
+        return Reference(self.computes(bare)[0], precision, self._transposed, panels)
 
-    def _engine_for(self, packed_as: str) -> Engine:
-        engine = self._engine if packed_as == self.packed_as else self._casting.get(packed_as)
-        return engine or self._casting.setdefault(packed_as, self._new_engine(AS_HELD))
+    def _engine_for(self, packed_as: str, bare: bool) -> Engine:
+        own, key = self._engine, f"bare {packed_as}" if bare else packed_as
+        if packed_as == self.packed_as:
+            return own.elsewhere if bare and own.elsewhere is not None else own
+        return self._casting.get(key) or self._casting.setdefault(key, self._new_engine(AS_HELD, bare))
 
-    def _native(self, x: Tensor, packed_as: str) -> Tensor | None:
+    def computes(self, bare: bool) -> tuple[Activation | None, Precision]:
+        """What the layer computes; bare: in a call whose output may go elsewhere than where the activation stood, or
+        the layer that takes integers."""
+        if not bare:
+            return self.activation, self._precision
+        return None if self._absorbed is not None else self.activation, self._precision._replace(out=None)
+
+    @property
+    def _differs_by_call(self) -> bool:
+        return self._absorbed is not None or self._precision.out is not None
+
+    def _native(self, x: Tensor, packed_as: str, bare: bool = False) -> Tensor | None:
         """The answer of the engine with a pack in that format, packed and planned for if need be; None where torch has
         to compute it."""
-        engine = self._engine_for(packed_as)
+        engine = self._engine_for(packed_as, bare)
         y = engine.attempt(self, x)
         if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
             return y
@@ -117,7 +145,7 @@ class Planned(Freezable):
     def _prepare(self, engine: Engine, packed_as: str, x: Tensor) -> bool:
         """Packs and plans what a call with x needs; False where torch has to run it."""
         with _lock:
-            if engine is not self._engine and engine is not self._casting.get(packed_as):
+            if all(engine is not each for each in self._engines()):
                 return False  # another thread has just frozen or reset the layer
             if not engine.fresh(self):
                 frozen = record_of(self)
@@ -126,11 +154,11 @@ class Planned(Freezable):
                 vars(self)["_torch_packs"] = {}
                 # Read once: another thread may be setting it, to one of another dtype.
                 weight = self.weight if frozen is None else frozen.unpack(self._transposed)
-                if engine is self._engine:
+                if self._is_own(engine):
                     packed_as = self._precision.packed or name_of(weight.dtype)
                 precision = self._precision_in(engine, packed_as)
                 # What is rounded or quantized is the pack's numbers, whatever torch would be quicker with.
-                rounded = engine is self._engine and (precision.scheme or packed_as != name_of(weight.dtype))
+                rounded = self._is_own(engine) and (precision.scheme or packed_as != name_of(weight.dtype))
                 if frozen is None and not engine.ready(weight) and not rounded:
                     return False
                 fingerprint = _engine.Fingerprint(weight)
@@ -143,11 +171,13 @@ class Planned(Freezable):
         m = x.shape[:-1].numel()
         if m > 0:
             self._plan(engine, _engine.bucket(m), x.dtype)
+        for done in _watchers:
+            done(self)
         return True
 
     def _precision_in(self, engine: Engine, packed_as: str) -> Precision:
         """What an engine of this layer computes in: what was asked for, or what autocast does to that."""
-        asked = self._precision if engine is self._engine else AS_HELD
+        asked = self.computes(engine.bare)[1] if self._is_own(engine) else AS_HELD
         return asked._replace(packed=packed_as, accumulate=self._precision.accumulate)
 
     def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
@@ -173,7 +203,8 @@ class Planned(Freezable):
             self._chosen[key] = chosen
             spare, weight = operands.spare, self._parameters.get("weight")
             if spare is not None and weight is not None and chosen.refused and chosen.name not in rivals.NAMES:
-                holder = self._casting.setdefault(spare.format, self._new_engine(AS_HELD))  # counts, and shares, it
+                holding = f"bare {spare.format}" if engine.bare else spare.format  # counts, and shares, its memory
+                holder = self._casting.setdefault(holding, self._new_engine(AS_HELD, engine.bare))
                 if not holder.fresh(self):
                     holder.take(weight, _engine.Fingerprint(weight), spare)
 
@@ -226,7 +257,7 @@ class Planned(Freezable):
             held=name_of(dtype_of(self)) if frozen is None else FROZEN,
             accumulate=precision.accumulate,
             bias=self.bias is not None,
-            activation=self.activation,
+            activation=self.computes(engine.bare)[0],
             transposed=self._transposed,
             threads=threads,
             scheme=precision.scheme,
@@ -234,14 +265,26 @@ class Planned(Freezable):
             layout=packed.layout,
         )
 
-    def _new_engine(self, precision: Precision) -> Engine:
-        return Engine(epilogue(self.activation, precision.out), self._transposed, precision.quantizer())
+    def _new_engine(self, precision: Precision, bare: bool = False) -> Engine:
+        steps = epilogue(self.computes(bare)[0], None if bare else precision.out)
+        return Engine(steps, self._transposed, precision.quantizer(), bare)
+
+    def _engines(self) -> list[Engine]:
+        own = self._engine
+        return [own, *filter(None, [own.elsewhere]), *self._casting.values()]
+
+    def _is_own(self, engine: Engine) -> bool:
+        return engine is self._engine or engine is self._engine.elsewhere
 
     def _reset(self) -> None:
         engine, frozen = self._new_engine(self._precision), record_of(self)
+        if self._differs_by_call:
+            tickets = None if self._absorbed is None else self._absorbed.tickets_of(self)
+            engine.join(self._new_engine(self._precision, True), self._absorbed, tickets, self._precision.out)
         if frozen is not None:
             frozen.layers.add(self)
-            engine.hold(frozen.packed)
+            for each in filter(None, (engine, engine.elsewhere)):
+                each.hold(frozen.packed)
         vars(self).update(_engine=engine, _casting={}, _chosen={}, _torch_packs={})
         vars(self).setdefault("_elsewhere", {})
         operator.register(self)
@@ -250,12 +293,14 @@ class Planned(Freezable):
     def plans(self) -> tuple[Chosen, ...]:
         """What runs for each format of x and bucket of M met so far, under torch's present number of threads."""
         threads = _kernels.num_threads()
-        chosen = [chosen for (_, t, *_), chosen in list(self._chosen.items()) if t == threads]
-        return tuple(sorted(chosen, key=lambda c: (c.x, c.bucket)))
+        chosen = [(engine.bare, chosen) for (engine, t, *_), chosen in list(self._chosen.items()) if t == threads]
+        met = {(c.x, c.bucket) for bare, c in chosen if not bare}
+        shown = [c for bare, c in chosen if not bare or (c.x, c.bucket) not in met]
+        return tuple(sorted(shown, key=lambda c: (c.x, c.bucket)))
 
     @property
     def pack_nbytes(self) -> int:
         """Bytes of the packed weight, in all formats and for torch's own ways, too; 0 before the first call."""
-        packs = [engine.packed for engine in (self._engine, *self._casting.values())]
+        packs = {id(engine.packed): engine.packed for engine in self._engines()}
         of_torch = (rivals.memory(packed)[1] for packed in list(self._torch_packs.values()))
-        return sum(packed.nbytes for packed in packs if packed is not None) + sum(of_torch)
+        return sum(packed.nbytes for packed in packs.values() if packed is not None) + sum(of_torch)

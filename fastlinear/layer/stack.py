@@ -83,7 +83,7 @@ class _Whole(FastLinear):
         hold(self, Frozen(packed, dtype))
         self._parameters["bias"] = bias  # type: ignore[assignment]
 
-    def _slow(self, x: Tensor, why: str) -> Any:
+    def _slow(self, x: Tensor, why: str, bare: bool = False) -> Any:
         return self._native(x, self.packed_as) if why in (_engine.STALE, _engine.UNPLANNED) else None
 
 

@@ -65,8 +65,10 @@ def convert(
     quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits; as lossy as
         `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
-        a module whose source says so. Hooks put on such a layer later see activated output, and a model in which it
-        is wrapped (by LoRA, say) or replaced later raises RuntimeError: do that first, or pass fuse=False.
+        a module whose source says so. Each call proves that anew: where the layer is called by something else, has
+        hooks or was wrapped (by LoRA, say), or its activation was replaced or taken away, it computes what nn.Linear
+        does and the activation, if there is one, runs as it did, at the cost of a pass over the output. So it is in
+        `torch.compile`, too.
     freeze: drop the weights of the converted layers, as `freeze(model)` does. With `inplace` each goes as soon as it
         is packed, so that memory peaks at the model and one layer; what `dtype` or `quantize` rounds is then lost, and
         an error in tuning leaves the model converted.
@@ -104,7 +106,7 @@ def convert(
         for layer in fast:
             _set_precision(undo, twin[layer], _next(linear.precision_of(layer), asked, names[layer]))
         for pair in pairs:
-            there = pair._replace(linear=twin[pair.linear], home=twin[pair.home], holder=twin[pair.holder])
+            there = pair._replace(linear=twin[pair.linear], holder=twin[pair.holder])
             fusion.absorb(there)
             undo.callback(fusion.restore, there.holder, there.slot)
         if asked.scheme is not None and asked.scheme.chain:
@@ -147,13 +149,14 @@ def unconvert(model: Model) -> Model:
     for module in list(model.modules()):
         for slot, child in list(module._modules.items()):
             if isinstance(child, fusion.Absorbed):
+                layer = child.linear
                 fusion.restore(module, slot)
-                if linear.is_fast(child.linear):
-                    linear.release(child.linear)
+                if layer is not None and linear.is_fast(layer):
+                    linear.release(layer)
     for name, module in model.named_modules():
         vars(module).pop(REASON, None)
         allow_bypass(module)
-        if linear.is_fast(module) and module.activation is None:
+        if linear.is_fast(module) and not linear.has_own_activation(module):
             linear.release(module)
         elif linear.is_fast(module):
             warnings.warn(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.layer import linear
+from fastlinear.layer.planned import watching
 from fastlinear.plan import measuring
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,21 +48,23 @@ def run_to_tune(model: nn.Module, example: Any, progress: bool | None) -> None:
     with ExitStack() as stack:
         advance = _progress(stack, len(pending), progress)
 
-        def done(layer: nn.Module, *_: Any) -> None:
+        def done(layer: Any) -> None:
             if layer in pending:
                 pending.discard(layer)
                 advance()
 
         for layer in tuple(pending):
             linear.settle(layer)
-            stack.callback(layer.register_forward_hook(done).remove)
         for layer in tuple(pending):
             layer.ask_again()
         stack.enter_context(measuring.process.thorough())
+        stack.enter_context(watching(done))
         stack.enter_context(torch.no_grad())
         call(model, example)
+        for layer in [layer for layer in pending if layer.plans]:
+            done(layer)
     if pending:
-        _log.info("the example did not reach %d fast layers of %s", len(pending), type(model).__name__)
+        _log.info("the example left %d fast layers of %s without a plan", len(pending), type(model).__name__)
 
 
 def _progress(stack: ExitStack, total: int, wanted: bool | None) -> Callable[[], object]:

@@ -154,7 +154,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _of_module(module: nn.Module) -> Activation | None:
     cls = type(module)
     name = _NAME_OF_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
-    if name is None or has_hooks(module):
+    if name is None or has_hooks(module) or getattr(cls.forward, "__module__", None) != cls.__module__:
         return None
     if getattr(module, "approximate", "none") == "tanh":  # nn.GELU holds two functions
         name = "gelu_tanh"
