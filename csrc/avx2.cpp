@@ -41,7 +41,6 @@ const Isa kIsa{
     .base = &scalar::kIsa,
     .needs = kNeeds,
     .saved = cpu_bits::kYmmSaved,
-    .permit = nullptr,
     .above = {},
     .kernels = kKernels,
     .vectors = &kVectors,

@@ -45,7 +45,6 @@ const Isa kIsa{
     .base = &avx2::kIsa,
     .needs = kNeeds,
     .saved = cpu_bits::kZmmSaved,
-    .permit = nullptr,
     .above = kAbove,
     .kernels = kKernels,
     .vectors = &kVectors,

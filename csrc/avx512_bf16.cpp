@@ -34,7 +34,6 @@ const Isa kIsa{
     .base = &avx512::kIsa,
     .needs = kNeeds,
     .saved = cpu_bits::kZmmSaved,
-    .permit = nullptr,
     .above = kAbove,
     .kernels = kKernels,
     .vectors = nullptr,

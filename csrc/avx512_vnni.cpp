@@ -30,7 +30,6 @@ const Isa kIsa{
     .base = &avx512::kIsa,
     .needs = kNeeds,
     .saved = cpu_bits::kZmmSaved,
-    .permit = nullptr,
     .above = {},
     .kernels = kKernels,
     .vectors = nullptr,

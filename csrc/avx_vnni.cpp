@@ -30,7 +30,6 @@ const Isa kIsa{
     .base = &avx2::kIsa,
     .needs = kNeeds,
     .saved = cpu_bits::kYmmSaved,
-    .permit = nullptr,
     .above = {},
     .kernels = kKernels,
     .vectors = nullptr,

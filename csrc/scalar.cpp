@@ -30,7 +30,6 @@ const Isa kIsa{
     .base = nullptr,
     .needs = {},
     .saved = 0,
-    .permit = nullptr,
     .above = {},
     .kernels = kKernels,
     .vectors = &kVectors,

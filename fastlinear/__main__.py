@@ -97,6 +97,7 @@ def info(_: argparse.Namespace) -> int:
         ("system", platform.platform()),
         ("CPU", f"{cpu['model'] or platform.machine()} ({cpu['vendor']}), {caches}"),
         ("ISAs in use", " ".join(cpu["isas"])),
+        *(("without", f"{isa}: {why}") for isa, why in cpu["refused"].items()),
         ("threads", f"{_kernels.num_threads()} of {os.cpu_count()}, {attached}"),
         ("tuning cache", _cache()),
     ]

@@ -10,6 +10,7 @@ cdef extern from "fastlinear/host/cpu.hpp" namespace "fastlinear" nogil:
     ctypedef struct CpuSource:
         CpuidRegisters (*cpuid)(uint32_t, uint32_t, void*) noexcept
         uint64_t (*xcr0)(void*) noexcept
+        int (*ask_for_tiles)(void*) noexcept
         void* context
     ctypedef struct Cpu:
         char[13] vendor

@@ -15,11 +15,17 @@ cdef uint64_t fake_xcr0(void* context) noexcept with gil:
     return (<dict> context).get("xcr0", 0)
 
 
-# Of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}, which must outlive it; or this one.
+cdef int fake_answer(void* context) noexcept with gil:
+    return (<dict> context)["tiles"].pop() if (<dict> context).get("tiles") else 0
+
+
+# Of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits, "tiles": [errnos, with which asking
+# for tiles is answered, the last one first]}, which must outlive it; or this one.
 cdef CpuSource source_of(dict machine):
     cdef CpuSource source = this_cpu()
     if machine is not None:
-        source.cpuid, source.xcr0, source.context = fake_cpuid, fake_xcr0, <void*> machine
+        source.cpuid, source.xcr0, source.ask_for_tiles = fake_cpuid, fake_xcr0, fake_answer
+        source.context = <void*> machine
     return source
 
 

@@ -29,9 +29,9 @@ cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
     ctypedef struct Isa:
         const char* name
         const Isa* base
-        cbool (*permit)()
+        cbool tiles
     const Isa* isa_at(size_t)
-    cbool offers(const CpuSource&, const Isa&)
+    const char* refusal(const CpuSource&, const Isa&)
     cbool within(const Isa&, const Isa&)
 
 cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
@@ -48,6 +48,8 @@ cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
         ptrdiff_t mr
         ptrdiff_t panels
         Format accumulate
+        ptrdiff_t row_step
+        ptrdiff_t k_step
         ptrdiff_t columns()
         cbool reads(const Layout&)
     size_t kFormats

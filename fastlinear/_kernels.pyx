@@ -6,6 +6,7 @@ No torch header is used. A tensor is read through the C table that torch.Tensor 
 (``__dlpack_c_exchange_api__``, DLPack 1.3), or through its Python attributes where torch is too old to have one.
 """
 
+import errno
 import logging
 import os
 
@@ -68,19 +69,6 @@ if hasattr(os, "register_at_fork"):
 
 # ---- instruction sets ----
 
-cdef list offered_by(const CpuSource& source):
-    """Names of the ISAs that a machine has, the plainest first."""
-    names = []
-    cdef size_t i = 0
-    cdef const Isa* isa = isa_at(0)
-    while isa != NULL:
-        if offers(source, isa[0]):
-            names.insert(0, isa.name.decode())
-        i += 1
-        isa = isa_at(i)
-    return names
-
-
 def isas():
     """Names of all ISAs that the library has kernels for, the plainest first."""
     names = []
@@ -100,40 +88,83 @@ cdef const Isa* isa_named(str name) except NULL:
     raise ValueError(f"FASTLINEAR_MAX_ISA is {name!r}; it may be one of {', '.join(isas())}")
 
 
-# What a machine is: what CPUID and XCR0 show, up to FASTLINEAR_MAX_ISA, and what the system permits when it is asked.
-cdef dict look_at_cpu(dict machine):
-    cdef CpuSource source = source_of(machine)
-    cdef list names = offered_by(source)
-    highest = os.environ.get("FASTLINEAR_MAX_ISA")
-    if highest is not None:
-        names = [name for name in names if within(isa_named(highest)[0], isa_named(name)[0])]
-    return describe_cpu(source) | {
-        "isas": [name for name in names if isa_named(name).permit == NULL or isa_named(name).permit()]
-    }
+cdef dict refusals_of(const CpuSource& source):
+    """Name -> "" or why it is not there, of every ISA, the plainest first; the system is asked for nothing."""
+    reasons = {}
+    cdef const char* why
+    for name in isas():
+        why = refusal(source, isa_named(name)[0])
+        reasons[name] = "" if why == NULL else why.decode()
+    return reasons
 
 
-cdef dict here = look_at_cpu(None)
+# This machine, or what it pretends to be: its description, and "" or why an ISA may not run. Tiles are asked for when
+# somebody first wants to know whether they may be used: a thread whose signal stack is small then stands in the way,
+# and no such thread may come to be afterwards.
+cdef dict pretended = None
+cdef dict refusals = {}
+cdef bint asked = False
 
-
-def cpu_info():
-    """What this CPU is: vendor, brand ("model"), the numbers of its family, model and stepping, the ISAs that may run
-    (CPUID and XCR0), cache sizes in bytes (0 if unknown)."""
-    return here | {"isas": list(here["isas"])}
-
-
-def detect(machine: dict):
-    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}, whatever is allowed
-    here."""
-    cdef CpuSource source = source_of(machine)
-    return describe_cpu(source) | {"isas": offered_by(source)}
+ANSWERS = {
+    errno.ENOSPC: "a thread's signal stack is too small for tiles",
+    errno.EINVAL: "the system does not know tiles; Linux does from 5.16 on",
+}
 
 
 def pretend(machine):
     """From now on `cpu_info`, and with it what may run here, is that of a machine described as for `detect`, or of this
     one again if that is None. For tests, which bring what carries out the instructions that this CPU lacks."""
-    global here, table
-    here = look_at_cpu(machine)
-    table = kernel_rows()
+    global pretended, refusals, asked
+    cdef dict reasons = refusals_of(source_of(machine))
+    highest = os.environ.get("FASTLINEAR_MAX_ISA")
+    if highest is not None:
+        for name in reasons:
+            if not within(isa_named(highest)[0], isa_named(name)[0]):
+                reasons[name] = reasons[name] or f"FASTLINEAR_MAX_ISA is {highest}"
+    pretended, refusals, asked = machine, reasons, False
+
+
+pretend(None)
+
+
+cdef dict settled_refusals():
+    global asked
+    cdef CpuSource source
+    cdef int answer
+    wanted = [] if asked else [name for name in refusals if isa_named(name).tiles and not refusals[name]]
+    asked = True
+    if wanted:
+        source = source_of(pretended)
+        answer = source.ask_for_tiles(source.context)
+        if answer != 0:
+            why = ANSWERS.get(answer, f"the system refuses it ({os.strerror(answer)})")
+            refusals.update(dict.fromkeys(wanted, why))
+    return refusals
+
+
+cdef bint may_run(const Isa* isa):
+    return not (settled_refusals() if isa.tiles else refusals)[isa.name.decode()]
+
+
+cdef dict info_of(const CpuSource& source, dict reasons):
+    return describe_cpu(source) | {
+        "isas": [name for name in reasons if not reasons[name]],
+        "refused": {name: why for name, why in reasons.items() if why},
+    }
+
+
+def cpu_info():
+    """What this CPU is: vendor, brand ("model"), the numbers of its family, model and stepping, cache sizes in bytes (0
+    if unknown), the ISAs that may run, the plainest first, and why others may not ("refused"): CPUID, XCR0, the
+    system's answer where it has to be asked, FASTLINEAR_MAX_ISA."""
+    return info_of(source_of(pretended), settled_refusals())
+
+
+def detect(machine: dict):
+    """`cpu_info` of a machine described by {(leaf, subleaf): (eax, ebx, ecx, edx), "xcr0": bits}, whatever is allowed
+    here and whatever its system would say."""
+    cdef CpuSource source = source_of(machine)
+    return info_of(source, refusals_of(source))
 
 
 # ---- the table ----
@@ -144,7 +175,7 @@ cdef str isa_of(const Kernel* kernel):
 
 
 cdef bint runnable(const Kernel* kernel):
-    return isa_of(kernel) in here["isas"]
+    return may_run(&kernel.isa)
 
 
 cdef str layout_name(const Layout& layout):
@@ -173,7 +204,7 @@ cdef tuple kernel_rows():
             "format": kFormatNames[<size_t> k.layout.format].decode(), "rows": kFormatNames[<size_t> k.rows].decode(),
             "layout": layout_name(k.layout), "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
             "columns": k.columns(), "accumulate": kFormatNames[<size_t> k.accumulate].decode(), "reads": reads(k),
-            "runnable": runnable(k),
+            "row_step": k.row_step, "k_step": k.k_step,
         })
         i += 1
         k = kernel_at(i)
@@ -183,10 +214,17 @@ cdef tuple kernel_rows():
 cdef tuple table = kernel_rows()
 
 
-def kernels():
-    """The kernel table, best ISA first: one dict a kernel. `runnable` tells whether this CPU (and FASTLINEAR_MAX_ISA)
-    allows it, `reads` which layouts it runs on: its own, and those that are widened to it panel by panel."""
+def rows():
+    """The kernel table, the same on every machine, best ISA first: one dict a kernel. `reads` tells which layouts it
+    runs on: its own, and those that are widened to it panel by panel; `row_step` and `k_step` what it takes at a time.
+    """
     return [dict(row) for row in table]
+
+
+def kernels():
+    """`rows`, and `runnable`: whether this CPU, its system and FASTLINEAR_MAX_ISA allow it."""
+    cdef dict reasons = settled_refusals()
+    return [row | {"runnable": not reasons[row["isa"]]} for row in table]
 
 
 def functions():

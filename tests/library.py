@@ -34,7 +34,8 @@ FUNCTIONS = list(_kernels.functions())
 # ---- how an ISA is executed ------------------------------------------------------------------------------------------
 
 NATIVELY, HIDDEN, EMULATED = "natively", "natively, though CPUID hides it", "emulated"
-EMULATIONS = {"avx512_fp16": "avx512", "avx_vnni": "avx2"}  # what the emulator knows, and what it needs itself
+# What the emulator knows, and what it needs itself.
+EMULATIONS = {"amx": "avx512", "avx512_fp16": "avx512", "avx_vnni": "avx2"}
 
 # One instruction that only this ISA has, and a return.
 PROBES = {

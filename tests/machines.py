@@ -50,6 +50,8 @@ def machine(maker: str, name: str, leaf1: int, leaf7: int, xcr0: int, max_leaf: 
 
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+# Palette 1, with 8 tiles of 16 rows of 64 bytes, and a unit that takes them whole.
+TILES = {(0x1D, 0): (1, 0, 0, 0), (0x1D, 1): (0x04002000, 0x00080040, 16, 0), (0x1E, 0): (0, 0x4010, 0, 0)}
 # Registers as such machines report them, reduced to the leaves and bits that matter.
 LEAF1_INTEL, LEAF1_AMD = 0x7FFEFBFF, 0x7ED8320B
 SKX, ADL, SPR, ZEN2, ZEN4 = 0xD39FFFFB, 0x239CA7EB, 0xF3BFBFFF, 0x219C91A9, 0xF1BF97A9
@@ -63,6 +65,31 @@ SKX_CACHES = caches(
 ZEN2_CACHES = caches(
     0x8000001D, cache(1, 1, 8, 64, 64), cache(1, 2, 8, 64, 64), cache(2, 3, 8, 64, 1024), cache(3, 3, 16, 64, 16384)
 )
+
+SPR_WITH_TILES = machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32, **SPR_MORE) | TILES
+
+
+def without(bit: int) -> Machine:
+    """Of leaf 7, edx."""
+    return {(7, 0): (1, SPR, SPR_ECX, SPR_EDX & ~(1 << bit))}
+
+
+# What takes AMX from it, and nothing else.
+NO_TILES: dict[str, Machine] = {
+    "AMX-BF16 hidden": without(22),
+    "AMX-TILE hidden": without(24),
+    "AMX-INT8 hidden": without(25),
+    "tile data not saved": {"xcr0": 0x202E7},
+    "tile configuration not saved": {"xcr0": 0x402E7},
+    "no tile state saved at all, as under gVisor": {"xcr0": 0x2E7},
+    "a hypervisor that shows no palette": {(0x1D, 0): (0, 0, 0, 0)},
+    "palettes beyond the highest leaf": {(0, 0): vendor(INTEL, 0x1C)},
+    "a palette of 4 tiles": {(0x1D, 1): (0x04001000, 0x00040040, 16, 0)},
+    "a palette of 8 rows": {(0x1D, 1): (0x02001000, 0x00080040, 8, 0)},
+    "a palette of 32-byte rows": {(0x1D, 1): (0x02001000, 0x00080020, 16, 0)},
+    "a unit of half the depth": {(0x1E, 0): (0, 0x4008, 0, 0)},
+    "a unit of half the columns": {(0x1E, 0): (0, 0x2010, 0, 0)},
+}
 
 # name, machine, ISAs, (L1d, L2, L3)
 RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
@@ -100,8 +127,9 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
     ),
     (
         "Granite Rapids",
-        machine(INTEL, "Intel(R) Xeon(R) 6980P", LEAF1_INTEL, SPR, 0x602E7, 36, **SPR_MORE | {"eax1": 0x201C30}),
-        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16"],
+        machine(INTEL, "Intel(R) Xeon(R) 6980P", LEAF1_INTEL, SPR, 0x602E7, 36, **SPR_MORE | {"eax1": 0x201C30})
+        | TILES,
+        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx"],
         (0, 0, 0),
     ),
     (
@@ -140,9 +168,18 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
     ),
     (
         "Sapphire Rapids, AMX state enabled",
-        machine(INTEL, "Intel(R) Xeon(R) Platinum 8480+", LEAF1_INTEL, SPR, 0x602E7, 32, **SPR_MORE),
-        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16"],
+        SPR_WITH_TILES,
+        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx"],
         (0, 0, 0),
+    ),
+    *(
+        (
+            f"Sapphire Rapids, {name}",
+            {**SPR_WITH_TILES, **changed},
+            ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16"],
+            (0, 0, 0),
+        )
+        for name, changed in NO_TILES.items()
     ),
     (
         "a VM on it that hides BF16 and FP16",
@@ -228,4 +265,4 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
 ]
 
 # One that has everything, for tests which run what this machine lacks.
-EVERYTHING = machine(INTEL, "a machine that tests pretend", LEAF1_INTEL, SPR, 0x602E7, 32, **SPR_MORE)
+EVERYTHING = SPR_WITH_TILES | text("a machine that tests pretend")

@@ -54,7 +54,7 @@ def on(kernel: Kernel, layout: str) -> Kernel:
         "dtypes": [Dtypes(x, weight, bias) for x, bias in together(of_x, of_bias)],
         "of_x": of_x,
         "of_bias": of_bias,
-        "sums": Sums(FP16_BLOCK if kernel["accumulate"] == "fp16" else 0, flushes=kernel["isa"] == "avx512_bf16"),
+        "sums": Sums(FP16_BLOCK if kernel["accumulate"] == "fp16" else 0, flushes=kernel["rows"] == "bf16"),
     }
 
 

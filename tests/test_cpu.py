@@ -1,5 +1,6 @@
 """What may run where: recorded CPUIDs of machines we do not own, and this machine against /proc/cpuinfo."""
 
+import errno
 import os
 import re
 import subprocess
@@ -18,11 +19,13 @@ from machines import (
     INTEL,
     KB,
     LEAF1_INTEL,
+    NO_TILES,
     OSXSAVE,
     RECORDED,
     SKX,
     SPR,
     SPR_MORE,
+    SPR_WITH_TILES,
     VL,
     ZMM,
     F,
@@ -114,6 +117,7 @@ def test_this_machine_agrees_with_the_kernel() -> None:
         "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
     }
     needs |= {isa: needs["avx512"] | {isa} for isa in ("avx512_vnni", "avx512_bf16", "avx512_fp16")}
+    needs["amx"] = needs["avx512"] | {"amx_tile", "amx_bf16", "amx_int8"}  # and the system must have said yes
     found = _kernels.cpu_info()
     allowed = [isa for isa, needed in needs.items() if needed <= flags]
     assert found["isas"] == allowed[: len(found["isas"])] and found["isas"][0] == "scalar"
@@ -155,3 +159,58 @@ def test_a_pretended_machine_decides_what_may_run() -> None:
     finally:
         _kernels.pretend(None)
     assert (_kernels.cpu_info(), _kernels.kernels()) == before
+
+
+REFUSALS = [
+    (RECORDED[0][1], "CPUID does not show it"),
+    (SPR_WITH_TILES | {"xcr0": 0x2E7}, "the system does not save its registers (XCR0)"),
+    (SPR_WITH_TILES | NO_TILES["a palette of 8 rows"], "CPUID shows tiles of less than 16 rows of 64 bytes"),
+    (SPR_WITH_TILES | {"tiles": [errno.ENOSPC]}, "a thread's signal stack is too small for tiles"),
+    (SPR_WITH_TILES | {"tiles": [errno.EINVAL]}, "the system does not know tiles; Linux does from 5.16 on"),
+    (SPR_WITH_TILES | {"tiles": [errno.EPERM]}, "the system refuses it (Operation not permitted)"),
+]
+
+
+@pytest.mark.skipif("FASTLINEAR_MAX_ISA" in os.environ, reason="that is the reason then")
+@pytest.mark.parametrize(("described", "why"), REFUSALS, ids=[why for _, why in REFUSALS])
+def test_a_refusal_has_its_reason(described: Machine, why: str) -> None:
+    """No AMX then, and nothing else is lost; `info` says which of CPUID, XCR0, palette and system said no."""
+    try:
+        _kernels.pretend(described)
+        found = _kernels.cpu_info()
+        assert found["refused"]["amx"] == why and "amx" not in found["isas"]
+        assert found["isas"] == [isa for isa in _kernels.detect(described)["isas"] if isa != "amx"]
+        assert {row["runnable"] for row in _kernels.kernels() if row["isa"] == "amx"} == {False}
+        with pytest.raises(ValueError, match="no kernel 'bf16/amx/32x32' runs here"):
+            _kernels.Plan("bf16/amx/32x32")
+    finally:
+        _kernels.pretend(None)
+
+
+@pytest.mark.skipif("FASTLINEAR_MAX_ISA" in os.environ, reason="nothing is asked for below the limit")
+def test_the_system_is_asked_once_and_late() -> None:
+    """Not when the machine is looked at, but when somebody wants to know what may run; then never again."""
+    answers = [errno.EPERM, 0]
+    try:
+        _kernels.pretend(SPR_WITH_TILES | {"tiles": answers})
+        assert len(_kernels.rows()) > 0 and _kernels.Plan("fp32/scalar/4x16") and answers == [errno.EPERM, 0]
+        assert any(row["isa"] == "amx" and row["runnable"] for row in _kernels.kernels())
+        assert "amx" in _kernels.cpu_info()["isas"] and _kernels.Plan("bf16/amx/32x32")
+        assert answers == [errno.EPERM]
+    finally:
+        _kernels.pretend(None)
+
+
+def test_below_the_limit_nothing_is_asked() -> None:
+    """FASTLINEAR_MAX_ISA decides before the system does, and is the reason that is given."""
+    script = """
+from machines import SPR_WITH_TILES
+from fastlinear import _kernels
+answers = [0]
+_kernels.pretend(SPR_WITH_TILES | {"tiles": answers})
+print(_kernels.cpu_info()["refused"]["amx"], answers)
+"""
+    environment = os.environ | {"FASTLINEAR_MAX_ISA": "avx512_bf16", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said == "FASTLINEAR_MAX_ISA is avx512_bf16 [0]\n"

@@ -43,7 +43,6 @@ const Isa kIsa{
     .base = &scalar::kIsa,
     .needs = {},
     .saved = 0,
-    .permit = nullptr,
     .above = {},
     .kernels = kKernels,
     .vectors = nullptr,

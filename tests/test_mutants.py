@@ -44,12 +44,13 @@ DRIVER, GRID, ROWS, INTEGER_ROWS, FINISH = (
     f"include/fastlinear/driver/{name}.hpp" for name in ("gemm", "grid", "rows", "integer_rows", "finish")
 )
 TILE, CONVERT, QUANTIZE = (f"include/fastlinear/generic/{name}.hpp" for name in ("tile", "convert", "quantize"))
-SCALAR, BF16, PAIRS, HALVES, VEC = (
+SCALAR, BF16, PAIRS, HALVES, VEC, TILES = (
     f"include/fastlinear/isa/{path}.hpp"
-    for path in ("scalar/kernels", "avx512/bf16", "avx512_bf16/bf16", "avx512_fp16/fp16", "avx512/vec")
+    for path in ("scalar/kernels", "avx512/bf16", "avx512_bf16/bf16", "avx512_fp16/fp16", "avx512/vec", "amx/tiles")
 )
 TALL = "fp32/avx512/14x32"
 TALL_BF16, TALL_PAIRS, WIDENING = "bf16/avx512/14x32", "bf16/avx512_bf16/14x32", "fp32/avx512/14x32 on bf16/32x2"
+TILED, TILED_BYTES = "bf16/amx/32x32", "int8/amx/16x64"
 PAIRING = "bf16/avx512_bf16/14x32 on int8wo/32x1"
 
 WORDS, QUADS, BYTES = "int8/avx512/6x32", "int8/avx512_vnni/14x32", "int8/scalar/4x8"
@@ -96,6 +97,12 @@ INTEGERS = [
 ]
 
 BROKEN = [
+    Mutant("tiles lose the last groups of K", TILES, "rest + Op::layout.kr - 1", "rest - 1", TILED),
+    Mutant("tiles overwrite K blocks", TILES, "if (accumulate)", "if (false)", TILED),
+    Mutant("the second row block is the first", TILES, "rows + r * kRows * lda, lda", "rows, lda", TILED),
+    Mutant("column blocks are swapped", TILES, "sum % C * kBytes", "(C - 1 - sum % C) * kBytes", TILED_BYTES),
+    Mutant("rows are not filled up", ROWS, "rows % kernel.row_step == 0 && k % kernel.k_step == 0", "true", TILED),
+    Mutant("garbage follows the last k", ROWS, "std::memset(to + row_bytes, 0, more)", "(void)more", TILED),
     Mutant("the last k is dropped", SCALAR, "k < t.k;", "k + 1 < t.k;"),
     Mutant("the last k is dropped, AVX2", TILE, "k + kr <= t.k;", "k + kr < t.k;", "fp32/avx2/6x16"),
     Mutant(
@@ -239,8 +246,9 @@ BROKEN = [
 ]
 # Changes that may cost time and nothing else.
 HARMLESS = [
+    Mutant("the last tile has garbage below", ROWS, "std::memset(to, 0, row_bytes)", "std::memset(to, 0, 0)", TILED),
     Mutant("prefetches the wrong place", DRIVER, "a.prefetch_stride = ", "a.prefetch_stride = 17 * "),
-    Mutant("what follows the last k is not cleared", INTEGER_ROWS, "(Int8::dot_kr - rest)", "(0 * rest)", WORDS),
+    Mutant("what follows the last k is not cleared", INTEGER_ROWS, "(filled_k_ - k_)", "(0 * k_)", WORDS),
     Mutant("a unit a thread", GRID, "units_per_thread = 4", "units_per_thread = 1"),
     Mutant("small blocks", GRID, "panel_block_bytes = 512 << 10", "panel_block_bytes = 4 << 10"),
 ]

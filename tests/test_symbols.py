@@ -17,9 +17,11 @@ MAY_USE["avx512"] = ["avx512", *MAY_USE["avx2"]]
 MAY_USE["avx512_vnni"] = ["avx512_vnni", *MAY_USE["avx512"]]
 MAY_USE["avx512_bf16"] = ["avx512_bf16", *MAY_USE["avx512"]]
 MAY_USE["avx512_fp16"] = ["avx512_fp16", *MAY_USE["avx512"]]
+MAY_USE["amx"] = ["amx", *MAY_USE["avx512"]]
 ISAS = list(MAY_USE)[:0:-1]  # widest first: a symbol that names several may use what the widest may
 
 # What AT&T syntax shows of an instruction set.
+AMX_ONLY = re.compile(r"^(tile|tdp|ldtilecfg|sttilecfg)")
 AVX_VNNI_ONLY = re.compile(r"^\{vex\} vpdp")
 VNNI_ONLY = re.compile(r"^vpdp(bu|ws)sds?\b")
 BF16_ONLY = re.compile(r"^v(dpbf16ps|cvtne2?ps2bf16)")
@@ -32,7 +34,7 @@ NOT_AVX = re.compile(r"^ver[rw]\b|^vm[a-z]+\b(?!.*%[xyz]mm)")  # v... mnemonics 
 SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(\S.*)$")
 JUMP = re.compile(r"^(?:bnd )?j[a-z]+\s+([0-9a-f]+)\b")
-MULTIPLY_ADD = re.compile(r"^(\{vex\} )?v(fmadd\w*p[sh]|dpbf16ps|pdpbusd|pmaddwd)\b")
+MULTIPLY_ADD = re.compile(r"^(\{vex\} )?v(fmadd\w*p[sh]|dpbf16ps|pdpbusd|pmaddwd)\b|^tdp")
 
 Instructions = list[tuple[int, str]]
 
@@ -56,6 +58,8 @@ def isa_of(symbol: str) -> str:
 
 
 def isa_needed(instruction: str) -> str:
+    if AMX_ONLY.search(instruction):
+        return "amx"
     if AVX_VNNI_ONLY.search(instruction):
         return "avx_vnni"
     if VNNI_ONLY.search(instruction):
@@ -90,10 +94,10 @@ def kernels_of(isa: str) -> dict[str, Instructions]:
 
 
 def stack_traffic(instructions: Instructions, loop: Instructions) -> list[str]:
-    """Vector loads and stores of the stack in a loop; %rbp is the stack only where the function makes it so."""
+    """Loads and stores of vectors and tiles on the stack in a loop; %rbp is it only where the function makes it so."""
     frame = any(re.match(r"mov\s+%rsp,%rbp", text) for _, text in instructions)
     stack = re.compile(r"\(%r(sp|bp)\b" if frame else r"\(%rsp\b")
-    return [text for _, text in loop if stack.search(text) and re.search(r"%[xyz]mm", text)]
+    return [text for _, text in loop if stack.search(text) and re.search(r"%[xyzt]mm", text)]
 
 
 def test_wide_registers_stay_in_their_isa() -> None:
@@ -142,6 +146,9 @@ def test_every_isa_of_the_table_is_known() -> None:
         ("vcvtph2psx %ymm1,%zmm2", "avx512_fp16"),
         ("vcvtsh2ss %xmm0,%xmm1,%xmm2", "avx512_fp16"),
         ("vmovw  %eax,%xmm0", "avx512_fp16"),
+        ("tdpbf16ps %tmm2,%tmm1,%tmm0", "amx"),
+        ("tileloadd (%rax,%rcx,1),%tmm4", "amx"),
+        ("sttilecfg (%rdi)", "amx"),
         ("addps  %xmm0,%xmm1", "baseline"),
         ("verr   %ax", "baseline"),
     ],
@@ -156,7 +163,8 @@ def test_inner_loops_do_not_spill(isa: str) -> None:
     """The accumulators of every micro-kernel stay in registers: its innermost loop never touches the stack."""
     kernels = kernels_of(isa)
     loops = {symbol: loops_of_fma(body) for symbol, body in kernels.items()}
-    instances = sum(kernel["mr"] * kernel["panels"] for kernel in _kernels.kernels() if kernel["isa"] == isa)
+    rows = [row for row in _kernels.rows() if row["isa"] == isa]
+    instances = sum(row["mr"] // row["row_step"] * row["panels"] for row in rows)
     assert sum(bool(found) for found in loops.values()) >= instances > 0
     spills = {
         s: traffic for s, found in loops.items() for loop in found if (traffic := stack_traffic(kernels[s], loop))
@@ -165,16 +173,18 @@ def test_inner_loops_do_not_spill(isa: str) -> None:
 
 
 MULTIPLY_ADDS = ["vfmadd231ps", "vdpbf16ps", "vfmadd132ph", "vpmaddwd", "vpdpbusd", "{vex} vpdpbusd"]
+SAVES = ["vmovups %zmm0,0x80(%rsp)", "tilestored %tmm0,(%rsp,%rax,1)"]
 
 
+@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("multiply_add", MULTIPLY_ADDS)
-def test_a_spill_is_seen(multiply_add: str) -> None:
+def test_a_spill_is_seen(multiply_add: str, save: str) -> None:
     """The search for stack traffic can fail."""
     body = [
         (0, "mov    %rsp,%rbp"),
         (4, "vmovups -0x40(%rbp),%zmm0"),
         (8, f"{multiply_add} (%rax),%zmm1,%zmm0"),
-        (12, "vmovups %zmm0,0x80(%rsp)"),
+        (12, save),
         (16, "jne    4 <f+0x4>"),
         (20, "vmovups %zmm0,0xc0(%rsp)"),
     ]

@@ -121,7 +121,7 @@ def parse(contents: Contents) -> Manifest:
         raise ValueError(f"it is of schema {raw['schema']}, by fastlinear {library}; this version reads {SCHEMA}")
     kinds = {"layers": list, "fused": list, "ties": dict, "transient": list, "machine": dict, "plans": dict}
     _check_fields("its metadata", raw, {"schema": int, "library": str, **kinds})
-    layouts = {row["layout"]: row["format"] for row in _kernels.kernels()}
+    layouts = {row["layout"]: row["format"] for row in _kernels.rows()}
     layers = tuple(_layer(layer, layouts) for layer in raw["layers"])
     for accumulate in {layer.accumulate for layer in layers}:
         wanted(None, accumulate)

@@ -138,7 +138,8 @@ def _able(layout: str, x: str) -> tuple[Row, ...]:
 @functools.cache
 def _likely(layout: str, x: str, accumulate: str) -> tuple[Row, ...]:
     """Of the able kernels that read the same things in the same way, only the best ISA's: a tuning has no time for the
-    scalar ones. All integers are one way. Coarse sums have to be asked for."""
+    scalar ones. All integers are one way; kernels of whole tiles are one beside those of single rows. Coarse sums have
+    to be asked for."""
     rows = _able(layout, x)
     best = {_way(row): row["isa"] for row in reversed(rows)}
     return tuple(
@@ -162,8 +163,8 @@ def native_candidates(problem: Problem) -> list[Chosen]:
     ]
 
 
-def _way(row: Row) -> tuple[str, str]:
-    return row["format"], "integers" if row["rows"] in INTEGER_ROWS else row["rows"]
+def _way(row: Row) -> tuple[str, str, bool]:
+    return row["format"], "integers" if row["rows"] in INTEGER_ROWS else row["rows"], row["row_step"] > 1
 
 
 def _slices(problem: Problem, row: Row, threads: int) -> list[int]:
@@ -176,7 +177,8 @@ def heuristic(problem: Problem) -> Chosen:
     """A good plan without measuring, on all threads unless the product is small.
 
     The kernel passes over each panel least often, and where equal reads x as it is, does not widen, has the wider tile.
-    From three passes on, one that converts the weight in every pass comes last.
+    From three passes on, one that converts the weight in every pass comes last, and so does one of whole tiles for so
+    few rows that most of each would be padding: it reads the weight no faster.
     """
     rows = {row["name"]: row for row in runnable()}
     threads = 1 if problem.m * problem.n * problem.k < _PARALLEL_WORK else problem.threads
@@ -185,7 +187,8 @@ def heuristic(problem: Problem) -> Chosen:
         row = rows[c.name]
         passes = -(-max(problem.m, 1) // row["mr"])
         converts, widens = row["format"] != row["rows"], row["format"] != problem.packed
-        return converts and passes > 2, passes, row["rows"] != problem.x, widens, -row["columns"], -c.k_slices
+        last = 4 * max(problem.m, 1) <= row["row_step"] or (converts and passes > 2)
+        return last, passes, row["rows"] != problem.x, widens, -row["columns"], -c.k_slices
 
     best = min((c for c in native_candidates(problem) if c.plan_threads == threads), key=rank)
     return best._replace(source="heuristic")

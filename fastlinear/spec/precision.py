@@ -16,8 +16,8 @@ from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.schemes import Scheme
 
 FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
-INTEGER_ROWS = {row["rows"] for row in _kernels.kernels()} - {*_kernels.FORMATS.values()}
-PRODUCTS = {row["format"] for row in _kernels.kernels() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
+INTEGER_ROWS = {row["rows"] for row in _kernels.rows()} - {*_kernels.FORMATS.values()}
+PRODUCTS = {row["format"] for row in _kernels.rows() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
 DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 
 
@@ -133,7 +133,7 @@ def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = N
     if dtype is not None and not any(dtype is allowed for allowed in narrow):
         error = ValueError if isinstance(dtype, torch.dtype) else TypeError
         raise error(f"dtype must be None, {' or '.join(map(str, narrow))}, but is {dtype!r}")
-    sums = sorted({row["accumulate"] for row in _kernels.kernels()} & {*DTYPES} | {FP32}, reverse=True)
+    sums = sorted({row["accumulate"] for row in _kernels.rows()} & {*DTYPES} | {FP32}, reverse=True)
     if accumulate not in sums:
         raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
     if quantize is not None and not isinstance(quantize, Scheme):

@@ -220,21 +220,31 @@ Outcome tdp_floats(Machine&, const Instruction& i) {
   return Outcome::done;
 }
 
+// All 16 columns: those that there are not are trimmed.
+template <class A, class B>
+[[gnu::target("avx2")]] void multiply_bytes(unsigned char (&d)[kRows][kColumns],
+                                            const unsigned char (&a)[kRows][kColumns],
+                                            const unsigned char (&b)[kRows][kColumns], unsigned rows, unsigned depth) {
+  alignas(64) std::int32_t weights[4 * kRows][16];
+  for (unsigned k = 0; k < 4 * depth; ++k)
+    for (unsigned n = 0; n < 16; ++n) weights[k][n] = element<B>(b[k / 4], 4 * n + k % 4);
+  for (unsigned m = 0; m < rows; ++m) {
+    alignas(64) std::uint32_t sums[16];
+    std::memcpy(sums, d[m], sizeof sums);
+    for (unsigned k = 0; k < 4 * depth; ++k) {
+      const std::int32_t x = element<A>(a[m], k);
+      for (unsigned n = 0; n < 16; ++n) sums[n] += static_cast<std::uint32_t>(x * weights[k][n]);
+    }
+    std::memcpy(d[m], sums, sizeof sums);
+  }
+}
+
 template <class A, class B>
 Outcome tdp_bytes(Machine&, const Instruction& i) {
   File& f = file();
   unsigned columns, depth;
   if (!fit(f, i.reg, i.rm, i.vvvv, columns, depth)) return Outcome::undefined;
-  for (unsigned m = 0; m < f.config.rows[i.reg]; ++m)
-    for (unsigned k = 0; k < depth; ++k)
-      for (unsigned byte = 0; byte < 4; ++byte) {
-        const std::int32_t x = element<A>(f.data[i.rm][m], 4 * k + byte);
-        for (unsigned n = 0; n < columns; ++n) {
-          const std::int32_t product = x * element<B>(f.data[i.vvvv][k], 4 * n + byte);
-          const auto sum = element<std::uint32_t>(f.data[i.reg][m], n) + static_cast<std::uint32_t>(product);
-          std::memcpy(f.data[i.reg][m] + 4 * n, &sum, 4);
-        }
-      }
+  multiply_bytes<A, B>(f.data[i.reg], f.data[i.rm], f.data[i.vvvv], f.config.rows[i.reg], depth);
   trim(f, i.reg);
   return Outcome::done;
 }

@@ -189,7 +189,7 @@ int main(int argc, char** argv) {
   if (stride == 0) return std::fprintf(stderr, "usage: %s STRIDE [CASE]\n", argv[0]), 2;
   std::vector<const Isa*> isas;
   for (std::size_t i = 0; const Isa* isa = fastlinear::isa_at(i); ++i)  // those that add arithmetic borrow the vectors
-    if (isa->vectors != nullptr && offers(fastlinear::this_cpu(), *isa)) isas.push_back(isa);
+    if (isa->vectors != nullptr && fastlinear::refusal(fastlinear::this_cpu(), *isa) == nullptr) isas.push_back(isa);
   std::size_t failures = 0;
   for (const Case& c : kCases)
     if (argc < 3 || label(c).starts_with(argv[2])) failures += check(c, index_of(c.name), isas, stride);

@@ -26,11 +26,11 @@ struct Isa {
   const Isa* base;                // what it is built on, and not offered without; null for plain C++
   std::span<const CpuBit> needs;  // beside those of its base
   std::uint64_t saved;            // the registers, as bits of XCR0, that the system has to save for it
-  bool (*permit)();               // what the system has to be asked once before the first kernel runs; or null
   // ISAs other than its base and what that implies that FASTLINEAR_MAX_ISA = this one leaves allowed.
   std::span<const Isa* const> above;
   std::span<const std::span<const Kernel>> kernels;
   const Vectors* vectors;  // null: an ISA that only adds arithmetic borrows its base's
+  bool tiles = false;      // whether it has tiles, which the system gives only to a process that asks
 };
 
 inline const Vectors& vectors_of(const Isa& isa) {
@@ -39,10 +39,13 @@ inline const Vectors& vectors_of(const Isa& isa) {
   return *own->vectors;
 }
 
-// Whether the machine has it, and all that it is built on.
-inline bool offers(const CpuSource& source, const Isa& isa) {
-  if (isa.base != nullptr && !offers(source, *isa.base)) return false;
-  return has_all(source, isa.needs) && (saved_registers(source) & isa.saved) == isa.saved;
+// Why a machine does not offer it, or what it is built on, without asking its system for anything; null where it does.
+inline const char* refusal(const CpuSource& source, const Isa& isa) {
+  if (const char* why = isa.base == nullptr ? nullptr : refusal(source, *isa.base)) return why;
+  if (!has_all(source, isa.needs)) return "CPUID does not show it";
+  if ((saved_registers(source) & isa.saved) != isa.saved) return "the system does not save its registers (XCR0)";
+  if (isa.tiles && !has_full_tiles(source)) return "CPUID shows tiles of less than 16 rows of 64 bytes";
+  return nullptr;
 }
 
 // Whether it is `highest`, or among what that implies.

@@ -22,11 +22,19 @@ struct TileArgs {
   std::ptrdiff_t panel_stride;  // bytes from one panel to the next
   std::ptrdiff_t panels;
   std::ptrdiff_t k;                // elements; only the last block of K may end within a group of kr, which integer
-                                   // rows fill up with anything, since the panel has zeros there
+                                   // rows fill up with anything, since the panel has zeros there, or within a k_step
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here towards L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
+};
+
+// What a thread does before its first tile of a call and after its last: state of the CPU that belongs to nobody is put
+// back as it was found, by means of `memory`, which lies on a multiple of its size.
+inline constexpr std::size_t kSessionBytes = 64;
+struct Session {
+  void (*enter)(void* memory);
+  void (*leave)(const void* memory);
 };
 
 struct Kernel {
@@ -37,6 +45,12 @@ struct Kernel {
   std::ptrdiff_t mr, panels;
   void (*run)(const TileArgs&);
   Format accumulate = Format::fp32;  // of the sums: int32 of integers; fp16 for up to 64 products, if users ask for it
+
+  // Rows and K that it takes at a time: it reads rows of A up to a multiple of row_step, and of each k up to a multiple
+  // of k_step, where the driver has laid zeros, and writes as many rows of sums, of which nobody reads those beyond
+  // `rows`.
+  std::ptrdiff_t row_step = 1, k_step = 1;
+  const Session* session = nullptr;
 
   constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
 

@@ -24,10 +24,27 @@ namespace gemm_detail {
 // fetch a third. Otherwise a single tile only streams, and the hardware's own prefetcher does that better.
 inline constexpr std::ptrdiff_t kStreamingRows = 6;
 
+// A kernel's session, if it has one: entered and left by the thread that has this.
+class OpenSession {
+ public:
+  explicit OpenSession(const Session* session) : session_(session) {
+    if (session_ != nullptr) session_->enter(memory_);
+  }
+  OpenSession(const OpenSession&) = delete;
+  OpenSession& operator=(const OpenSession&) = delete;
+  ~OpenSession() {
+    if (session_ != nullptr) session_->leave(memory_);
+  }
+
+ private:
+  const Session* session_;
+  alignas(kSessionBytes) char memory_[kSessionBytes];
+};
+
 // What one thread needs to work on units of a job.
 class Worker {
  public:
-  explicit Worker(const Job& job) : job_(job) {}
+  explicit Worker(const Job& job) : job_(job), session_(job.plan.kernel->session) {}
 
   void run(const Unit& u) {
     const Range tiles = job_.grid.row_tiles_of(u);
@@ -35,7 +52,7 @@ class Worker {
       const Problem& p = job_.p;
       first_row_ = job_.grid.rows_of(tiles.begin).begin;
       const std::ptrdiff_t rows = job_.grid.rows_of(tiles.end - 1).end - first_row_;
-      x_ = prepare_rows({p.x.at(first_row_, 0), p.x.stride, p.x.format}, rows, p.k, *job_.plan.kernel,
+      x_ = prepare_rows({p.x.at(first_row_, 0), p.x.stride, p.x.format, p.x.filled}, rows, p.k, *job_.plan.kernel,
                         job_.vectors.conversions[static_cast<std::size_t>(p.x.format)], rows_);
       row_block_ = u.row_block;
     }
@@ -107,6 +124,7 @@ class Worker {
   }
 
   const Job& job_;
+  OpenSession session_;
   Scratch &rows_ = scratch(0), &tiles_ = scratch(1), &wide_ = scratch(2);
   std::ptrdiff_t row_block_ = -1, first_row_ = 0;  // what x_ holds
   Rows x_{};
@@ -145,7 +163,7 @@ inline const float* wide_bias(const Problem& p, const Conversion* conversions) {
 
 inline bool multiply(const Problem& p, const Plan& plan, const RowScale* row_scales) {
   const Vectors& vectors = *plan.vectors;
-  const Grid grid(plan, std::max(p.weight.layout.kr, plan.kernel->layout.kr), p.m, p.n, p.k);
+  const Grid grid(plan, p.weight.layout.kr, p.m, p.n, p.k);
   const std::size_t first = p.epilogue.steps[0].function;
   const std::size_t absorbed = first == kRelu || first == kIdentity;
   const float floor = first == kRelu ? 0.0f : -kInfinity;

@@ -33,9 +33,11 @@ struct Unit {
 
 class Grid {
  public:
-  // K is cut between groups of kr elements: of the packed weight, or of the kernel if those are longer.
-  Grid(const Plan& plan, std::ptrdiff_t kr, std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t k) : m_(m), k_(k) {
+  // K is cut between groups of kr elements: of the packed weight, or of the kernel, or its k_step, if those are longer.
+  Grid(const Plan& plan, std::ptrdiff_t packed_kr, std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t k)
+      : m_(m), k_(k), row_step_(plan.kernel->row_step) {
     const Kernel& kernel = *plan.kernel;
+    const std::ptrdiff_t kr = std::max({packed_kr, kernel.layout.kr, kernel.k_step});
     const std::ptrdiff_t row_tile_bytes = kernel.mr * std::max(k, one) * element_bytes(kernel.rows);
     const std::ptrdiff_t columns_bytes = kernel.columns() * element_bytes(kernel.layout.format);
     groups = ceil_div(ceil_div(n, kernel.layout.nr), kernel.panels);
@@ -56,9 +58,11 @@ class Grid {
   Range row_tiles_of(const Unit& u) const {
     return {part(row_tiles, u.row_block, row_blocks_), part(row_tiles, u.row_block + 1, row_blocks_)};
   }
-  // Rows of one tile: tiles differ by one row at most, since 16 rows on a 14-row kernel run faster as 8 + 8.
+  // Rows of one tile: tiles differ by one row_step at most, since 16 rows on a 14-row kernel run faster as 8 + 8.
   Range rows_of(std::ptrdiff_t row_tile) const {
-    return {part(m_, row_tile, row_tiles), part(m_, row_tile + 1, row_tiles)};
+    const std::ptrdiff_t steps = ceil_div(m_, row_step_);
+    return {std::min(m_, part(steps, row_tile, row_tiles) * row_step_),
+            std::min(m_, part(steps, row_tile + 1, row_tiles) * row_step_)};
   }
   Range slice_of(const Unit& u) const {
     return {std::min(k_, u.slice * slice_k_), std::min(k_, (u.slice + 1) * slice_k_)};
@@ -81,7 +85,7 @@ class Grid {
 
   static std::ptrdiff_t part(std::ptrdiff_t total, std::ptrdiff_t i, std::ptrdiff_t parts) { return total * i / parts; }
 
-  std::ptrdiff_t m_, k_, slice_k_, k_blocks_, block_k_, row_blocks_;
+  std::ptrdiff_t m_, k_, row_step_, slice_k_, k_blocks_, block_k_, row_blocks_;
 };
 
 }  // namespace fastlinear

@@ -68,11 +68,12 @@ inline Affine affine_of(RowKind kind, const RowScale& row) {
 
 class RowWorker {
  public:
-  RowWorker(const Rows& x, std::ptrdiff_t k, Format format, std::ptrdiff_t stride, const RowQuantizer& quantizer,
+  RowWorker(const Rows& x, std::ptrdiff_t k, const Kernel& kernel, std::ptrdiff_t stride, const RowQuantizer& quantizer,
             const Conversion* conversions, const Quantization& quantization, bool sums, char* data, RowScale* scales)
       : x_(x),
         k_(k),
-        format_(format),
+        filled_k_(round_up(k, std::max(Int8::dot_kr, kernel.k_step))),
+        format_(kernel.rows),
         stride_(stride),
         quantizer_(quantizer),
         conversions_(conversions),
@@ -90,9 +91,8 @@ class RowWorker {
       scale = shift(r, to);
     if (format_ == Format::int16) scale.zero = 0;  // it is subtracted already
     if (sums_) scale.sum = sum(to, scale.zero);
-    if (const std::ptrdiff_t rest = k_ % Int8::dot_kr; rest > 0)
-      std::memset(to + k_ * element_bytes(format_), 0,
-                  static_cast<std::size_t>((Int8::dot_kr - rest) * element_bytes(format_)));
+    std::memset(to + k_ * element_bytes(format_), 0,
+                static_cast<std::size_t>((filled_k_ - k_) * element_bytes(format_)));
   }
 
  private:
@@ -149,7 +149,7 @@ class RowWorker {
   }
 
   const Rows& x_;
-  std::ptrdiff_t k_;
+  std::ptrdiff_t k_, filled_k_;
   Format format_;
   std::ptrdiff_t stride_;
   const RowQuantizer& quantizer_;
@@ -174,13 +174,15 @@ inline IntegerRows quantize_rows(const Rows& x, std::ptrdiff_t m, std::ptrdiff_t
   thread_local Scratch data, scales;
   const std::ptrdiff_t stride = scratch_stride(k, kernel);
   auto* const row_scales = static_cast<RowScale*>(scales.bytes(m * std::ptrdiff_t{sizeof(RowScale)}));
-  auto* const rows = static_cast<char*>(data.bytes(m * stride * element_bytes(kernel.rows)));
+  const std::ptrdiff_t row_bytes = stride * element_bytes(kernel.rows), filled_rows = round_up(m, kernel.row_step);
+  auto* const rows = static_cast<char*>(data.bytes(filled_rows * row_bytes));
+  std::memset(rows + m * row_bytes, 0, static_cast<std::size_t>((filled_rows - m) * row_bytes));
   const auto make = [&] {
-    return [worker = RowWorker(x, k, kernel.rows, stride, quantizer, vectors.conversions, *vectors.quantization, sums,
-                               rows, row_scales)](std::ptrdiff_t r) mutable { worker.run(r); };
+    return [worker = RowWorker(x, k, kernel, stride, quantizer, vectors.conversions, *vectors.quantization, sums, rows,
+                               row_scales)](std::ptrdiff_t r) mutable { worker.run(r); };
   };
   if (!share_out(m, m * k < kSerialElements ? 1 : threads, make)) throw std::bad_alloc();
-  return {{rows, stride, kernel.rows}, row_scales};
+  return {{rows, stride, kernel.rows, true}, row_scales};
 }
 
 }  // namespace fastlinear

@@ -4,8 +4,11 @@
 
 #include <cpuid.h>
 #include <emmintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,10 +20,12 @@ struct CpuidRegisters {
   std::uint32_t eax, ebx, ecx, edx;
 };
 
-// cpuid(leaf, subleaf) and xgetbv(0); `context` is handed through.
+// cpuid(leaf, subleaf), xgetbv(0), and what the system says (0 or an errno) when it is asked for tiles, for all threads
+// of the process; `context` is handed through.
 struct CpuSource {
   CpuidRegisters (*cpuid)(std::uint32_t leaf, std::uint32_t subleaf, void* context);
   std::uint64_t (*xcr0)(void* context);
+  int (*ask_for_tiles)(void* context);
   void* context;
 };
 
@@ -46,10 +51,12 @@ inline constexpr CpuBit kAvx2{7, 0, &CpuidRegisters::ebx, 5}, kAvx512F{7, 0, &Cp
     kAvx512Dq{7, 0, &CpuidRegisters::ebx, 17}, kAvx512Bw{7, 0, &CpuidRegisters::ebx, 30},
     kAvx512Vl{7, 0, &CpuidRegisters::ebx, 31};
 inline constexpr CpuBit kAvx512Vnni{7, 0, &CpuidRegisters::ecx, 11}, kAvx512Fp16{7, 0, &CpuidRegisters::edx, 23};
+inline constexpr CpuBit kAmxBf16{7, 0, &CpuidRegisters::edx, 22}, kAmxTile{7, 0, &CpuidRegisters::edx, 24},
+    kAmxInt8{7, 0, &CpuidRegisters::edx, 25}, kAmxFp16{7, 1, &CpuidRegisters::eax, 21};
 inline constexpr CpuBit kAvxVnni{7, 1, &CpuidRegisters::eax, 4}, kAvx512Bf16{7, 1, &CpuidRegisters::eax, 5};
 
-// Of XCR0: XMM and YMM; and opmasks, ZMM, high ZMM.
-inline constexpr std::uint64_t kYmmSaved = 0x06, kZmmSaved = 0xe6;
+// Of XCR0: XMM and YMM; and opmasks, ZMM, high ZMM; and the configuration and data of tiles.
+inline constexpr std::uint64_t kYmmSaved = 0x06, kZmmSaved = 0xe6, kTilesSaved = 0x600e6;
 
 }  // namespace cpu_bits
 
@@ -66,6 +73,16 @@ inline bool has_all(const CpuSource& source, std::span<const CpuBit> bits) {
 // XCR0, which may be read only where the system says so.
 inline std::uint64_t saved_registers(const CpuSource& source) {
   return has_all(source, std::array{cpu_bits::kOsxsave}) ? source.xcr0(source.context) : 0;
+}
+
+// Whether palette 1 has 8 tiles of 16 rows of 64 bytes, and products take them whole. Reads the leaves that every CPU
+// with tiles has.
+inline bool has_full_tiles(const CpuSource& source) {
+  if (source.cpuid(0, 0, source.context).eax < 0x1e || source.cpuid(0x1d, 0, source.context).eax < 1) return false;
+  const CpuidRegisters palette = source.cpuid(0x1d, 1, source.context), unit = source.cpuid(0x1e, 0, source.context);
+  const std::uint32_t row_bytes = palette.ebx & 0xffff, tiles = palette.ebx >> 16, rows = palette.ecx & 0xffff;
+  const std::uint32_t depth = unit.ebx & 0xff, columns = unit.ebx >> 8 & 0xffff;
+  return row_bytes >= 64 && tiles >= 8 && rows >= 16 && depth >= 16 && columns >= 64;
 }
 
 namespace cpu_detail {
@@ -127,6 +144,10 @@ inline CpuSource this_cpu() {
             std::uint32_t low = 0, high = 0;
             __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
             return std::uint64_t{high} << 32 | low;
+          },
+          [](void*) {
+            constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+            return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
           },
           nullptr};
 }

@@ -1,0 +1,263 @@
+"""The AMX kernels in instructions, which stand for time where no machine is at hand; their session; whole layers."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import library
+import machines
+import native
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emulator
+import fastlinear
+from emulator.code import call
+from emulator.test_tiles import config, pinned, stored_config
+from fastlinear import _kernels
+from fastlinear.plan import candidates
+
+AMX = [kernel for kernel in native.ALL if kernel["isa"] == "amx" and kernel["id"] == kernel["name"]]
+needs_amx = pytest.mark.skipif("skipped" in library.way("amx"), reason=f"amx is {library.way('amx')}")
+counted = pytest.mark.skipif(library.way("amx") != library.EMULATED, reason="tiles that do not fault are not counted")
+DYNAMIC = _kernels.RowQuantizer("symmetric")
+
+
+def multiply(name: str, m: int, n: int, k: int, *, threads: int = 1, k_slices: int = 1, pad: int = 0) -> Counter[str]:
+    """What a product costs on a kernel; the result is held to the bound. `pad`: elements between the rows of x."""
+    kernel = next(kernel for kernel in AMX if kernel["name"] == name)
+    integers = kernel["accumulate"] == "int32"
+    x = torch.randn(m, k + pad).bfloat16()[:, :k]
+    w = torch.randint(-127, 128, (n, k)).to(torch.int8) if integers else torch.randn(n, k).bfloat16()
+    torch.set_num_threads(threads)
+    packed, out = native.pack(w, kernel["layout"]), torch.empty(m, n)
+    emulator.reset()
+    with emulator.running():
+        if not integers:
+            emulator.watch(x, "x")
+            emulator.watch(packed.data.view(1, -1), "the panels")
+        plan = _kernels.Plan(name, threads, k_slices)
+        _kernels.run(packed, plan, _kernels.Epilogue(), x, None, out, DYNAMIC if integers else None)
+        found = emulator.counts()
+    if integers:
+        expected = x.float() @ w.float().T
+        assert ((out - expected).abs() <= 0.02 * (x.float().abs() @ w.float().abs().T) + 1e-3).all()
+    else:
+        native.check(kernel, out, x, w)
+    return found
+
+
+def products(counts: Counter[str]) -> int:
+    return sum(count for name, count in counts.items() if name.startswith("tdp"))
+
+
+@counted
+@pytest.mark.parametrize("name", ["bf16/amx/32x32", "int8/amx/32x32"])
+def test_large_products_cost_what_arithmetic_needs(name: str) -> None:
+    """M = N = K = 512: at most 1.05 times the multiplies, one load each, no spill, one configuration."""
+    needed = 512 * 512 * 512 // (16 * 16 * (32 if name.startswith("bf16") else 64))
+    counts = multiply(name, 512, 512, 512)
+    assert needed <= products(counts) <= 1.05 * needed
+    assert counts["tileloadd"] + counts["tileloaddt1"] <= products(counts)
+    assert counts["tilestored"] == counts["tilezero"] == 512 * 512 // 256  # each when it is done
+    assert (counts["sttilecfg"], counts["ldtilecfg"], counts["tilerelease"]) == (1, 1, 1)
+
+
+@counted
+@pytest.mark.parametrize("name", ["bf16/amx/16x64", "int8/amx/16x64"])
+def test_few_rows_load_little(name: str) -> None:
+    """M = 16: at most 1.35 loads a multiply, no multiply too many."""
+    counts = multiply(name, 16, 512, 512)
+    assert products(counts) == 16 * 512 * 512 // (16 * 16 * (32 if name.startswith("bf16") else 64))
+    assert counts["tileloadd"] <= 1.35 * products(counts)
+    assert counts["tilestored"] == counts["tilezero"] == 16 * 512 // 256
+
+
+@counted
+@pytest.mark.parametrize("kernel", AMX, ids=[kernel["name"] for kernel in AMX])
+def test_ragged_products_cost_whole_tiles_and_no_more(kernel: native.Kernel) -> None:
+    """Rows, columns and K that end within a tile: every one of them is multiplied once, whatever the cut."""
+    step = kernel["k_step"]
+    for m, n, k in [(1, 1, 1), (17, 33, step + 1), (50, 70, 3 * step - 1), (33, 65, 2 * step)]:
+        panels = -(-n // 32) * 2  # columns are padded to whole panels of two tiles
+        counts = multiply(kernel["name"], m, n, k, pad=7)
+        assert products(counts) == -(-m // 16) * panels * -(-k // step)
+
+
+@counted
+@pytest.mark.parametrize("kernel", AMX, ids=[kernel["name"] for kernel in AMX])
+def test_one_configuration_a_thread_and_call(kernel: native.Kernel) -> None:
+    """Two threads configure twice, with K slices as well, and no thread is left with its tiles."""
+    for k_slices in (1, 3):
+        counts = multiply(kernel["name"], 200, 200, 200, threads=2, k_slices=k_slices)
+        assert 1 <= counts["ldtilecfg"] <= 2
+        assert counts["sttilecfg"] == counts["ldtilecfg"] == counts["tilerelease"]
+
+
+@counted
+@pytest.mark.parametrize("kernel", AMX, ids=[kernel["name"] for kernel in AMX])
+def test_later_blocks_of_k_add_to_what_is_there(kernel: native.Kernel) -> None:
+    """A product of several K blocks loads each sum once a block more, and has no multiply more."""
+    size, block = kernel["k_step"], native.driver_constant("panel_block_bytes")
+    k = block // (kernel["columns"] * (2 if kernel["rows"] == "bf16" else 1)) + size
+    counts = multiply(kernel["name"], 32, 64, k)
+    assert products(counts) == 2 * 4 * -(-k // size)
+    assert counts["tilestored"] == 2 * counts["tilezero"] == 16
+
+
+@counted
+def test_anothers_configuration_is_put_back() -> None:
+    """Another library that has set its own on this thread finds it again; one that is the same is not touched."""
+    for wanted, loads in ((config({0: (3, 8), 6: (16, 4)}), 2), (config(), 0)):
+        call("ldtilecfg (%rdi)", ctypes.addressof(pinned(wanted)))
+        counts = multiply("bf16/amx/32x32", 16, 32, 32)
+        assert stored_config() == wanted
+        assert (counts["ldtilecfg"], counts["tilerelease"]) == (loads, 0)
+        call("tilerelease")
+
+
+# ---- whole layers ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_amx() -> Iterator[None]:
+    """The package on a machine with AMX, with nothing remembered of another; and the other way round."""
+    remembered = [found for found in vars(candidates).values() if hasattr(found, "cache_clear")]
+    for found in remembered:
+        found.cache_clear()
+    try:
+        with emulator.running():
+            yield
+    finally:
+        for found in remembered:
+            found.cache_clear()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.Linear(160, 70)).eval()
+
+
+def kernels_of(model: nn.Module) -> set[str]:
+    layers = [layer for layer in model.modules() if isinstance(layer, fastlinear.FastLinear)]
+    assert len(layers) == 2
+    return {chosen.name for layer in layers for chosen in layer.plans}
+
+
+@needs_amx
+@pytest.mark.parametrize(("m", "isa"), [(2, "avx512_bf16"), (33, "amx")])
+def test_a_bf16_model(m: int, isa: str) -> None:
+    """Converted there, its layers run on AMX; for few rows on AVX512-BF16, from the same panels; right either way."""
+    model = mlp().bfloat16()
+    x = torch.randn(m, 96).bfloat16()
+    with torch.inference_mode(), on_amx():
+        fast = fastlinear.convert(model, tune="off")
+        y = fast(x)
+        assert {name.split("/")[1] for name in kernels_of(fast)} == {isa}
+        assert fast[0](x).shape == (m, 160)
+    expected = mlp_in_double(model, x)
+    assert (y.double() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def mlp_in_double(model: nn.Sequential, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        copy = mlp().double()
+        copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+        return copy(x.double())
+
+
+@needs_amx
+@pytest.mark.parametrize(("m", "isa"), [(2, "avx512_vnni"), (33, "amx")])
+def test_an_int8_model(m: int, isa: str) -> None:
+    """The same bits as on the ISAs below: integer sums are exact."""
+    model, x = mlp(), torch.randn(m, 96)
+    with torch.inference_mode():
+        with on_amx():
+            fast = fastlinear.convert(model, quantize=fastlinear.Int8Dynamic(), tune="off")
+            y = fast(x)
+            assert {name.split("/")[1] for name in kernels_of(fast)} == {isa}
+        plain = fastlinear.convert(model, quantize=fastlinear.Int8Dynamic(), tune="off")
+        assert torch.equal(plain(x), y)
+
+
+@needs_amx
+def test_a_frozen_model_and_the_tuner(tmp_path: Path) -> None:
+    """The tuner measures AMX beside the ISAs below; a frozen file made there loads and computes here."""
+    model, x = mlp().bfloat16(), torch.randn(40, 96).bfloat16()
+    with torch.inference_mode():
+        with on_amx():
+            fast = fastlinear.convert(model, tune="now", example_inputs=(x,))
+            tried = {name for layer in fast.modules() for name in table_of(layer)}
+            assert {name.split("/")[1] for name in tried} >= {"amx", "avx512_bf16"}
+            y = fast(x)
+            fastlinear.freeze(fast)
+            fastlinear.save(fast, tmp_path / "m.safetensors")
+            assert torch.equal(fast(x), y)
+        loaded = fastlinear.load(tmp_path / "m.safetensors", mlp().bfloat16())
+        assert (loaded(x) - y).abs().max() <= 0.02 * y.abs().max()
+
+
+def table_of(layer: nn.Module) -> list[str]:
+    """The kernels that a layer's plans were chosen from."""
+    plans = layer.plans if isinstance(layer, fastlinear.FastLinear) else []
+    return [name.split(" ")[0] for chosen in plans for name, _ in chosen.table if name.count("/") == 2]
+
+
+# ---- on silicon ------------------------------------------------------------------------------------------------------
+
+PRODUCTS = """
+import sys, torch, emulator, machines
+from fastlinear import _kernels
+
+def compute():
+    for name in [row["name"] for row in _kernels.rows() if row["isa"] == "amx"]:
+        for m, n, k in [(1, 1, 1), (16, 64, 64), (33, 70, 100), (64, 64, 640)]:
+            plan = _kernels.Plan(name)
+            x, out = torch.randn(m, k).bfloat16(), torch.empty(m, n)
+            if name.startswith("bf16"):
+                packed, rows = _kernels.Packed(torch.randn(n, k).bfloat16(), plan.layout), None
+            else:
+                w = torch.randint(-127, 128, (n, k)).to(torch.int8)
+                packed, rows = _kernels.Packed(w, plan.layout, torch.ones(n)), _kernels.RowQuantizer("symmetric")
+            _kernels.run(packed, plan, _kernels.Epilogue(), x, None, out, rows)
+            yield out
+
+torch.manual_seed(0)
+if sys.argv[1] == "silicon":
+    results = list(compute())
+else:
+    with emulator.running():
+        results = list(compute())
+    assert emulator.counts()["tdpbf16ps"] > 0 and emulator.counts()["tdpbusd"] > 0
+torch.save(results, sys.argv[2])
+"""
+
+
+def outputs(by: str, file: Path) -> list[Tensor]:
+    """The products by "silicon" or "emulator", in a process of its own: tiles that were asked for fault no more."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", PRODUCTS, by, str(file)], env=environment, check=True)
+    found: list[Tensor] = torch.load(file)
+    return found
+
+
+@needs_amx
+def test_silicon_and_emulator_compute_the_same_bits(tmp_path: Path) -> None:
+    """Where there are tiles, the machine's results and the emulator's are equal; elsewhere there are the latter."""
+    emulated = outputs("emulator", tmp_path / "emulated.pt")
+    assert len(emulated) == 4 * len(AMX)
+    if "amx" in _kernels.cpu_info()["isas"]:
+        silicon = outputs("silicon", tmp_path / "silicon.pt")
+        assert all(torch.equal(a, b) for a, b in zip(silicon, emulated, strict=True))
+
+
+@needs_amx
+def test_every_machine_with_tiles_has_all_kernels() -> None:
+    """The rows of the table that this file is about are those that such a machine may run."""
+    with emulator.running(machines.SPR_WITH_TILES):
+        assert {row["name"] for row in _kernels.kernels() if row["runnable"]} >= {kernel["name"] for kernel in AMX}
