@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlinear.graph.capture import Capture, is_training, wants_grad
+from fastlinear.graph.operators import Layers, running
 from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
@@ -22,17 +23,22 @@ _log = logging.getLogger("fastlinear")
 class Graph:
     """One compiled graph, as the report has it."""
 
-    def __init__(self, story: Story, capture: Capture, reason: str | None, layers: Sequence[Any]) -> None:
+    def __init__(self, story: Story, capture: Capture, reason: str | None, products: Sequence[Layers]) -> None:
         self.nodes: tuple[NodeReport, ...] = tuple(story.nodes)
-        self.reason, self.layers = reason, tuple(layers)
-        self._parameters = tuple(capture.values.values())
+        self.reason = reason
+        self._products = products
+        self._made_with = {id(parameter) for parameter in capture.values.values()}
+
+    @property
+    def layers(self) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+        return tuple(each for layers in self._products for each in running(layers))
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether the graph was made of a part of this model."""
+        """Whether the graph was made of a part of this model, or has run one."""
         own = {id(tensor) for tensor in model.parameters()}
         records = (record_of(module) for module in model.modules())
         own |= {id(frozen.panels) for frozen in records if frozen is not None}
-        return any(id(tensor) in own for tensor in self._parameters)
+        return not own.isdisjoint(self._made_with | {id(weight) for _, weights in self.layers for weight in weights})
 
 
 def backend(
@@ -50,16 +56,14 @@ def backend(
     wanted = checked(options, mode)
     story, capture = Story(module.graph.nodes), Capture(module, inputs)
     reason = _why_plain(module, inputs)
-    layers: list[Any] = []
+    products: list[Layers] = []
     if reason is None:
-        layers = Rewriter(capture, wanted, story).run()
+        products = Rewriter(capture, wanted, story).run()
         module.recompile()
     run = module.forward
-    graph = Graph(story, capture, reason, layers)
+    graph = Graph(story, capture, reason, products)
     graphs.add(graph)
-    _log.info(
-        "a graph of %d nodes runs on %d fast products%s", len(story.nodes), len(layers), f": {reason}" if reason else ""
-    )
+    _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), len(products), reason or "rewritten")
 
     def compiled(*args: Any) -> Any:
         return run(*args)

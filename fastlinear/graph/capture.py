@@ -149,12 +149,15 @@ class Capture:
             if type(value) is nn.Parameter or (type(value) is Tensor and frozen):
                 self.values[node] = value
 
-    def name_of(self, node: fx.Node) -> str:
-        """What the model calls the module that holds a parameter: "encoder.layer.0.output.dense"; "" where that is the
-        model itself."""
-        if node.op == "get_attr":
-            return ".".join(str(node.target).split(".")[:-1])
-        return ".".join(re.findall(r"\._modules\['([^']*)'\]", _source(node)))
+    def name_of(self, node: fx.Node, weight: fx.Node) -> str:
+        """What the model calls the linear layer that a node is the call of: "encoder.layer.0.output.dense"; that which
+        holds the weight, where the node is no layer's own; "" where either is the model itself."""
+        path, cls = next(reversed((node.meta.get("nn_module_stack") or {"": ("", None)}).values()))
+        if isinstance(cls, type) and (issubclass(cls, nn.Linear) or cls.__name__ in ("Conv1D", "FastConv1D")):
+            return re.sub(r"^\w\['[^']*'\]\.?", "", path)
+        if weight.op == "get_attr":
+            return ".".join(str(weight.target).split(".")[:-1])
+        return ".".join(re.findall(r"\._modules\['([^']*)'\]", _source(weight)))
 
     def classes_of(self, node: fx.Node) -> Iterator[type]:
         """The classes of the modules within whose forward a node runs, the innermost last."""

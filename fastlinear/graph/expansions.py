@@ -206,7 +206,10 @@ def expand(graph: fx.Graph, node: fx.Node) -> list[fx.Node] | str | None:
         _replace(graph, node, result)
     else:
         graph.erase_node(node)
-    return [each for each in graph.nodes if each not in before]
+    parts = [each for each in graph.nodes if each not in before]
+    for part in parts:  # so that layers are still chosen by the classes that they lie in
+        part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
+    return parts
 
 
 def _replace(graph: fx.Graph, node: fx.Node, value: fx.Proxy | None) -> None:

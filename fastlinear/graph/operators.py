@@ -8,8 +8,8 @@ graphs that want the same of its weight: it is packed and planned once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn, split_with_sizes
 
@@ -91,9 +91,21 @@ def why_not(spec: Spec, layer: Operator) -> str | None:
     return None if spec.form is not None else why_weight_unfit(layer, spec.asked, spec.name)
 
 
-def product(spec: Spec, first: Operator) -> Callable[..., Tensor]:
-    """linear(x, weight, bias): the product, with `first` for the parameters that the graph was made with."""
-    layers: dict[int, Operator | None] = {id(_held(first)): first}
+Layers: TypeAlias = dict[int, Any]  # those that a function runs, Operators or Stacks, by the id of their first weight
+
+
+def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The layers, each with the weights that it is packed of."""
+    for each in list(layers.values()):
+        if isinstance(each, Stack):
+            yield each.whole, tuple(layer.weight for layer in each.layers)
+        else:
+            yield each, (_held(each),)
+
+
+def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]:
+    """linear(x, weight, bias): the product; and its layers, `first` for the parameters that the graph was made with."""
+    layers: Layers = {id(_held(first)): first}
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = layers.get(id(weight))
@@ -105,10 +117,10 @@ def product(spec: Spec, first: Operator) -> Callable[..., Tensor]:
         y: Tensor = layer._engine.forward(layer, x)
         return y
 
-    return linear
+    return linear, layers
 
 
-def _adopt(layers: dict[int, Any], spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator | None:
+def _adopt(layers: Layers, spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator | None:
     """A layer for parameters that the graph was not made with; None where torch has to compute them."""
     layer = operator_for(spec, weight, bias) if _is_for_any(spec) else None
     return None if layer is None or why_not(spec, layer) is not None else _remember(layers, weight, layer)
@@ -119,7 +131,7 @@ def _is_for_any(spec: Spec) -> bool:
     return spec.asked.scheme is None or spec.asked.scheme.calibration is None
 
 
-def _remember(known: dict[int, Any], weight: Tensor, value: Any) -> Any:
+def _remember(known: Layers, weight: Tensor, value: Any) -> Any:
     while len(known) >= _MOST:
         known.pop(next(iter(known)))
     known[id(weight)] = value
@@ -134,12 +146,12 @@ def _in_torch(spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 def group(
     spec: Spec, layers: Sequence[Operator], dense: Sequence[bool]
-) -> tuple[Callable[..., tuple[Tensor, ...]], Stack]:
+) -> tuple[Callable[..., tuple[Tensor, ...]], Layers]:
     """linears(x, weight, ..., bias, ...): the products as one, each output contiguous where `dense` says so, else
-    columns of their common rows; and the stack for the parameters that the graph was made with."""
-    singles = [product(spec, layer) for layer in layers]
-    first, half = _stack_for(spec, layers), len(layers)
-    stacks: dict[int, Stack] = {id(layers[0].weight): first}
+    columns of their common rows; and its stacks, the first one for the parameters that the graph was made with."""
+    singles = [product(spec, layer)[0] for layer in layers]
+    stacks: Layers = {id(layers[0].weight): _stack_for(spec, layers)}
+    half = len(layers)
 
     def linears(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         stack = stacks.get(id(tensors[0])) or _adopt_all(stacks, spec, tensors)
@@ -149,10 +161,10 @@ def group(
         parts = split_with_sizes(y, stack.widths, -1)
         return tuple(part.contiguous() if apart else part for part, apart in zip(parts, dense, strict=True))
 
-    return linears, first
+    return linears, stacks
 
 
-def _adopt_all(stacks: dict[int, Any], spec: Spec, tensors: tuple[Any, ...]) -> Any:
+def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...]) -> Any:
     """A stack for parameters that the graph was not made with; None where they have to be alone."""
     half, layers = len(tensors) // 2, []
     for weight, bias in zip(tensors[:half], tensors[half:], strict=True):

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 import fastlinear.graph.operators as operators
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
@@ -34,8 +34,8 @@ class Rewriter:
         self.graph = capture.graph
         self._moved: dict[fx.Node, fx.Node] = {}  # a node that is gone -> what has its value
 
-    def run(self) -> list[tuple[Any, tuple[Tensor, ...]]]:
-        """Rewrites the graph, and returns the fast layers that it then runs, each with the weights it is packed of."""
+    def run(self) -> list[operators.Layers]:
+        """Rewrites the graph, and returns the fast layers of each product that it then runs."""
         self._expand()
         self._drop_idle()
         if self.options.fuse:
@@ -111,7 +111,8 @@ class Rewriter:
             bias = self.capture.values.get(product.bias)
             if bias is None:
                 return "its bias is no parameter of a module"
-        name, classes = self.capture.name_of(product.weight), list(self.capture.classes_of(product.nodes[0]))
+        node = product.nodes[0]
+        name, classes = self.capture.name_of(node, product.weight), list(self.capture.classes_of(node))
         form, asked = product.form, self.options.asked
         if (reason := self.options.why_left(name, classes)) is not None:
             return reason
@@ -182,12 +183,12 @@ class Rewriter:
             self.story.tell(product.root, "fast", f"alone, although it has siblings: {reason}")
         return reason is None
 
-    def _place(self, product: Product, spec: Spec, layer: Operator) -> tuple[Any, tuple[Tensor, ...]]:
-        function = operators.product(spec, layer)
+    def _place(self, product: Product, spec: Spec, layer: Operator) -> operators.Layers:
+        function, layers = operators.product(spec, layer)
         with self.graph.inserting_before(product.root):
             node = self.graph.call_function(function, (self._now(product.x), product.weight, product.bias))
         self._finish(product, node, f"FastLinear {_text(spec)}")
-        return layer, (self.capture.values[product.weight],)
+        return layers
 
     def _now(self, node: fx.Node) -> fx.Node:
         return self._moved.get(node, node)
@@ -204,12 +205,12 @@ class Rewriter:
         for each in reversed(product.nodes):
             self.graph.erase_node(each)
 
-    def _place_group(self, members: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
+    def _place_group(self, members: Sequence[Any]) -> operators.Layers:
         products = [product for product, *_ in members]
         dense = [not takes_strides(product) for product in products]
         names = [spec.name for _, spec, _ in members]
         spec = members[0][1]._replace(name=_common(names))
-        function, stack = operators.group(spec, [layer for *_, layer in members], dense)
+        function, stacks = operators.group(spec, [layer for *_, layer in members], dense)
         args = (self._now(products[0].x), *(p.weight for p in products), *(p.bias for p in products))
         with self.graph.inserting_before(products[0].nodes[0]):
             whole = self.graph.call_function(function, args)
@@ -217,7 +218,7 @@ class Rewriter:
         listed = ", ".join(product.nodes[0].name for product in products)
         for product, part in zip(products, parts, strict=True):
             self._finish(product, part, f"one product of {listed}")
-        return stack.whole, tuple(self.capture.values[product.weight] for product in products)
+        return stacks
 
 
 def _text(spec: Spec) -> str:

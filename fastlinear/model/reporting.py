@@ -86,7 +86,9 @@ class Graph(Protocol):
 
     nodes: tuple[NodeReport, ...]
     reason: str | None
-    layers: tuple[tuple[Any, tuple[Any, ...]], ...]
+
+    @property
+    def layers(self) -> tuple[tuple[Any, tuple[Any, ...]], ...]: ...
 
     def is_of(self, model: nn.Module) -> bool: ...
 

@@ -1,0 +1,306 @@
+"""What the backend fuses, and what it must not: each row of its tables, and each way for a fusion to be wrong."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear.graph import backend
+from fastlinear.graph.expansions import EXPANSIONS
+from fastlinear.graph.patterns import COMPOSITES
+from fastlinear.model.reporting import NodeReport
+from fastlinear.spec import activations
+
+OFF = {"tune": "off"}
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, fullgraph=True, options=OFF | options)
+
+
+def nodes(model: nn.Module) -> list[NodeReport]:
+    return [node for graph in fastlinear.report(model).graphs for node in graph.nodes]
+
+
+def outcomes(model: nn.Module, op: str) -> set[str]:
+    found = {node.outcome for node in nodes(model) if node.op == op}
+    assert found, f"no {op} among {[node.op for node in nodes(model)]}"
+    return found
+
+
+class Net(nn.Module):
+    """`forward` of a function of the module and x, with layers of 8 features to use."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+        self.drop, self.weight = nn.Dropout(0.5), nn.Parameter(torch.rand(8))
+        self.function = function
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def check(model: nn.Module, x: Tensor | None = None, **options: Any) -> Any:
+    """The compiled model, which was run once and gave what the model gives, and left x as the model leaves it."""
+    x = torch.randn(2, 5, 8) if x is None else x
+    ours, theirs, fast = x.clone(), x.clone(), compiled(model, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ours), model(theirs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, theirs)
+    return fast
+
+
+@pytest.mark.parametrize("name", activations.names())
+def test_activations_are_fused(name: str) -> None:
+    """Every activation there is goes into the product before it."""
+    params = activations.resolve(name).params  # type: ignore[union-attr]
+    fast = check(Net(lambda m, x: activations.apply(activations.Activation(name, params), m.a(x))))
+    told = [(node.outcome, node.why) for node in nodes(fast)]
+    assert told == [("fast", f"FastLinear 'a' with {name}"), ("fused", "into linear")]
+
+
+SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "method": lambda y: y.relu(),
+    "in place": lambda y: y.relu_(),
+    "inplace=True": lambda y: F.relu(y, inplace=True),
+    "module": nn.SiLU(inplace=True),
+    "tanh gelu": nn.GELU("tanh"),
+    "parameters": lambda y: F.leaky_relu(y, 0.2),
+    "keywords": lambda y: F.softplus(y, beta=2.0, threshold=15.0),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_activations_in_any_spelling(spelling: str) -> None:
+    """Functions, methods, modules, in place or not, with their parameters: one activation, fused."""
+    fast = check(Net(lambda m, x: SPELLINGS[spelling](m.a(x))))
+    assert sorted(node.outcome for node in nodes(fast)) == ["fast", "fused"]
+
+
+@pytest.mark.parametrize("row", COMPOSITES, ids=lambda row: f"{row.name}, {row.form.__name__}")
+def test_composites_are_one_call(row: Any) -> None:
+    """Every composite is found where models spell it out, and is fused where it is an activation."""
+    dtype = torch.bfloat16 if "16" in row.form.__name__ else torch.float32
+    if row.name == "rms_norm":
+        more = (dtype,) if "16" in row.form.__name__ else ()
+        model = Net(lambda m, x: row.form(x, m.weight, 1e-5, *more)).to(dtype)
+    else:
+        model = Net(lambda m, x: row.form(m.a(x)))
+    x = torch.randn(2, 5, 8).to(dtype)
+    fast = compiled(model)
+    with torch.no_grad():
+        want = copy.deepcopy(model).float()(x.float()) if row.name != "rms_norm" else model(x).float()
+        torch.testing.assert_close(fast(x).float(), want, rtol=0.02 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+    told = nodes(fast)
+    assert not [node for node in told if not node.why], told
+    assert row.name == "rms_norm" or [node.outcome for node in told].count("fused") == len(told) - 1
+
+
+def _hooked(hook: Callable[..., Any]) -> nn.Module:
+    model = Net(lambda m, x: m.a(x).relu())
+    model.a.register_forward_hook(hook)
+    return model
+
+
+def _read_later(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    view = y[0]
+    return torch.relu_(y) + view
+
+
+def _written_between(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    x.mul_(2)
+    return y.relu() + x
+
+
+def _written_before(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.add_(1)
+    return y.relu()
+
+
+def _residual_in_place(m: Any, x: Tensor) -> Tensor:
+    residual = m.b(x)
+    alias = residual.view(-1)
+    residual += m.a(x)
+    return alias.clone()
+
+
+# name -> the model, the op that stays torch's, and a part of the reason
+ALONE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "second use": (lambda: Net(lambda m, x: (y := m.a(x)).relu() + y), "relu", "read by add, too"),
+    "an output": (lambda: Net(lambda m, x: ((y := m.a(x)), y.relu())), "relu", "read by output, too"),
+    "a view": (lambda: Net(lambda m, x: (y := m.a(x)).relu().flatten() * y.view(-1)), "relu", "too"),
+    "a view read later": (lambda: Net(_read_later), "relu_", "read by"),
+    "a hook's output": (lambda: _hooked(lambda m, i, o: o * 2), "relu", ""),
+    "a hook that adds a reader": (lambda: _hooked(lambda m, i, o: (o, o.mean())[0] + 0 * o.mean()), "relu", ""),
+    "x is written to": (lambda: Net(_written_between), "relu", "writes to a tensor"),
+    "y is written to": (lambda: Net(_written_before), "relu", "too"),
+    "a residual in place": (lambda: Net(_residual_in_place), "iadd", ""),
+    "two activations": (lambda: Net(lambda m, x: m.a(x).relu().tanh()), "tanh", "has an activation already"),
+    "a function unknown to the kernels": (lambda: Net(lambda m, x: F.celu(m.a(x))), "celu", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_is_not_proven_is_not_fused(name: str) -> None:
+    """A second reader, a hook, a write or an alias keeps a node what it was; the linear layer is fast all the same."""
+    make, op, reason = ALONE[name]
+    fast = check(make())
+    told = [node for node in nodes(fast) if node.op == op]
+    assert told and all(node.outcome == "torch" and reason in node.why for node in told), told
+    assert outcomes(fast, "linear") == {"fast"}
+
+
+def test_fuse_false() -> None:
+    """fuse=False packs the layers and leaves everything else."""
+    fast = check(Net(lambda m, x: (m.a(x).relu(), m.b(x))), fuse=False)
+    assert [node.outcome for node in nodes(fast)] == ["fast", "torch", "fast"]
+
+
+def _cut(y: Tensor) -> Tensor:
+    return y.view(2, 5, 2, -1).transpose(1, 2)
+
+
+SIBLINGS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
+    "outputs": (lambda m, x: (m.a(x), m.b(x), m.c(x)), True),
+    "heads": (lambda m, x: F.scaled_dot_product_attention(_cut(m.a(x)), _cut(m.b(x)), _cut(m.a(x) + 1)), False),
+    "attention": (lambda m, x: F.scaled_dot_product_attention(_cut(m.a(x)), _cut(m.b(x)), _cut(m.c(x))), True),
+    "flat views": (lambda m, x: (m.a(x).view(-1), m.b(x).view(10, 8)), True),
+    "written to": (lambda m, x: (m.a(x).add_(1), m.b(x)), False),
+    "written to later": (lambda m, x: ((y := m.a(x)), (z := m.b(x)), y.add_(1), z.mul_(y))[2:], True),
+    "one with an activation": (lambda m, x: (m.a(x).relu(), m.b(x)), False),
+    "another x": (lambda m, x: (m.a(x), m.b(x + 1)), False),
+    "one layer twice": (lambda m, x: (m.a(x), m.a(x)), False),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings(name: str) -> None:
+    """Linear layers on one x are one product, where they are several, and nothing is written between them."""
+    function, together = SIBLINGS[name]
+    fast = check(Net(function))
+    assert any("one product of" in node.why for node in nodes(fast)) == together, nodes(fast)
+
+
+def test_outputs_of_siblings_are_tensors_of_their_own() -> None:
+    """What leaves the graph is contiguous and shares no memory, as the layers' own outputs would."""
+    fast = check(Net(lambda m, x: (m.a(x), m.b(x), m.c(x))))
+    with torch.no_grad():
+        ys = fast(torch.randn(2, 5, 8))
+    assert all(y.is_contiguous() for y in ys)
+    assert len({y.untyped_storage().data_ptr() for y in ys}) == 3
+
+
+def test_a_group_has_one_pack() -> None:
+    """The members of a group are packed once, together, and not each for itself."""
+    fast = check(Net(lambda m, x: (m.a(x), m.b(x), m.c(x))))
+    (row,) = fastlinear.report(fast)
+    assert (row.name, row.in_features, row.out_features) == ("(a, b, c)", 8, 28)
+    ((whole, weights),) = fastlinear.report(fast).graphs[0].layers
+    assert len(weights) == 3 and whole.pack_nbytes == row.pack_mib * 2**20
+
+
+@pytest.mark.parametrize("how", ["training", "dropout"])
+def test_training_runs_the_plain_graph(how: str) -> None:
+    """A model in training mode is torch's own, dropout and all, also without gradients."""
+    model = Net(lambda m, x: m.drop(m.a(x)).relu())
+    model.train() if how == "training" else model.drop.train()
+    fast, x = compiled(model), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        want = model(x)
+        torch.manual_seed(1)
+        assert torch.equal(fast(x), want)
+    (graph,) = fastlinear.report(fast).graphs
+    assert graph.reason == "the model is in training mode" and not graph.layers
+
+
+def test_gradients_run_the_plain_graph() -> None:
+    """Where gradients are wanted the graph is as it was, and they are nn.Linear's."""
+    model, x = Net(lambda m, x: m.a(x).relu()), torch.randn(2, 5, 8)
+    fast = compiled(model)
+    grads = []
+    for each in (model, fast):
+        model.zero_grad()
+        each(x).sum().backward()
+        grads.append(model.a.weight.grad)
+    assert torch.equal(*grads)
+    (graph,) = fastlinear.report(fast).graphs
+    assert "gradients are wanted" in str(graph.reason)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert len(fastlinear.report(fast).graphs) == 2
+
+
+MASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": dict,
+    "causal": lambda: {"attn_mask": torch.triu(torch.ones(5, 5, dtype=torch.bool), 1), "is_causal": True},
+    "added": lambda: {"attn_mask": torch.randn(5, 5)},
+    "of every head": lambda: {"attn_mask": torch.randn(4, 5, 5)},
+    "of keys": lambda: {"key_padding_mask": torch.arange(10).reshape(2, 5) > 7},
+    "both": lambda: {
+        "key_padding_mask": torch.arange(10).reshape(2, 5) > 7,
+        "attn_mask": torch.triu(torch.ones(5, 5, dtype=torch.bool), 1),
+    },
+    "weights": lambda: {"need_weights": True},
+    "weights, masked": lambda: {"need_weights": True, "attn_mask": torch.randn(5, 5)},
+    "weights of heads": lambda: {"need_weights": True, "average_attn_weights": False},
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_is_spelled_out(name: str, batch_first: bool) -> None:
+    """nn.MultiheadAttention's projections are fast, whatever its masks, and its numbers are its own."""
+    given = {"need_weights": False} | MASKS[name]()
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
+    model = Net(lambda m, x: attention(x, x, x, **given))
+    model.attention = attention
+    x = torch.randn(2, 5, 8)
+    fast = check(model, x if batch_first else x.transpose(0, 1).contiguous())
+    assert [node.outcome for node in nodes(fast) if node.op == "linear"] == ["fast", "fast"]
+    assert outcomes(fast, "multi_head_attention_forward") == {"dropped"}
+
+
+def test_cross_attention_stays() -> None:
+    """Attention to something else is torch's own, and the report says why."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    model = Net(lambda m, x: attention(x, x + 1, x + 1, need_weights=False)[0])
+    model.attention = attention
+    (told,) = [node for node in nodes(check(model)) if node.op == "multi_head_attention_forward"]
+    assert told.outcome == "torch" and "query, key and value are not one tensor" in told.why
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_layers_are_spelled_out(activation: Any, norm_first: bool, masked: bool) -> None:
+    """torch's fused encoder layer gives way to fast layers; what is not masked is what it was."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, norm_first=norm_first, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    padding = torch.arange(10).reshape(2, 5) > 7 if masked else None
+    fast, x = compiled(model), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        y, want = fast(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
+    seen = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(y[seen], want[seen], rtol=1e-5, atol=1e-5)
+    assert len([node for node in nodes(fast) if node.outcome == "fast"]) == 8
+    assert outcomes(fast, "_transformer_encoder_layer_fwd") == {"dropped"} and math.isfinite(float(y.sum()))
+
+
+def test_every_expansion_is_tested() -> None:
+    """The table has the rows that stand above; a new one needs a test of its own."""
+    found = {function.__name__ for function in EXPANSIONS}
+    tested = {"multi_head_attention_forward", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
+    assert found == tested
