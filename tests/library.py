@@ -83,7 +83,7 @@ class Build:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.units = [*sorted(ROOT.glob("csrc/*.cpp")), ROOT / "tests/mutants/product.cpp"]
+        self.units = [*sorted(ROOT.glob("csrc/*.cpp")), ROOT / "tests/kernel/product.cpp"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.objects = list(pool.map(lambda u: self.compile(u, ROOT, folder / f"{u.stem}.o"), self.units))
         self.unchanged = self.link("unchanged", self.objects)

@@ -23,7 +23,7 @@ UNIT, UNIT_FP16 = 2.0**-24, 2.0**-11
 MAX = torch.finfo(torch.float32).max
 VACUOUS = 0.9  # a check of which more than this share would pass for an output of zeros proves little
 
-# The steepest slope of each activation, given its parameters; tests/test_oracle.py measures them.
+# The steepest slope of each activation, given its parameters; tests/kernel/test_oracle.py measures them.
 LIPSCHITZ: dict[str, Callable[..., float]] = {
     "relu": lambda: 1.0,
     "relu6": lambda: 1.0,

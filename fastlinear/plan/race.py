@@ -23,7 +23,7 @@ WAKE, plans on several are not considered.
 The race is that of gemma.cpp's MMAutoTune, but ranks by an interquartile mean, not by the minimum: threads that are not
 pinned see "lucky shots" of 1.2x to 1.6x (highway's auto_tune.h).
 
-The promise, held by tests/test_autotune.py on simulated machines: at most 1 of 100 choices is truly more than 2 %
+The promise, held by tests/plan/test_autotune.py on simulated machines: at most 1 of 100 choices is truly more than 2 %
 slower than the best candidate, if the budget lasts for PASSES passes of (evict, cold call, hot call) over all
 candidates. With fewer the choice is a best guess: pass fewer candidates where calls are long.
 """

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import library
 import pytest
-import test_symbols
 import torch
+from kernel import test_symbols
 
 import emulator
 import fastlinear._kernels as _kernels

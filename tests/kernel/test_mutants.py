@@ -11,14 +11,11 @@ import guard
 import library
 import native
 import pytest
-import test_exact
-import test_formats
-import test_int8
-import test_kernels
-import test_memory
 import torch
 from native import Kernel
 from torch import Tensor
+
+from kernel import test_exact, test_formats, test_int8, test_kernels, test_memory
 
 
 class Mutant(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from library import ROOT
 from torch import Tensor
 
 import fastlinear
@@ -49,7 +50,7 @@ def test_module_and_script_are_the_same_command() -> None:
     """`python -m fastlinear` runs main(), and pyproject.toml points the script at it."""
     done = subprocess.run([sys.executable, "-m", "fastlinear", "info"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fastlinear:")
-    project = Path(__file__).parent.parent / "pyproject.toml"
+    project = ROOT / "pyproject.toml"
     assert 'fastlinear = "fastlinear.__main__:main"' in project.read_text()
 
 

@@ -81,7 +81,7 @@ def same(fast: nn.Module, stock: nn.Module, x: Any) -> bool:
         assert got.shape == expected.shape
     else:
         plain = [list(t.unbind()) if t.is_nested else t.to_dense() for t in (got, expected)]
-        # torch rounds 16-bit sums before the activation, too; tests/test_sixteen.py has the bound.
+        # torch rounds 16-bit sums before the activation, too; tests/layer/test_sixteen.py has the bound.
         loose = 4 * torch.finfo(got.dtype).eps if got.dtype.is_floating_point and got.element_size() == 2 else None
         torch.testing.assert_close(*plain, equal_nan=True, rtol=loose, atol=loose)
     return True

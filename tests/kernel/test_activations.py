@@ -10,12 +10,12 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from library import ROOT
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations
 
-ROOT = Path(__file__).resolve().parent.parent
 FLOATS = 1 << 32
 
 # The best fp32 kernel of each ISA that runs here; the epilogue depends on the ISA alone, and an ISA that only adds
@@ -121,9 +121,9 @@ def test_the_comparison_rejects_what_is_too_coarse() -> None:
 
 @pytest.fixture(scope="module")
 def checker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tests/exhaustive/activations.cpp, compiled with the library's own sources."""
+    """tests/kernel/activations.cpp, compiled with the library's own sources."""
     binary = tmp_path_factory.mktemp("exhaustive") / "activations"
-    sources = [ROOT / "tests/exhaustive/activations.cpp", *sorted((ROOT / "csrc").glob("*.cpp"))]
+    sources = [ROOT / "tests/kernel/activations.cpp", *sorted((ROOT / "csrc").glob("*.cpp"))]
     compiler = os.environ.get("CXX", "g++")
     subprocess.run([compiler, "-std=c++20", "-O2", f"-I{ROOT / 'include'}", *sources, "-o", binary], check=True)
     return binary

@@ -7,8 +7,20 @@ from typing import Any
 import pytest
 import torch
 from forge import forge_metadata, join, on_meta, split
+from layer.test_int8_layers import (
+    KINDS,
+    SCHEMES,
+    STATIC,
+    K,
+    Language,
+    N,
+    chained,
+    every_kind,
+    every_scheme,
+    middles,
+    theirs,
+)
 from models import OFF, mlp, same_tensors
-from test_int8_layers import KINDS, SCHEMES, STATIC, K, Language, N, chained, every_kind, every_scheme, middles, theirs
 from torch import Tensor, nn
 
 import fastlinear
