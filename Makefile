@@ -8,7 +8,7 @@ PROGRAMS := $(wildcard tests/*/*.cpp benchmarks/*.cpp)
 COMPILERS := $(CXX) $(if $(shell command -v clang++ 2>/dev/null),clang++)
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
-.PHONY: demo test exhaustive bench lint clean
+.PHONY: demo test exhaustive sanitize bench lint clean
 
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
@@ -19,6 +19,11 @@ test: .venv/built
 
 exhaustive: .venv/built
 	$(BIN)/pytest -q -m exhaustive
+
+# Instrumented builds have a folder of their own. SHORT=--short is what continuous integration runs.
+sanitize: .venv/ready
+	$(BIN)/python tests/sanitize/run.py address $(SHORT)
+	$(BIN)/python tests/sanitize/run.py thread $(SHORT)
 
 bench: .venv/built
 	$(BIN)/python benchmarks/bench.py

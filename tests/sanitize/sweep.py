@@ -1,0 +1,55 @@
+"""Random products on every kernel that runs here, and the self-check if they are many; argument: how many."""
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+import fastlinear._kernels as _kernels
+from fastlinear.cli import check
+from fastlinear.spec import activations
+from fastlinear.spec.int8 import Rows
+from fastlinear.spec.precision import INTEGER_ROWS
+
+
+def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
+    m, k, n = (draw.choice((1, 2, 3, 5, 13, 14, 17, 31, 33, 64, 65, 130)) for _ in range(3))
+    dtype = _kernels.PACKED[layout.split("/")[0]]
+    x, bias = torch.randn(m, k), torch.randn(n) if draw.random() < 0.7 else None
+    rows = None
+    weight = torch.randint(-128, 128, (n, k), dtype=dtype) if dtype is torch.int8 else torch.randn(n, k).to(dtype)
+    if row["rows"] in INTEGER_ROWS:
+        rows = _kernels.RowQuantizer(*Rows(draw.choice(list(_kernels.ROW_KINDS)), 0.03, 100))
+        zero = torch.randint(-128, 128, (n,)).int() if draw.random() < 0.5 else None
+        packed = _kernels.Packed(weight, layout, torch.rand(n), zero)
+    elif dtype is torch.int8:
+        packed = _kernels.Packed(weight, layout, torch.rand(n), None)
+    else:
+        packed = _kernels.Packed(weight, layout)
+    slices = draw.choice((1, 1, 2, 3))
+    name, activation = draw.choice(activations.names()), []
+    if draw.random() < 0.5:
+        activation = [(name, _kernels.activations()[name])]
+    plan = _kernels.Plan(row["name"], draw.choice((1, 2)), slices)
+    epilogue = _kernels.Epilogue(activation)
+    out = torch.empty(m, n)
+    if row["rows"] not in INTEGER_ROWS:
+        x = x.to(_kernels.PACKED[row["rows"]])
+    _kernels.run(packed, plan, epilogue, x, bias, out, rows)
+
+
+def main() -> None:
+    draw, count = random.Random(0), int(sys.argv[1])
+    table = [(row, layout) for row in _kernels.kernels() if row["runnable"] for layout in row["reads"]]
+    for i in range(count):
+        torch.manual_seed(i)
+        product(*table[i % len(table)], draw)
+    if count < 1000:
+        return
+    for kernel, what, worst in check.results():
+        assert worst <= 1, (kernel, what, worst)
+
+
+if __name__ == "__main__":
+    main()
