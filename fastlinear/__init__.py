@@ -4,6 +4,7 @@ from fastlinear._kernels import cpu_info, kernels
 from fastlinear._moved import keep_old_names
 from fastlinear.file.header import FormatError
 from fastlinear.file.saving import load, save
+from fastlinear.layer.group import FastLinearGroup
 from fastlinear.layer.linear import FastLinear
 from fastlinear.model.calibration import calibrate
 from fastlinear.model.convert import convert, refresh, unconvert
@@ -15,6 +16,7 @@ from fastlinear.spec.schemes import Calibration, Int8Dynamic, Int8Static, Int8We
 __all__ = [
     "Calibration",
     "FastLinear",
+    "FastLinearGroup",
     "FormatError",
     "Int8Dynamic",
     "Int8Static",

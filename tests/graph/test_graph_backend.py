@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_graph_fusion import Net, check, compiled, nodes
 from torch import Tensor, nn
 
 import fastlinear
 from fastlinear.graph import operators
 from fastlinear.graph.options import Options
+
+from .test_graph_fusion import Net, check, compiled, nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 
