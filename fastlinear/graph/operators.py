@@ -108,8 +108,8 @@ def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]
     layers: Layers = {id(_held(first)): first}
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        layer = layers.get(id(weight))
-        if layer is None or _held(layer) is not weight:
+        layer = layers.get(id(weight))  # which holds the weight, so that nothing else has its id
+        if layer is None:
             layer = _adopt(layers, spec, weight, bias)
             if layer is None:
                 return _in_torch(spec, x, weight, bias)

@@ -55,12 +55,12 @@ class Stack:
         with lock:
             if why_not_together(self.layers) is not None:
                 return False
+            known = tuple(None if p is None else Fingerprint(p) for p in parameters)
             if self._waits and _engine.all_fit(self._known, parameters):
                 self._waits -= 1
             else:
                 self._waits = _engine.trial if self._answered < _engine.trial else 0
-                self._known = tuple(None if p is None else Fingerprint(p) for p in parameters)
-            self._answered = 0
+            self._answered, self._known = 0, known if self._waits else (None,)  # not fresh until all the rest is set
             if self._waits:
                 return False
             half = len(parameters) // 2
@@ -68,6 +68,7 @@ class Stack:
             rows = [w.t() if layer._transposed else w for w, layer in zip(weights, self.layers, strict=True)]
             packed = pack(torch.cat(rows), self.layers[0].precision)
             self.whole.hold(packed, weights[0].dtype, _side_by_side(parameters[half:], self.widths))
+            self._known = known
         return True
 
 

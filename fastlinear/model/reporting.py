@@ -144,7 +144,9 @@ def report(model: nn.Module) -> Report:
     for anything but an nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile returns
+    compiled = getattr(model, "_orig_mod", None)  # in what torch.compile returns
+    model = model if compiled is None else compiled
+    otherwise = "convert was not called on it" if compiled is None else "no compiled graph runs it fast"
     own = [graph for graph in graphs if graph.is_of(model)]
     placed = {id(weight): each for graph in own for each in graph.layers for weight in each[1]}
     rows: dict[Any, LayerReport] = {}
@@ -152,7 +154,7 @@ def report(model: nn.Module) -> Report:
         running, weights = placed.get(id(_held(layer)), (layer, ()))
         if running not in rows:
             name = names[0] if len(weights) < 2 else running._name
-            described = _describe(name, running)
+            described = _describe(name, running, otherwise)
             rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
     found = Report(rows.values())
     found.graphs = tuple(own)
@@ -179,7 +181,8 @@ def _of_graph(graph: Graph) -> Iterator[str]:
     yield from textwrap.wrap(f"  torch's own: {listed or 'nothing'}", _WIDTH, subsequent_indent="      ")
 
 
-def _describe(name: str, layer: Any) -> LayerReport:
+def _describe(name: str, layer: Any, otherwise: str) -> LayerReport:
+    """otherwise: why it is not fast, if nothing else is."""
     fast = linear.is_fast(layer)
     buckets, frozen = layer.plans if fast else (), record_of(layer)
     elsewhere = dict(vars(layer)["_elsewhere"]) if fast else {}
@@ -193,7 +196,7 @@ def _describe(name: str, layer: Any) -> LayerReport:
         decision=_decision(buckets, elsewhere) if fast else "skipped",
         buckets=buckets,
         pack_mib=layer.pack_nbytes / 2**20 if fast else 0.0,
-        reason=None if fast else why_skipped(layer) or "convert was not called on it",
+        reason=None if fast else why_skipped(layer) or otherwise,
         frozen=frozen is not None,
         origin="" if frozen is None else frozen.origin,
         quality=quality_of(layer) if fast else UNKNOWN,

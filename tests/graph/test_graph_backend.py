@@ -273,4 +273,6 @@ def test_the_report_tells_of_every_node() -> None:
     assert "graph of 6 nodes: 2 fast, 1 fused, 1 dropped, 2 torch" in text
     assert "1 relu: fused, into linear" in text and "torch's own: 1 mean, 1 add" in text
     assert fastlinear.report(model).graphs == found.graphs
+    (row,) = fastlinear.report(compiled(nn.Linear(2, 2)))
+    assert row.reason == "no compiled graph runs it fast"
     assert fastlinear.report(nn.Linear(2, 2)).graphs == ()
