@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Iterator
 from html import escape
+from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ ROOMS = {
         ("contract", "host", "generic", "epilogues", "isa"),
     ),
     "native": Room(
-        "the door to C++: hot path, packs, tensors, the CPU",
+        "the door to C++: hot path, packs, the CPU",
         ("fastlinear/_*.py", "fastlinear/_*.pyx", "fastlinear/_*.px[di]"),
         ("contract", "host", "formats", "weight", "driver"),
     ),
@@ -118,7 +119,7 @@ def arrows() -> set[tuple[str, str]]:
 
 # ---- the picture ----
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 290, 58, 24, 52, 20
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 290, 58, 36, 44, 20
 
 
 def floors(pairs: set[tuple[str, str]]) -> dict[str, int]:
@@ -144,18 +145,50 @@ def _direct(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
     return {(a, b) for a, b in pairs if not any(reaches(c, b) for user, c in pairs if user == a and c != b)}
 
 
+def _floors_with_bends(pairs: set[tuple[str, str]], level: dict[str, int]) -> tuple[list[list[str]], list[list[str]]]:
+    """(what stands on each floor from left to right, the way of each arrow): an arrow that passes a floor has a bend
+    there, which takes a place like a room's, so that it goes between the rooms and not behind them."""
+    rows = [[room for room in ROOMS if level[room] == floor] for floor in range(max(level.values()) + 1)]
+    ways = []
+    for user, used in sorted(pairs):
+        bends = [f"{user} > {used} {floor}" for floor in range(level[user] - 1, level[used], -1)]
+        for floor, bend in zip(range(level[user] - 1, level[used], -1), bends, strict=True):
+            rows[floor].append(bend)
+        ways.append([user, *bends, used])
+    return rows, ways
+
+
+def _crossings(rows: list[list[str]], ways: list[list[str]]) -> int:
+    """How many pairs of lines between neighboring floors cross."""
+    at = {name: i for row in rows for i, name in enumerate(row)}
+    floor_of = {name: floor for floor, row in enumerate(rows) for name in row}
+    lines = [line for way in ways for line in pairwise(way)]
+    together = [(a, b) for a, b in combinations(lines, 2) if floor_of[a[0]] == floor_of[b[0]]]
+    return sum((at[a[0]] - at[b[0]]) * (at[a[1]] - at[b[1]]) < 0 for a, b in together)
+
+
+def _arrange(rows: list[list[str]], ways: list[list[str]]) -> None:
+    """Orders each floor so that lines cross as little as they may, trying all orders of one floor after another."""
+    for _ in range(4):
+        for floor, row in enumerate(rows):
+            orders = (list(order) for order in permutations(row))
+            rows[floor] = min(orders, key=lambda order: _crossings([*rows[:floor], order, *rows[floor + 1 :]], ways))
+
+
 def draw() -> str:
     """The picture as SVG: a box a room, users above what they use."""
     pairs = arrows()
-    level = floors(pairs)
-    rows = [[room for room in ROOMS if level[room] == floor] for floor in range(max(level.values()) + 1)]
-    width = 2 * _MARGIN + max(len(row) for row in rows) * (_WIDTH + _GAP_X) - _GAP_X
-    height = 2 * _MARGIN + len(rows) * (_HEIGHT + _GAP_Y) - _GAP_Y
+    rows, ways = _floors_with_bends(_direct(pairs), floors(pairs))
+    _arrange(rows, ways)
+    widths = {name: _WIDTH if name in ROOMS else 0 for row in rows for name in row}
+    breadth = {floor: sum(widths[name] + _GAP_X for name in row) - _GAP_X for floor, row in enumerate(rows)}
+    width, height = 2 * _MARGIN + max(breadth.values()), 2 * _MARGIN + len(rows) * (_HEIGHT + _GAP_Y) - _GAP_Y
     at = {}
     for floor, row in enumerate(rows):
-        left = (width - len(row) * (_WIDTH + _GAP_X) + _GAP_X) / 2
-        for i, room in enumerate(row):
-            at[room] = (left + i * (_WIDTH + _GAP_X), height - _MARGIN - (floor + 1) * _HEIGHT - floor * _GAP_Y)
+        left = (width - breadth[floor]) / 2
+        for name in row:
+            at[name] = (left, height - _MARGIN - (floor + 1) * _HEIGHT - floor * _GAP_Y)
+            left += widths[name] + _GAP_X
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         'font-family="sans-serif" font-size="11">',
@@ -163,13 +196,14 @@ def draw() -> str:
         '<path d="M0,0 L8,4 L0,8 z" fill="#667"/></marker></defs>',
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fff"/>',
     ]
-    for user, used in sorted(_direct(pairs)):
-        (x, y), (u, v) = at[user], at[used]
-        lines.append(
-            f'<path d="M{x + _WIDTH / 2:.0f},{y + _HEIGHT:.0f} L{u + _WIDTH / 2:.0f},{v:.0f}" '
-            'stroke="#667" fill="none" marker-end="url(#head)"/>'
-        )
-    for room, (x, y) in at.items():
+    for way in ways:
+        points = [(at[name][0] + widths[name] / 2, at[name][1]) for name in way]
+        (x, y), *bends, (u, v) = points
+        passed = [point for bx, by in bends for point in ((bx, by), (bx, by + _HEIGHT))]
+        path = " L".join(f"{a:.0f},{b:.0f}" for a, b in ((x, y + _HEIGHT), *passed, (u, v)))
+        lines.append(f'<path d="M{path}" stroke="#667" fill="none" marker-end="url(#head)"/>')
+    for room in ROOMS:
+        x, y = at[room]
         cpp = ROOMS[room].files[0].startswith(("include", "csrc"))
         lines.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" '

@@ -1,6 +1,6 @@
 """From a problem (shape, formats, epilogue, threads) to what runs it: an override, the cache, a tuning or a heuristic.
 
-autotune decides between the candidates, kernels of the table and torch's own ways to do the same; this module knows how
+race decides between the candidates, kernels of the table and torch's own ways to do the same; this module knows how
 to call them and how to make their weights cold.
 """
 
