@@ -48,7 +48,8 @@ def surroundings() -> dict[str, Any]:
         "model": transformers.AutoModel.from_config(config).eval(), "example": example, "batches": [example],
         "lm": transformers.AutoModelForCausalLM.from_config(config).eval(), "linear": nn.Linear(768, 3072),
         "layer": fastlinear.FastLinear(768, 3072).eval(), "fast": fastlinear.convert(nn.Sequential(nn.Linear(768, 8))),
-        "inputs": {"input_ids": example}, "values": torch.ones(8, 16, dtype=torch.int8), "scale": torch.ones(8), "zero": None,
+        "inputs": {"input_ids": example}, "values": torch.ones(8, 16, dtype=torch.int8), "scale": torch.ones(8),
+        "zero": None,
     }  # fmt: skip
 
 
