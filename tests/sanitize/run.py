@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SUITE = ["tests/test_pack.py", "tests/test_kernel_errors.py", "tests/test_formats.py"]
+SUITE = [f"tests/kernel/test_{name}.py" for name in ("pack", "kernel_errors", "formats")]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
 LIBRARIES = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 OPTIONS = {
