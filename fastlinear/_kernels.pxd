@@ -34,12 +34,21 @@ cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
     const char* refusal(const CpuSource&, const Isa&)
     cbool within(const Isa&, const Isa&)
 
-cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/formats/all.hpp" namespace "fastlinear" nogil:
     ctypedef int Format "fastlinear::Format"
     ctypedef struct Layout:
         Format format
         ptrdiff_t nr
         ptrdiff_t kr
+    ctypedef struct FormatInfo:
+        const char* name
+        cbool floating
+        void* pack
+    const FormatInfo* format_at(size_t)
+    cbool is_float(Format)
+    ptrdiff_t element_bytes(Format)
+
+cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
     ctypedef struct Kernel:
         const char* name
         const Isa& isa
@@ -51,13 +60,6 @@ cdef extern from "fastlinear/contract/kernel.hpp" namespace "fastlinear" nogil:
         ptrdiff_t row_step
         ptrdiff_t k_step
         ptrdiff_t columns()
-        cbool reads(const Layout&)
-    size_t kFormats
-    size_t kPackedFormats
-    size_t kFloatFormats
-    const char** kFormatNames
-    ptrdiff_t element_bytes(Format)
-    cbool is_float(Format)
 
 cdef extern from "fastlinear/formats/int8.hpp" namespace "fastlinear" nogil:
     ptrdiff_t kDotLimit
@@ -110,15 +112,28 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     void unpack_weight(const Layout&, const void*, const WeightView&)
 
 cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
+    ctypedef struct Caches:
+        size_t l1d
+        size_t l2
+        size_t l3
+    ctypedef struct Blocks:
+        ptrdiff_t panels
+        ptrdiff_t rows
+    ctypedef struct RowForm:
+        pass
     ctypedef struct CPlan "fastlinear::Plan":
         const Kernel* kernel
         ptrdiff_t threads
         ptrdiff_t k_slices
-    CPlan make_plan(const Kernel&, ptrdiff_t, ptrdiff_t)
+        Blocks blocks
+        const RowForm* form
+    CPlan make_plan(const Kernel&, ptrdiff_t, ptrdiff_t, const Caches&)
+    cbool reads_layout "fastlinear::reads"(const Kernel&, const Layout&)
     ctypedef struct Rows:
         const char* data
         ptrdiff_t stride
         Format format
+        const int64_t* index
     ctypedef int RowKind "fastlinear::RowKind"
     ctypedef struct CRowQuantizer "fastlinear::RowQuantizer":
         RowKind kind
@@ -133,10 +148,14 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
     ctypedef struct Bias:
         const void* data
         Format format
-    ctypedef struct Output:
+    ctypedef struct Segment:
         char* data
         ptrdiff_t stride
         Format format
+        ptrdiff_t first
+    cppclass Segments "std::span<const fastlinear::Segment>":
+        Segments()
+        Segments(const Segment*, size_t)
     ctypedef struct EpilogueStep:
         uint32_t function
         int32_t operand
@@ -152,7 +171,7 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         ptrdiff_t row_stride
         ptrdiff_t column_stride
         Format format
-    ctypedef struct Problem:
+    cppclass Problem:
         ptrdiff_t m
         ptrdiff_t n
         ptrdiff_t k
@@ -160,10 +179,14 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         CRowQuantizer quantizer
         Weight weight
         Bias bias
-        Output y
+        Segments y
         EpilogueProgram epilogue
         const COperand* operands
+        const int64_t* y_index
+    cppclass Problems "std::span<const fastlinear::Problem>":
+        Problems(const Problem*, size_t)
     cbool gemm(const Problem&, const CPlan&)
+    cbool gemm(Problems, const CPlan&)
 
 
 cdef enum:
@@ -176,8 +199,6 @@ cdef extern from *:
     int FP16 "int(fastlinear::Format::fp16)"
     int INT8 "int(fastlinear::Format::int8)"
     int UINT8 "int(fastlinear::Format::uint8)"
-    int INT16 "int(fastlinear::Format::int16)"
-    int INT32 "int(fastlinear::Format::int32)"
 
 # A dense tensor of one of our formats in this machine's memory, as the kernels see it; strides in elements.
 cdef struct View:
@@ -239,6 +260,5 @@ cdef class RowQuantizer:
 
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y,
-    const COperand* operands=*
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
 ) except -1

@@ -48,7 +48,10 @@ class Plan:
     threads: int
     k_slices: int
     due: float
-    def __init__(self, kernel: str, threads: int = 1, k_slices: int = 1) -> None: ...
+    blocks: tuple[int, int]
+    def __init__(
+        self, kernel: str, threads: int = 1, k_slices: int = 1, caches: tuple[int, int, int] | None = None
+    ) -> None: ...
 
 Step = tuple[str, tuple[float, ...]] | tuple[str, tuple[float, ...], int]
 
@@ -70,7 +73,10 @@ def run(
     epilogue: Epilogue,
     x: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    out: Tensor | Sequence[Tensor],
     rows: RowQuantizer | None = None,
     operands: Sequence[Tensor] = (),
+    x_index: Tensor | None = None,
+    y_index: Tensor | None = None,
 ) -> None: ...
+def run_all(plan: Plan, calls: Sequence[Mapping[str, Any]]) -> None: ...

@@ -17,6 +17,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
 
 from fastlinear._cpu cimport CpuSource, describe_cpu, source_of
 from fastlinear._cpu import evict  # no-cython-lint
@@ -104,6 +105,7 @@ cdef dict refusals_of(const CpuSource& source):
 cdef dict pretended = None
 cdef dict refusals = {}
 cdef bint asked = False
+cdef Caches own_caches
 
 ANSWERS = {
     errno.ENOSPC: "a thread's signal stack is too small for tiles",
@@ -122,6 +124,8 @@ def pretend(machine):
             if not within(isa_named(highest)[0], isa_named(name)[0]):
                 reasons[name] = reasons[name] or f"FASTLINEAR_MAX_ISA is {highest}"
     pretended, refusals, asked = machine, reasons, False
+    cdef dict found = describe_cpu(source_of(machine))
+    own_caches.l1d, own_caches.l2, own_caches.l3 = found["l1d"], found["l2"], found["l3"]
 
 
 pretend(None)
@@ -179,7 +183,7 @@ cdef bint runnable(const Kernel* kernel):
 
 
 cdef str layout_name(const Layout& layout):
-    return f"{kFormatNames[<size_t> layout.format].decode()}/{layout.nr}x{layout.kr}"
+    return f"{format_name(<size_t> layout.format)}/{layout.nr}x{layout.kr}"
 
 
 cdef tuple reads(const Kernel* kernel):
@@ -187,7 +191,7 @@ cdef tuple reads(const Kernel* kernel):
     cdef size_t i = 0
     cdef const Kernel* k = kernel_at(0)
     while k != NULL:
-        if kernel.reads(k.layout):
+        if reads_layout(kernel[0], k.layout):
             names[layout_name(k.layout)] = None
         i += 1
         k = kernel_at(i)
@@ -201,9 +205,9 @@ cdef tuple kernel_rows():
     while k != NULL:
         rows.append({
             "name": k.name.decode(), "isa": isa_of(k),
-            "format": kFormatNames[<size_t> k.layout.format].decode(), "rows": kFormatNames[<size_t> k.rows].decode(),
+            "format": format_name(<size_t> k.layout.format), "rows": format_name(<size_t> k.rows),
             "layout": layout_name(k.layout), "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
-            "columns": k.columns(), "accumulate": kFormatNames[<size_t> k.accumulate].decode(), "reads": reads(k),
+            "columns": k.columns(), "accumulate": format_name(<size_t> k.accumulate), "reads": reads(k),
             "row_step": k.row_step, "k_step": k.k_step,
         })
         i += 1
@@ -272,14 +276,18 @@ include "_packed.pxi"
 cdef class Plan:
     """How to run one product: the kernel by its name in the table, threads (at least 1), slices of K (at least 1).
 
-    `due`: when, by time.monotonic(), an engine is to ask for a better plan than this; 0 for never.
+    `due`: when, by time.monotonic(), an engine is to ask for a better plan than this; 0 for never. `caches`: bytes of
+    L1d, L2 and L3, by which K and rows are cut in blocks; those of this machine unless tests want another's.
     """
 
-    def __init__(self, str kernel not None, ptrdiff_t threads=1, ptrdiff_t k_slices=1):
+    def __init__(self, str kernel not None, ptrdiff_t threads=1, ptrdiff_t k_slices=1, caches=None):
         if threads < 1 or k_slices < 1 or threads > 4096 or k_slices > 4096:
             raise ValueError(f"a plan takes 1 to 4096 threads and K slices, not {threads} and {k_slices}")
         self.kernel = kernel
-        self.plan = make_plan(runnable_kernel(kernel)[0], threads, k_slices)
+        cdef Caches sizes = own_caches
+        if caches is not None:
+            sizes.l1d, sizes.l2, sizes.l3 = caches
+        self.plan = make_plan(runnable_kernel(kernel)[0], threads, k_slices, sizes)
         self.layout = layout_name(self.plan.kernel.layout)
 
     @property
@@ -289,6 +297,11 @@ cdef class Plan:
     @property
     def k_slices(self):
         return self.plan.k_slices
+
+    @property
+    def blocks(self):
+        """Bytes of a K block of panels, and of a block of rows."""
+        return self.plan.blocks.panels, self.plan.blocks.rows
 
     def __repr__(self):
         return f"Plan({self.kernel!r}, threads={self.plan.threads}, k_slices={self.plan.k_slices})"
@@ -366,38 +379,52 @@ cdef class RowQuantizer:
 # Whether the plan's kernel reads this weight, and x or what x can be made into.
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept:
     cdef const Kernel* kernel = plan.plan.kernel
-    if not kernel.reads(w.shape):
+    if not reads_layout(kernel[0], w.shape):
         return False
-    if <int> kernel.accumulate == INT32:
+    if plan.plan.form != NULL:
         return rows is not None and (is_float(x) or <int> rows.quantizer.kind == STATIC)
     return is_float(x) and (<int> kernel.rows == FP32 or kernel.rows == x)
 
 
-# One product. Large ones release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
-cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y,
-    const COperand* operands=NULL
-) except -1:
-    cdef Problem p
+cdef void ask(
+    Problem* p, Packed w, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y, size_t segments
+) noexcept:
     p.m, p.n, p.k = x.m, w.n, w.k
     p.x.data, p.x.stride, p.x.format = x.data, x.stride, x.format
     if rows is not None:
         p.quantizer = rows.quantizer
     p.weight = w.read()[0]
     p.bias = bias
-    p.y.data, p.y.stride, p.y.format = y.data, y.stride, y.format
+    p.y = Segments(y, segments)
     p.epilogue = epilogue.program
-    p.operands = operands
-    cdef CPlan c = plan.plan
+
+
+# Large products release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
+cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
     cdef cbool done
-    if x.m * w.n * w.k > 2000000:
-        with nogil:
-            done = gemm(p, c)
+    cdef ptrdiff_t work = 0
+    cdef size_t i
+    for i in range(problems):
+        work += p[i].m * p[i].n * p[i].k
+    if problems == 1 and work <= 2000000:
+        done = gemm(p[0], plan)
     else:
-        done = gemm(p, c)
+        with nogil:
+            done = gemm(p[0], plan) if problems == 1 else gemm(Problems(p, problems), plan)
     if not done:
-        raise MemoryError(f"no memory for the scratch tiles of a product with M={x.m}, N={w.n}, K={w.k}")
+        raise MemoryError(f"no memory for the scratch tiles of {problems} products, the first with M={p[0].m}, "
+                          f"N={p[0].n}, K={p[0].k}")
     return 0
+
+
+cdef int compute(
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
+) except -1:
+    cdef Problem p
+    cdef Segment segment
+    segment.data, segment.stride, segment.format, segment.first = y.data, y.stride, y.format, 0
+    ask(&p, w, epilogue, rows, x, bias, &segment, 1)
+    return answer(&p, 1, plan.plan)
 
 
 # [m, n], or what broadcasts to it with the elements of a row side by side, or all the same.
@@ -415,25 +442,34 @@ cdef COperand as_operand(object tensor, ptrdiff_t m, ptrdiff_t n) except *:
     return operand
 
 
-def run(
-    Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out, RowQuantizer rows=None,
-    operands=()
-):
-    """out = epilogue(x @ weight.T + bias).
+# Row numbers [m] below `rows`.
+cdef const int64_t* as_index(object index, ptrdiff_t rows, str what) except? NULL:
+    fit = (isinstance(index, Tensor) and index.dtype is torch.int64 and index.dim() == 1 and index.is_contiguous()
+           and index.device.type == "cpu")
+    if not fit:
+        raise ValueError(f"{what} must be a contiguous int64 CPU tensor of one dimension, not {describe(index)}")
+    if len(index) > 0 and not (0 <= int(index.min()) and int(index.max()) < rows):
+        raise ValueError(f"{what} must lie from 0 to {rows - 1}, not from {int(index.min())} to {int(index.max())}")
+    return <const int64_t*> <size_t> index.data_ptr()
 
-    x: [M, K]; bias: [N] or None; out: [M, N], written in place; each fp32, bf16 or fp16, but x fp32 where the weight
-    is, and of the rows' format for a kernel that reads 16-bit rows. Integer products quantize x by `rows`; x may be
-    integers where `rows` is static, and out is, where the epilogue says so. Rows may have any stride, elements of a row
-    must be side by side. `operands` are those that the epilogue names: fp32, bf16 or fp16, [M, N] or what broadcasts to
-    it; one may be `out` itself. Raises TypeError or ValueError where a tensor is not of that form.
-    """
-    cdef COperand[4] beside
+
+cdef enum:
+    MAX_SEGMENTS = 8
+
+
+# Checks the arguments of `run` and puts them into a problem, its segments and its operands.
+cdef int fill(
+    Problem* p, Segment* segments, COperand* beside, Plan plan, Packed packed, Epilogue epilogue, object x, object bias,
+    object out, RowQuantizer rows, tuple operands, object x_index, object y_index
+) except -1:
     cdef View vx = need(x, "x", integers=True)
-    cdef View vy = need(out, "out", integers=True)
-    cdef View vb
+    cdef View vy, vb
     cdef Matrix rows_x, rows_y
     cdef Bias b
-    if not plan.plan.kernel.reads(packed.shape):
+    cdef ptrdiff_t first = 0, m
+    cdef size_t count = 0, i
+    cdef bint fit
+    if not reads_layout(plan.plan.kernel[0], packed.shape):
         raise ValueError(f"kernel {plan.kernel!r} reads {' or '.join(reads(plan.plan.kernel))}, "
                          f"the weight is in {packed.layout!r}")
     if not answers(plan, packed, rows, vx.format) or (packed.shape.format != vx.format and packed.format == "fp32"):
@@ -441,12 +477,26 @@ def run(
         raise ValueError(f"kernel {plan.kernel!r} on a weight in {packed.layout!r} does not take x of {x.dtype}{by}")
     if rows is not None and rows.smooth is not None and rows.smooth.numel() != packed.k:
         raise ValueError(f"smooth must be [{packed.k}], not {describe(rows.smooth)}")
-    if epilogue.dtype is not (None if is_float(vy.format) else out.dtype):
-        raise ValueError(f"out is {out.dtype}, but the epilogue makes {epilogue.dtype or 'numbers'}")
     if vx.ndim != 2 or vx.shape[1] != packed.k or not as_rows(&vx, &rows_x):
         raise ValueError(f"x must be [M, {packed.k}] with unit stride in a row, not {describe(x)}")
-    if vy.ndim != 2 or vy.shape[0] != rows_x.m or vy.shape[1] != packed.n or not as_rows(&vy, &rows_y):
-        raise ValueError(f"out must be [{rows_x.m}, {packed.n}] with unit stride in a row, not {describe(out)}")
+    m = rows_x.m if x_index is None else len(x_index)
+    cdef tuple parts = tuple(out) if type(out) is list or type(out) is tuple else (out,)
+    if not 1 <= len(parts) <= MAX_SEGMENTS:
+        raise ValueError(f"out is 1 to {MAX_SEGMENTS} tensors, not {len(parts)}")
+    for part in parts:
+        vy = need(part, "out", integers=True)
+        if epilogue.dtype is not (None if is_float(vy.format) else part.dtype):
+            raise ValueError(f"out is {part.dtype}, but the epilogue makes {epilogue.dtype or 'numbers'}")
+        fit = vy.ndim == 2 and as_rows(&vy, &rows_y) and (y_index is not None or vy.shape[0] == m)
+        if not fit or (len(parts) == 1 and vy.shape[1] != packed.n):
+            columns = packed.n if len(parts) == 1 else "columns"
+            raise ValueError(f"out must be [{m}, {columns}] with unit stride in a row, not {describe(part)}")
+        segments[count].data, segments[count].stride = rows_y.data, rows_y.stride
+        segments[count].format, segments[count].first = rows_y.format, first
+        first += vy.shape[1]
+        count += 1
+    if first != packed.n:
+        raise ValueError(f"the parts of out have {first} columns together, not {packed.n}")
     b.data = NULL
     if bias is not None:
         vb = need(bias, "bias")
@@ -455,6 +505,52 @@ def run(
         b.data, b.format = vb.data, vb.format
     if len(operands) != <ptrdiff_t> epilogue.operands:
         raise ValueError(f"the epilogue names {epilogue.operands} operands, not {len(operands)}")
-    for i, operand in enumerate(operands):
-        beside[<size_t> i] = as_operand(operand, rows_y.m, packed.n)
-    compute(packed, plan, epilogue, rows, &rows_x, b, &rows_y, beside)
+    for i in range(epilogue.operands):
+        beside[i] = as_operand(operands[i], m, packed.n)
+    ask(p, packed, epilogue, rows, &rows_x, b, segments, count)
+    p.m, p.operands = m, beside
+    if x_index is not None:
+        p.x.index = as_index(x_index, rows_x.m, "x_index")
+    if y_index is not None:
+        if len(y_index) != m:
+            raise ValueError(f"y_index has {len(y_index)} rows, not {m}")
+        p.y_index = as_index(y_index, min(len(part) for part in parts), "y_index")
+    return 0
+
+
+def run(
+    Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out, RowQuantizer rows=None,
+    operands=(), x_index=None, y_index=None
+):
+    """out = epilogue(x @ weight.T + bias).
+
+    x: [M, K]; bias: [N] or None; out: [M, N], written in place; each fp32, bf16 or fp16, but x fp32 where the weight
+    is, and of the rows' format for a kernel that reads 16-bit rows. Integer products quantize x by `rows`; x may be
+    integers where `rows` is static, and out is, where the epilogue says so. Rows may have any stride, elements of a row
+    must be side by side. `out` may be several tensors, which have the columns one after another. `operands` are those
+    that the epilogue names: fp32, bf16 or fp16, [M, N] or what broadcasts to it; one may be `out` itself. With x_index
+    (int64 [M]), row i is that of x[x_index[i]]; with y_index, it goes to out[y_index[i]], no two to the same one.
+    Raises TypeError or ValueError where a tensor is not of that form.
+    """
+    cdef Problem p
+    cdef Segment[MAX_SEGMENTS] segments
+    cdef COperand[4] beside
+    fill(&p, segments, beside, plan, packed, epilogue, x, bias, out, rows, tuple(operands), x_index, y_index)
+    answer(&p, 1, plan.plan)
+
+
+def run_all(Plan plan not None, calls):
+    """`run` for many products of one plan that do not wait for one another: threads share them as if they were one.
+
+    calls: of each its arguments but the plan, as a dict: packed, epilogue, x, bias, out, and what else `run` may have.
+    """
+    cdef size_t count = len(calls), i
+    cdef vector[Problem] problems = vector[Problem](count)
+    cdef vector[Segment] segments = vector[Segment](count * MAX_SEGMENTS)
+    cdef vector[COperand] beside = vector[COperand](count * 4)
+    for i, call in enumerate(calls):
+        fill(&problems[i], &segments[i * MAX_SEGMENTS], &beside[i * 4], plan, call["packed"], call["epilogue"],
+             call["x"], call.get("bias"), call["out"], call.get("rows"), tuple(call.get("operands", ())),
+             call.get("x_index"), call.get("y_index"))
+    if count > 0:
+        answer(problems.data(), count, plan.plan)

@@ -85,7 +85,7 @@ cdef class Packed:
 
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1:
         self.shape = kernel_of_layout(layout).layout
-        self.dtype, self.format = dtypes[<size_t> self.shape.format], kFormatNames[<size_t> self.shape.format].decode()
+        self.dtype, self.format = dtypes[<size_t> self.shape.format], format_name(<size_t> self.shape.format)
         self.layout, self.n, self.k = layout, n, k
         return 0
 

@@ -1,16 +1,36 @@
 # Part of _kernels.pyx: what a tensor is to the kernels.
 
 cdef object Tensor = torch.Tensor
-cdef tuple dtypes = (  # in the order of enum Format
-    torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int8, torch.uint8, torch.int16, torch.int32
-)
-FORMATS = {dtypes[i]: kFormatNames[i].decode() for i in range(kFloatFormats)}
-PACKED = {kFormatNames[i].decode(): dtypes[i] for i in range(kPackedFormats)}
+cdef dict dtype_of_format = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8wo": torch.int8, "int8": torch.int8,
+    "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32,
+}
+
+
+cdef str format_name(size_t format):
+    return format_at(format).name.decode()
+
+
+cdef list all_formats():
+    cdef list names = []
+    while format_at(len(names)) != NULL:
+        names.append(format_name(len(names)))
+    return names
+
+
+cdef tuple dtypes = tuple(dtype_of_format[name] for name in all_formats())  # by Format
+FORMATS = {dtypes[i]: format_name(i) for i in range(len(dtypes)) if format_at(i).floating}
+PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes)) if format_at(i).pack != NULL}
+cdef dict formats_of_x = {dtypes[i]: i for i in range(len(dtypes)) if format_at(i).floating} | {
+    torch.int8: INT8, torch.uint8: UINT8
+}
 
 
 # Of x, whose int8 is not that of a weight; ValueError for a dtype that no kernel reads.
 cdef int format_of_x(object dtype) except -1:
-    return INT8 if dtype is torch.int8 else dtypes.index(dtype, 0, INT16)
+    if dtype not in formats_of_x:
+        raise ValueError(f"no kernel reads x of {dtype}")
+    return formats_of_x[dtype]
 
 
 # DLPack's codes: 0 and 1 are integers with and without a sign, 2 is IEEE floating point, 4 is bfloat. Negative for what
@@ -63,7 +83,7 @@ cdef bint look_at(object tensor, View* v):
 
 cdef bint look_at_slowly(object tensor, View* v):
     cdef int i
-    if (tensor.dtype not in dtypes[:INT16] or tensor.device.type != "cpu" or tensor.layout is not torch.strided
+    if (tensor.dtype not in formats_of_x or tensor.device.type != "cpu" or tensor.layout is not torch.strided
             or tensor.is_nested or tensor.dim() > MAX_DIMS):
         return False
     v.data = <char*> <size_t> tensor.data_ptr()

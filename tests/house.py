@@ -39,7 +39,7 @@ ROOMS = {
     "contract": _cpp("contract", "what the parts promise one another", "host"),
     "host": _cpp("host", "what the machine and torch give"),
     "formats": _cpp("formats", "what an element is", "contract"),
-    "weight": _cpp("weight", "a weight [N, K] to panels, and back", "contract", "host"),
+    "weight": _cpp("weight", "a weight [N, K] to panels, and back", "contract", "formats", "host"),
     "generic": _cpp("generic", "written once over a vector", "contract", "formats"),
     "epilogues": _cpp("epilogues", "one file a function", "contract", "generic"),
     "isa": _cpp("isa", "one folder an instruction set", "contract", "formats", "generic"),

@@ -14,8 +14,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -126,8 +127,27 @@ def build() -> Build:
     return Build(Path(_folder.name))
 
 
+_caches: list[tuple[int, int, int]] = []
+
+
+@contextmanager
+def caches_of(l1d: int, l2: int, l3: int) -> Iterator[None]:
+    """Products within are cut in blocks as on a machine with these caches, in bytes."""
+    _caches.append((l1d, l2, l3))
+    try:
+        yield
+    finally:
+        _caches.pop()
+
+
+def caches() -> tuple[int, int, int]:
+    """L1d, L2 and L3 by which products are cut now."""
+    info = _kernels.cpu_info()
+    return _caches[-1] if _caches else (info["l1d"], info["l2"], info["l3"])
+
+
 class Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_ssize_t) for name in ("threads", "k_slices", "m", "n", "k")]
+    _fields_ = [(name, ctypes.c_ssize_t) for name in ("threads", "k_slices", "m", "n", "k", "l1d", "l2", "l3")]
 
 
 class Operand(ctypes.Structure):
@@ -145,7 +165,7 @@ class Panels(ctypes.Structure):
 
 
 class Quantizer(ctypes.Structure):
-    """RowQuantizer of driver/integer_rows.hpp."""
+    """RowQuantizer of driver/problem.hpp."""
 
     _fields_ = [
         ("kind", ctypes.c_uint8),
@@ -230,7 +250,7 @@ def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels:
         smooth = torch.zeros(0) if rows is None or rows.smooth is None else rows.smooth
         smooth = torch.nn.functional.pad(smooth, (0, -len(smooth) % 16))
         parts = (
-            Sizes(threads, k_slices, len(x), packed.n, packed.k),
+            Sizes(threads, k_slices, len(x), packed.n, packed.k, *caches()),
             operand(x),
             quantizer(rows, smooth),
             Panels(panels.data_ptr(), FORMATS.index(format), *map(int, shape.split("x")), packed.zero is not None),

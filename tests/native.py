@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import random
-import re
 import resource
 import traceback
 from collections import Counter
@@ -17,7 +16,7 @@ import library
 import oracle
 import pytest
 import torch
-from library import ROOT, Steps
+from library import Steps
 from oracle import Dtypes, Result, Sums
 from torch import Tensor
 
@@ -158,7 +157,10 @@ def product(
 ) -> Tensor:
     """`run` or `integers` on a packed weight, into `out`."""
     with nullcontext() if kernel["runnable"] else emulator.running():
-        plan, epilogue = _kernels.Plan(kernel["name"], threads, k_slices), _kernels.Epilogue(steps, requantize)
+        plan, epilogue = (
+            _kernels.Plan(kernel["name"], threads, k_slices, library.caches()),
+            _kernels.Epilogue(steps, requantize),
+        )
         _kernels.run(packed, plan, epilogue, x, b, out, rows)
     return out
 
@@ -202,12 +204,9 @@ def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
     return patterns.to(OF_BITS[dtype.itemsize]).view(dtype)
 
 
-def driver_constant(name: str) -> int:
-    """A block size of grid.hpp, so that tests which cross a block keep crossing it when it is changed."""
-    source = (ROOT / "include/fastlinear/driver/grid.hpp").read_text()
-    match = re.search(rf"\b{name} = (\d+)(?: << (\d+))?;", source)
-    assert match, f"grid.hpp has no constant {name}"
-    return int(match[1]) << int(match[2] or 0)
+def blocks() -> tuple[int, int]:
+    """Bytes of a K block of panels and of a block of rows, so that tests which cross a block know where it ends."""
+    return _kernels.Plan(RUNNABLE[0]["name"], 1, 1, library.caches()).blocks
 
 
 def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:

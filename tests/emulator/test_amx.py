@@ -104,7 +104,7 @@ def test_one_configuration_a_thread_and_call(kernel: native.Kernel) -> None:
 @pytest.mark.parametrize("kernel", AMX, ids=[kernel["name"] for kernel in AMX])
 def test_later_blocks_of_k_add_to_what_is_there(kernel: native.Kernel) -> None:
     """A product of several K blocks loads each sum once a block more, and has no multiply more."""
-    size, block = kernel["k_step"], native.driver_constant("panel_block_bytes")
+    size, block = kernel["k_step"], native.blocks()[0]
     k = block // (kernel["columns"] * (2 if kernel["rows"] == "bf16" else 1)) + size
     counts = multiply(kernel["name"], 32, 64, k)
     assert products(counts) == 2 * 4 * -(-k // size)

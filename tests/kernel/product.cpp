@@ -7,6 +7,7 @@ using std::ptrdiff_t;
 
 struct Sizes {
   ptrdiff_t threads, k_slices, m, n, k;
+  fastlinear::Caches caches;
 };
 
 struct Operand {
@@ -35,7 +36,7 @@ extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const
                                                        const Operand* bias, const Operand* y, const Steps* steps,
                                                        const fastlinear::Affine* out) {
   using namespace fastlinear;
-  const Plan plan = make_plan(*find_kernel(kernel), s->threads, s->k_slices);
+  const Plan plan = make_plan(*find_kernel(kernel), s->threads, s->k_slices, s->caches);
   EpilogueProgram program{};
   program.count = static_cast<std::size_t>(steps->count);
   for (std::size_t i = 0; i < program.count; ++i) {
@@ -47,6 +48,7 @@ extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const
   program.out = *out;
   Weight weight = weight_at({w->format, w->nr, w->kr}, s->n, s->k, w->data);
   if (!w->zeros) weight.zeros = nullptr;
+  const Segment segment{y->data, y->stride, y->format};
   return gemm({s->m,
                s->n,
                s->k,
@@ -54,8 +56,9 @@ extern "C" [[gnu::visibility("default")]] bool product(const char* kernel, const
                *rows,
                weight,
                {bias->data, bias->format},
-               {y->data, y->stride, y->format},
+               {&segment, 1},
                program,
+               nullptr,
                nullptr},
               plan);
 }

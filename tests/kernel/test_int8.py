@@ -2,14 +2,13 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
 import native
 import pytest
 import torch
-from library import ROOT, Steps
+from library import Steps
 from native import Kernel, every_integer_kernel
 from torch import Tensor
 from torch.nn import functional as F
@@ -202,10 +201,8 @@ def test_other_activations_follow_the_numbers(kernel: Kernel) -> None:
 @every_integer_kernel
 def test_more_rows_than_a_block(kernel: Kernel, rows: Rows) -> None:
     """Rows are quantised a few MB at a time: of more, each is what it is alone."""
-    source = (ROOT / "include/fastlinear/driver/gemm.hpp").read_text()
-    (shift,) = re.findall(r"kBlockBytes = 4 << (\d+);", source)
     k = 8188
-    m = (4 << int(shift)) // (k * (2 if kernel["rows"] == "int16" else 1)) + 2 * kernel["mr"] + 1
+    m = native.blocks()[1] // (k * (2 if kernel["rows"] == "int16" else 1)) + 2 * kernel["mr"] + 1
     x, q = torch.randn(m, k), weight(5, k, zeros=True)
     torch.set_num_threads(2)
     held(kernel, x, q, rows, threads=2)

@@ -156,14 +156,51 @@ def test_tiny_and_huge_values_survive(kernel: Kernel) -> None:
             assert torch.equal(y.double(), kernel["sums"].flushed(x.double())), value
 
 
+# L1d, L2 and L3 of a client Skylake, a Zen 2, a Sapphire Rapids, and of a hypervisor that does not say.
+CACHES = [
+    (32 << 10, 256 << 10, 8 << 20),
+    (32 << 10, 512 << 10, 16 << 20),
+    (48 << 10, 2 << 20, 105 << 20),
+    (0, 0, 0),
+]
+
+
+def test_blocks_follow_the_caches() -> None:
+    """Half of L2 for panels, 1 MB if it is unknown; for rows an eighth of L3, at least L2 and at most 4 MB."""
+    found = {}
+    for caches in CACHES:
+        with library.caches_of(*caches):
+            found[caches[1]] = native.blocks()
+    mb = 1 << 20
+    assert found == {mb // 4: (mb // 8, mb), mb // 2: (mb // 4, 2 * mb), 2 * mb: (mb, 4 * mb), 0: (mb // 2, 4 * mb)}
+
+
+@pytest.mark.parametrize("caches", CACHES, ids=lambda caches: f"L2 {caches[1] >> 10} KB")
+@pytest.mark.parametrize("isa", [isa for isa in _kernels.cpu_info()["isas"] if isa != "scalar"])
+def test_other_machines(isa: str, caches: tuple[int, int, int]) -> None:
+    """The blocks of smaller and larger caches change no exact sum, and none of fp32, which they cut in one order."""
+    for kernel in [k for k in native.RUNNABLE if k["isa"] == isa and k["id"] == k["name"]][:2]:
+        with library.caches_of(*caches):
+            blocks_are_exact(kernel, 1)
+        x, w, b = native.random_case(kernel["mr"] + 1, kernel["nr"] + 1, 9000, kernel["dtypes"][0])
+        with library.caches_of(*caches):
+            there = native.run(kernel, x, w, b)
+        assert kernel["sums"].block or native.same_bits(there, native.run(kernel, x, w, b))
+
+
 @pytest.mark.parametrize("k_slices", [1, 3])
 @every_kernel
 def test_blocks_of_k_and_of_rows(kernel: Kernel, k_slices: int) -> None:
     """K so long that the driver cuts it into three blocks, M so large that it cuts the rows, with rows that collide."""
+    blocks_are_exact(kernel, k_slices)
+
+
+def blocks_are_exact(kernel: Kernel, k_slices: int) -> None:
+    panels, block_of_rows = native.blocks()
     row_bytes, weight_bytes = (native.DTYPES[kernel[form]].itemsize for form in ("rows", "own"))
-    k_block = native.driver_constant("panel_block_bytes") // (weight_bytes * kernel["columns"])
+    k_block = panels // (weight_bytes * kernel["columns"])
     k = (2 * k_block + 1024) * k_slices
-    rows_a_block = native.driver_constant("row_block_bytes") // (row_bytes * k)
+    rows_a_block = block_of_rows // (row_bytes * k)
     m, n = 2 * rows_a_block + kernel["mr"] + 1, kernel["nr"] + 1
     for threads, dtypes in zip(THREADS, (kernel["dtypes"][0], kernel["dtypes"][-1]), strict=True):
         x, w, b = native.exact_case(kernel, m, n, k, dtypes)

@@ -37,8 +37,9 @@ class Mutant(NamedTuple):
 
 
 OF_VECTORS = ("convert.hpp", "quantize.hpp")  # generic code that an ISA with vectors of its own compiles
-DRIVER, GRID, ROWS, INTEGER_ROWS, FINISH = (
-    f"include/fastlinear/driver/{name}.hpp" for name in ("gemm", "grid", "rows", "integer_rows", "finish")
+DRIVER, WORKER, GRID, PLAN, PROLOGUE, PROBLEM, FINISH = (
+    f"include/fastlinear/driver/{name}.hpp"
+    for name in ("gemm", "worker", "grid", "plan", "prologue", "problem", "finish")
 )
 TILE, CONVERT, QUANTIZE = (f"include/fastlinear/generic/{name}.hpp" for name in ("tile", "convert", "quantize"))
 SCALAR, BF16, PAIRS, HALVES, VEC, TILES = (
@@ -52,29 +53,35 @@ PAIRING = "bf16/avx512_bf16/14x32 on int8wo/32x1"
 
 WORDS, QUADS, BYTES = "int8/avx512/6x32", "int8/avx512_vnni/14x32", "int8/scalar/4x8"
 INTEGERS = [
-    ("symmetric rows reach to 126", INTEGER_ROWS, "-127.0f, 127.0f", "-127.0f, 126.0f", QUADS),
-    ("symmetric rows divide by 128", INTEGER_ROWS, "/ 127.0f", "/ 128.0f", QUADS),
-    ("asymmetric zero points are cut off", INTEGER_ROWS, "nearest(-e.least", "std::floor(-e.least", QUADS),
-    ("asymmetric rows saturate at 254", INTEGER_ROWS, "255.0f - zero, row.zero}", "254.0f - zero, row.zero}", QUADS),
-    ("tiny rows keep a scale", INTEGER_ROWS, "scale < std::numeric_limits<float>::min()", "scale <= 0.0f", QUADS),
+    ("symmetric rows reach to 126", PROLOGUE, "-127.0f, 127.0f", "-127.0f, 126.0f", QUADS),
+    ("symmetric rows divide by 128", PROLOGUE, "/ 127.0f", "/ 128.0f", QUADS),
+    ("asymmetric zero points are cut off", PROLOGUE, "nearest(-e.least", "std::floor(-e.least", QUADS),
+    ("asymmetric rows saturate at 254", PROLOGUE, "255.0f - zero, row.zero}", "254.0f - zero, row.zero}", QUADS),
+    ("tiny rows keep a scale", PROLOGUE, "scale < std::numeric_limits<float>::min()", "scale <= 0.0f", QUADS),
     (
         "NaN is overlooked",
-        INTEGER_ROWS,
-        "finite ? quantization_.finite : quantization_.any",
-        "quantization_.finite",
+        PROLOGUE,
+        "finite ? plan_.form->finite : plan_.form->any",
+        "plan_.form->finite",
         QUADS,
     ),
-    ("smoothing is forgotten in fp32", INTEGER_ROWS, " && quantizer_.smooth == nullptr)", ")", QUADS),
-    ("s8 rows are taken as u8", INTEGER_ROWS, "if (x_.format == Format::int8) add_middle(to, k_);", "", QUADS),
-    ("s8 rows are taken as u8, int16", INTEGER_ROWS, "? kMiddle : 0;", "? 0 : 0;", WORDS),
-    ("int16 rows keep their zero point", INTEGER_ROWS, "scale.zero = 0;  //", ";  //", WORDS),
-    ("rows are summed without their zero point", INTEGER_ROWS, "row)[k] - zero;", "row)[k];", QUADS),
+    ("smoothing is forgotten in fp32", PROLOGUE, "wide && smooth == nullptr", "wide", QUADS),
+    ("s8 rows are taken as u8", PROLOGUE, "if (flip != 0) prologue_detail", "if (false) prologue_detail", QUADS),
+    ("s8 rows are taken as u8, int16", PROLOGUE, "(from[k] ^ flip)", "from[k]", WORDS),
+    ("int16 rows keep their zero point", PROLOGUE, "scale.zero = 0;  //", ";  //", WORDS),
+    ("rows are summed without their zero point", PROLOGUE, "row)[k] - zero;", "row)[k];", QUADS),
     ("column sums are those of the first tile", FINISH, "w.sums + column", "w.sums", QUADS),
     ("zero points are those of the first tile", FINISH, "w.zeros + column", "w.zeros", QUADS),
     ("the zero points of x are not subtracted", QUANTIZE, "t.ld_in + c) - shift;", "t.ld_in + c);", BYTES),
     ("all rows have the first one's zero point", QUANTIZE, "if (row.zero != zero) shift", "if (false) shift", BYTES),
-    ("ReLU lets -1 pass", DRIVER, "first == kRelu ? 0.0f", "first == kRelu ? -1.0f", QUADS),
-    ("ReLU is done and the next step with it", FINISH, "i = job.absorbed;", "i = 2 * job.absorbed;", QUADS),
+    ("ReLU lets -1 pass", FINISH, "relu ? 0.0f", "relu ? -1.0f", QUADS),
+    (
+        "ReLU is done and the next step with it",
+        FINISH,
+        "i = relu || function == kIdentity;",
+        "i = 2 * relu + (function == kIdentity);",
+        QUADS,
+    ),
     ("the zero points of W are not subtracted", QUANTIZE, "if (t.zeros != nullptr)", "if (false)", BYTES),
     ("scales are fused", QUANTIZE, "rounded(rounded(to_float(sum) * scale)", "rounded((to_float(sum) * scale)", BYTES),
     ("the bias is fused", QUANTIZE, "rounded(rounded(to_float(sum) * scale)", "(rounded(to_float(sum) * scale)", BYTES),
@@ -85,12 +92,18 @@ INTEGERS = [
         "cvt_roundps_epi32(kAll, a.v + 0.5f, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)",
         WORDS,
     ),
-    ("slices are added as floats", DRIVER, "if (sums != Format::int32)", "if (true)", QUADS),
-    ("integer rows of a second block begin at the first", DRIVER, "p.x.at(rows.begin, 0)", "p.x.at(0, 0)", QUADS),
+    ("slices are added as floats", DRIVER, "if (is_float(job.plan.kernel->accumulate))", "if (true)", QUADS),
+    (
+        "integer rows of a second block begin at the first",
+        PROLOGUE,
+        "(this->*make_)(first_ + r, to)",
+        "(this->*make_)(r, to)",
+        QUADS,
+    ),
     ("the bias is added twice", FINISH, "s.bias = nullptr;\n  }\n  for (;", "}\n  for (;", QUADS),
-    ("s8 outputs are u8", FINISH, "if (p.y.format == Format::int8)", "if (false)", QUADS),
+    ("s8 outputs are u8", FINISH, "if (to.flip != 0)", "if (false)", QUADS),
     ("scales of the first tile serve all", FINISH, "w.scales + column", "w.scales", QUADS),
-    ("rows of the first tile serve all", FINISH, "job.row_scales + first_row", "job.row_scales", QUADS),
+    ("rows of the first tile serve all", FINISH, "job.x.scales + first_row", "job.x.scales", QUADS),
 ]
 
 BROKEN = [
@@ -98,8 +111,14 @@ BROKEN = [
     Mutant("tiles overwrite K blocks", TILES, "if (accumulate)", "if (false)", TILED),
     Mutant("the second row block is the first", TILES, "rows + r * kRows * lda, lda", "rows, lda", TILED),
     Mutant("column blocks are swapped", TILES, "sum % C * kBytes", "(C - 1 - sum % C) * kBytes", TILED_BYTES),
-    Mutant("rows are not filled up", ROWS, "rows % kernel.row_step == 0 && k % kernel.k_step == 0", "true", TILED),
-    Mutant("garbage follows the last k", ROWS, "std::memset(to + row_bytes, 0, more)", "(void)more", TILED),
+    Mutant(
+        "rows are not filled up",
+        PROLOGUE,
+        "ends = round_up(p.k, kernel.k_step) == p.k && round_up(m_, kernel.row_step) == m_",
+        "ends = true",
+        TILED,
+    ),
+    Mutant("garbage follows the last k", PROLOGUE, "((filled - made) * element)", "0 * filled", TILED),
     Mutant("the last k is dropped", SCALAR, "k < t.k;", "k + 1 < t.k;"),
     Mutant("the last k is dropped, AVX2", TILE, "k + kr <= t.k;", "k + kr < t.k;", "fp32/avx2/6x16"),
     Mutant(
@@ -115,36 +134,54 @@ BROKEN = [
     Mutant("K blocks overwrite each other", SCALAR, "t.accumulate ? tile[r * Columns + j] : Sum{}", "Sum{}"),
     Mutant(
         "K blocks overwrite each other, driver",
-        DRIVER,
+        WORKER,
         "a.accumulate = block.begin > slice.begin",
         "a.accumulate = false",
     ),
     Mutant("the bias is skipped", FINISH, "job.bias == nullptr ? nullptr : job.bias + column", "nullptr"),
     Mutant("the bias is added in every step", FINISH, "function](s);\n    s.bias = nullptr;", "function](s);"),
     Mutant(
-        "a column too many is stored", FINISH, "std::min(columns, p.n - column)", "std::min(columns, p.n - column + 1)"
+        "a column too many is stored",
+        FINISH,
+        "cols = std::min(columns, p.n - column)",
+        "cols = std::min(columns, p.n - column + 1)",
     ),
     Mutant(
-        "a column too few is stored", FINISH, "std::min(columns, p.n - column)", "std::min(columns, p.n - column - 1)"
+        "a column too few is stored",
+        FINISH,
+        "cols = std::min(columns, p.n - column)",
+        "cols = std::min(columns, p.n - column - 1)",
     ),
     Mutant("the second K slice is lost", DRIVER, "slice = 1; slice < ", "slice = 2; slice < "),
     Mutant(
         "K slices overlap", GRID, "std::min(k_, (u.slice + 1) * slice_k_)", "std::min(k_, (u.slice + 1) * slice_k_ + 1)"
     ),
-    Mutant("copied rows are one k short", ROWS, "(k * element)", "((k - 1) * element)", TALL),
-    Mutant("copied 16-bit rows are one k short", ROWS, "(k * element)", "((k - 1) * element)", TALL_PAIRS),
+    Mutant(
+        "copied rows are one k short",
+        PROLOGUE,
+        "p_.k * element_bytes(p_.x.format), to",
+        "(p_.k - 1) * element_bytes(p_.x.format), to",
+        TALL,
+    ),
+    Mutant(
+        "copied 16-bit rows are one k short",
+        PROLOGUE,
+        "p_.k * element_bytes(p_.x.format), to",
+        "(p_.k - 1) * element_bytes(p_.x.format), to",
+        TALL_PAIRS,
+    ),
     Mutant(
         "widened rows are one k short",
-        ROWS,
-        "reinterpret_cast<float*>(to), k)",
-        "reinterpret_cast<float*>(to), k - 1)",
+        PROLOGUE,
+        "reinterpret_cast<float*>(to), p_.k)",
+        "reinterpret_cast<float*>(to), p_.k - 1)",
         TALL_BF16,
     ),
     Mutant(
         "widened rows are those of the next row",
-        ROWS,
-        "conversion.widen(x.at(r, 0)",
-        "conversion.widen(x.at(rows - 1 - r, 0)",
+        PROLOGUE,
+        "widen(p_.x.at(row, 0), reinterpret_cast",
+        "widen(p_.x.at(2 * first_ + m_ - 1 - row, 0), reinterpret_cast",
         TALL_BF16,
     ),
     Mutant("the odd last k is dropped", TILE, "if (kr > 1 && k < t.k)", "if (false)", TALL_BF16),
@@ -175,20 +212,26 @@ BROKEN = [
     ),
     Mutant(
         "widened panels lie as far apart as packed ones",
-        DRIVER,
+        WORKER,
         "a.panel_stride = bytes",
         "a.panel_stride = panel_bytes",
         "fp32/avx512/6x64 on bf16/32x2",
     ),
-    Mutant("only the first panel is widened", DRIVER, "i < a.panels", "i < 1", "fp32/avx512/6x64 on fp16/32x1"),
+    Mutant("only the first panel is widened", WORKER, "i < a.panels", "i < 1", "fp32/avx512/6x64 on fp16/32x1"),
     Mutant(
         "the bias is of the other 16-bit format",
         DRIVER,
-        "(p.bias.format)].widen",
-        "(p.bias.format) % 2 + 1].widen",
+        "(job.p.bias.format)].widen",
+        "(job.p.bias.format) % 2 + 1].widen",
         TALL_BF16,
     ),
-    Mutant("outputs are narrowed one column too far", FINISH, "y(r), s.cols)", "y(r), s.cols + 1)", TALL_BF16),
+    Mutant(
+        "outputs are narrowed one column too far",
+        FINISH,
+        "return narrow(row, y, n)",
+        "return narrow(row, y, n + 1)",
+        TALL_BF16,
+    ),
     Mutant(
         "bf16 outputs are cut off",
         VEC,
@@ -243,11 +286,16 @@ BROKEN = [
 ]
 # Changes that may cost time and nothing else.
 HARMLESS = [
-    Mutant("the last tile has garbage below", ROWS, "std::memset(to, 0, row_bytes)", "std::memset(to, 0, 0)", TILED),
-    Mutant("prefetches the wrong place", DRIVER, "a.prefetch_stride = ", "a.prefetch_stride = 17 * "),
-    Mutant("what follows the last k is not cleared", INTEGER_ROWS, "(filled_k_ - k_)", "(0 * k_)", WORDS),
+    Mutant("the last tile has garbage below", PROLOGUE, "made = r < m_ ? p_.k : 0", "made = p_.k", TILED),
+    Mutant(
+        "prefetches the wrong place",
+        WORKER,
+        "a.prefetch_stride = prefetches ? ",
+        "a.prefetch_stride = prefetches ? 17 * ",
+    ),
+    Mutant("what follows the last k is not cleared", PROLOGUE, "((filled - made) * element)", "0 * filled", WORDS),
     Mutant("a unit a thread", GRID, "units_per_thread = 4", "units_per_thread = 1"),
-    Mutant("small blocks", GRID, "panel_block_bytes = 512 << 10", "panel_block_bytes = 4 << 10"),
+    Mutant("small blocks", PLAN, "return {l2 / 2,", "return {l2 / 256,"),
 ]
 
 

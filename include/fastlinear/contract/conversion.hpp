@@ -3,17 +3,20 @@
 
 #include <cstddef>
 
+#include "fastlinear/contract/format.hpp"
+
 namespace fastlinear {
 
-// The functions of one ISA and one format; null for fp32, and where int8 weights have no use for them. `n` elements at
+// The first k steps of a packed panel, whose block of the first one begins at `panel` -> the same in a floating format:
+// [k][nr] in fp32, [(k + 1) / 2][nr][2] in bf16. Exact, but for what scales inside the panel make of codes.
+using ConvertPanel = void (*)(const void* panel, const Layout& layout, std::ptrdiff_t k, void* out);
+
+// The functions of one ISA and one format; null where there is nothing to do (fp32) or no use for it. `n` elements at
 // any address, side by side.
 struct Conversion {
   void (*widen)(const void* in, float* out, std::ptrdiff_t n);   // exact
   void (*narrow)(const float* in, void* out, std::ptrdiff_t n);  // to nearest, ties to even; NaN stays NaN
-  // The first k steps of a packed panel -> the same panel in fp32, [k][nr]; or, of int8 where an ISA multiplies bf16,
-  // in bf16, [(k + 1) / 2][nr][2]. Both exact.
-  void (*widen_panel)(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* out);
-  void (*pair_panel)(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* out) = nullptr;
+  ConvertPanel panel_to[3];                                      // fp32, bf16, fp16
 };
 
 }  // namespace fastlinear

@@ -48,18 +48,11 @@ struct Kernel {
 
   // Rows and K that it takes at a time: it reads rows of A up to a multiple of row_step, and of each k up to a multiple
   // of k_step, where the driver has laid zeros, and writes as many rows of sums, of which nobody reads those beyond
-  // `rows`.
+  // `rows`. Both are powers of two.
   std::ptrdiff_t row_step = 1, k_step = 1;
   const Session* session = nullptr;
 
   constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
-
-  // Whether it can run on a weight in this layout: its own, or one that the driver widens panel by panel.
-  constexpr bool reads(const Layout& packed) const {
-    const bool widened = layout.format == Format::fp32 && packed.format <= Format::int8wo;
-    const bool paired = layout.format == Format::bf16 && rows == Format::bf16 && packed.format == Format::int8wo;
-    return packed == layout || ((widened || paired) && packed.nr == layout.nr);
-  }
 };
 
 }  // namespace fastlinear

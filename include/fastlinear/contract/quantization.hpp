@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "fastlinear/contract/format.hpp"
+
 namespace fastlinear {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -29,7 +31,7 @@ struct Affine {
 };
 
 struct DequantizeArgs {
-  const float* in;  // sums of the kernel, rows x cols; `in` and `out` as in StepArgs
+  const void* in;  // sums of the kernel, int32 or fp32, rows x cols; `in` and `out` as in StepArgs
   std::ptrdiff_t ld_in;
   float* out;
   std::ptrdiff_t ld_out;
@@ -45,15 +47,18 @@ struct DequantizeArgs {
 // x -> integers; false if there is a NaN among x, which becomes the lowest one.
 using Quantize = bool (*)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
 
-struct QuantizeTo {
-  Quantize uint8, int16;
+// A form of integer rows that kernels read.
+struct RowForm {
+  Format rows;
+  bool centered;         // the zero point is subtracted from them; else it stands beside them
+  Quantize any, finite;  // the latter for x without NaN, and faster
 };
 
 // The functions of one ISA; `n` elements side by side at any address.
 struct Quantization {
   Extremes (*extremes)(const float* x, std::ptrdiff_t n);
   Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
-  QuantizeTo any, finite;                                   // the latter for x without NaN, and faster
+  RowForm forms[2];                                         // uint8, int16
   // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor), the sums being int32
   void (*dequantize)(const DequantizeArgs& args);
   // y = max(sum * scale_w + bias, floor), the sums being fp32

@@ -4,50 +4,23 @@
 #include <algorithm>
 #include <cstring>
 
-#include "fastlinear/contract/isa.hpp"
-#include "fastlinear/driver/grid.hpp"
-#include "fastlinear/driver/problem.hpp"
+#include "fastlinear/driver/job.hpp"
 
 namespace fastlinear {
 
-namespace gemm_detail {
-
-struct Job {
-  const Problem& p;
-  const Plan& plan;
-  const Vectors& vectors;
-  const float* bias;           // n of them, or null
-  const RowScale* row_scales;  // of integer rows
-  std::size_t absorbed;        // 1 if dequantizing does the first step of the epilogue as well, by `floor`
-  float floor;                 // 0 for ReLU, else -infinity
-  Grid grid;
-  float* partial;  // with K slices: the tiles of all units; otherwise null, tiles are finished where they are made
-
-  std::ptrdiff_t tile_floats() const { return plan.kernel->mr * plan.kernel->columns(); }
-
-  float* partial_tiles(const Unit& u) const {
-    const Range tiles = grid.row_tiles_of(u);
-    const std::ptrdiff_t before = (u.slice * grid.row_tiles + tiles.begin) * grid.groups + u.group * tiles.size();
-    return partial + before * tile_floats();
-  }
-};
+namespace finish_detail {
 
 // The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out.
-inline void dequantize_tile(const Job& job, const StepArgs& s, std::ptrdiff_t first_row, std::ptrdiff_t column) {
+inline void dequantize_tile(const Job& job, const StepArgs& s, float floor, std::ptrdiff_t first_row,
+                            std::ptrdiff_t column) {
   const Weight& w = job.p.weight;
-  DequantizeArgs args{s.in, s.ld_in, s.out, s.ld_out, s.rows, s.cols, w.scales + column, s.bias, job.floor};
-  if (job.row_scales == nullptr) return job.vectors.quantization->scale_columns(args);
+  const Quantization& quantization = *job.plan.vectors->quantization;
+  DequantizeArgs args{s.in, s.ld_in, s.out, s.ld_out, s.rows, s.cols, w.scales + column, s.bias, floor};
+  if (job.x.scales == nullptr) return quantization.scale_columns(args);
   args.sums = w.sums + column;
   args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
-  args.row_scales = job.row_scales + first_row;
-  job.vectors.quantization->dequantize(args);
-}
-
-// A row of numbers -> the integers of y.
-inline void quantize_output(const Problem& p, const Quantization& quantization, const float* row, std::ptrdiff_t n,
-                            char* y) {
-  quantization.any.uint8(row, n, p.epilogue.out, y);
-  if (p.y.format == Format::int8) integer_rows_detail::add_middle(y, n);
+  args.row_scales = job.x.scales + first_row;
+  quantization.dequantize(args);
 }
 
 // The operand of a step: read in place where it lies as a step reads it, else laid out beside the tile.
@@ -56,17 +29,17 @@ inline void set_operand(const Job& job, const EpilogueStep& step, std::ptrdiff_t
   if (step.operand < 0) return;
   const Operand& from = job.p.operands[step.operand];
   const auto at = [&](std::ptrdiff_t row) {
-    const std::ptrdiff_t element = (job.p.first_row + first_row + row) * from.row_stride + column * from.column_stride;
+    const std::ptrdiff_t element = (job.part.begin + first_row + row) * from.row_stride + column * from.column_stride;
     return from.data + element * element_bytes(from.format);
   };
-  if (from.format == Format::fp32 && from.column_stride == 1) {
+  const auto widen = job.plan.vectors->conversions[static_cast<std::size_t>(from.format)].widen;  // null: fp32
+  if (widen == nullptr && from.column_stride == 1) {
     s.operand = reinterpret_cast<const float*>(at(0));
     s.ld_operand = from.row_stride;
     return;
   }
   thread_local Scratch memory;
-  float* const rows = memory.floats(job.tile_floats());
-  const auto widen = job.vectors.conversions[static_cast<std::size_t>(from.format)].widen;
+  float* const rows = memory.floats(s.rows * s.ld_in);
   const std::ptrdiff_t elements = from.column_stride == 1 ? s.cols : 1;
   for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
     float* const to = rows + r * s.ld_in;
@@ -80,26 +53,55 @@ inline void set_operand(const Job& job, const EpilogueStep& step, std::ptrdiff_t
   s.ld_operand = s.ld_in;
 }
 
-// Finishes a tile and stores what is valid of it: at once where y is fp32, else in place and then narrowed.
-inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
+// A row of numbers -> y, in y's format.
+inline void store_row(const Job& job, const float* row, std::ptrdiff_t n, Format format, char* y) {
+  const FormatInfo& to = info(format);
+  if (to.floating) {
+    const auto narrow = job.plan.vectors->conversions[static_cast<std::size_t>(format)].narrow;
+    if (narrow != nullptr) return narrow(row, y, n);
+    std::memcpy(y, row, static_cast<std::size_t>(n) * sizeof(float));
+    return;
+  }
+  job.plan.vectors->quantization->forms[0].any(row, n, job.p.epilogue.out, y);
+  if (to.flip != 0) prologue_detail::flip_bytes(y, n, to.flip);
+}
+
+}  // namespace finish_detail
+
+// Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
+// then row by row what each segment has of it.
+inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
+  using namespace finish_detail;
   const Problem& p = job.p;
   const Range rows = job.grid.rows_of(row_tile);
   const std::ptrdiff_t columns = job.plan.kernel->columns(), column = group * columns;
-  const auto y = [&](std::ptrdiff_t row) {
-    return p.y.data + ((rows.begin + row) * p.y.stride + column) * element_bytes(p.y.format);
+  const std::ptrdiff_t cols = std::min(columns, p.n - column);
+
+  std::size_t first = 0;  // the segment that the tile begins in
+  while (first + 1 < p.y.size() && p.y[first + 1].first <= column) ++first;
+  const bool one_segment = first + 1 == p.y.size() || p.y[first + 1].first >= column + cols;
+  const auto y_at = [&](const Segment& to, std::ptrdiff_t row, std::ptrdiff_t at) {
+    const std::ptrdiff_t r = job.part.begin + rows.begin + row;
+    const std::ptrdiff_t place = p.y_index == nullptr ? r : static_cast<std::ptrdiff_t>(p.y_index[r]);
+    return to.data + (place * to.stride + at - to.first) * element_bytes(to.format);
   };
-  StepArgs s{tile, columns, tile, columns, rows.size(), std::min(columns, p.n - column), nullptr, nullptr, nullptr, 0};
+  const bool at_once = one_segment && p.y[first].format == kNumbers && p.y_index == nullptr;
+
+  auto* const numbers = reinterpret_cast<float*>(tile);
+  StepArgs s{numbers, columns, numbers, columns, rows.size(), cols, nullptr, nullptr, nullptr, 0};
   const auto to_y = [&](bool last) {
-    if (!last || p.y.format != Format::fp32) return;
-    s.out = reinterpret_cast<float*>(y(0));
-    s.ld_out = p.y.stride;
+    if (!last || !at_once) return;
+    s.out = reinterpret_cast<float*>(y_at(p.y[first], 0, column));
+    s.ld_out = p.y[first].stride;
   };
   s.bias = job.bias == nullptr ? nullptr : job.bias + column;
   std::size_t i = 0;
-  if (p.weight.scales != nullptr) {
-    i = job.absorbed;
+  if (p.weight.scales != nullptr) {  // with the first step, where that is a maximum or nothing
+    const std::size_t function = p.epilogue.steps[0].function;
+    const bool relu = function == kRelu;
+    i = relu || function == kIdentity;
     to_y(i == p.epilogue.count);
-    dequantize_tile(job, s, rows.begin, column);
+    dequantize_tile(job, s, relu ? 0.0f : -kInfinity, rows.begin, column);
     s.bias = nullptr;
   }
   for (; i < p.epilogue.count; ++i) {
@@ -107,17 +109,16 @@ inline void finish_tile(const Job& job, float* tile, std::ptrdiff_t row_tile, st
     s.params = step.params.data();
     set_operand(job, step, rows.begin, column, s);
     to_y(i + 1 == p.epilogue.count);
-    job.vectors.steps[step.function](s);
+    job.plan.vectors->steps[step.function](s);
     s.bias = nullptr;
   }
-  if (p.y.format == Format::fp32) return;
-  for (std::ptrdiff_t r = 0; r < s.rows; ++r)
-    if (is_float(p.y.format))
-      job.vectors.conversions[static_cast<std::size_t>(p.y.format)].narrow(tile + r * columns, y(r), s.cols);
-    else
-      quantize_output(p, *job.vectors.quantization, tile + r * columns, s.cols, y(r));
+  if (at_once) return;
+  for (std::size_t g = first; g < p.y.size() && p.y[g].first < column + cols; ++g) {
+    const std::ptrdiff_t begin = std::max(column, p.y[g].first);
+    const std::ptrdiff_t end = std::min(column + cols, g + 1 < p.y.size() ? p.y[g + 1].first : p.n);
+    for (std::ptrdiff_t r = 0; r < s.rows; ++r)
+      store_row(job, numbers + r * columns + begin - column, end - begin, p.y[g].format, y_at(p.y[g], r, begin));
+  }
 }
-
-}  // namespace gemm_detail
 
 }  // namespace fastlinear

@@ -1,23 +1,52 @@
 // What the driver is asked for: y = epilogue(x W^T), with all that it takes.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
 #include "fastlinear/contract/epilogue.hpp"
-#include "fastlinear/contract/quantization.hpp"
-#include "fastlinear/driver/integer_rows.hpp"
-#include "fastlinear/driver/rows.hpp"
+#include "fastlinear/formats/all.hpp"
 #include "fastlinear/weight/weight.hpp"
 
 namespace fastlinear {
+
+// Row r lies at `data` + stride * r, or * index[r] where there is an index.
+struct Rows {
+  const char* data;
+  std::ptrdiff_t stride;  // elements
+  Format format;
+  const std::int64_t* index = nullptr;
+
+  const char* at(std::ptrdiff_t row, std::ptrdiff_t k) const {
+    const std::ptrdiff_t place = index == nullptr ? row : static_cast<std::ptrdiff_t>(index[row]);
+    return data + (place * stride + k) * element_bytes(format);
+  }
+};
+
+enum class RowKind : std::uint8_t { symmetric, asymmetric, fixed };
+
+// How the rows of x become integers: by a scale and zero point of each row's own, or by the given ones. `smooth`: k
+// numbers that x is multiplied by first, readable up to a multiple of 16, or null. x that is integers already is taken
+// as of the given scale.
+struct RowQuantizer {
+  RowKind kind;
+  float scale;
+  std::int32_t zero;  // of uint8; int8 lies 128 lower
+  const float* smooth;
+};
 
 struct Bias {
   const void* data;  // n elements, or null
   Format format;
 };
 
-struct Output {
+// The columns of y from `first` to those of the next segment: y need not be one matrix (q, k and v of one product).
+struct Segment {
   char* data;
   std::ptrdiff_t stride;  // elements
   Format format;
+  std::ptrdiff_t first = 0;
 };
 
 // What a step of the epilogue reads beside the sums: element (row, column) lies at row * row_stride + column *
@@ -34,10 +63,10 @@ struct Problem {
   RowQuantizer quantizer;
   Weight weight;  // in a layout that the plan's kernel reads
   Bias bias;
-  Output y;
+  std::span<const Segment> y;  // at least one, the first of column 0, in order
   EpilogueProgram epilogue;
-  const Operand* operands = nullptr;  // as many as the epilogue names
-  std::ptrdiff_t first_row = 0;       // of the operands
+  const Operand* operands = nullptr;      // as many as the epilogue names
+  const std::int64_t* y_index = nullptr;  // row r of the result goes to row y_index[r] of y; no two to the same one
 };
 
 }  // namespace fastlinear

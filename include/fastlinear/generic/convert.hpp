@@ -37,7 +37,8 @@ void narrow(const float* in, void* out, std::ptrdiff_t n) {
 
 // nr is a multiple of every vector's width.
 template <class V, class Element>
-void widen_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* to) {
+void widen_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
+  const std::ptrdiff_t nr = layout.nr;
   const auto* in = static_cast<const Element*>(panel);
   auto* out = static_cast<float*>(to);
   if constexpr (Element::kr == 1) {
@@ -54,7 +55,8 @@ void widen_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* t
 }
 
 template <class V>
-void pair_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* to) {
+void pair_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
+  const std::ptrdiff_t nr = layout.nr;
   const auto* in = static_cast<const Int8*>(panel);
   auto* out = static_cast<Bf16*>(to);
   for (std::ptrdiff_t g = 0; g < k; g += 2)
@@ -66,7 +68,7 @@ void pair_panel(const void* panel, std::ptrdiff_t nr, std::ptrdiff_t k, void* to
 
 // Null for the vectors of ISAs that do not multiply bf16.
 template <class V>
-inline constexpr decltype(Conversion::pair_panel) pairing = [] {
+inline constexpr ConvertPanel pairing = [] {
   if constexpr (requires { &V::store_pairs; })
     return pair_panel<V>;
   else
@@ -76,10 +78,10 @@ inline constexpr decltype(Conversion::pair_panel) pairing = [] {
 // In the order of enum Format.
 template <class V>
 inline constexpr Conversion conversions[] = {
-    {nullptr, nullptr, nullptr},
-    {widen<V, Bf16>, narrow<V, Bf16>, widen_panel<V, Bf16>},
-    {widen<V, Fp16>, narrow<V, Fp16>, widen_panel<V, Fp16>},
-    {nullptr, nullptr, widen_panel<V, Int8>, pairing<V>},
+    {nullptr, nullptr, {}},
+    {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}},
+    {widen<V, Fp16>, narrow<V, Fp16>, {widen_panel<V, Fp16>}},
+    {nullptr, nullptr, {widen_panel<V, Int8>, pairing<V>}},
 };
 
 }  // namespace fastlinear

@@ -95,7 +95,7 @@ void dequantize(const DequantizeArgs& args) {
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
       const RowScale row = t.row_scales[r];
       if (row.zero != zero) shift = I::set(zero = row.zero) * sums;
-      I sum = I::load(t.in + r * t.ld_in + c) - shift;
+      I sum = I::load(static_cast<const std::int32_t*>(t.in) + r * t.ld_in + c) - shift;
       if (t.zeros != nullptr) sum = sum - I::set(row.sum) * I::load(t.zeros + c);
       const F y = rounded(rounded(to_float(sum) * scale) * F::set(row.scale)) + bias;
       store_valid(t.out + r * t.ld_out + c, max(floor, y), t.cols - c);
@@ -110,7 +110,7 @@ void scale_columns(const DequantizeArgs& args) {
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
     const F scale = F::load(t.scales + c), bias = load_bias<F>(t.bias, c, t.cols - c);
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
-      const F y = rounded(F::load(t.in + r * t.ld_in + c) * scale) + bias;
+      const F y = rounded(F::load(static_cast<const float*>(t.in) + r * t.ld_in + c) * scale) + bias;
       store_valid(t.out + r * t.ld_out + c, max(floor, y), t.cols - c);
     }
   }
@@ -120,8 +120,8 @@ template <class F, class I>
 inline constexpr Quantization quantization{
     extremes<F>,
     magnitude<F, I>,
-    {quantize<F, I, std::uint8_t, false>, quantize<F, I, std::int16_t, false>},
-    {quantize<F, I, std::uint8_t, true>, quantize<F, I, std::int16_t, true>},
+    {{Format::uint8, false, quantize<F, I, std::uint8_t, false>, quantize<F, I, std::uint8_t, true>},
+     {Format::int16, true, quantize<F, I, std::int16_t, false>, quantize<F, I, std::int16_t, true>}},
     dequantize<F, I>,
     scale_columns<F>,
 };

@@ -108,12 +108,13 @@ void multiply(const TileArgs& t) {
     for (std::ptrdiff_t v = 0; v < V; ++v) Op::store(sums + r * Columns + v * Op::lanes, c[r][v]);
 }
 
-// What `row` makes a kernel of: rows, layout, accumulate, and run for R of MR rows and P panels.
+// What `row` makes a kernel of: rows, layout, accumulate, k_step, and run for R of MR rows and P panels.
 template <class Op>
 struct Tile {
   static constexpr Format rows = Op::rows;
   static constexpr Format accumulate = std::is_same_v<typename Op::Sum, float> ? Format::fp32 : Format::int32;
   static constexpr Layout layout = Op::layout;
+  static constexpr std::ptrdiff_t k_step = accumulate == Format::int32 ? Op::layout.kr : 1;
   template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run(const TileArgs& t) {
     multiply<Op, R, MR, P, Columns>(t);
@@ -137,7 +138,7 @@ void run(const TileArgs& t) {
 // A row of the table: a tile of MR rows x P panels.
 template <class T, std::ptrdiff_t MR, std::ptrdiff_t P>
 constexpr Kernel row(const char* name, const Isa& isa) {
-  return {name, isa, T::rows, T::layout, MR, P, run<T, MR, P>, T::accumulate};
+  return {name, isa, T::rows, T::layout, MR, P, run<T, MR, P>, T::accumulate, 1, T::k_step};
 }
 
 }  // namespace fastlinear::kernels

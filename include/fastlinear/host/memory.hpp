@@ -23,9 +23,9 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }
 
-  float* floats(std::ptrdiff_t count) { return static_cast<float*>(bytes(count * std::ptrdiff_t{sizeof(float)})); }
+  float* floats(std::ptrdiff_t count) { return reinterpret_cast<float*>(bytes(count * std::ptrdiff_t{sizeof(float)})); }
 
-  void* bytes(std::ptrdiff_t count) {
+  std::byte* bytes(std::ptrdiff_t count) {
     const std::size_t bytes = (static_cast<std::size_t>(count) + 63) / 64 * 64;
     if (bytes > capacity_) {
       std::free(data_);
@@ -34,7 +34,7 @@ class Scratch {
       if (data_ == nullptr) throw std::bad_alloc();
       capacity_ = bytes;
     }
-    return data_;
+    return static_cast<std::byte*>(data_);
   }
 
  private:

@@ -1,29 +1,22 @@
 // A packed weight: where its panels lie, and what stands behind them.
 //
-// Behind the panels of int8 weights stand the channels' scales, and for integer products the sums of their weights and
-// their zero points, each for as many channels as the panels have.
+// Behind the panels of formats that have them stand arrays of four bytes a channel, for as many channels as the panels
+// have: the scales, and for integer products the sums of the channels' weights and their zero points.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "fastlinear/contract/arith.hpp"
-#include "fastlinear/contract/format.hpp"
+#include "fastlinear/formats/all.hpp"
 
 namespace fastlinear {
 
-inline std::ptrdiff_t panel_elements(const Layout& layout, std::ptrdiff_t k) {
-  return layout.nr * ceil_div(k, layout.kr) * layout.kr;
-}
-
 inline std::ptrdiff_t panels_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
-  return ceil_div(n, layout.nr) * panel_elements(layout, k) * element_bytes(layout.format);
+  return ceil_div(n, layout.nr) * panel_offset(layout, k);
 }
 
-// How many arrays of four bytes a channel stand behind the panels.
-constexpr std::ptrdiff_t channel_arrays(Format format) {
-  return format == Format::int8 ? 3 : format == Format::int8wo ? 1 : 0;
-}
+constexpr std::ptrdiff_t channel_arrays(Format format) { return info(format).arrays; }
 
 inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
   const std::ptrdiff_t channels = ceil_div(n, layout.nr) * layout.nr;
@@ -37,10 +30,6 @@ struct Weight {
   const float* scales;
   const std::int32_t* sums;
   const std::int32_t* zeros;
-
-  std::ptrdiff_t panel_bytes(std::ptrdiff_t k) const {
-    return panel_elements(layout, k) * element_bytes(layout.format);
-  }
 };
 
 inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k, const char* data) {

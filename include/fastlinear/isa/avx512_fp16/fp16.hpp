@@ -27,7 +27,7 @@ extern const Isa kIsa;
 struct Halves {
   static constexpr Format rows = Format::fp16, accumulate = Format::fp16;
   static constexpr Layout layout{Format::fp16, 32, Fp16::kr};
-  static constexpr std::ptrdiff_t promote_after = 64;
+  static constexpr std::ptrdiff_t k_step = 1, promote_after = 64;
 
   template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run(const TileArgs& t) {

@@ -54,7 +54,9 @@ inline constexpr Kernel kInt8Kernels[] = {
      4,
      1,
      tile<std::int8_t, 8, Int8::dot_kr, std::uint8_t, std::int32_t>,
-     Format::int32},
+     Format::int32,
+     1,
+     Int8::dot_kr},
 };
 
 }  // namespace fastlinear::scalar

@@ -1,0 +1,56 @@
+// How to compute a product: which kernel, by how many threads, cut how; and all that follows from that alone, looked up
+// when a plan is made and not in each call.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/formats/all.hpp"
+
+namespace fastlinear {
+
+// Whether a kernel runs on a weight in this layout: its own, or one that the driver turns into it panel by panel. That
+// is for kernels that multiply elements as they are; those that widen weights themselves have nothing to gain.
+constexpr bool reads(const Kernel& kernel, const Layout& packed) {
+  const bool converted = kernel.rows == kernel.layout.format && packed.nr == kernel.layout.nr &&
+                         (info(packed.format).converts_to & bit(kernel.layout.format)) != 0;
+  return packed == kernel.layout || converted;
+}
+
+// What the caches of a machine hold; 0 where it does not say.
+struct Caches {
+  std::size_t l1d, l2, l3;
+};
+
+struct Blocks {
+  std::ptrdiff_t panels;  // bytes of a K block of a group of panels
+  std::ptrdiff_t rows;    // bytes of a block of rows of A
+};
+
+// Half of L2 for a K block, so that it stays there beside the rows. An eighth of L3, which all cores share, for a block
+// of rows, at least what L2 holds: with fewer rows the whole weight would be read more often, and 4 MB are enough.
+inline Blocks blocks_of(const Caches& caches) {
+  constexpr std::ptrdiff_t kUnknown = 1 << 20, kMostRows = 4 << 20;
+  const auto l2 = caches.l2 > 0 ? static_cast<std::ptrdiff_t>(caches.l2) : kUnknown;
+  const auto l3 = caches.l3 > 0 ? static_cast<std::ptrdiff_t>(caches.l3) : 8 * kMostRows;
+  return {l2 / 2, std::clamp(l3 / 8, std::min(l2, kMostRows), kMostRows)};
+}
+
+struct Plan {
+  const Kernel* kernel;
+  std::ptrdiff_t threads, k_slices;  // at least 1
+  Blocks blocks;
+  const Vectors* vectors;  // those of the kernel's ISA
+  const RowForm* form;     // of integer rows; null for others
+};
+
+inline Plan make_plan(const Kernel& kernel, std::ptrdiff_t threads, std::ptrdiff_t k_slices, const Caches& caches) {
+  const Vectors& vectors = vectors_of(kernel.isa);
+  const RowForm* form = nullptr;
+  for (const RowForm& each : vectors.quantization->forms)
+    if (each.rows == kernel.rows) form = &each;
+  return {&kernel, threads, k_slices, blocks_of(caches), &vectors, form};
+}
+
+}  // namespace fastlinear

@@ -1,0 +1,204 @@
+// Rows of x -> what a kernel reads, once a call for all threads and all groups of panels: as they are, read in place;
+// or copied one line further apart where they would fight for the same cache sets, gathered, or end where the kernel
+// needs zeros; or widened; or quantized, with a scale and a zero point each, by the formulas of fastlinear/quantize.py.
+//
+// Each way is a function that makes one row. To add one (rows that are normalized first): such a function, and its line
+// in the constructor.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "fastlinear/driver/grid.hpp"
+#include "fastlinear/driver/problem.hpp"
+#include "fastlinear/host/memory.hpp"
+
+namespace fastlinear {
+
+// What a kernel reads: rows of zeros and zeros in each row fill up its steps.
+struct PreparedRows {
+  Rows rows;
+  const RowScale* scales;  // of integer rows
+};
+
+// A kernel walks mr rows side by side, one line of each in L1 at a time. An L1 way holds 4096 bytes, so rows whose
+// stride (in bytes) shares a large power of two with 4096 land in few sets; past 6 lines a set (8 ways, two left for
+// the panel) the rows evict one another and every k step goes to L2.
+inline bool rows_collide(std::ptrdiff_t stride, std::ptrdiff_t mr) {
+  constexpr std::ptrdiff_t kWay = 4096, kLine = 64, kWays = 6;
+  const std::ptrdiff_t sets = kWay / std::max(kLine, std::gcd(stride, kWay));
+  return (mr + sets - 1) / sets > kWays;
+}
+
+// Elements from one made row to the next: whole lines, one apart, that do not collide.
+inline std::ptrdiff_t made_stride(std::ptrdiff_t k, const Kernel& kernel) {
+  const std::ptrdiff_t element = element_bytes(kernel.rows), line = 64 / element;
+  const std::ptrdiff_t stride = round_up(round_up(k, kernel.k_step), line) + line;
+  return rows_collide(stride * element, kernel.mr) ? stride + line : stride;
+}
+
+namespace prologue_detail {
+
+inline constexpr std::int32_t kMiddle = 128;  // what int8 lacks to uint8
+
+// Turns int8 into uint8 or back, with the bits of a format's row.
+inline void flip_bytes(char* bytes, std::ptrdiff_t n, std::uint8_t flip) {
+  std::ptrdiff_t i = 0;
+  const std::uint64_t eight = 0x0101010101010101u * flip;
+  for (; i + 8 <= n; i += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes + i, sizeof word);
+    word ^= eight;
+    std::memcpy(bytes + i, &word, sizeof word);
+  }
+  for (; i < n; ++i) bytes[i] = static_cast<char>(bytes[i] ^ flip);
+}
+
+// To the nearest integer, ties to even, where |x| < 2^22: there 1.5 * 2^23 + x has unit spacing.
+inline float nearest(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+
+// What a row gets, of its extremes.
+inline RowScale scale_of(RowKind kind, const Extremes& e) {
+  if (!e.finite) return {std::numeric_limits<float>::quiet_NaN(), kMiddle, 0};
+  const bool symmetric = kind == RowKind::symmetric;
+  const float scale = symmetric ? std::max(-e.least, e.greatest) / 127.0f : e.greatest / 255.0f - e.least / 255.0f;
+  if (scale < std::numeric_limits<float>::min()) return {0.0f, symmetric ? kMiddle : 0, 0};
+  const float zero = symmetric ? 128.0f : std::clamp(nearest(-e.least * (1.0f / scale)), 0.0f, 255.0f);
+  return {scale, static_cast<std::int32_t>(zero), 0};
+}
+
+inline Affine affine_of(RowKind kind, const RowScale& row) {
+  const float inverse = row.scale > 0.0f ? 1.0f / row.scale : 0.0f, zero = static_cast<float>(row.zero);
+  if (kind == RowKind::symmetric) return {inverse, -127.0f, 127.0f, row.zero};
+  return {inverse, -zero, 255.0f - zero, row.zero};
+}
+
+}  // namespace prologue_detail
+
+// The rows [part.begin, part.end) of a problem.
+class Prologue {
+ public:
+  Prologue(const Problem& p, const Plan& plan, const Range& part)
+      : p_(p), plan_(plan), first_(part.begin), m_(part.size()) {
+    const Kernel& kernel = *plan.kernel;
+    // A kernel that takes whole lines of K uses each of them up at once.
+    const bool whole_lines = kernel.k_step * element_bytes(kernel.rows) >= 64;
+    const bool ends = round_up(p.k, kernel.k_step) == p.k && round_up(m_, kernel.row_step) == m_;
+    if (plan.form != nullptr)
+      make_ = is_float(p.x.format) ? &Prologue::quantize : &Prologue::shift;
+    else if (p.x.format != kernel.rows)
+      make_ = &Prologue::widen;
+    else if (!ends || p.x.index != nullptr ||
+             (m_ > 1 && !whole_lines && rows_collide(p.x.stride * element_bytes(kernel.rows), rows_of_a_tile())))
+      make_ = &Prologue::copy;
+    if (make_ != nullptr) stride_ = made_stride(p.k, kernel);
+  }
+
+  // How many rows there are to make, and of how many bytes each; at 1 to 3 % of the time of the product copies repay
+  // themselves from 14 rows on.
+  std::ptrdiff_t rows() const { return make_ == nullptr ? 0 : round_up(m_, plan_.kernel->row_step); }
+  std::ptrdiff_t row_bytes() const { return stride_ * element_bytes(plan_.kernel->rows); }
+
+  // `data` for all the rows, at a multiple of 64; `scales` for as many.
+  PreparedRows place(char* data, RowScale* scales) {
+    data_ = data;
+    scales_ = plan_.form == nullptr ? nullptr : scales;
+    if (make_ == nullptr) return {{p_.x.at(first_, 0), p_.x.stride, p_.x.format}, nullptr};
+    return {{data_, stride_, plan_.kernel->rows}, scales_};
+  }
+
+  // Makes row r; any thread.
+  void make(std::ptrdiff_t r) {
+    char* const to = data_ + r * row_bytes();
+    const std::ptrdiff_t element = element_bytes(plan_.kernel->rows);
+    const std::ptrdiff_t made = r < m_ ? p_.k : 0, filled = round_up(p_.k, plan_.kernel->k_step);
+    if (r < m_) (this->*make_)(first_ + r, to);
+    std::memset(to + made * element, 0, static_cast<std::size_t>((filled - made) * element));
+  }
+
+ private:
+  std::ptrdiff_t rows_of_a_tile() const { return ceil_div(m_, ceil_div(m_, plan_.kernel->mr)); }
+
+  void copy(std::ptrdiff_t row, char* to) {
+    std::copy_n(p_.x.at(row, 0), p_.k * element_bytes(p_.x.format), to);
+  }
+
+  void widen(std::ptrdiff_t row, char* to) { conversion().widen(p_.x.at(row, 0), reinterpret_cast<float*>(to), p_.k); }
+
+  // Row r in fp32 and smoothed: in place, or in memory of this thread.
+  const float* numbers(std::ptrdiff_t row) {
+    const float* const smooth = p_.quantizer.smooth;
+    const bool wide = conversion().widen == nullptr;  // fp32 already
+    if (wide && smooth == nullptr) return reinterpret_cast<const float*>(p_.x.at(row, 0));
+    thread_local Scratch memory;
+    float* const numbers = memory.floats(p_.k);
+    if (wide)
+      std::memcpy(numbers, p_.x.at(row, 0), static_cast<std::size_t>(p_.k) * sizeof(float));
+    else
+      conversion().widen(p_.x.at(row, 0), numbers, p_.k);
+    if (smooth != nullptr) plan_.vectors->quantization->scale_columns({numbers, p_.k, numbers, p_.k, 1, p_.k, smooth});
+    return numbers;
+  }
+
+  void quantize(std::ptrdiff_t row, char* to) {
+    using namespace prologue_detail;
+    const RowKind kind = p_.quantizer.kind;
+    const Quantization& quantization = *plan_.vectors->quantization;
+    const float* const x = numbers(row);
+    RowScale scale{p_.quantizer.scale, p_.quantizer.zero, 0};
+    bool finite = false;
+    if (kind != RowKind::fixed) {
+      const Extremes e = (kind == RowKind::symmetric ? quantization.magnitude : quantization.extremes)(x, p_.k);
+      scale = scale_of(kind, e);
+      finite = e.finite;
+    }
+    Affine affine = affine_of(kind, scale);
+    if (plan_.form->centered) affine.zero = 0;
+    if (!(finite ? plan_.form->finite : plan_.form->any)(x, p_.k, affine, to))
+      scale.scale = std::numeric_limits<float>::quiet_NaN();
+    finish(row, to, scale);
+  }
+
+  // Integers already.
+  void shift(std::ptrdiff_t row, char* to) {
+    const std::uint8_t flip = info(p_.x.format).flip;
+    if (plan_.form->centered) {
+      const auto* from = reinterpret_cast<const std::uint8_t*>(p_.x.at(row, 0));
+      for (std::ptrdiff_t k = 0; k < p_.k; ++k)
+        reinterpret_cast<std::int16_t*>(to)[k] = static_cast<std::int16_t>((from[k] ^ flip) - p_.quantizer.zero);
+    } else {
+      copy(row, to);
+      if (flip != 0) prologue_detail::flip_bytes(to, p_.k, flip);
+    }
+    finish(row, to, {p_.quantizer.scale, p_.quantizer.zero, 0});
+  }
+
+  void finish(std::ptrdiff_t row, const char* made, RowScale scale) {
+    if (plan_.form->centered) scale.zero = 0;  // it is subtracted already
+    if (p_.weight.zeros != nullptr) scale.sum = sum(made, scale.zero);
+    scales_[row - first_] = scale;
+  }
+
+  std::int32_t sum(const char* row, std::int32_t zero) const {
+    std::int32_t total = 0;
+    if (plan_.form->centered)
+      for (std::ptrdiff_t k = 0; k < p_.k; ++k) total += reinterpret_cast<const std::int16_t*>(row)[k];
+    else
+      for (std::ptrdiff_t k = 0; k < p_.k; ++k) total += reinterpret_cast<const std::uint8_t*>(row)[k] - zero;
+    return total;
+  }
+
+  const Conversion& conversion() const { return plan_.vectors->conversions[static_cast<std::size_t>(p_.x.format)]; }
+
+  const Problem& p_;
+  const Plan& plan_;
+  std::ptrdiff_t first_, m_, stride_ = 0;
+  void (Prologue::*make_)(std::ptrdiff_t row, char* to) = nullptr;  // null: rows are read in place
+  char* data_ = nullptr;
+  RowScale* scales_ = nullptr;
+};
+
+}  // namespace fastlinear

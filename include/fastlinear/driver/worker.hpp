@@ -1,0 +1,109 @@
+// What one thread does in a call: units of the grids, each tile by tile.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+
+#include "fastlinear/driver/finish.hpp"
+
+namespace fastlinear {
+
+class Worker {
+ public:
+  explicit Worker(std::span<const Job> jobs) : jobs_(jobs), session_(jobs[0].plan.kernel->session) {
+    if (session_ != nullptr) session_->enter(state_);
+  }
+  ~Worker() {
+    if (session_ != nullptr) session_->leave(state_);
+  }
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  // Unit i of all jobs; one thread's follow one another, mostly.
+  void run(std::ptrdiff_t i) {
+    while (i < jobs_[job_].first_unit) --job_;
+    while (i >= jobs_[job_].first_unit + jobs_[job_].grid.units) ++job_;
+    const Job& job = jobs_[job_];
+    const Unit u = job.grid.unit(i - job.first_unit);
+    const Range tiles = job.grid.row_tiles_of(u);
+    const bool sliced = job.partial != nullptr, keep = sliced || !job.grid.one_k_block();
+    std::byte* memory = sliced ? job.partial_tiles(u) : tiles_.bytes((keep ? tiles.size() : 1) * job.tile_bytes());
+    sum(job, u, tiles, memory, keep);
+  }
+
+ private:
+  // With more rows than this, or with bytes that are widened to fp32, there is time between two lines of the panel to
+  // fetch a third. Otherwise a single tile only streams, and the hardware's own prefetcher does that better.
+  static constexpr std::ptrdiff_t kStreamingRows = 6;
+
+  // The sums of a unit, tile by tile in `memory`: one after the other if `keep`, else all in the same place, since with
+  // one K block a tile is finished before the next is begun.
+  void sum(const Job& job, const Unit& u, const Range& tiles, std::byte* memory, bool keep) {
+    const Problem& p = job.p;
+    const Kernel& kernel = *job.plan.kernel;
+    const Layout& packed = p.weight.layout;
+    const std::ptrdiff_t panel = u.group * kernel.panels;
+    const char* weights = p.weight.panels + panel * job.panel_bytes;
+    const Range slice = job.grid.slice_of(u);
+    const bool slow = info(packed.format).bits <= 8 && job.plan.form == nullptr;
+    const bool prefetches = tiles.size() > 1 || job.part.size() > kStreamingRows || slow;
+
+    TileArgs a{};
+    a.lda = job.x.rows.stride;
+    a.panels = std::min(kernel.panels, ceil_div(p.n, packed.nr) - panel);
+    for (Range block = job.grid.block_at(slice, slice.begin);; block = job.grid.block_at(slice, block.end)) {
+      a.k = block.size();
+      a.accumulate = block.begin > slice.begin;
+      a.panel = weights + panel_offset(packed, block.begin);
+      a.panel_stride = job.panel_bytes;
+      if (job.converted) convert_panels(job, a);
+      // Each row tile brings its share of what comes next into L2: the next K block, or the next group.
+      const bool last = block.end == slice.end;
+      const char* next = last ? weights + kernel.panels * job.panel_bytes + panel_offset(packed, slice.begin)
+                              : weights + panel_offset(packed, block.end);
+      const std::ptrdiff_t groups = round_up(a.k, kernel.layout.kr) / kernel.layout.kr;
+      a.prefetch_stride = prefetches ? job.group_bytes / tiles.size() : 0;
+      for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t) {
+        const Range rows = job.grid.rows_of(t);
+        std::byte* tile = memory + (keep ? t - tiles.begin : 0) * job.tile_bytes();
+        a.rows = rows.size();
+        a.a = job.x.rows.at(rows.begin, block.begin);
+        a.tile = tile;
+        a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
+        kernel.run(a);
+        if (last && job.partial == nullptr) finish_tile(job, tile, t, u.group);
+      }
+      if (last) break;
+    }
+  }
+
+  // Panels in the format that the kernel reads, where they are packed in another. It costs one load, one instruction
+  // and one store a vector, once for all row tiles, and the copy stays in L2.
+  void convert_panels(const Job& job, TileArgs& a) {
+    const Layout &layout = job.p.weight.layout, &read = job.plan.kernel->layout;
+    const Conversion& from = job.plan.vectors->conversions[static_cast<std::size_t>(layout.format)];
+    const ConvertPanel convert = from.panel_to[static_cast<std::size_t>(read.format)];
+    const auto* const packed = static_cast<const char*>(a.panel);
+    const std::ptrdiff_t bytes = panel_offset(read, a.k);
+    std::byte* const copies = wide_.bytes(a.panels * bytes);
+    for (std::ptrdiff_t i = 0; i < a.panels; ++i)
+      convert(packed + i * job.panel_bytes, layout, a.k, copies + i * bytes);
+    a.panel = copies;
+    a.panel_stride = bytes;
+  }
+
+  // Kept from call to call, one for each thread.
+  static Scratch& scratch(std::size_t which) {
+    thread_local Scratch memory[2];
+    return memory[which];
+  }
+
+  std::span<const Job> jobs_;
+  const Session* session_;
+  alignas(kSessionBytes) char state_[kSessionBytes];
+  Scratch &tiles_ = scratch(0), &wide_ = scratch(1);
+  std::size_t job_ = 0;
+};
+
+}  // namespace fastlinear

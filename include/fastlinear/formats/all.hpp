@@ -1,0 +1,54 @@
+// The formats of the library, in the order of enum Format, and what follows from a row. To add one: a header beside
+// this one (its elements, how they are packed), a name in the enum, a row here.
+#pragma once
+
+#include <iterator>
+
+#include "fastlinear/contract/arith.hpp"
+#include "fastlinear/contract/format.hpp"
+#include "fastlinear/formats/elements.hpp"
+
+namespace fastlinear {
+
+inline constexpr FormatInfo kFormats[] = {
+    {Format::fp32, "fp32", 32, true, pack_elements<std::uint32_t>, unpack_elements<std::uint32_t>},
+    {Format::bf16, "bf16", 16, true, pack_elements<std::uint16_t>, unpack_elements<std::uint16_t>, bit(Format::fp32)},
+    {Format::fp16, "fp16", 16, true, pack_elements<std::uint16_t>, unpack_elements<std::uint16_t>, bit(Format::fp32)},
+    {Format::int8wo, "int8wo", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>,
+     bit(Format::fp32) | bit(Format::bf16), 1},
+    {Format::int8, "int8", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>, 0, 3, 0x80},
+    {Format::uint8, "uint8", 8, false, nullptr, nullptr},
+    {Format::int16, "int16", 16, false, nullptr, nullptr},
+    {Format::int32, "int32", 32, false, nullptr, nullptr},
+};
+
+static_assert([] {
+  for (std::size_t i = 0; i < std::size(kFormats); ++i)
+    if (kFormats[i].format != static_cast<Format>(i)) return false;
+  return true;
+}());
+
+// In which biases, epilogues and sums of floating products are kept.
+inline constexpr Format kNumbers = Format::fp32;
+
+// Null past the end.
+constexpr const FormatInfo* format_at(std::size_t i) { return i < std::size(kFormats) ? kFormats + i : nullptr; }
+constexpr const FormatInfo& info(Format format) { return kFormats[static_cast<std::size_t>(format)]; }
+
+constexpr bool is_float(Format format) { return info(format).floating; }
+// Of numbers that stand side by side, in x, a bias, y: packed ones have blocks.
+constexpr std::ptrdiff_t element_bytes(Format format) { return info(format).bits / 8; }
+
+// K may be cut between blocks only.
+constexpr std::ptrdiff_t block_k(const Layout& layout) {
+  return info(layout.format).k_block > 0 ? info(layout.format).k_block : layout.kr;
+}
+constexpr std::ptrdiff_t block_bytes(const Layout& layout) {
+  return layout.nr * (block_k(layout) * info(layout.format).bits / 8 + info(layout.format).side_bytes);
+}
+// Where in a panel the block of k begins, if one does; where the panel ends, of the last k.
+constexpr std::ptrdiff_t panel_offset(const Layout& layout, std::ptrdiff_t k) {
+  return k == 0 ? 0 : ceil_div(k, block_k(layout)) * block_bytes(layout);
+}
+
+}  // namespace fastlinear
