@@ -11,12 +11,13 @@ from torch.utils._device import DeviceContext
 
 from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._environment as environment
 from fastlinear._calls cimport leads_to, quiet
 from fastlinear._kernels cimport (
-    FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, View, answers, as_rows, compute,
+    FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, Segment, View, answers, as_rows, compute,
     element_bytes, format_of_x, is_float, look_at, need, pool_size
 )
 
@@ -204,6 +205,7 @@ cdef class Engine:
     cdef readonly Epilogue epilogue
     cdef readonly RowQuantizer rows
     cdef readonly bint transposed, bare
+    cdef tuple widths               # of the outputs of a group; None for one output
     cdef readonly Engine elsewhere  # bare; None where all calls are alike
     cdef object marker, out         # where the output of this one goes, see leads_to
     cdef list tickets               # of the marker
@@ -223,6 +225,10 @@ cdef class Engine:
         self.rows = rows
         self.bare = bare
         self.drop()
+
+    def split(self, tuple widths not None):
+        """Answers with a tuple of contiguous tensors, which have the columns of the output one after another."""
+        self.widths = widths
 
     def join(self, Engine elsewhere not None, marker, list tickets, out):
         """Leaves to `elsewhere` the calls whose output does not go to `marker` (None: to whatever follows) and from
@@ -341,7 +347,8 @@ cdef class Engine:
     # The output, or why there is none.
     cdef object answer(self, dict state, object x):
         cdef View v, w, b
-        cdef Matrix rows, out
+        cdef Matrix rows
+        cdef Segment out
         cdef Bias added
         cdef ptrdiff_t threads
         cdef dict params = <dict> state["_parameters"]
@@ -400,12 +407,33 @@ cdef class Engine:
         if rows.m > 0 and type(plan) is not Plan:
             return plan(x, weight, bias)
 
+        if self.widths is not None:
+            return self.parts(x, &v, packed, plan, &rows, added)
         y = new_output(x, &v, packed.n, self.epilogue.dtype)
         if rows.m > 0 and packed.n > 0:
             look_at(y, &w)
-            out.data, out.format, out.m, out.stride = w.data, w.format, rows.m, packed.n
-            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out)
+            out.data, out.format, out.stride, out.first = w.data, w.format, packed.n, 0
+            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out, 1)
         return y
+
+    # The outputs of a group: a tensor for each of its widths.
+    cdef tuple parts(self, object x, View* v, Packed packed, object plan, Matrix* rows, Bias bias):
+        cdef vector[Segment] segments
+        cdef Segment segment
+        cdef View w
+        cdef list ys = []
+        segment.first = 0
+        for n in self.widths:
+            y = new_output(x, v, n, self.epilogue.dtype)
+            ys.append(y)
+            if n > 0:
+                look_at(y, &w)
+                segment.data, segment.format, segment.stride = w.data, w.format, n
+                segments.push_back(segment)
+                segment.first += segment.stride
+        if rows.m > 0 and packed.n > 0:
+            compute(packed, <Plan> plan, self.epilogue, self.rows, rows, bias, segments.data(), segments.size())
+        return tuple(ys)
 
 
 # A subclass may mean another thing than its memory says.

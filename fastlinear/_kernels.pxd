@@ -260,5 +260,6 @@ cdef class RowQuantizer:
 
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
+    size_t segments
 ) except -1

@@ -418,12 +418,10 @@ cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
 
 
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, Matrix* y
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y, size_t segments
 ) except -1:
     cdef Problem p
-    cdef Segment segment
-    segment.data, segment.stride, segment.format, segment.first = y.data, y.stride, y.format, 0
-    ask(&p, w, epilogue, rows, x, bias, &segment, 1)
+    ask(&p, w, epilogue, rows, x, bias, y, segments)
     return answer(&p, 1, plan.plan)
 
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import Tensor, nn, split_with_sizes
+from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
 from fastlinear.layer.fast_module import FastModule
@@ -144,22 +144,19 @@ def _in_torch(spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return activations.linear(x, weight.t() if spec.transposed else weight, bias, spec.activation)
 
 
-def group(
-    spec: Spec, layers: Sequence[Operator], dense: Sequence[bool]
-) -> tuple[Callable[..., tuple[Tensor, ...]], Layers]:
-    """linears(x, weight, ..., bias, ...): the products as one, each output contiguous where `dense` says so, else
-    columns of their common rows; and its stacks, the first one for the parameters that the graph was made with."""
+def group(spec: Spec, layers: Sequence[Operator]) -> tuple[Callable[..., tuple[Tensor, ...]], Layers]:
+    """linears(x, weight, ..., bias, ...): the products as one; and its stacks, the first one for the parameters that
+    the graph was made with."""
     singles = [product(spec, layer)[0] for layer in layers]
     stacks: Layers = {id(layers[0].weight): _stack_for(spec, layers)}
     half = len(layers)
 
     def linears(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        stack = stacks.get(id(tensors[0])) or _adopt_all(stacks, spec, tensors)
-        y = None if stack is None else stack(x, tensors)
-        if y is None or stack is None:
-            return tuple(single(x, w, b) for single, w, b in zip(singles, tensors[:half], tensors[half:], strict=True))
-        parts = split_with_sizes(y, stack.widths, -1)
-        return tuple(part.contiguous() if apart else part for part, apart in zip(parts, dense, strict=True))
+        stack: Stack | None = stacks.get(id(tensors[0])) or _adopt_all(stacks, spec, tensors)
+        ys = None if stack is None else stack(x, tensors)
+        if ys is not None:
+            return ys
+        return tuple(single(x, w, b) for single, w, b in zip(singles, tensors[:half], tensors[half:], strict=True))
 
     return linears, stacks
 

@@ -234,27 +234,3 @@ def _activation(capture: Capture, product: Product, node: fx.Node) -> Product | 
 
 
 ABSORPTIONS = (Absorption("activation", _activation),)
-
-
-def takes_strides(product: Product) -> bool:
-    """Whether all that happens to a product's output works on columns of a wider tensor as well: it is cut into heads,
-    which go where strides do not matter."""
-    return all(_is_cut(product.root, user) for user in product.root.users)
-
-
-# Of these the result does not depend on how their inputs lie in memory, nor do its strides.
-_STRIDE_FREE = {"scaled_dot_product_attention", "matmul", "mul", "add", "sub", "neg", "cat"}
-_PERMUTING = {"transpose", "permute", "getitem"}
-
-
-def _is_cut(root: fx.Node, node: fx.Node) -> bool:
-    before, after = example(root), example(node)
-    if op_of(node) not in ("view", "reshape", "unflatten") or before is None or after is None:
-        return False
-    heads = after.dim() == before.dim() + 1 and same_shape(after.shape[:-2], before.shape[:-1])
-    return heads and all(map(_goes_anywhere, node.users))
-
-
-def _goes_anywhere(node: fx.Node) -> bool:
-    name = op_of(node)
-    return name in _STRIDE_FREE or (name in _PERMUTING and all(map(_goes_anywhere, node.users)))

@@ -20,7 +20,7 @@ from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
-from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, product_at, takes_strides
+from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, product_at
 from fastlinear.graph.story import Story
 from fastlinear.layer.stack import why_not_together
 from fastlinear.spec.precision import DTYPES, name_of
@@ -207,10 +207,9 @@ class Rewriter:
 
     def _place_group(self, members: Sequence[Any]) -> operators.Layers:
         products = [product for product, *_ in members]
-        dense = [not takes_strides(product) for product in products]
         names = [spec.name for _, spec, _ in members]
         spec = members[0][1]._replace(name=_common(names))
-        function, stacks = operators.group(spec, [layer for *_, layer in members], dense)
+        function, stacks = operators.group(spec, [layer for *_, layer in members])
         args = (self._now(products[0].x), *(p.weight for p in products), *(p.bias for p in products))
         with self.graph.inserting_before(products[0].nodes[0]):
             whole = self.graph.call_function(function, args)

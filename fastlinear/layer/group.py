@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn, split_with_sizes
+from torch import Tensor, nn
 
 from fastlinear.layer.linear import FastLinear, is_fast
-from fastlinear.layer.stack import Stack, parameters_of
+from fastlinear.layer.stack import Stack
+from fastlinear.spec.activations import HOOKS
 from fastlinear.spec.schemes import Scheme
 
 
@@ -27,6 +28,9 @@ class FastLinearGroup(nn.Module):
     """
 
     layers: nn.ModuleList
+    _stack: Stack
+    _states: list[dict[str, Any]]
+    _hooks: tuple[Mapping[int, Any], ...]
 
     def __init__(
         self,
@@ -45,26 +49,33 @@ class FastLinearGroup(nn.Module):
         fast = [layer if is_fast(layer) else FastLinear.from_linear(layer, **wish) for layer in given]
         self.layers = nn.ModuleList(fast)
         self.train(any(layer.training for layer in given))
-        vars(self)["_stack"] = Stack(fast)
+        self._look_at(fast)
+
+    def _look_at(self, layers: list[Any]) -> None:
+        """Notes where to look for what a call depends on; going through nn.Module would cost as much as a product."""
+        states = [vars(layer) for layer in layers]
+        hooks = tuple(state[kind] for state in states for kind in HOOKS)
+        vars(self).update(_stack=Stack(layers), _states=states, _hooks=hooks)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        y = None if torch.compiler.is_dynamo_compiling() or not self._may_stack() else self._stacked(input)
-        return tuple(layer(input) for layer in self.layers) if y is None else y
+        if not torch.compiler.is_dynamo_compiling() and self._may_stack():
+            parameters = [state["_parameters"] for state in self._states]
+            ys = self._stack(input, (*[p["weight"] for p in parameters], *[p["bias"] for p in parameters]))
+            if ys is not None:
+                return ys
+        return tuple(layer(input) for layer in self.layers)
 
     def _may_stack(self) -> bool:
         """Whether no gradient of a parameter is wanted, and nobody watches a layer's calls."""
-        if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+        if self.training or any(self._hooks):
             return False
-        return not any(layer._forward_hooks or layer._forward_pre_hooks or layer.training for layer in self.layers)
-
-    def _stacked(self, input: Tensor) -> tuple[Tensor, ...] | None:
-        stack: Stack = vars(self)["_stack"]
-        y = stack(input, parameters_of(stack.layers))
-        return None if y is None else tuple(part.contiguous() for part in split_with_sizes(y, stack.widths, -1))
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return False
+        return not any([state["training"] or "forward" in state for state in self._states])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_stack"}
+        return {key: value for key, value in vars(self).items() if key not in ("_stack", "_states", "_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        vars(self)["_stack"] = Stack([*self.layers])
+        self._look_at([*self.layers])

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
-from fastlinear._engine import Fingerprint
+from fastlinear._engine import Engine, Fingerprint
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.linear import FastLinear, is_fast
 from fastlinear.layer.packs import lock, pack, why_unfit
+from fastlinear.spec.precision import Precision
 
 Parameters: TypeAlias = tuple[Tensor | None, ...]  # the layers' weights, and then their biases
 
@@ -33,22 +34,22 @@ class Stack:
         if reason is not None:
             raise ValueError(f"the layers {name or 'of a group'} cannot be one product: {reason}")
         self.layers = tuple(layers)
-        self.widths = [layer.out_features for layer in layers]
-        self.whole = _Whole(layers, tune, name)
+        self.widths = tuple(layer.out_features for layer in layers)
+        self.whole = _Whole(layers, self.widths, tune, name)
         # Of the parameters that are packed, or that are left to torch for some more calls: see Engine.
         self._known: tuple[Fingerprint | None, ...] = (None,)
         self._answered, self._waits = _engine.trial, 0
 
-    def __call__(self, x: Tensor, parameters: Parameters) -> Tensor | None:
-        """All outputs side by side, [..., sum of the widths]; None where the layers have to answer one by one.
+    def __call__(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, ...] | None:
+        """The outputs, each contiguous; None where the layers have to answer one by one.
 
         For callers that know that no gradients of the parameters are wanted.
         """
         if not (_engine.all_fit(self._known, parameters) and not self._waits) and not self._pack(parameters):
             return None
         self._answered += 1
-        y: Tensor | None = self.whole._engine.forward(self.whole, x)
-        return y
+        ys: Any = self.whole._engine.forward(self.whole, x)
+        return ys  # type: ignore[no-any-return]
 
     def _pack(self, parameters: Parameters) -> bool:
         """Packs the parameters as they are now; False where the last ones did not last, until these have."""
@@ -73,23 +74,26 @@ class Stack:
 
 
 class _Whole(FastLinear):
-    """The product of a stack: a frozen layer that answers natively or, with None, not at all."""
+    """The product of a stack: a frozen layer with several outputs, which answers natively or, with None, not at all."""
 
-    def __init__(self, layers: Sequence[Any], tune: str, name: str) -> None:
-        width = sum(layer.out_features for layer in layers)
-        super().__init__(layers[0].in_features, width, bias=False, device="meta")
+    _widths: tuple[int, ...] = ()
+
+    def __init__(self, layers: Sequence[Any], widths: tuple[int, ...], tune: str, name: str) -> None:
+        super().__init__(layers[0].in_features, sum(widths), bias=False, device="meta")
+        vars(self)["_widths"] = widths
         vars(self).update(_precision=layers[0]._precision, _tune=tune, _name=name, training=False)
 
     def hold(self, packed: _kernels.Packed, dtype: torch.dtype, bias: Tensor | None) -> None:
         hold(self, Frozen(packed, dtype))
         self._parameters["bias"] = bias  # type: ignore[assignment]
 
+    def _new_engine(self, precision: Precision, bare: bool = False) -> Engine:
+        engine = super()._new_engine(precision, bare)
+        engine.split(self._widths)
+        return engine
+
     def _slow(self, x: Tensor, why: str, bare: bool = False) -> Any:
         return self._native(x, self.packed_as) if why in (_engine.STALE, _engine.UNPLANNED) else None
-
-
-def parameters_of(layers: Sequence[Any]) -> Parameters:
-    return tuple(layer._parameters[key] for key in ("weight", "bias") for layer in layers)
 
 
 def why_not_together(layers: Sequence[Any]) -> str | None:

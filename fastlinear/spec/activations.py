@@ -67,7 +67,7 @@ _NAME_OF_FUNCTION = {
     for function in (definition.function, *definition.aliases)
 }
 _METHODS = {getattr(Tensor, name + mark): name for name in ("relu", "sigmoid", "tanh") for mark in ("", "_")}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def names() -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def called(function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def has_hooks(module: nn.Module) -> bool:
     """True where something else than `type(module).forward` may run, or watch, a call of the module."""
-    return "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in _HOOKS)
+    return "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS)
 
 
 def _of_module(module: nn.Module) -> Activation | None:
