@@ -355,7 +355,7 @@ ROW_KINDS = ("symmetric", "asymmetric", "static")  # in the order of enum RowKin
 
 
 cdef class RowQuantizer:
-    """How the rows of x become integers u, x * smooth = scale * (u - zero), as fastlinear/quantize.py says.
+    """How the rows of x become integers u, x * smooth = scale * (u - zero), as fastlinear/spec/int8.py says.
 
     kind: "symmetric" or "asymmetric", of each row's own range; or "static": by `scale` and `zero`, 0 to 255, also of x
     that is uint8 already, or int8, which lies 128 lower. smooth: fp32 [K], or None for 1. ValueError otherwise.

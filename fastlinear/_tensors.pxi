@@ -54,9 +54,9 @@ cdef DlExchangeApi* find_exchange_api():
 cdef DlExchangeApi* exchange_api = find_exchange_api()
 
 
-# False where `tensor` is not a dense CPU tensor of one of our formats with memory behind it. It must be exactly a
-# torch.Tensor or an nn.Parameter, since subclasses may not mean what their storage says; a negative view does not
-# either, and says so only by is_neg().
+# False where `tensor` is not a dense CPU tensor of one of our formats with memory behind it. Callers have seen that it
+# is exactly a torch.Tensor or an nn.Parameter, since subclasses may not mean what their storage says, and that it is no
+# negative view, which does not either and says so only by is_neg().
 cdef bint look_at(object tensor, View* v):
     cdef DlTensor t
     cdef int i

@@ -87,8 +87,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def named_paths() -> Iterator[tuple[str, str]]:
     """(where, path) of every file of a room that pages, comments or docstrings name from the root."""
-    sources = [path for folder in ("fastlinear",) for path in sorted((ROOT / folder).rglob("*"))]
-    readable = [path for path in sources if path.suffix == ".py"]
+    sources = [path for folder in ("fastlinear", "include", "csrc") for path in sorted((ROOT / folder).rglob("*"))]
+    readable = [path for path in sources if path.suffix in {".py", ".pyx", ".pxd", ".pxi", ".hpp"}]
     for path in (*PAGES, *readable):
         text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
         for name in re.findall(rf"(?<![\w/.<>])((?:{FOLDERS})/[\w/]+\.\w+)", text):

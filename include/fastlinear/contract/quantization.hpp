@@ -1,5 +1,5 @@
 // The contract between numbers and integers, which is what the driver needs of int8. The formulas
-// are those of fastlinear/quantize.py, step by step in fp32 and never fused, so that all ISAs give the same bits.
+// are those of fastlinear/spec/int8.py, step by step in fp32 and never fused, so that all ISAs give the same bits.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // Rows of x -> what a kernel reads, once a call for all threads and all groups of panels: as they are, read in place;
 // or copied one line further apart where they would fight for the same cache sets, gathered, or end where the kernel
-// needs zeros; or widened; or quantized, with a scale and a zero point each, by the formulas of fastlinear/quantize.py.
+// needs zeros; or widened; or quantized, with a scale and a zero point each, by those of fastlinear/spec/int8.py.
 //
 // Each way is a function that makes one row. To add one (rows that are normalized first): such a function, and its line
 // in the constructor.
@@ -122,9 +122,7 @@ class Prologue {
  private:
   std::ptrdiff_t rows_of_a_tile() const { return ceil_div(m_, ceil_div(m_, plan_.kernel->mr)); }
 
-  void copy(std::ptrdiff_t row, char* to) {
-    std::copy_n(p_.x.at(row, 0), p_.k * element_bytes(p_.x.format), to);
-  }
+  void copy(std::ptrdiff_t row, char* to) { std::copy_n(p_.x.at(row, 0), p_.k * element_bytes(p_.x.format), to); }
 
   void widen(std::ptrdiff_t row, char* to) { conversion().widen(p_.x.at(row, 0), reinterpret_cast<float*>(to), p_.k); }
 

@@ -1,0 +1,160 @@
+"""docs/kernels.md says how to add a kernel, an ISA, an activation and a format: its blocks, applied to a copy, do."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import library
+import native
+import pytest
+import torch
+
+ROOT = library.ROOT
+PAGE = ROOT / "docs/kernels.md"
+
+
+def follow(tree: Path) -> None:
+    """Does in a copy of the tree what the page says: ```cpp PATH is a new file, ```diff PATH a change of one."""
+    blocks = re.findall(r"^```(cpp|diff) (\S+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert {kind for kind, _, _ in blocks} == {"cpp", "diff"}
+    for kind, name, text in blocks:
+        path = tree / name
+        if kind == "cpp":
+            assert not path.exists(), f"{name} is there already"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            continue
+        lines = text.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] != "+")
+        after = "".join(line[1:] for line in lines if line[0] != "-")
+        assert path.read_text().count(before) == 1, f"{name} has not once what {PAGE.name} changes in it: {before}"
+        path.write_text(path.read_text().replace(before, after))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, with all that the page adds."""
+    folder = tmp_path_factory.mktemp("recipes")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so", *(path.with_suffix(".cpp").name for path in PYX))
+    for name in ("include", "csrc", "fastlinear"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    follow(folder)
+    return folder
+
+
+PYX = sorted(ROOT.glob("fastlinear/*.pyx"))
+
+
+@pytest.fixture(scope="module")
+def multiply(tree: Path) -> library.Product:
+    """The products of the copy, built without the wide ISAs, which would take a minute more."""
+    small = tree / "small"
+    small.mkdir()
+    table = (tree / "csrc/registry.cpp").read_text()
+    (start, listed), *others = re.findall(r"(kIsas\[\] = \{)([^}]*)\}", table)
+    assert not others
+    kept = [name for name in re.findall(r"&\w+::kIsa", listed) if name in ("&toy::kIsa", "&scalar::kIsa")]
+    assert len(kept) == 2
+    (small / "registry.cpp").write_text(table.replace(start + listed, start + ", ".join(kept)))
+    units = [small / "registry.cpp", tree / "csrc/scalar.cpp", tree / "csrc/toy.cpp", ROOT / "tests/kernel/product.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda unit: library.Build.compile(unit, tree, small / f"{unit.stem}.o"), units))
+    made = small / "recipes.so"
+    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", made, "-ldl"], check=True)
+    return library.product_of(made)
+
+
+@pytest.fixture(autouse=True)
+def grown_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/library.py gives formats and functions by their numbers, of which the copy has one more each."""
+    monkeypatch.setattr(library, "FUNCTIONS", [*library.FUNCTIONS[:-1], "squared_relu", library.FUNCTIONS[-1]])
+    monkeypatch.setattr(library, "FORMATS", [*library.FORMATS, "int16", "int32", "fp8"])
+
+
+def scalar() -> native.Kernel:
+    (kernel,) = (kernel for kernel in native.ALL if kernel["id"] == "fp32/scalar/4x16")
+    return kernel
+
+
+@pytest.mark.parametrize("name", ["fp32/scalar/8x16", "fp32/toy/3x16"])
+def test_a_kernel_and_an_isa(multiply: library.Product, name: str) -> None:
+    """The kernel of each multiplies exactly, at every number of rows that its tiles leave over, cut along K as well."""
+    for m in range(1, 10):
+        x, w, b = native.exact_case(scalar(), m, 37, 11, scalar()["dtypes"][0])
+        packed, y = native.pack(w, "fp32/16x1"), torch.empty(m, 37)
+        for k_slices in (1, 3):
+            native.check(
+                scalar(), multiply(scalar() | {"name": name}, packed, x, b, [], 1, k_slices, y), x, w, b, exact=True
+            )
+
+
+def meaning(tree: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("activations_of_the_copy", tree / "fastlinear/spec/activations.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_activation(multiply: library.Product, tree: Path) -> None:
+    """It is what its line in Python says, and it is found by the names that this gives it."""
+    activations = meaning(tree)
+    x, w, b = native.random_case(7, 37, 11, scalar()["dtypes"][0])
+    packed, sums, y = native.pack(w, "fp32/16x1"), torch.empty(7, 37), torch.empty(7, 37)
+    multiply(scalar(), packed, x, b, [], 1, 1, sums)
+    multiply(scalar(), packed, x, b, [("squared_relu", ())], 1, 1, y)
+    assert (sums > 0).any() and (sums < 0).any()
+    torch.testing.assert_close(y, activations.apply(activations.resolve("squared_relu"), sums), rtol=1e-6, atol=0)
+    assert [*activations.names()][-1] == "squared_relu"
+
+
+def test_a_format(multiply: library.Product) -> None:
+    """Small integers, which it holds, multiply exactly; its panels are those that every layout of 16x1 has."""
+    w = torch.randint(-4, 5, (37, 11)).to(torch.float8_e5m2)
+    x, y = torch.randint(-4, 5, (7, 11)).float(), torch.empty(7, 37)
+    panels = torch.nn.functional.pad(w.view(torch.uint8), (0, 0, 0, -37 % 16)).view(-1, 16, 11).transpose(1, 2)
+    packed = SimpleNamespace(layout="fp8/16x1", data=panels.contiguous(), n=37, k=11, zero=None)
+    kernel = scalar() | {"name": "fp8/scalar/4x16", "reads": ("fp8/16x1",)}
+    assert torch.equal(multiply(kernel, packed, x, None, [], 1, 1, y), x @ w.float().T)
+
+
+CHECK = """
+import torch, transformers, fastlinear
+from torch import nn
+from fastlinear import _kernels
+
+names = [row["name"] for row in fastlinear.kernels()]
+assert {"fp32/scalar/8x16", "fp32/toy/3x16", "fp8/scalar/4x16"} <= set(names) and "toy" in fastlinear.cpu_info()["isas"]
+assert "squared_relu" in _kernels.activations()
+
+w, x, y = torch.randint(-4, 5, (37, 11)), torch.randint(-4, 5, (7, 11)).float(), torch.empty(7, 37)
+packed = _kernels.Packed(w.to(torch.float8_e5m2), "fp8/16x1")
+assert torch.equal(packed.unpack().float(), w.float())
+_kernels.run(packed, _kernels.Plan("fp8/scalar/4x16"), _kernels.Epilogue(), x, None, y)
+assert torch.equal(y, x @ w.float().T)
+
+model = nn.Sequential(nn.Linear(11, 37), transformers.activations.ReLUSquaredActivation()).eval()
+fast = fastlinear.convert(model)
+with torch.inference_mode():
+    torch.testing.assert_close(fast(x), model(x))
+(layer,) = fastlinear.report(fast)
+assert layer.activation.name == "squared_relu" and layer.buckets[0].name in RUNS, layer
+"""
+
+
+@pytest.mark.exhaustive
+def test_the_whole_package(tree: Path) -> None:
+    """The copy builds as users build it, all four are found from Python, and the ISA runs a converted model."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "FASTLINEAR_AUTOTUNE": "0"}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=environment, check=True)
+    for kernel in ("fp32/toy/3x16", "fp32/scalar/8x16"):
+        forced = environment | {"FASTLINEAR_KERNEL": kernel, "FASTLINEAR_MAX_ISA": "toy"}
+        subprocess.run([sys.executable, "-c", CHECK.replace("RUNS", repr([kernel]))], cwd=tree, env=forced, check=True)
