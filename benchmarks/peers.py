@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastlinear
 import fastlinear._engine as _engine
 from fastlinear.plan import decide, measuring
-from fastlinear.plan.candidates import Chosen
+from fastlinear.plan.candidates import Plan
 from fastlinear.spec.int8 import quantize_weight
 
 Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
@@ -172,7 +172,7 @@ class Fast:
         stock = (nn.Sequential(layer, nn.ReLU()).eval() for layer in layers)
         self.modules: list[Any] = [fastlinear.convert(model, **options(form))[0] for model in stock]
 
-    def tune(self, x: Tensor) -> tuple[Candidate, Chosen, float]:
+    def tune(self, x: Tensor) -> tuple[Candidate, Plan, float]:
         """Lets the first layer choose its plan for x, in the layers' dtype, and gives it to the others; the modules to
         call, the choice, and its milliseconds."""
         first, *others = self.modules

@@ -2,7 +2,7 @@
 
 from fastlinear._kernels import cpu_info, kernels
 from fastlinear._moved import keep_old_names
-from fastlinear.file.header import FormatError
+from fastlinear.file.safetensors import FormatError
 from fastlinear.file.saving import load, save
 from fastlinear.layer.group import FastLinearGroup
 from fastlinear.layer.linear import FastLinear

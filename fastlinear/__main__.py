@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import fastlinear._kernels as _kernels
 from fastlinear.cli import check as selfcheck
 from fastlinear.file import inspection
-from fastlinear.file.header import FormatError
+from fastlinear.file.safetensors import FormatError
 from fastlinear.layer import linear
 from fastlinear.model.convert import convert
 from fastlinear.model.reporting import report
 from fastlinear.model.tuning import tune
-from fastlinear.plan import decide, measuring
+from fastlinear.plan import decide, measuring, table
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.schemes import Int8Dynamic, Int8WeightOnly
@@ -134,7 +134,7 @@ def bench(options: argparse.Namespace) -> int:
             with measuring.process.thorough():
                 fast(x)
             before, after = _alternate([functools.partial(_stock, stock, activation), fast], x)
-        runs_on = " ".join(chosen.name for chosen in fast.plans) or "torch/linear"
+        runs_on = " ".join(plan.name for plan in fast.plans) or "torch/linear"
         print(f"{f'{m}x{k}x{n}':<18}{before:>11.1f}{after:>12.1f}{before / after:>9.2f}x  {runs_on}", flush=True)
     return 0
 
@@ -215,7 +215,7 @@ def check(_: argparse.Namespace) -> int:
 
 def _check_override() -> None:
     try:
-        decide.override()
+        table.override()
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""Where modules have gone that pickles, and imports of versions before 0.2, know by other names."""
+"""Where modules and classes have gone that pickles, and imports of versions before 0.2, know by other names."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ _MOVED = {
     "candidates": "plan.candidates",
     "frozen": "layer.frozen",
     "fusion": "model.fusion",
-    "header": "file.header",
+    "header": "file.safetensors",
     "linear": "layer.linear",
     "precision": "spec.precision",
     "quantize": "spec.int8",
@@ -18,9 +18,13 @@ _MOVED = {
     "serialize": "file.saving",
     "tuning": "model.tuning",
 }
+_RENAMED = {("candidates", "Chosen"): "Plan"}  # what layers and reports tell of their plans
 
 
 def keep_old_names() -> None:
     """Makes `import fastlinear.linear` and the like find the module that has the place now."""
     for old, new in _MOVED.items():
         sys.modules[f"fastlinear.{old}"] = importlib.import_module(f"fastlinear.{new}")
+    for (module, old), new in _RENAMED.items():
+        place = sys.modules[f"fastlinear.{module}"]
+        setattr(place, old, getattr(place, new))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.file import manifest
-from fastlinear.file.header import LENGTH
+from fastlinear.file.safetensors import LENGTH
 
 Edit = Callable[[dict[str, Any]], object]
 

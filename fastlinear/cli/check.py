@@ -11,8 +11,8 @@ from torch import Tensor
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations, int8
 from fastlinear.spec.activations import Activation
+from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
 from fastlinear.spec.int8 import Quantized, Rows
-from fastlinear.spec.precision import DTYPES, INTEGER_ROWS
 
 _SHAPES = ((1, 64, 64), (5, 33, 7), (16, 96, 130), (67, 70, 301))  # around tiles, panels and the unrolling of K
 _FP16_SUMS = 64  # products that may be added in fp16 before the sum goes on in fp32

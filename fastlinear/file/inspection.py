@@ -9,21 +9,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import fastlinear._kernels as _kernels
-from fastlinear.file import manifest, safefile
-from fastlinear.file.header import Contents, faults_of
-from fastlinear.file.manifest import Layer, Manifest
-from fastlinear.file.stored_scheme import StoredScheme
-from fastlinear.plan import decide
+from fastlinear.file import manifest, safetensors
+from fastlinear.file.manifest import Layer, Manifest, StoredScheme
+from fastlinear.file.safetensors import AnyPath, Contents, faults_of
+from fastlinear.plan import decide, table
 from fastlinear.spec.int8 import Rows
 
 _HEADER = ("layer", "n", "in x out", "weight", "packed as", "activation", "MiB", "here")
 _SIDES = "<>><<<><"
 
 
-def describe(path: safefile.AnyPath) -> str:
+def describe(path: AnyPath) -> str:
     """A table of the fast layers, those alike but in number in one row, and a summary of all else; errors as of
     `load`, but for those that need a model."""
-    contents = safefile.read(path)
+    contents = safetensors.read(path)
     with faults_of(path):
         said = manifest.parse(contents)
     rows = [_HEADER, *_rows(said)]
@@ -52,7 +51,7 @@ def _likeness(scheme: StoredScheme | None) -> StoredScheme | None:
     return scheme and StoredScheme(Rows(scheme.rows.kind), None, None)
 
 
-def _summary(path: safefile.AnyPath, said: Manifest, contents: Contents) -> Iterator[str]:
+def _summary(path: AnyPath, said: Manifest, contents: Contents) -> Iterator[str]:
     packed = {*manifest.packed_names(said)}
     plain = [entry for name, entry in contents.entries.items() if name not in packed]
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in plain)
@@ -70,7 +69,7 @@ def _summary(path: safefile.AnyPath, said: Manifest, contents: Contents) -> Iter
 
 
 def _is_mapped(layer: Layer) -> bool:
-    return decide.layout(layer.packed) == layer.layout
+    return table.layout(layer.packed) == layer.layout
 
 
 def _plain(text: str) -> str:

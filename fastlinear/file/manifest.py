@@ -7,6 +7,10 @@
      "ties": {"decoder.bias": "bias"}, "transient": ["position_ids"],
      "machine": {"cpu": ...}, "plans": {key: {"name": "fp32/avx512/6x64", ...}}}
 
+An int8 layer has one field more, which tells how its input and output are quantized; the last two may be null:
+
+    "quantized": {"rows": ["static", 0.012, 3], "out": ["uint8", 0.1, 0], "smooth": "encoder.fc1.smooth"}
+
 All that it says is held against the entries of the file before anybody believes it; names are held against the model by
 whoever loads it.
 """
@@ -22,16 +26,31 @@ from typing import Any, NamedTuple
 import torch
 
 import fastlinear._kernels as _kernels
-from fastlinear.file import stored_scheme
-from fastlinear.file.header import LIMIT, PAGE, Contents, Entry, parse_json, shown
-from fastlinear.file.stored_scheme import StoredScheme
+from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.precision import DTYPES, wanted
+from fastlinear.spec.formats import DTYPES, PRODUCTS, name_of
+from fastlinear.spec.int8 import BYTES, Requantize, Rows, is_scale, is_zero
+from fastlinear.spec.precision import epilogue, wanted
 
 KEY = "fastlinear"
 SCHEMA = 1  # of the newest files; another meaning of an old field takes another number
+
+
+_SCHEME = ("rows", "out", "smooth")
+
+
+class StoredScheme(NamedTuple):
+    """rows: without smoothing, which is the fp32 [k] in the entry `smooth`, if there is one."""
+
+    rows: Rows
+    out: Requantize | None
+    smooth: str | None
+
+    def dump(self) -> dict[str, Any]:
+        out = None if self.out is None else [name_of(self.out.dtype), *self.out[1:]]
+        return dict(zip(_SCHEME, (self.rows[:3], out, self.smooth), strict=True))
 
 
 class Layer(NamedTuple):
@@ -156,7 +175,7 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
         raise ValueError(f"{who} cannot have a bias in {shown(layer.bias)}")
     if not (0 <= layer.n < LIMIT and 0 <= layer.k < LIMIT):
         raise ValueError(f"{who} cannot be of {layer.n} x {layer.k}")
-    quantized = stored_scheme.parse(who, raw.get("quantized"), layer.packed, layer.k)
+    quantized = _parse_scheme(who, raw.get("quantized"), layer.packed, layer.k)
     if layer.tune not in linear.TUNE_MODES:
         raise ValueError(f"{who} cannot be tuned {shown(layer.tune)}")
     activation = raw["activation"]
@@ -217,7 +236,7 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
                 f"{who}, {layer.n} x {layer.k} as {layer.layout}, takes {nbytes} bytes of U8 in whole pages, "
                 f"but {shown(layer.panels)} is {entry.nbytes} bytes of {entry.dtype} at {entry.begin}"
             )
-        stored_scheme.check_entry(who, layer.quantized, layer.k, contents)
+        _check_smoothing(who, layer.quantized, layer.k, contents)
         smooth = None if layer.quantized is None else layer.quantized.smooth
         pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth)
         if packs.setdefault(layer.panels, pack) != pack:
@@ -228,3 +247,59 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
         weight, shape = plain.get(layer.weight), (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
         if weight is not None and (weight.dtype, weight.shape) != (DTYPES[layer.held], shape):
             raise ValueError(f"{who} is stored unpacked in another dtype or shape")
+
+
+# ---- how an int8 layer quantizes ----
+
+
+def _parse_scheme(who: str, raw: Any, packed: str, k: int) -> StoredScheme | None:
+    """What `dump` wrote of a layer of k columns packed in that format; ValueError, calling the layer `who`, where it is
+    not so, or the kernels would not take it."""
+    if (raw is None) != (packed not in PRODUCTS):
+        raise ValueError(f"{who} is packed in {packed}, and quantised by {shown(raw)}")
+    if raw is None:
+        return None
+    if not isinstance(raw, dict) or raw.keys() != {*_SCHEME} or type(raw["smooth"]) not in (str, type(None)):
+        raise ValueError(f"{who} is quantised by {shown(raw)}, which has not just {', '.join(_SCHEME)}")
+    kind, *affine = _triple(who, raw["rows"])
+    rows, out = Rows(kind, *affine), None
+    dtypes = {name_of(dtype): dtype for dtype in BYTES}
+    if raw["out"] is not None:
+        name, *affine = _triple(who, raw["out"])
+        if name not in dtypes:
+            raise ValueError(f"{who} cannot quantise its output to {shown(name)}, but to {' or '.join(dtypes)}")
+        out = Requantize(dtypes[name], *affine)
+    try:
+        _kernels.RowQuantizer(*rows)
+        epilogue(None, out)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{who} cannot be quantised as it says: {error}") from error
+    if k > _kernels.dot_limit():
+        raise ValueError(f"{who} has {k} columns, more than the {_kernels.dot_limit()} that a sum of integers holds")
+    return StoredScheme(rows, out, raw["smooth"])
+
+
+def _check_smoothing(who: str, scheme: StoredScheme | None, k: int, contents: Contents) -> None:
+    """ValueError where the file has no such smoothing."""
+    if scheme is None or scheme.smooth is None:
+        return
+    entry = contents.entries.get(scheme.smooth)
+    if entry is None or (entry.dtype, entry.shape) != (torch.float32, (k,)):
+        raise ValueError(f"{who} is smoothed by {shown(scheme.smooth)}, which is no F32 of {k} numbers in this file")
+
+
+def check_channels(who: str, packed: _kernels.Packed) -> None:
+    """ValueError where the scales or zero points of a weight are none."""
+    scale, zero = packed.scale, packed.zero
+    if scale is not None and not is_scale(scale):
+        raise ValueError(f"{who} has scales that are negative or not finite")
+    if zero is not None and not is_zero(zero):
+        raise ValueError(f"{who} has zero points beyond int8")
+    if zero is not None and packed.k > _kernels.dot_limit(True):
+        raise ValueError(f"{who} has {packed.k} columns, more than a sum of integers with zero points holds")
+
+
+def _triple(who: str, raw: Any) -> list[Any]:
+    if not isinstance(raw, list) or [type(each) for each in raw] != [str, float, int]:
+        raise ValueError(f"{who} is quantised by {shown(raw)}, which is no list of a name, a scale and a zero")
+    return raw

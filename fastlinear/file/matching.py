@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlinear.file.header import Contents, Entry, shown
 from fastlinear.file.manifest import Fused, Layer, Manifest, member, plain_names
+from fastlinear.file.safetensors import Contents, Entry, shown
 from fastlinear.layer import linear
-from fastlinear.layer.fitness import is_transposed
+from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
-from fastlinear.layer.packs import dtype_of
 from fastlinear.model import fusion
 from fastlinear.spec.activations import recognise
 
@@ -84,7 +83,7 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
     """What the model's layer is still to absorb; ValueError where it cannot become the one of the file."""
     module: Any = modules[layer.name]
     fast = linear.is_fast(module)
-    reason = linear.why_no_twin(module)
+    reason = why_no_twin(module)
     if reason is not None:
         raise ValueError(f"its layer {layer.name!r} is fast, but in this model {reason}")
     shape = (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)

@@ -1,7 +1,7 @@
 """Save and load: a model with fast layers as one file, and a stock model made the same by such a file.
 
-manifest.py is what the file says of the model, matching.py holds that against the model that loads it, safefile.py is
-the file.
+manifest.py is what the file says of the model, matching.py holds that against the model that loads it, safetensors.py
+is the file.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
-from fastlinear.file import manifest, matching, safefile
-from fastlinear.file.header import faults_of, shown
-from fastlinear.file.manifest import Fused, Layer, Manifest, member
+from fastlinear.file import manifest, matching, safetensors
+from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check_channels, member
 from fastlinear.file.matching import Held, Match, tensors_of
-from fastlinear.file.safefile import AnyPath, Blob, Mapped
-from fastlinear.file.stored_scheme import StoredScheme, check_channels
+from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
 from fastlinear.layer import linear, packs
-from fastlinear.layer.frozen import Frozen, hold
+from fastlinear.layer.fitness import dtype_of, why_unread
+from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.model import fusion
 from fastlinear.model.encoders import forbid_bypasses
-from fastlinear.plan import decide, rivals
-from fastlinear.plan.candidates import FROZEN
-from fastlinear.plan.memory import Tuned
-from fastlinear.spec.precision import DTYPES, Precision
+from fastlinear.plan import decide, rivals, table
+from fastlinear.plan.memory import Remembered
+from fastlinear.plan.problem import FROZEN
+from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.precision import Precision
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,7 +51,7 @@ def save(model: nn.Module, path: AnyPath) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"save() takes an nn.Module, but was given {type(model).__name__}")
     modules = dict(model.named_modules())
-    layers = {m: name for name, m in modules.items() if linear.is_fast(m) and packs.why_unfit(m) is None}
+    layers = {m: name for name, m in modules.items() if linear.is_fast(m) and why_unread(m) is None}
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     stored: dict[Hashable, str] = {}  # what is in memory -> the name it is stored by
@@ -94,7 +94,7 @@ def save(model: nn.Module, path: AnyPath) -> None:
             ties[member(name, "weight")] = stored[_identity(weight)]
     plans = {key: tuned._asdict() for module in layers for key, tuned in _plans(module)}
     said = Manifest(tuple(records), tuple(fused.values()), ties, tuple(transient), decide.cache().machine, plans)
-    safefile.write(path, blobs, tensors, manifest.dump(said))
+    safetensors.write(path, blobs, tensors, manifest.dump(said))
 
 
 def _check_storable(held: Held) -> None:
@@ -114,26 +114,26 @@ def _identity(tensor: Tensor) -> Hashable:
 
 def _blob(layer: Any) -> tuple[Blob, Hashable]:
     """The packed weight of a fast layer, made when it is written, and what is equal for layers that share it."""
-    frozen = packs.record_of(layer)
+    frozen = record_of(layer)
     if frozen is not None:
         data = frozen.packed.data
         return Blob(data.nbytes, lambda: data), id(frozen)
     weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
-    layout = decide.layout(precision.packed)
+    layout = table.layout(precision.packed)
     nbytes = _kernels.packed_nbytes(layout, layer.out_features, layer.in_features)
     key = _identity(weight), precision.packed, transposed, id(precision.smooth)
     return Blob(nbytes, lambda: packs.pack(weight, precision, transposed).data), key
 
 
 def _record(layer: Any, name: str, panels: str) -> Layer:
-    frozen, packed = packs.record_of(layer), layer.packed_as
+    frozen, packed = record_of(layer), layer.packed_as
     return Layer(
         name=name,
         n=layer.out_features,
         k=layer.in_features,
-        held=_kernels.FORMATS[packs.dtype_of(layer)],
+        held=_kernels.FORMATS[dtype_of(layer)],
         packed=packed,
-        layout=decide.layout(packed) if frozen is None else frozen.packed.layout,
+        layout=table.layout(packed) if frozen is None else frozen.packed.layout,
         panels=panels,
         bias=None if layer.bias is None else _kernels.FORMATS[layer.bias.dtype],
         activation=layer.activation,
@@ -151,15 +151,15 @@ def _scheme(precision: Precision, panels: str) -> StoredScheme | None:
     return StoredScheme(precision.rows._replace(smooth=None), precision.out, smooth)
 
 
-def _plans(layer: Any) -> Iterator[tuple[str, Tuned]]:
+def _plans(layer: Any) -> Iterator[tuple[str, Remembered]]:
     """What was measured for the kernels of a layer, by the keys under which a process that loads it will ask."""
-    for (engine, *_), chosen in list(layer._chosen.items()):
-        kept = not chosen.refused and chosen.name not in rivals.NAMES
-        if kept and engine is layer._engine and chosen.source in ("tuned", "cache"):
-            problem = layer.problem(engine, engine.packed, chosen.bucket, chosen.x, chosen.threads)
+    for (engine, *_), plan in list(layer._plans.items()):
+        kept = not plan.refused and plan.name not in rivals.NAMES
+        if kept and engine is layer._engine and plan.source in ("tuned", "cache"):
+            problem = layer.problem(engine, engine.packed, plan.bucket, plan.x, plan.threads)
             problem = problem._replace(held=FROZEN, fallback=False)
-            numbers = {"threads": chosen.plan_threads, "k_slices": chosen.k_slices}
-            yield problem.key(), Tuned(chosen.name, numbers)
+            numbers = {"threads": plan.plan_threads, "k_slices": plan.k_slices}
+            yield problem.key(), Remembered(plan.name, numbers)
 
 
 # ---- load ----
@@ -181,7 +181,7 @@ def load(path: AnyPath, model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load() fills an nn.Module, but was given {type(model).__name__}")
-    mapped = safefile.open_mapped(path)
+    mapped = safetensors.open_mapped(path)
     with faults_of(path):
         said = manifest.parse(mapped.contents)
         match = matching.match(model, said, mapped.contents)
@@ -205,7 +205,7 @@ def load(path: AnyPath, model: Model) -> Model:
 def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
     """The packed weights by their entries: in the mapping, or repacked where this machine has another layout."""
     frozen = {}
-    layouts = {packed: decide.layout(packed) for packed in {record.packed for record in said.layers}}
+    layouts = {packed: table.layout(packed) for packed in {record.packed for record in said.layers}}
     for record in said.layers:
         if record.panels not in frozen:
             data = mapped.blob(record.panels, _kernels.packed_nbytes(record.layout, record.n, record.k))

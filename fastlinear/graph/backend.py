@@ -14,7 +14,7 @@ from fastlinear.graph.operators import Layers, running
 from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
-from fastlinear.layer.packs import record_of
+from fastlinear.layer.frozen import record_of
 from fastlinear.model.reporting import NodeReport, graphs
 
 _log = logging.getLogger("fastlinear")

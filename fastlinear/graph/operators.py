@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
-from fastlinear.layer.fast_module import FastModule
-from fastlinear.layer.fitness import why_weight_unfit
+from fastlinear.layer import fitness
 from fastlinear.layer.frozen import Frozen, hold
-from fastlinear.layer.op_form import Form
+from fastlinear.layer.module import FastModule
+from fastlinear.layer.operator import Form
 from fastlinear.layer.stack import Stack, why_not_together
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
@@ -88,7 +88,7 @@ def _held(layer: Operator) -> Tensor | None:
 
 def why_not(spec: Spec, layer: Operator) -> str | None:
     """Why the kernels cannot run a layer as the graph wants it, in a few words; None if they can."""
-    return None if spec.form is not None else why_weight_unfit(layer, spec.asked, spec.name)
+    return None if spec.form is not None else fitness.why_not(layer, spec.asked, spec.name)
 
 
 Layers: TypeAlias = dict[int, Any]  # those that a function runs, Operators or Stacks, by the id of their first weight

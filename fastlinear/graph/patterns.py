@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
-from fastlinear.layer.op_form import Form
+from fastlinear.layer.operator import Form
 from fastlinear.spec.activations import Activation
 
 _COMMUTATIVE = {"add", "mul"}

@@ -23,7 +23,7 @@ from fastlinear.graph.options import Options
 from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, product_at
 from fastlinear.graph.story import Story
 from fastlinear.layer.stack import why_not_together
-from fastlinear.spec.precision import DTYPES, name_of
+from fastlinear.spec.formats import DTYPES, name_of
 
 
 class Rewriter:

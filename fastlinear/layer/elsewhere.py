@@ -11,14 +11,15 @@ from torch.utils._device import DeviceContext
 
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
-from fastlinear.layer.packs import dtype_of, record_of, why_unfit
+from fastlinear.layer.fitness import dtype_of, why_unread
+from fastlinear.layer.frozen import record_of
 
 
 def why_elsewhere(layer: Any, x: Any, stale: bool) -> str:
     """The first of all reasons that there are for a call layer(x) not to be answered by the kernels. stale: whether the
     weight was not packed, or changed since."""
-    known = _why_switched_off(layer) or _why_watched() or _why_input(layer, x) or why_unfit(layer)
-    return known or ("its weight keeps changing" if stale else "the form of its tensors")
+    reason = _why_switched_off(layer) or _why_watched() or _why_input(layer, x) or why_unread(layer)
+    return reason or ("its weight keeps changing" if stale else "the form of its tensors")
 
 
 def _why_switched_off(layer: Any) -> str | None:

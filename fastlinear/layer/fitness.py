@@ -1,42 +1,114 @@
-"""Whether a layer's weight can be packed as it was asked for, and what stands for one that others quantised."""
+"""Why a layer is not fast: `why_not` is the one door; and what stands for a weight that others quantized."""
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastlinear.layer.frozen import Frozen
-from fastlinear.layer.packs import pack_quantized, why_unfit
+import fastlinear._kernels as _kernels
+from fastlinear.layer.frozen import Freezable, Frozen, record_of
+from fastlinear.layer.packs import pack_quantized
 from fastlinear.spec.foreign import foreign
 from fastlinear.spec.int8 import Quantized
-from fastlinear.spec.precision import Wanted
+from fastlinear.spec.precision import ANYHOW, Wanted
+
+HOOKED = "_old_forward"  # where accelerate puts the forward that its hooks run around
 
 
-def why_weight_unfit(module: Any, asked: Wanted, name: str) -> str | None:
-    """Why the parameters of the layer called `name` cannot be packed as asked, in a few words; None if they can."""
-    theirs = _theirs(module, asked)
-    if isinstance(theirs, str):
-        return theirs
-    if theirs is not None:
-        return asked.why_not(name, theirs.values.shape[1], theirs) or why_unfit(module, but="weight")
-    reason = why_unfit(module)
+def why_not(layer: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
+    """Why a module cannot run on the kernels as it was asked for, in a few words; None if it can, or does.
+
+    name: by which a calibration knows the layer.
+    """
+    return why_no_twin(layer) or _why_unpacked(layer, asked, name)
+
+
+def why_no_twin(module: nn.Module) -> str | None:
+    """Why a module of this class cannot become a fast one, whatever its weight is."""
+    if isinstance(module, Freezable):
+        return None
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if type(module) not in (nn.Linear, conv1d()):
+        return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
+    if not runs_its_own(module, "forward") and not ("_hf_hook" in vars(module) and runs_its_own(module, HOOKED)):
+        return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
+    return None
+
+
+def runs_its_own(module: nn.Module, attribute: str) -> bool:
+    """Whether what stands for the module's forward in this attribute is that of its class."""
+    method = vars(module).get(attribute)
+    if method is None:
+        return attribute == "forward"
+    own = isinstance(method, types.MethodType) and method.__func__ is type(module).forward
+    return own and method.__self__ is module
+
+
+def conv1d() -> Any:
+    """GPT-2's linear layer of transformers, whose weight is [in, out]; None before the user has imported it."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _why_unpacked(layer: Any, asked: Wanted, name: str) -> str | None:
+    integers = _foreign_weight(layer, asked)
+    if isinstance(integers, str):
+        return integers
+    if integers is not None:
+        return asked.why_not(name, integers.values.shape[1], integers) or why_unread(layer, but="weight")
+    reason = why_unread(layer)
     if reason is not None or asked.scheme is None:
         return reason
-    weight = module.weight
-    reason = asked.why_not(name, weight.shape[0 if is_transposed(module) else 1])
+    weight = layer.weight
+    reason = asked.why_not(name, weight.shape[0 if is_transposed(layer) else 1])
     if reason is None and weight.numel() > 0 and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
         reason = "its weight has infinities or NaN, which no integers stand for"
     return reason
 
 
-def taken_over(module: Any, asked: Wanted) -> Frozen | None:
-    """What stands for the weight of a module that was quantised elsewhere; None where its weight is its own."""
-    theirs = _theirs(module, asked)
-    if asked.scheme is None or not isinstance(theirs, Quantized):
-        return None
-    return Frozen(pack_quantized(theirs, asked.scheme.packed), module.weight.dtype)
+def why_unread(module: nn.Module, but: str = "") -> str | None:
+    """Why the kernels cannot read a module's parameters, in a few words; None if they can. `but`: "weight", where that
+    is not for them to read."""
+    weight, frozen = module._parameters.get("weight"), record_of(module)
+    if weight is None and frozen is None:
+        return "its weight is computed by a hook or parametrization"
+    bias = module._parameters.get("bias")
+    if bias is None and getattr(module, "bias", None) is not None:
+        return "its bias is computed by a hook or parametrization"
+    if but == "weight":
+        weight = None
+    if weight is not None and weight.dim() != 2:
+        return f"its weight has {weight.dim()} dimensions, not 2"
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
+            return f"its {what} is a {type(tensor).__name__}"
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"its {what} is on device {tensor.device}"
+        if tensor is not None and tensor.layout is not torch.strided:
+            return f"its {what} is {tensor.layout}, not dense"
+        if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
+            return f"its {what} is a lazily negated or conjugated view"
+    return odd_dtype(dtype_of(module), bias)
+
+
+def odd_dtype(weight: torch.dtype, bias: Tensor | None) -> str | None:
+    """Why the kernels cannot read a weight of this dtype and this bias; None if they can."""
+    if weight not in _kernels.FORMATS:
+        return f"its weight is {weight}, not {' or '.join(map(str, _kernels.FORMATS))}"
+    if bias is not None and bias.dtype not in (torch.float32, weight):
+        return f"its bias is {bias.dtype}, not torch.float32 or {weight} as its weight"
+    return None
+
+
+def dtype_of(module: Any) -> torch.dtype:
+    """The dtype of a layer's weight, also of one that is frozen, which is not unpacked for it."""
+    dtype: torch.dtype = (record_of(module) or module.weight).dtype
+    return dtype
 
 
 def is_transposed(module: Any) -> bool:
@@ -44,7 +116,15 @@ def is_transposed(module: Any) -> bool:
     return bool(getattr(module, "_transposed", not isinstance(module, nn.Linear)))
 
 
-def _theirs(module: Any, asked: Wanted) -> Quantized | str | None:
-    """The integers that a module to be quantised has as its weight already, or why they cannot be taken over."""
+def taken_over(module: Any, asked: Wanted) -> Frozen | None:
+    """What stands for the weight of a module that was quantized elsewhere; None where its weight is its own."""
+    integers = _foreign_weight(module, asked)
+    if asked.scheme is None or not isinstance(integers, Quantized):
+        return None
+    return Frozen(pack_quantized(integers, asked.scheme.packed), module.weight.dtype)
+
+
+def _foreign_weight(module: Any, asked: Wanted) -> Quantized | str | None:
+    """The integers that a module to be quantized has as its weight already, or why they cannot be taken over."""
     own = asked.scheme is None or is_transposed(module)
     return None if own else foreign(module._parameters.get("weight"))

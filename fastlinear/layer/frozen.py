@@ -7,7 +7,7 @@ a weight in every call, like T5's feed-forward for its dtype, would spend most o
 on, it gets a tensor that is kept.
 
 A Frozen stands for a weight: layers that hold the same one are tied. `hold(layer, frozen)` freezes a fast layer over it
-and `linear.adopt(module, ..., over=frozen)` a stock one; `packs.record_of(layer)` is the layer's, if it is frozen.
+and `linear.adopt(module, ..., over=frozen)` a stock one; `record_of(layer)` is the layer's, if it is frozen.
 
 A frozen layer without a bias has an empty Parameter instead of its weight, so that `next(model.parameters())`, the
 usual way to ask for dtype and device, has an answer. No state dict has it.
@@ -27,13 +27,12 @@ from torch import Tensor, nn
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear._engine import Engine
-from fastlinear.layer import op_form
+from fastlinear.layer import operator
 from fastlinear.layer.lent import Lent
-from fastlinear.layer.packs import lock, pack, record_of, why_unfit
-from fastlinear.layer.quality import note
-from fastlinear.plan import decide, rivals
-from fastlinear.plan.candidates import Chosen
-from fastlinear.spec.precision import Precision, dtype_of_rows
+from fastlinear.layer.lock import lock
+from fastlinear.plan import table
+from fastlinear.plan.candidates import Plan
+from fastlinear.spec.precision import Precision
 
 _log = logging.getLogger("fastlinear")
 
@@ -68,7 +67,7 @@ class Frozen:
 
     def unpack(self, transposed: bool) -> Tensor:
         """The weight as the Parameter had it: [n, k], or [k, n] if transposed."""
-        weight = op_form.unpack(self.panels, *self.form, self.smooth).to(self.dtype)
+        weight = operator.unpack(self.panels, *self.form, self.smooth).to(self.dtype)
         return weight.t().contiguous() if transposed else weight
 
     @property
@@ -132,8 +131,15 @@ def _packed_again(
     requires_grad: bool,
     smooth: Tensor | None,
 ) -> Frozen:
-    packed = _kernels.Packed(weight, decide.layout(packed_as), scale, zero)
+    packed = _kernels.Packed(weight, table.layout(packed_as), scale, zero)
     return Frozen(packed, dtype, requires_grad, smooth=smooth)
+
+
+def record_of(module: nn.Module) -> Frozen | None:
+    """The Frozen that a frozen layer has in the place of its weight; None for any other module."""
+    frozen: Frozen | None = getattr(module, "_frozen", None)
+    # functional_call lends a frozen layer a weight
+    return None if frozen is None or module._parameters.get("weight") is not None else frozen
 
 
 class Freezable(nn.Module):
@@ -142,7 +148,7 @@ class Freezable(nn.Module):
     _frozen: Frozen | None = None
     _transposed: bool
     _engine: Engine
-    _chosen: dict[tuple[Engine, int, str, int], Chosen]
+    _plans: dict[tuple[Engine, int, str, int], Plan]
 
     def _reset(self) -> None:
         raise NotImplementedError
@@ -226,37 +232,6 @@ def hold(layer: Any, frozen: Frozen) -> None:
             empty = torch.empty(0, dtype=frozen.dtype, device="cpu")
             layer._parameters[PLACEHOLDER] = nn.Parameter(empty, requires_grad=False)
         layer._reset()
-
-
-def freeze_layer(layer: Any, *tied: Any) -> None:
-    """Packs the weight of a fast layer and drops it; `tied` are fast layers with the very same Parameter.
-
-    Raises ValueError where the kernels cannot read its parameters (`packs.why_unfit`).
-    """
-    with lock:
-        if is_frozen(layer):
-            return
-        if (reason := why_unfit(layer)) is not None:
-            raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
-        weight = layer._parameters["weight"]
-        # It may have changed in a way that torch does not count.
-        packed = pack(weight, layer.precision, layer._transposed, compare=True)
-        note(layer, packed)
-        frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
-        for each in (layer, *tied):
-            chosen = [chosen for (engine, *_), chosen in each._chosen.items() if engine is each._engine]
-            vars(each)["_precision"] = each._precision._replace(sample=None)  # it has served
-            hold(each, frozen)
-            _plan_again(each, chosen)
-
-
-def _plan_again(layer: Freezable, plans: list[Chosen]) -> None:
-    """Spares a layer that was just frozen the tuning of what it ran before; torch's own ways need the weight."""
-    for chosen in plans:
-        if chosen.name not in rivals.NAMES and not chosen.refused:
-            key = layer._engine, chosen.threads, chosen.x, chosen.bucket
-            layer._engine.plan_for(chosen.bucket, chosen.threads, dtype_of_rows(chosen.x), decide.native(chosen))
-            layer._chosen[key] = chosen
 
 
 def thaw_layer(layer: Any) -> None:

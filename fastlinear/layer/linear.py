@@ -7,7 +7,6 @@ Weight and bias stay ordinary Parameters (until `freeze` drops the weight), so s
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from typing import Any
 
@@ -15,17 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.layer import operator
-from fastlinear.layer.fast_module import FastModule
-from fastlinear.layer.fitness import taken_over, why_weight_unfit
+from fastlinear.layer.fitness import HOOKED, conv1d, runs_its_own, taken_over, why_no_twin, why_not, why_unread
 from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, thaw_layer
-from fastlinear.layer.packs import forget_pack, pack_quantized, why_unfit
+from fastlinear.layer.lock import lock
+from fastlinear.layer.module import FastModule
+from fastlinear.layer.packs import forget_pack, pack, pack_quantized
+from fastlinear.layer.quality import note
+from fastlinear.plan import decide, rivals
+from fastlinear.plan.candidates import Plan
 from fastlinear.spec import activations, foreign
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.precision import ANYHOW, AS_HELD, Precision, Wanted, wanted
+from fastlinear.spec.formats import dtype_of_rows
+from fastlinear.spec.precision import AS_HELD, Precision, wanted
 from fastlinear.spec.schemes import Int8Dynamic, Scheme
 
 TUNE_MODES = ("lazy", "off")
-_CONV1D = "transformers.pytorch_utils"  # where GPT-2's Conv1D lives; looked at only if the user has imported it
 
 
 class FastLinear(FastModule, nn.Linear):
@@ -119,7 +122,7 @@ class FastLinear(FastModule, nn.Linear):
             fast.bias = nn.Parameter(bias.detach(), requires_grad=False)
         vars(fast)["_precision"] = asked.of("")
         hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed), dtype))
-        if (reason := why_unfit(fast)) is not None:
+        if (reason := why_unread(fast)) is not None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
         return fast
 
@@ -182,6 +185,37 @@ def release(module: nn.Module) -> None:
     _turn_into(module, stock)
 
 
+def freeze_layer(layer: Any, *tied: Any) -> None:
+    """Packs the weight of a fast layer and drops it; `tied` are fast layers with the very same Parameter.
+
+    Raises ValueError where the kernels cannot read its parameters (`fitness.why_unread`).
+    """
+    with lock:
+        if is_frozen(layer):
+            return
+        if (reason := why_unread(layer)) is not None:
+            raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
+        weight = layer._parameters["weight"]
+        # It may have changed in a way that torch does not count.
+        packed = pack(weight, layer.precision, layer._transposed, compare=True)
+        note(layer, packed)
+        frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
+        for twin in (layer, *tied):
+            plan = [plan for (engine, *_), plan in twin._plans.items() if engine is twin._engine]
+            vars(twin)["_precision"] = twin._precision._replace(sample=None)  # it has served
+            hold(twin, frozen)
+            _plan_again(twin, plan)
+
+
+def _plan_again(layer: Freezable, plans: list[Plan]) -> None:
+    """Spares a layer that was just frozen the tuning of what it ran before; torch's own ways need the weight."""
+    for plan in plans:
+        if plan.name not in rivals.NAMES and not plan.refused:
+            key = layer._engine, plan.threads, plan.x, plan.bucket
+            layer._engine.plan_for(plan.bucket, plan.threads, dtype_of_rows(plan.x), decide.native(plan))
+            layer._plans[key] = plan
+
+
 def refresh(module: Any) -> None:
     """Forgets plans and packed weight, but for that of a frozen layer.
 
@@ -203,37 +237,10 @@ def is_fast(module: nn.Module) -> bool:
     return isinstance(module, FastModule)
 
 
-def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
-    """Why a module cannot run on the kernels as it was asked for, in a few words; None if it can."""
-    return why_no_twin(module) or why_weight_unfit(module, asked, name)
-
-
-def why_no_twin(module: nn.Module) -> str | None:
-    if is_fast(module):
-        return None
-    if _twin(type(module)) is None:
-        return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
-    if not _runs_its_own(module, "forward") and not ("_hf_hook" in vars(module) and _runs_its_own(module, _HOOKED)):
-        return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
-    return None
-
-
-_HOOKED = "_old_forward"  # where accelerate puts the forward that its hooks run around
-
-
-def _runs_its_own(module: nn.Module, attribute: str) -> bool:
-    method = vars(module).get(attribute)
-    if method is None:
-        return attribute == "forward"
-    return (
-        isinstance(method, types.MethodType) and method.__func__ is type(module).forward and method.__self__ is module
-    )
-
-
 def _turn_into(module: nn.Module, cls: type[nn.Module]) -> None:
     """Gives a module another class, and what stands for its forward that class's."""
-    for attribute in ("forward", _HOOKED):
-        if attribute in vars(module) and _runs_its_own(module, attribute):
+    for attribute in ("forward", HOOKED):
+        if attribute in vars(module) and runs_its_own(module, attribute):
             vars(module)[attribute] = types.MethodType(cls.forward, module)
     module.__class__ = cls
 
@@ -243,7 +250,7 @@ _OWN = (
     "_absorbed",
     "_engine",
     "_casting",
-    "_chosen",
+    "_plans",
     "_torch_packs",
     "_elsewhere",
     "_tune",
@@ -263,7 +270,7 @@ def _become_fast(module: Any, activation: Activation | None, tune: str, name: st
 def _twin(cls: type) -> type[FastModule] | None:
     if cls is nn.Linear:
         return FastLinear
-    stock = getattr(sys.modules.get(_CONV1D), "Conv1D", None)
+    stock = conv1d()
     return _conv1d_twin(cls) if cls is stock and stock is not None else None
 
 

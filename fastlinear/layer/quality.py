@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import fastlinear._kernels as _kernels
-from fastlinear.layer.packs import record_of
+from fastlinear.layer.frozen import record_of
 from fastlinear.spec.int8 import Quantized, output_snr, weight_snr
 
 _ELEMENTS = 1 << 20  # of a larger weight every second, third ... channel is looked at

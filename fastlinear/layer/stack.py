@@ -14,9 +14,11 @@ from torch import Tensor
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear._engine import Engine, Fingerprint
+from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.linear import FastLinear, is_fast
-from fastlinear.layer.packs import lock, pack, why_unfit
+from fastlinear.layer.lock import lock
+from fastlinear.layer.packs import pack
 from fastlinear.spec.precision import Precision
 
 Parameters: TypeAlias = tuple[Tensor | None, ...]  # the layers' weights, and then their biases
@@ -104,7 +106,7 @@ def why_not_together(layers: Sequence[Any]) -> str | None:
     for layer in layers:
         if not is_fast(layer):
             return f"{type(layer).__name__} is no fast layer"
-        if (reason := why_unfit(layer)) is not None:
+        if (reason := why_unread(layer)) is not None:
             return reason
         if layer._parameters.get("weight") is None:
             return "one of them is frozen"

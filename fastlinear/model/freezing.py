@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastlinear.layer import op_form
-from fastlinear.layer.frozen import Freezable, freeze_layer, is_frozen, thaw_layer
-from fastlinear.layer.packs import why_unfit
+from fastlinear.layer import operator
+from fastlinear.layer.fitness import why_unread
+from fastlinear.layer.frozen import Freezable, is_frozen, thaw_layer
+from fastlinear.layer.linear import freeze_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,11 +67,11 @@ def _alone(model: nn.Module) -> list[list[Freezable]]:
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                users[op_form.address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
+                users[operator.address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
     groups = []
     for uses in users.values():
         fast = [module for module, name, _ in uses if name == "weight" and isinstance(module, Freezable)]
-        if len(fast) == len(uses) and not any(map(why_unfit, fast)):
+        if len(fast) == len(uses) and not any(map(why_unread, fast)):
             kinds = {
                 (key, layer.packed_as, layer._transposed, id(layer.precision.smooth))
                 for layer, (*_, key) in zip(fast, uses, strict=True)

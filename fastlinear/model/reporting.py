@@ -15,14 +15,14 @@ from torch import nn
 
 import fastlinear._kernels as _kernels
 from fastlinear.layer import linear
-from fastlinear.layer.packs import record_of
+from fastlinear.layer.frozen import record_of
 from fastlinear.layer.quality import UNKNOWN, Quality, quality_of
 from fastlinear.model.selection import linear_layers, why_skipped
 from fastlinear.plan import measuring
 from fastlinear.spec.activations import Activation
 
 if TYPE_CHECKING:
-    from fastlinear.plan.candidates import Chosen
+    from fastlinear.plan.candidates import Plan
 
 _HEADER = ("layer", "n", "in x out", "weight", "dB", "activation", "M", "x", "runs on", "speed-up", "MiB")
 _SIDES = "<>><><><<>>"
@@ -57,7 +57,7 @@ class LayerReport:
     # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "elsewhere": all calls so far
     # went round the kernels; "untuned": there were none; "skipped"
     decision: str
-    buckets: tuple[Chosen, ...]  # what runs for each format of x and bucket of M so far, smallest first
+    buckets: tuple[Plan, ...]  # what runs for each format of x and bucket of M so far, smallest first
     pack_mib: float  # what the packed weight takes: beyond the weight itself, or instead of it where `frozen`
     reason: str | None = None  # why it was skipped
     frozen: bool = False
@@ -120,11 +120,11 @@ class Report(tuple[LayerReport, ...]):
 
     def _summary(self) -> Iterator[str]:
         decisions = Counter(layer.decision for layer in self)
-        sources = Counter(chosen.source for layer in self for chosen in layer.buckets)
+        sources = Counter(plan.source for layer in self for plan in layer.buckets)
         info = _kernels.cpu_info()
         yield f"layers: {', '.join(f'{n} {decision}' for decision, n in decisions.items()) or 'no linear ones'}"
         yield f"plans: {', '.join(f'{n} {_SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
-        waiting = Counter(chosen.provisional for layer in self for chosen in layer.buckets if chosen.provisional)
+        waiting = Counter(plan.provisional for layer in self for plan in layer.buckets if plan.provisional)
         for reason, n in waiting.items():
             yield f"provisional, marked ?: {n} of these, {_REASONS[reason]}"
         instead = sum(layer.pack_mib for layer in self if layer.frozen)
@@ -204,10 +204,10 @@ def _describe(name: str, layer: Any, otherwise: str) -> LayerReport:
     )
 
 
-def _decision(buckets: tuple[Chosen, ...], elsewhere: Mapping[str, int]) -> str:
+def _decision(buckets: tuple[Plan, ...], elsewhere: Mapping[str, int]) -> str:
     if not buckets:
         return "elsewhere" if elsewhere else "untuned"
-    return "torch" if all(chosen.name.startswith("torch/") for chosen in buckets) else "fast"
+    return "torch" if all(plan.name.startswith("torch/") for plan in buckets) else "fast"
 
 
 def _likeness(layer: LayerReport) -> tuple[Any, ...]:
@@ -230,13 +230,13 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
     shape, noise = f"{first.in_features}x{first.out_features}", _worst(layers)
     head: tuple[str, ...] = (name, str(len(layers)), shape, dtype, noise, _text(first.activation))
     mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
-    for chosen in first.buckets:
-        speedup = "" if chosen.speedup is None else f"{chosen.speedup:.2f}x"
-        name = f"{chosen.name}?" if chosen.provisional else chosen.name
-        yield (*head, str(chosen.bucket), chosen.x, name, speedup, mib)
+    for plan in first.buckets:
+        speedup = "" if plan.speedup is None else f"{plan.speedup:.2f}x"
+        name = f"{plan.name}?" if plan.provisional else plan.name
+        yield (*head, str(plan.bucket), plan.x, name, speedup, mib)
         head, mib = ("",) * len(head), ""
-        if chosen.refused:
-            yield (*head, "", "", f"({chosen.refused} refused)", "", "")
+        if plan.refused:
+            yield (*head, "", "", f"({plan.refused} refused)", "", "")
     for outcome in _outcomes(layers):
         for line in textwrap.wrap(outcome, _TAIL_WIDTH):
             yield (*head, "", "", line)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastlinear.layer import linear
+from fastlinear.layer.fitness import conv1d, dtype_of, why_not
 from fastlinear.layer.frozen import is_frozen
-from fastlinear.layer.packs import dtype_of
-from fastlinear.spec.precision import ANYHOW, AS_HELD, DTYPES, Wanted, name_of
+from fastlinear.spec.formats import DTYPES, name_of
+from fastlinear.spec.precision import ANYHOW, AS_HELD, Wanted
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]
@@ -26,8 +25,7 @@ REASON = "_fastlinear_reason"
 
 def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The layers of `model` that multiply by a weight, of any linear class, fast or not, with all their names."""
-    transformers = sys.modules.get("transformers.pytorch_utils")  # before this is imported there is no Conv1D
-    classes = (nn.Linear, getattr(transformers, "Conv1D", nn.Linear))
+    classes = (nn.Linear, conv1d() or nn.Linear)
     layers: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, classes) or linear.is_fast(module):
@@ -38,7 +36,7 @@ def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
 def why_skipped(layer: nn.Module) -> str | None:
     """Why `layer` is not fast; None where nothing stands against it."""
     reason: str | None = vars(layer).get(REASON)
-    return reason or _obstacle(layer)
+    return reason or why_not(layer)
 
 
 def choose(
@@ -69,9 +67,9 @@ def choose(
             return f"excluded by {excluded[layer]}"
         if included_by is not None and layer not in included:
             return "not among the included layers"
-        if (obstacle := _obstacle(layer, asked, name)) is not None:
+        if (obstacle := why_not(layer, asked, name)) is not None:
             return obstacle
-        rounds = asked.packed not in (None, name_of(dtype_of(layer))) and linear.why_not(layer) is None
+        rounds = asked.packed not in (None, name_of(dtype_of(layer))) and why_not(layer) is None
         if rounds and layer not in included:
             what = DTYPES.get(asked.packed or "", asked.packed)
             if name.split(".")[-1] == "lm_head":
@@ -92,12 +90,6 @@ def _is_already(layer: Any, name: str, asked: Wanted) -> bool:
     if asked.packed is None and asked.everywhere.is_as(AS_HELD):
         return True
     return asked.why_not(name, layer.in_features) is None and linear.precision_of(layer).is_as(asked.of(name))
-
-
-def _obstacle(layer: nn.Module, asked: Wanted = ANYHOW, name: str = "") -> str | None:
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight and never calls it"
-    return linear.why_not(layer, asked, name)
 
 
 def as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:

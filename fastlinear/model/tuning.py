@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.layer import linear
-from fastlinear.layer.planned import watching
+from fastlinear.layer.module import watching
 from fastlinear.plan import measuring
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -7,19 +7,13 @@ and makes any rows into integers for a kernel that reads those.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import fastlinear._environment as environment
-import fastlinear._kernels as _kernels
-from fastlinear.plan import rivals
-from fastlinear.spec.activations import Activation
-from fastlinear.spec.precision import DTYPES, FP32, INTEGER_ROWS
+from fastlinear.plan.problem import Problem
+from fastlinear.plan.table import Row, runnable
+from fastlinear.spec.formats import DTYPES, FP32, INTEGER_ROWS
 
 _COARSE = {*DTYPES} - {FP32}  # sums of these have to be asked for
-
-FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
 
 # Below the first number of multiply-adds, waking a second thread costs more than it saves; above the second it always
 # pays. In between both are candidates.
@@ -27,101 +21,20 @@ _SERIAL_WORK, _PARALLEL_WORK = 100e3, 4e6
 _MIN_SLICE_K = 256
 
 
-class Problem(NamedTuple):
-    """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n].
-
-    `layout` is that of the pack; "" for a weight that is yet to be packed, which will be as `layout()` says.
-    `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
-    there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
-    x and y are quantised (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
-    """
-
-    m: int
-    n: int
-    k: int
-    x: str
-    packed: str
-    held: str
-    accumulate: str
-    bias: bool
-    activation: Activation | None
-    transposed: bool
-    threads: int
-    scheme: str = ""
-    fallback: bool = False
-    layout: str = ""
-
-    @property
-    def panels(self) -> str:
-        """The layout that a kernel has to read."""
-        return self.layout or layout(self.packed)
-
-    @property
-    def admits_torch(self) -> bool:
-        """Whether torch's own ways compute the same: they need the weight, and no integers."""
-        return self.held != FROZEN and (self.packed in DTYPES or self.fallback)
-
-    def unquantized(self) -> Problem:
-        """The same on a weight packed in the parameter's own format."""
-        return self._replace(packed=self.held, scheme="", fallback=False, layout="")
-
-    def key(self) -> str:
-        epilogue = (
-            "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
-        )
-        flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
-        formats = f"x={self.x},packed={self.panels},held={self.held},sums={self.accumulate}"
-        formats += f",scheme={self.scheme}" * bool(self.scheme) + ",fallback" * self.fallback
-        return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
-
-
-class Chosen(NamedTuple):
+class Plan(NamedTuple):
     """What runs for one bucket of M and format of x, and how it came to that."""
 
     bucket: int
-    threads: int  # torch's number of threads that the choice is for
+    threads: int  # torch's number of threads that it is for
     x: str
     name: str  # a kernel of the table, or "torch/linear", "torch/mkl", "torch/mkldnn"
     plan_threads: int
     k_slices: int
     source: str  # "tuned", "cache", "neighbor" (measured for a batch size nearby), "heuristic" or "override"
     table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
-    speedup: float | None = None  # time of torch/linear over that of the choice, where measured
+    speedup: float | None = None  # time of torch/linear over that of this, where measured
     refused: str = ""  # the format of the pack, where something on the parameter's own was faster and may run
     provisional: str = ""  # why it could not be measured, where a later call is to try again, or has tried in vain
-
-
-Row = Mapping[str, Any]  # of the kernel table
-
-
-@functools.cache
-def runnable() -> tuple[Row, ...]:
-    return tuple(MappingProxyType(row) for row in _kernels.kernels() if row["runnable"])
-
-
-def override() -> str | None:
-    """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise."""
-    name = environment.kernel()
-    if name is None:
-        return None
-    allowed = [*(row["name"] for row in runnable()), *rivals.NAMES]
-    if name not in allowed:
-        raise ValueError(f"FASTLINEAR_KERNEL is {name!r}; on this CPU it may be one of {', '.join(allowed)}")
-    return name
-
-
-def layout(packed: str) -> str:
-    """The layout to pack weights of a format in: one that the kernel FASTLINEAR_KERNEL names can read, if there is one,
-    else that of the best kernel of this format that runs here. Asked when a weight is packed; from then on the pack
-    knows."""
-    return _layout(packed, override())
-
-
-@functools.cache
-def _layout(packed: str, name: str | None) -> str:
-    read = [layout for row in runnable() if row["name"] == name for layout in row["reads"]]
-    own = [row["layout"] for row in runnable() if row["format"] == packed]
-    return str(next(layout for layout in (*read, *own) if layout.split("/")[0] == packed))
 
 
 def able(problem: Problem) -> tuple[Row, ...]:
@@ -147,7 +60,7 @@ def _likely(layout: str, x: str, accumulate: str) -> tuple[Row, ...]:
     )
 
 
-def native_candidates(problem: Problem) -> list[Chosen]:
+def native_candidates(problem: Problem) -> list[Plan]:
     """The able kernels that may be fastest, on one thread and on all, with K slices where the tiles are too few.
 
     Without further row tiles to share a widened panel, widening it is work in vain.
@@ -155,7 +68,7 @@ def native_candidates(problem: Problem) -> list[Chosen]:
     work, panels = problem.m * problem.n * problem.k, problem.panels
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
-        Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
+        Plan(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
         for row in _likely(panels, problem.x, problem.accumulate)
         if row["layout"] == panels or problem.m > row["mr"]
         for threads in sorted(counts)
@@ -173,7 +86,7 @@ def _slices(problem: Problem, row: Row, threads: int) -> list[int]:
     return [1, slices] if slices > 1 and problem.k // slices >= _MIN_SLICE_K else [1]
 
 
-def heuristic(problem: Problem) -> Chosen:
+def heuristic(problem: Problem) -> Plan:
     """A good plan without measuring, on all threads unless the product is small.
 
     The kernel passes over each panel least often, and where equal reads x as it is, does not widen, has the wider tile.
@@ -183,7 +96,7 @@ def heuristic(problem: Problem) -> Chosen:
     rows = {row["name"]: row for row in runnable()}
     threads = 1 if problem.m * problem.n * problem.k < _PARALLEL_WORK else problem.threads
 
-    def rank(c: Chosen) -> tuple[int, ...]:
+    def rank(c: Plan) -> tuple[int, ...]:
         row = rows[c.name]
         passes = -(-max(problem.m, 1) // row["mr"])
         converts, widens = row["format"] != row["rows"], row["format"] != problem.packed

@@ -23,23 +23,14 @@ import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
 from fastlinear.plan import measuring, race, rivals
-from fastlinear.plan.candidates import (
-    FROZEN,
-    Chosen,
-    Problem,
-    able,
-    heuristic,
-    layout,
-    native_candidates,
-    override,
-    runnable,
-)
-from fastlinear.plan.memory import Machine, Tuned, TuningCache
+from fastlinear.plan.candidates import Plan, able, heuristic, native_candidates
+from fastlinear.plan.memory import Machine, Remembered, TuningCache
+from fastlinear.plan.problem import FROZEN, Problem
+from fastlinear.plan.table import override, runnable
 from fastlinear.plan.waits import Waits
+from fastlinear.spec.formats import DTYPES, dtype_of_rows
 from fastlinear.spec.int8 import Requantize
-from fastlinear.spec.precision import DTYPES, Precision, dtype_of_rows, epilogue
-
-__all__ = ["Chosen", "Operands", "Problem", "cache", "decide", "executable", "layout", "override"]
+from fastlinear.spec.precision import Precision, epilogue
 
 _log = logging.getLogger("fastlinear")
 
@@ -81,7 +72,7 @@ class Operands(NamedTuple):
         return None if self.spare is None else Operands(self.weight, self.bias, self.spare)
 
 
-def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
+def decide(problem: Problem, operands: Operands, *, measure: bool) -> Plan:
     """What to run: what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if `measure` and
     FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
     name = override()
@@ -102,12 +93,12 @@ def decide(problem: Problem, operands: Operands, *, measure: bool) -> Chosen:
         return _remembered(problem) or _tuned(problem, operands)
 
 
-def native(chosen: Chosen) -> _kernels.Plan:
+def native(chosen: Plan) -> _kernels.Plan:
     """What an Engine runs for `chosen`, where that is a kernel of the table."""
     return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
 
 
-def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _kernels.Plan | Callable[..., Tensor]:
+def executable(chosen: Plan, problem: Problem, operands: Operands) -> _kernels.Plan | Callable[..., Tensor]:
     """What an Engine runs for `chosen`."""
     if chosen.name in rivals.NAMES:
         names = (chosen.name, rivals.BASELINE)  # a tampered cache may name a way that torch refuses
@@ -119,7 +110,7 @@ def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _kernels
 
 
 def _fall_back(
-    chosen: Chosen, problem: Problem, packed: _kernels.Packed, x: Tensor, weight: Tensor, bias: Tensor | None
+    chosen: Plan, problem: Problem, packed: _kernels.Packed, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     rows = x.reshape(-1, problem.k)
     out = x.new_empty(len(rows), packed.n)
@@ -139,13 +130,13 @@ def _ways(problem: Problem) -> list[Problem]:
     return [problem, plain] if problem.fallback and Precision(plain.packed).takes(DTYPES[problem.x]) else [problem]
 
 
-def _refusing(chosen: Chosen, problem: Problem) -> Chosen:
+def _refusing(chosen: Plan, problem: Problem) -> Plan:
     """`chosen`, which says so if it does not run on the quantised weight."""
     refused = problem.fallback and not any(row["name"] == chosen.name for row in able(problem))
     return chosen._replace(refused=problem.packed if refused else "")
 
 
-def _torch_plan(name: str, problem: Problem, operands: Operands) -> rivals.TorchPlan | None:
+def _torch_plan(name: str, problem: Problem, operands: Operands) -> rivals.Rival | None:
     """torch's way `name`, or None where it is not admitted, would keep yet another pack of the weight, or is refused by
     torch."""
     weight, packs = operands.weight, {} if operands.torch_packs is None else operands.torch_packs
@@ -192,7 +183,7 @@ def _build() -> str:
         return hashlib.sha256(library.read()).hexdigest()[:12]
 
 
-def _remembered(problem: Problem, of: Problem | None = None) -> Chosen | None:
+def _remembered(problem: Problem, of: Problem | None = None) -> Plan | None:
     """What the cache knows of the problem (or of one like it, `of`), if today it would be a candidate, name and
     numbers; for a frozen layer also what was known of the same layer before, if a kernel had won there."""
     like = problem if of is None else of
@@ -206,15 +197,15 @@ def _remembered(problem: Problem, of: Problem | None = None) -> Chosen | None:
     return None
 
 
-def _among_candidates(tuned: Tuned, problem: Problem) -> Chosen | None:
+def _among_candidates(tuned: Remembered, problem: Problem) -> Plan | None:
     """The candidate that was meant, if there is one."""
     threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
-    meant = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "tuned")
+    meant = Plan(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "tuned")
     admitted = problem.admits_torch and meant.name in rivals.NAMES and threads == slices == 1
     return meant if admitted or any(meant in native_candidates(each) for each in _ways(problem)) else None
 
 
-def _neighbor(problem: Problem) -> Chosen | None:
+def _neighbor(problem: Problem) -> Plan | None:
     """What was measured for the bucket of M next to this one, or the one after that."""
     up = _engine.bucket(problem.m + 1)
     down = max(1, problem.m - 1 if problem.m <= 8 else _engine.bucket(problem.m * 2 // 3))
@@ -225,10 +216,10 @@ def _neighbor(problem: Problem) -> Chosen | None:
     return None
 
 
-def _tuned(problem: Problem, operands: Operands) -> Chosen:
+def _tuned(problem: Problem, operands: Operands) -> Plan:
     small, tensors = _proxy(problem, operands)
     x = _input(small)
-    natives: dict[str, Chosen] = {}
+    natives: dict[str, Plan] = {}
     runs, weights = [], []
     for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
         found = {_spell(c): c for c in native_candidates(each)}
@@ -262,11 +253,11 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
         measuring.process.failed(problem.key())
         return heuristic(problem)._replace(provisional=measuring.BUSY)
     measuring.process.succeeded(problem.key())
-    winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
+    winner = natives.get(choice.name) or Plan(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
     winner = winner._replace(table=choice.table, speedup=None if baseline is None else choice.speedup)
     numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
     keep = cache().put if choice.decided else cache().hold
-    keep(problem.key(), Tuned(winner.name, numbers, choice.table, choice.speedup))
+    keep(problem.key(), Remembered(winner.name, numbers, choice.table, choice.speedup))
     return _refusing(winner, problem)
 
 
@@ -298,7 +289,7 @@ def _least_seconds(problem: Problem, operands: Operands) -> float:
     return max(work / _MOST_WORK, nbytes / _MOST_BYTES) / problem.threads
 
 
-def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor) -> Callable[[], object]:
+def _call_native(chosen: Plan, problem: Problem, tensors: Operands, x: Tensor) -> Callable[[], object]:
     plan, steps = native(chosen), epilogue(problem.activation, tensors.out)
     dtype = DTYPES.get(problem.x, torch.float32) if tensors.out is None else tensors.out.dtype
 
@@ -309,11 +300,11 @@ def _call_native(chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor)
     return call
 
 
-def _spell(chosen: Chosen) -> str:
+def _spell(chosen: Plan) -> str:
     return f"{chosen.name} t{chosen.plan_threads}" + (f" k/{chosen.k_slices}" if chosen.k_slices > 1 else "")
 
 
-def _tell(problem: Problem, choice: race.Choice) -> None:
+def _tell(problem: Problem, choice: race.Verdict) -> None:
     """The table of a tuning, like Inductor's AUTOTUNE log."""
     best = choice.table[0][1] if choice.table else 0.0
     lines = [f"AUTOTUNE linear({problem.m}x{problem.k}, {problem.n}x{problem.k}) {problem.key()}"]

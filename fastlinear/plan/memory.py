@@ -43,7 +43,7 @@ class Machine(NamedTuple):
     torch: str
 
 
-class Tuned(NamedTuple):
+class Remembered(NamedTuple):
     name: str  # a kernel or "torch/..."
     numbers: Mapping[str, int]  # the rest of the plan: threads, k_slices, ...
     table: tuple[tuple[str, float], ...] = ()  # what was measured, milliseconds, for the report
@@ -117,9 +117,9 @@ class TuningCache:
     ) -> None:
         self.machine = {**machine._asdict(), "isas": list(machine.isas)}
         self._known, self._limits = known, limits
-        self._own: dict[str, Tuned] = {}
-        self._held: dict[str, Tuned] = {}
-        self._found: dict[str, Tuned] | None = None
+        self._own: dict[str, Remembered] = {}
+        self._held: dict[str, Remembered] = {}
+        self._found: dict[str, Remembered] | None = None
         folder = folder or default_folder()
         digest = hashlib.sha256(json.dumps(self.machine).encode()).hexdigest()[:16]
         self.path = folder / f"tuning-{digest}.json" if folder else None
@@ -127,7 +127,7 @@ class TuningCache:
         self._changing = threading.Lock()
         self._handle: int | None = None  # of the file's lock, while this process has it
 
-    def get(self, key: str) -> Tuned | None:
+    def get(self, key: str) -> Remembered | None:
         if self._found is None:
             self._found = self._read()
         return self._own.get(key) or self._held.get(key) or self._found.get(key)
@@ -142,11 +142,11 @@ class TuningCache:
             self._found = self._read()
         self._found = self._believed(entries) | self._found
 
-    def hold(self, key: str, value: Tuned) -> None:
+    def hold(self, key: str, value: Remembered) -> None:
         """Remembers it for this process alone: `get` gives it, no file will."""
         self._held[key] = value
 
-    def put(self, key: str, value: Tuned) -> None:
+    def put(self, key: str, value: Remembered) -> None:
         self._own[key] = value
         self._held.pop(key, None)
         self._unwritten = True
@@ -214,7 +214,7 @@ class TuningCache:
             os.close(self._handle)
             self._handle = None
 
-    def _replace(self, path: Path, entries: Mapping[str, Tuned]) -> None:
+    def _replace(self, path: Path, entries: Mapping[str, Remembered]) -> None:
         kept = {key: value._asdict() for key, value in entries.items()}
         content = {"machine": self.machine, "entries": kept}
         text = json.dumps(content)
@@ -234,7 +234,7 @@ class TuningCache:
         # No fsync, which takes 10 to 1000 ms: what a power failure leaves is read with distrust and tuned again.
         os.replace(temporary, path)
 
-    def _read(self) -> dict[str, Tuned]:
+    def _read(self) -> dict[str, Remembered]:
         if self.path is None:
             return {}
         try:
@@ -250,14 +250,14 @@ class TuningCache:
             return {}
         return self._believed(entries)
 
-    def _believed(self, entries: Mapping[Any, object]) -> dict[str, Tuned]:
+    def _believed(self, entries: Mapping[Any, object]) -> dict[str, Remembered]:
         checked = {key: self._checked(raw) for key, raw in entries.items() if _is_text(key)}
         return {key: value for key, value in checked.items() if value is not None}
 
-    def _checked(self, raw: object) -> Tuned | None:
-        if not isinstance(raw, dict) or raw.keys() != set(Tuned._fields):
+    def _checked(self, raw: object) -> Remembered | None:
+        if not isinstance(raw, dict) or raw.keys() != set(Remembered._fields):
             return None
-        name, numbers, table, speedup = (raw[field] for field in Tuned._fields)
+        name, numbers, table, speedup = (raw[field] for field in Remembered._fields)
         sound = (
             _is_text(name)
             and self._known(name)
@@ -268,4 +268,4 @@ class TuningCache:
             and all(isinstance(r, list) and len(r) == 2 and _is_text(r[0]) and _is_measure(r[1]) for r in table)
             and _is_measure(speedup)
         )
-        return Tuned(name, numbers, tuple((r[0], r[1]) for r in table), speedup) if sound else None
+        return Remembered(name, numbers, tuple((r[0], r[1]) for r in table), speedup) if sound else None

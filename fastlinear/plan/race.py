@@ -70,7 +70,7 @@ class Candidate(NamedTuple):
     threads: int = 0  # that it runs on; 0 where only it knows
 
 
-class Choice(NamedTuple):
+class Verdict(NamedTuple):
     name: str
     table: tuple[tuple[str, float], ...]  # every candidate that ran and its milliseconds, best first
     speedup: float  # baseline / chosen as the duel saw it; 1.0 where the baseline stays
@@ -311,7 +311,7 @@ def choose(
     rng: random.Random | None = None,
     waited: Callable[[], float] = lambda: 0.0,
     floor: float = 0.0,
-) -> Choice:
+) -> Verdict:
     """The candidate to use: the baseline, or one that is faster with confidence.
 
     `candidates` include the baseline. `evict`, common to all, takes the operands out of the caches; None where they
@@ -332,7 +332,9 @@ def choose(
     bench = _Bench(clock, evict, baseline, began + budget, waited, floor, PATIENCE * budget)
     runners = bench.warm_up([_Runner(c.name, c.run, c.threads) for c in candidates])
     if bench.lost > bench.patience:
-        return Choice(baseline, _table(runners, runners[0]) if runners else (), 1.0, False, 0, 0, clock() - began, True)
+        return Verdict(
+            baseline, _table(runners, runners[0]) if runners else (), 1.0, False, 0, 0, clock() - began, True
+        )
     live, rounds = bench.race(runners, rng or random.Random(0), (1 - RACE_SHARE) * budget)
     base = next(r for r in runners if r.name == baseline)
     challenger = next((r for r in live if r is not base), None)
@@ -349,4 +351,4 @@ def choose(
             name, speedup, decided = challenger.name, math.exp(min(gain, duel.best + SPREAD)), True
     if busy:
         name, speedup, decided = baseline, 1.0, False
-    return Choice(name, table, speedup, decided, rounds, len(gains), clock() - began, busy)
+    return Verdict(name, table, speedup, decided, rounds, len(gains), clock() - began, busy)

@@ -18,7 +18,7 @@ BASELINE = "torch/linear"
 Packs: TypeAlias = dict[str, Tensor]
 
 
-class TorchPlan(NamedTuple):
+class Rival(NamedTuple):
     """(x, weight as the module holds it, bias) -> y, and the packed weight it holds, if it holds one."""
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -28,14 +28,14 @@ class TorchPlan(NamedTuple):
 _ROWS = 32  # that MKL and oneDNN are told to pack for; what that makes of other numbers of rows, the tuner sees
 
 
-def _linear(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+def _linear(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return activations.linear(x, weight.t() if transposed else weight, bias, activation)
 
-    return TorchPlan(run)
+    return Rival(run)
 
 
-def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
     """MKL's prepacked sgemm. Its packs do not depend on M, as little as those of IPEX, which packs once for all; torch
     asks whether a call's rows are as many as it is told the pack was made for, and else uses `dense`."""
     dense = weight.t() if transposed else weight
@@ -47,10 +47,10 @@ def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs:
     def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
         return activations.apply(activation, linear(x, packed, dense, bias, x.numel() // x.shape[-1]))
 
-    return TorchPlan(run, packed)
+    return Rival(run, packed)
 
 
-def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
     """oneDNN's prepacked inner product, which packs anew in a call whose rows want another form."""
     linear = torch.ops.mkldnn._linear_pointwise.default
     if "torch/mkldnn" not in packs:
@@ -61,10 +61,10 @@ def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, pac
     def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
         return activations.apply(activation, linear(x, packed, bias, "none", [], ""))
 
-    return TorchPlan(run, packed)
+    return Rival(run, packed)
 
 
-_MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, Packs], TorchPlan]] = {
+_MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, Packs], Rival]] = {
     BASELINE: _linear,
     "torch/mkl": _mkl,
     "torch/mkldnn": _mkldnn,
@@ -72,7 +72,7 @@ _MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, Packs], TorchPlan]
 NAMES = tuple(_MAKERS)
 
 
-def make(name: str, weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> TorchPlan:
+def make(name: str, weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
     """The way `name`. weight: as the module holds it, [n, k], or [k, n] if transposed; packs: of that weight, to take
     one from or put one into.
 

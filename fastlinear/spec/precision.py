@@ -1,7 +1,4 @@
-"""What a layer's products are made of, as one value: the format of its packed weight, and what is rounded to integers.
-
-A format is a name of the kernel table; nothing here or in those who read it asks which one it is.
-"""
+"""What a layer's products are made of, as one value: the format of its packed weight, and what becomes integers."""
 
 from __future__ import annotations
 
@@ -12,13 +9,9 @@ from torch import Tensor
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec.activations import Activation
+from fastlinear.spec.formats import DTYPES, FP32, name_of
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.schemes import Scheme
-
-FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
-INTEGER_ROWS = {row["rows"] for row in _kernels.rows()} - {*_kernels.FORMATS.values()}
-PRODUCTS = {row["format"] for row in _kernels.rows() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
-DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
 
 
 class Precision(NamedTuple):
@@ -154,18 +147,3 @@ def epilogue(activation: Activation | None, out: Requantize | None) -> _kernels.
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether both are None or equal tensors."""
     return a is b if a is None or b is None else a is b or torch.equal(a, b)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """What kernels and plans call a dtype: "fp32", "uint8"; torch's name where no kernel has it."""
-    return _kernels.FORMATS.get(dtype) or str(dtype).removeprefix("torch.")
-
-
-def dtype_of_rows(name: str) -> torch.dtype:
-    """The dtype of x that `name_of` calls so."""
-    return DTYPES.get(name) or next(dtype for dtype in BYTES if name_of(dtype) == name)
-
-
-def long_name(form: str) -> str:
-    """What torch calls a format, if it has it: "float32"."""
-    return str(DTYPES[form]).removeprefix("torch.") if form in DTYPES else form

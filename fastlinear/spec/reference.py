@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
+from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.int8 import BYTES, dequantize_rows, handed_on, quantize_channels, quantize_rows, requantize
-from fastlinear.spec.precision import DTYPES, Precision
+from fastlinear.spec.precision import Precision
 
 
 class Reference(NamedTuple):

@@ -18,7 +18,7 @@ import fastlinear
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear import FastLinear
-from fastlinear.layer import operator, packs
+from fastlinear.layer import fitness, operator
 
 K, N = 37, 70
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def test_negative_views() -> None:
                 torch.manual_seed(1)
                 setattr(layer, name, nn.Parameter(negative(*shape), requires_grad=False))
             torch.testing.assert_close(fast(x), stock(x))
-    assert packs.why_unfit(stock) == "its weight is a lazily negated or conjugated view"
+    assert fitness.why_unread(stock) == "its weight is a lazily negated or conjugated view"
     with pytest.warns(UserWarning, match="lazily negated"):
         OFF(stock)
 

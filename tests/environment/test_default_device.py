@@ -14,7 +14,7 @@ import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear.cli import check
 from fastlinear.layer import frozen, linear
-from fastlinear.plan import decide
+from fastlinear.plan import table
 
 X = torch.linspace(-1, 1, 5 * 24).reshape(5, 24)
 
@@ -107,7 +107,7 @@ def test_a_model_made_under_a_default_device(door: str, mode: str, tmp_path: Pat
 
 def test_a_repacking_load_within_meta(tmp_path: Path) -> None:
     """A file in a layout that this machine packs otherwise loads in the very block that made the model on meta."""
-    layouts = sorted({k["layout"] for k in fastlinear.kernels() if k["format"] == "fp32"} - {decide.layout("fp32")})
+    layouts = sorted({k["layout"] for k in fastlinear.kernels() if k["format"] == "fp32"} - {table.layout("fp32")})
     if not layouts:
         pytest.skip("there is one fp32 layout")
     model = stock()

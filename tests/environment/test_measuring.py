@@ -14,8 +14,10 @@ from torch import nn
 import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear import FastLinear
-from fastlinear.plan import candidates, decide, measuring, race
-from fastlinear.plan.candidates import Chosen, Problem
+from fastlinear.plan import decide, measuring, race, table
+from fastlinear.plan.candidates import Plan
+from fastlinear.plan.memory import Remembered
+from fastlinear.plan.problem import Problem
 
 
 class Clock:
@@ -42,12 +44,12 @@ def measured(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[Problem]:
     """The problems that were measured, each in 0.05 s of the clock; the plan is that of the rule."""
     problems: list[Problem] = []
 
-    def tuned(problem: Problem, operands: decide.Operands) -> Chosen:
+    def tuned(problem: Problem, operands: decide.Operands) -> Plan:
         problems.append(problem)
         clock.now += 0.05
         chosen = decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
         numbers = {"threads": chosen.plan_threads, "k_slices": chosen.k_slices}
-        decide.cache().put(problem.key(), decide.Tuned(chosen.name, numbers, (), 1.5))
+        decide.cache().put(problem.key(), Remembered(chosen.name, numbers, (), 1.5))
         return chosen
 
     monkeypatch.setattr(decide, "_tuned", tuned)
@@ -87,7 +89,7 @@ def test_nobody_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch, measure
     monkeypatch.setattr(measuring, "MEANWHILE", 0.0)
     begun, may_end, tuned = threading.Event(), threading.Event(), decide._tuned
 
-    def slowly(problem: Problem, operands: decide.Operands) -> Chosen:
+    def slowly(problem: Problem, operands: decide.Operands) -> Plan:
         if problem.k == 31:
             begun.set()
             assert may_end.wait(60)
@@ -116,11 +118,11 @@ def test_nobody_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch, measure
 
 
 @pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[race.Choice]:
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[race.Verdict]:
     """What the next races end with, the last of them for ever."""
-    given: list[race.Choice] = []
+    given: list[race.Verdict] = []
 
-    def choose(candidates: Any, baseline: str, **_: Any) -> race.Choice:
+    def choose(candidates: Any, baseline: str, **_: Any) -> race.Verdict:
         for candidate in candidates:
             candidate.run()
         verdict = given.pop(0) if len(given) > 1 else given[0]
@@ -130,7 +132,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[race.Choice]:
     return given
 
 
-BUSY = race.Choice("", (("torch/linear", 1.0),), 1.0, False, 1, 1, 0.05, busy=True)
+BUSY = race.Verdict("", (("torch/linear", 1.0),), 1.0, False, 1, 1, 0.05, busy=True)
 GOOD = BUSY._replace(decided=True, busy=False, speedup=1.25)
 
 
@@ -147,7 +149,7 @@ def make_due(fast: Any, clock: Clock) -> Callable[[float], None]:
     return wait
 
 
-def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[race.Choice]) -> None:
+def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[race.Verdict]) -> None:
     """A plan that could not be measured is the rule's, marked, and in no file; a later call measures, not before it is
     due, and then the mark is gone and the cache has it."""
     verdicts += [BUSY, GOOD]
@@ -169,14 +171,14 @@ def test_a_busy_machine_is_asked_again(clock: Clock, verdicts: list[race.Choice]
     assert len(decide.cache()) == 1
 
 
-def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock, verdicts: list[race.Choice]) -> None:
+def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock, verdicts: list[race.Verdict]) -> None:
     """On a machine that is never idle a plan is measured 1 + len(AGAIN) times, and then stays the rule's, marked, until
     tune() asks."""
     attempts = 0
     verdicts += [BUSY]
     choose = race.choose
 
-    def counted(*args: Any, **kwargs: Any) -> race.Choice:
+    def counted(*args: Any, **kwargs: Any) -> race.Verdict:
         nonlocal attempts
         attempts += 1
         return choose(*args, **kwargs)
@@ -193,7 +195,7 @@ def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch, clock: Clock, ver
     assert sources(fast) == ["tuned"] and attempts == 2 + len(measuring.AGAIN)
 
 
-def test_equal_layers_tune_once_though_undecided(clock: Clock, verdicts: list[race.Choice]) -> None:
+def test_equal_layers_tune_once_though_undecided(clock: Clock, verdicts: list[race.Verdict]) -> None:
     """Twelve equal layers whose candidates noise hides are measured once in a process; no file has the guess."""
     verdicts += [GOOD._replace(decided=False), BUSY]
     layers = [layer() for _ in range(12)]
@@ -220,7 +222,7 @@ def test_only_todays_candidates_are_believed(measured: list[Problem], numbers: d
 
 def test_a_late_override_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTLINEAR_KERNEL, set after a layer was packed, runs where it reads that pack, and is passed over where not."""
-    for row in candidates.runnable():
+    for row in table.runnable():
         monkeypatch.delenv("FASTLINEAR_KERNEL", raising=False)
         fast = layer()
         fast(torch.randn(3, 24))
@@ -237,7 +239,7 @@ def test_a_late_override_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_proxy_has_work_for_all_threads(threads: int, m: int, k: int) -> None:
     """What is measured instead of a large problem is no larger, and has a group of panels for every thread."""
     n = 64 * 128
-    layout = decide.layout("fp32")
+    layout = table.layout("fp32")
     packed = _kernels.Packed.over(mmap.mmap(-1, _kernels.packed_nbytes(layout, n, k)), layout, n, k)
     problem = Problem(m, n, k, "fp32", "fp32", "none", "fp32", False, None, False, threads, layout=layout)
     small, operands = decide._proxy(problem, decide.Operands(None, None, packed))

@@ -25,8 +25,9 @@ import fastlinear
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear.layer import linear
-from fastlinear.plan import candidates, decide, rivals
-from fastlinear.plan.memory import Tuned
+from fastlinear.plan import candidates, decide, rivals, table
+from fastlinear.plan.memory import Remembered
+from fastlinear.plan.problem import Problem
 
 SETUP = """
 import gc, os, sys, weakref, torch, fastlinear
@@ -90,7 +91,7 @@ def test_two_views_are_two_storages() -> None:
 def test_scales_and_zero_points_are_copies() -> None:
     """What is written to them changes no pack."""
     values = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
-    packed = _kernels.Packed(values, decide.layout("int8"), torch.rand(40), torch.full((40,), 3, dtype=torch.int32))
+    packed = _kernels.Packed(values, table.layout("int8"), torch.rand(40), torch.full((40,), 3, dtype=torch.int32))
     before = packed.data.clone()
     assert packed.scale is not None and packed.zero is not None
     packed.scale.zero_()
@@ -376,13 +377,13 @@ print(torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias)
 
 def test_a_remembered_plan_is_one_of_todays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Name and numbers: what asks for other K slices or threads, each of which costs memory, is not believed."""
-    problem = candidates.Problem(16, 64, 1024, "fp32", "fp32", "fp32", "fp32", True, None, False, 2)
+    problem = Problem(16, 64, 1024, "fp32", "fp32", "fp32", "fp32", True, None, False, 2)
     good = candidates.native_candidates(problem)[0]
-    operands = decide.Operands(None, None, _kernels.Packed(torch.ones(64, 1024), decide.layout("fp32")))
+    operands = decide.Operands(None, None, _kernels.Packed(torch.ones(64, 1024), table.layout("fp32")))
     asked = []
     monkeypatch.setattr(decide, "_tuned", lambda *_: asked.append(1) or good)
     for slices, threads, believed in ((good.k_slices, good.plan_threads, True), (4096, 1, False), (1, 4096, False)):
-        tuned = Tuned(good.name, {"threads": threads, "k_slices": slices})
+        tuned = Remembered(good.name, {"threads": threads, "k_slices": slices})
         monkeypatch.setattr(decide, "cache", lambda tuned=tuned: type("Cache", (), {"get": lambda _, key: tuned})())
         asked.clear()
         assert decide.decide(problem, operands, measure=True).source == ("cache" if believed else "tuned")

@@ -469,13 +469,13 @@ def test_tuning_measures_what_runs() -> None:
     """tune and convert(tune="now") plan the fused calls, of layers with a hook the others."""
     model, x = fastlinear.convert(made("source")), torch.randn(3, WIDTH)
     fastlinear.tune(model, x)
-    assert {engine.bare for engine, *_ in model.fc._chosen} == {False}
+    assert {engine.bare for engine, *_ in model.fc._plans} == {False}
     with torch.no_grad():
         model(x)
-        assert len(model.fc._chosen) == 1
+        assert len(model.fc._plans) == 1
         hooked(model.fc)
         model(x)
-    assert {engine.bare for engine, *_ in model.fc._chosen} == {False, True} and len(model.fc.plans) == 1
+    assert {engine.bare for engine, *_ in model.fc._plans} == {False, True} and len(model.fc.plans) == 1
 
 
 # ---- calls, hooks of accelerate, TorchScript -------------------------------------------------------------------------

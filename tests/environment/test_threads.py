@@ -155,7 +155,7 @@ SETUP = """
 import os, sys, time, threading, multiprocessing
 import torch
 import fastlinear._kernels as _kernels
-from fastlinear.layer import packs
+from fastlinear.layer.lock import lock
 from fastlinear import FastLinear
 
 def layer_of(n):
@@ -199,7 +199,7 @@ print("after a parallel region:", forked())
 
 held, release = threading.Event(), threading.Event()
 def hold():
-    with packs.lock:
+    with lock:
         held.set()
         release.wait()
 holder = threading.Thread(target=hold)

@@ -26,7 +26,7 @@ from torch import nn
 
 import fastlinear
 from fastlinear import FormatError
-from fastlinear.file.header import LENGTH
+from fastlinear.file.safetensors import LENGTH
 
 IDS = torch.tensor([0, 3, 4])
 ROOM = 512 << 20  # bytes a child may allocate
@@ -39,8 +39,8 @@ def path(tmp_path: Path) -> Path:
     with torch.inference_mode():
         fast(IDS)
     for layer in (fast.fc, fast.head):
-        for key, chosen in layer._chosen.items():
-            layer._chosen[key] = chosen._replace(source="tuned")
+        for key, chosen in layer._plans.items():
+            layer._plans[key] = chosen._replace(source="tuned")
     path = tmp_path / "model.safetensors"
     fastlinear.save(fast, path)
     return path

@@ -16,7 +16,7 @@ import fastlinear._kernels as _kernels
 from fastlinear import __main__ as cli
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import Frozen
-from fastlinear.plan import decide
+from fastlinear.plan import table
 
 FP32 = _kernels.FORMATS[torch.float32]
 
@@ -42,7 +42,7 @@ def test_what_it_tells(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.ModuleDict({"body": mlp(8, 16, 16, 16), "wide": nn.Linear(8, 300), "small": Small()}).eval()
     fastlinear.save(OFF(model, dtype=torch.bfloat16, include=["body.0", "wide", "small"]), path)
     text = printed(path, capsys)
-    layout = decide.layout("bf16")
+    layout = table.layout("bf16")
     mib = _kernels.packed_nbytes(layout, 300, 8) / 2**20
     assert re.search(rf"^wide +1 +8x300 fp32 as bf16 {layout} +{mib:.2f} mapped$", text, re.MULTILINE)
     assert re.search(rf"^body\.0 +1 +8x16 +fp32 as bf16 {layout} +relu +0\.00 mapped$", text, re.MULTILINE)
@@ -63,7 +63,7 @@ def test_layers_alike_share_a_row(path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_will_be_repacked(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A layout that this machine does not run is told, as load will treat it."""
     other = next(
-        row["layout"] for row in _kernels.kernels() if row["format"] == FP32 and row["layout"] != decide.layout(FP32)
+        row["layout"] for row in _kernels.kernels() if row["format"] == FP32 and row["layout"] != table.layout(FP32)
     )
     model: Any = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 5)).eval()
     linear.adopt(model[0], over=Frozen(_kernels.Packed(model[0].weight.detach(), other), torch.float32))
@@ -79,8 +79,8 @@ def test_whose_plans_they_are(path: Path, capsys: pytest.CaptureFixture[str]) ->
     model = fastlinear.convert(mlp(8, 16).eval())
     with torch.inference_mode():
         model(torch.randn(3, 8))
-    key, chosen = next(iter(model[0]._chosen.items()))
-    model[0]._chosen[key] = chosen._replace(name=_kernels.kernels()[0]["name"])  # torch's own would stay behind
+    key, chosen = next(iter(model[0]._plans.items()))
+    model[0]._plans[key] = chosen._replace(name=_kernels.kernels()[0]["name"])  # torch's own would stay behind
     fastlinear.save(model, path)
     text = printed(path, capsys)
     assert f"plans: 1, tuned with cpu {_kernels.cpu_info()['model']}" in text and "as here" in text

@@ -30,9 +30,12 @@ from fastlinear import __main__ as cli
 from fastlinear.file import manifest
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import Frozen, is_frozen, record_of
-from fastlinear.plan import decide
+from fastlinear.plan import decide, table
+from fastlinear.plan.candidates import Plan
+from fastlinear.plan.problem import Problem
 from fastlinear.spec import int8
-from fastlinear.spec.precision import DTYPES, wanted
+from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.precision import wanted
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ def test_memory_of_a_file(path: Path, scheme: str) -> None:
 
 def foreign_layouts(packed: str) -> list[str]:
     layouts = {row["layout"]: None for row in _kernels.kernels() if row["format"] == packed}
-    return [layout for layout in layouts if layout != decide.layout(packed)]
+    return [layout for layout in layouts if layout != table.layout(packed)]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_a_foreign_layout_is_repacked(path: Path, layout: str, zeros: bool) -> N
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(K, N))))
     pack = record_of(model[0]).packed
-    assert pack.layout == decide.layout(packed) and torch.equal(pack.unpack(), weight.values)
+    assert pack.layout == table.layout(packed) and torch.equal(pack.unpack(), weight.values)
     assert torch.equal(pack.scale, weight.scale)
     assert pack.zero is None if weight.zero is None else torch.equal(pack.zero, weight.zero)
     assert f"1 repacked from {layout}" in str(fastlinear.report(model))
@@ -159,7 +162,7 @@ def test_plans_go_with_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A process that loads it measures nothing for what was tuned where it was saved; one with another scheme does."""
     keys: list[str] = []
 
-    def tune(problem: decide.Problem, operands: decide.Operands) -> decide.Chosen:
+    def tune(problem: Problem, operands: decide.Operands) -> Plan:
         keys.append(problem.key())
         return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
 
@@ -228,10 +231,10 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a smoothing that is a number": (quantized(smooth=1), "not just"),
         "no smoothing though it has": (quantized(smooth=None), "0.smooth"),
         "floats": (
-            lambda s: s.update(packed="fp32", layout=decide.layout("fp32")),
+            lambda s: s.update(packed="fp32", layout=table.layout("fp32")),
             "packed in fp32, and quantised by",
         ),
-        "weight-only": (lambda s: s.update(packed="int8wo", layout=decide.layout("int8wo")), "packed in int8wo, and"),
+        "weight-only": (lambda s: s.update(packed="int8wo", layout=table.layout("int8wo")), "packed in int8wo, and"),
         "too many columns": (lambda s: s.update(k=_kernels.dot_limit() + 1), "that a sum of integers holds"),
     }
 
@@ -280,7 +283,7 @@ def test_inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(path, "static, smoothed")
     assert cli.main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    assert f"fp32 as int8 static {decide.layout('int8')}" in " ".join(text.split()) and "other tensors: 1 " in text
+    assert f"fp32 as int8 static {table.layout('int8')}" in " ".join(text.split()) and "other tensors: 1 " in text
 
 
 def test_static_files_need_no_calibration(path: Path) -> None:

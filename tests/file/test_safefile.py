@@ -23,9 +23,8 @@ from forge import forge, join, split
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlinear.file import header, safefile
-from fastlinear.file.header import DTYPES, MAX_BYTES, MAX_DIMS, PAGE, FormatError
-from fastlinear.file.safefile import Blob
+from fastlinear.file import safetensors as safefile
+from fastlinear.file.safetensors import DTYPES, MAX_BYTES, MAX_DIMS, PAGE, Blob, FormatError
 
 METADATA = {"fastlinear": "{}", "ключ": 'with "quotes"\n'}
 
@@ -323,7 +322,7 @@ def test_no_permission(file: Path) -> None:
         parent.chmod(0o755)
     program = """
 import os, sys
-from fastlinear.file import safefile
+from fastlinear.file import safetensors as safefile
 if os.getuid() == 0:
     os.setuid(65534)
 else:
@@ -461,9 +460,9 @@ def opens(path: Path) -> bool:
 def test_header_round_trip() -> None:
     """parse() of what build() made gives names, dtypes, shapes, places and metadata back, in order."""
     wanted = [("a", torch.float32, (2, 3)), ("b", torch.bool, ()), ("c", torch.int8, (0, 7))]
-    raw, nbytes = header.build(wanted, METADATA)
+    raw, nbytes = safefile.build(wanted, METADATA)
     assert len(raw) % PAGE == 0 and nbytes == 25
-    contents = header.parse(raw[8:], len(raw), len(raw) + nbytes)
+    contents = safefile.parse(raw[8:], len(raw), len(raw) + nbytes)
     assert contents.metadata == METADATA
     assert [(name, entry.dtype, entry.shape) for name, entry in contents.entries.items()] == wanted
     assert [entry.begin - len(raw) for entry in contents.entries.values()] == [0, 24, 25]

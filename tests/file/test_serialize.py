@@ -23,12 +23,16 @@ from transformers.pytorch_utils import Conv1D
 import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear import FastLinear, FormatError
-from fastlinear.file import manifest, safefile
+from fastlinear.file import manifest
+from fastlinear.file import safetensors as safefile
 from fastlinear.layer import linear, packs
 from fastlinear.layer.frozen import Frozen, is_frozen, record_of
 from fastlinear.model import fusion
-from fastlinear.plan import decide, rivals
-from fastlinear.spec.precision import DTYPES, Precision
+from fastlinear.plan import decide, rivals, table
+from fastlinear.plan.candidates import Plan
+from fastlinear.plan.problem import Problem
+from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.precision import Precision
 
 IDS = torch.tensor([0, 3, 4])
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(7))
@@ -485,7 +489,7 @@ def test_a_loaded_model_can_be_trained_again(path: Path) -> None:
 def foreign_layout(format: str) -> str:
     """A layout that this machine does not pack in."""
     layouts = [row["layout"] for row in _kernels.kernels() if row["format"] == format]
-    return next(layout for layout in layouts if layout != decide.layout(format))
+    return next(layout for layout in layouts if layout != table.layout(format))
 
 
 @pytest.mark.parametrize("dtype", _kernels.FORMATS)
@@ -498,7 +502,7 @@ def test_a_foreign_layout_is_repacked(path: Path, dtype: torch.dtype) -> None:
     linear.adopt(elsewhere[0], None, "off", "0", over=Frozen(packed, dtype))
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(37, 70))))
-    assert record_of(model[0]).packed.layout == decide.layout(_kernels.FORMATS[dtype])
+    assert record_of(model[0]).packed.layout == table.layout(_kernels.FORMATS[dtype])
     assert torch.equal(model[0].weight, stock[0].weight)
     x = torch.randn(3, 37, dtype=dtype)
     assert torch.equal(answers(model, x), answers(OFF(stock), x))
@@ -521,7 +525,7 @@ fastlinear.save(fastlinear.convert(nn.Sequential(nn.Linear(37, 70)), tune="off")
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(37, 70))))
     assert torch.equal(model[0].weight, stock[0].weight)
     (layer,) = split(path)[0]["__metadata__"][manifest.KEY]["layers"]
-    repacked = layer["layout"] != decide.layout(FP32)
+    repacked = layer["layout"] != table.layout(FP32)
     assert ("repacked from" in str(fastlinear.report(model))) == repacked
 
 
@@ -530,7 +534,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys of what is tuned from here on; the winner is always the best native kernel by rule."""
     keys: list[str] = []
 
-    def tune(problem: decide.Problem, operands: decide.Operands) -> decide.Chosen:
+    def tune(problem: Problem, operands: decide.Operands) -> Plan:
         keys.append(problem.key())
         return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
 
@@ -603,8 +607,8 @@ def test_torchs_own_plans_stay_behind(path: Path, tuned: list[str]) -> None:
     """A frozen layer has no weight that torch could use, so a layer that torch had won is measured anew."""
     fast = fastlinear.convert(mlp(8, 5).eval())
     answers(fast, X)
-    key, chosen = next(iter(fast[0]._chosen.items()))
-    fast[0]._chosen[key] = chosen._replace(name=rivals.BASELINE)
+    key, chosen = next(iter(fast[0]._plans.items()))
+    fast[0]._plans[key] = chosen._replace(name=rivals.BASELINE)
     fastlinear.save(fast, path)
     assert split(path)[0]["__metadata__"][manifest.KEY]["plans"] == {}
 
@@ -736,7 +740,7 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a negative K": (layer("fc", k=-1), "cannot be of 16 x -1"),
         "a K of the same pages": (layer("fc", k=9), "'fc' is 9 x 16"),
         "an unknown layout": (layer("fc", layout="fp32/7x3"), "'fp32/7x3', which is none of"),
-        "a layout of another format": (layer("fc", layout=decide.layout("bf16")), "is said to be"),
+        "a layout of another format": (layer("fc", layout=table.layout("bf16")), "is said to be"),
         "a layout of another size": (layer("fc", layout=other, n=3000, bias=None), "takes"),
         "an unknown format": (layer("fc", packed="fp64"), "is said to be"),
         "an unknown parameter": (layer("fc", held="int3"), "is said to be"),
@@ -850,7 +854,7 @@ def test_nothing_is_half_loaded_when_memory_ends(path: Path, monkeypatch: pytest
         raise MemoryError
 
     other = foreign_layout(FP32)
-    monkeypatch.setattr(decide, "layout", lambda _: other)
+    monkeypatch.setattr(table, "layout", lambda _: other)
     monkeypatch.setattr(_kernels, "Packed", type("Packed", (), {"over": staticmethod(over)}))
     with pytest.raises(MemoryError):
         fastlinear.load(path, model)

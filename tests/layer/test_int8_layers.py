@@ -20,11 +20,13 @@ import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear import FastLinear, Int8Dynamic, Int8Static, Int8WeightOnly
 from fastlinear.layer import linear
-from fastlinear.layer.fast_module import FastModule
+from fastlinear.layer.module import FastModule
 from fastlinear.plan import decide, rivals
 from fastlinear.plan.candidates import native_candidates
+from fastlinear.plan.problem import Problem
 from fastlinear.spec import activations, int8
-from fastlinear.spec.precision import DTYPES, wanted
+from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.precision import wanted
 from fastlinear.spec.schemes import Scheme
 
 K, N = 37, 70
@@ -305,14 +307,14 @@ def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
     """Schema, fake tensors and dispatch pass torch's own opcheck."""
-    from fastlinear.layer import op_form
+    from fastlinear.layer import operator
 
     layer, x = layer_of(scheme), torch.randn(5, K)
     weight, form = layer.weight, ("", 0, 0)
     if freeze:
         fastlinear.freeze(layer)
         weight, form = layer._frozen.panels, layer._frozen.form
-    rest = op_form.arguments(layer.activation, False, layer.packed_as, layer._precision, form)
+    rest = operator.arguments(layer.activation, False, layer.packed_as, layer._precision, form)
     op = torch.ops.fastlinear.linear.default
     torch.library.opcheck(op, (x, weight, layer.bias, *rest))
     assert torch.equal(op(x, weight, layer.bias, *rest), layer(x))
@@ -737,12 +739,12 @@ def falling_back(monkeypatch: pytest.MonkeyPatch, winner: Callable[[str], bool])
 
     ran: list[list[str]] = []
 
-    def choose(candidates: Any, baseline: str, **_: Any) -> race.Choice:
+    def choose(candidates: Any, baseline: str, **_: Any) -> race.Verdict:
         for candidate in candidates:
             candidate.run()
         names = [candidate.name for candidate in candidates]
         ran.append(names)
-        return race.Choice(next(filter(winner, names)), ((names[0], 1.0),), 2.0, True, 1, 1, 0.0)
+        return race.Verdict(next(filter(winner, names)), ((names[0], 1.0),), 2.0, True, 1, 1, 0.0)
 
     monkeypatch.setattr(race, "choose", choose)
     decide.cache().clear()
@@ -835,7 +837,7 @@ def test_reports_without_int8_have_no_such_column() -> None:
 def test_candidates_are_told_by_the_table() -> None:
     """A problem in each integer format has native candidates for every M, from the best ISA that has them."""
     for packed, scheme in itertools.product(_kernels.PACKED.keys() - DTYPES.keys(), ("symmetric", "static-smooth")):
-        problem = decide.Problem(1, N, K, "fp32", packed, "fp32", "fp32", True, None, False, 1, scheme)
+        problem = Problem(1, N, K, "fp32", packed, "fp32", "fp32", True, None, False, 1, scheme)
         for m in (1, 16, 512):
             found = native_candidates(problem._replace(m=m))
             assert found and {c.name.split("/")[1] for c in found} <= {

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 from fastlinear import FastLinear
-from fastlinear.layer import linear
+from fastlinear.layer import fitness, linear
 from fastlinear.spec import activations
 
 K, N = 16, 32
@@ -624,7 +624,7 @@ def test_reasons_not_to_convert(name: str) -> None:
     """why_not says in words why a module stays, and adopt refuses it with them."""
     make, words = REFUSED[name]
     module = make()
-    assert words in (linear.why_not(module) or "")
+    assert words in (fitness.why_not(module) or "")
     with pytest.raises(ValueError, match=words):
         linear.adopt(module)
 
@@ -633,7 +633,7 @@ def test_a_weight_of_three_dimensions_is_refused() -> None:
     """Such layers exist (vLLM met one); the reason names the number."""
     layer = nn.Linear(2, 2)
     layer.weight = nn.Parameter(torch.ones(2, 2, 2))
-    assert linear.why_not(layer) == "its weight has 3 dimensions, not 2"
+    assert fitness.why_not(layer) == "its weight has 3 dimensions, not 2"
 
 
 def test_repr_tells_what_runs() -> None:

@@ -20,7 +20,8 @@ import fastlinear._kernels as _kernels
 from fastlinear import FastLinear
 from fastlinear.layer import linear, operator
 from fastlinear.spec import activations
-from fastlinear.spec.precision import DTYPES, Precision
+from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.precision import Precision
 
 K, N = 16, 32
 OP = torch.ops.fastlinear.linear.default

@@ -23,8 +23,11 @@ import fastlinear._kernels as _kernels
 from fastlinear import FastLinear
 from fastlinear.layer import linear
 from fastlinear.plan import candidates, decide, rivals
+from fastlinear.plan.memory import Remembered
+from fastlinear.plan.problem import Problem
 from fastlinear.spec import activations
-from fastlinear.spec.precision import DTYPES, FP32, Precision
+from fastlinear.spec.formats import DTYPES, FP32
+from fastlinear.spec.precision import Precision
 
 K, N = 37, 70
 NARROW = [dtype for dtype in _kernels.FORMATS if dtype != torch.float32]
@@ -428,9 +431,9 @@ def test_torchs_own_ways(pairing: Pairing, way: str, monkeypatch: pytest.MonkeyP
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def problem_of(pairing: Pairing, m: int = 5, accumulate: str = "fp32") -> decide.Problem:
+def problem_of(pairing: Pairing, m: int = 5, accumulate: str = "fp32") -> Problem:
     x, held, packed = (_kernels.FORMATS[dtype] for dtype in pairing)
-    return decide.Problem(
+    return Problem(
         m=m,
         n=N,
         k=K,
@@ -502,7 +505,7 @@ def test_a_tampered_cache_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     wrong = next(row["name"] for row in KERNELS if not any(r.startswith("fp16") for r in row["reads"]))
     for name, source in ((wrong, "tuned"), ("torch/mkl", "cache")):
         problem = problem_of(pairing)._replace(n=31, activation=layer.activation)
-        decide.cache().put(problem.key(), decide.Tuned(name, {"threads": 1, "k_slices": 1}))
+        decide.cache().put(problem.key(), Remembered(name, {"threads": 1, "k_slices": 1}))
         layer._tune = "lazy"
         layer._reset()
         y = layer(x)

@@ -193,7 +193,7 @@ def test_each_weight_goes_before_the_next_is_packed(monkeypatch: pytest.MonkeyPa
         alive.append(sum(ref() is not None for ref in weights))
         return packs.pack(*args, **kwargs)
 
-    monkeypatch.setattr(frozen, "pack", counting)
+    monkeypatch.setattr(linear, "pack", counting)
     assert OFF(model, inplace=True, freeze=True) is model
     assert alive == [5, 4, 3, 2, 1] and not any(ref() for ref in weights)
 
@@ -213,8 +213,8 @@ def test_a_weight_that_is_read_often_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     """After some calls nothing is unpacked any more."""
     fast, unpacked = OFF(Curious().eval(), freeze=True), []
     weight = fast.fc.weight.clone()
-    real = frozen.op_form.unpack
-    monkeypatch.setattr(frozen.op_form, "unpack", lambda *args: unpacked.append(args) or real(*args))
+    real = frozen.operator.unpack
+    monkeypatch.setattr(frozen.operator, "unpack", lambda *args: unpacked.append(args) or real(*args))
     with torch.inference_mode():
         y = fast(inputs())
         assert len(unpacked) == 1 and fast.fc._frozen.kept is None
@@ -330,7 +330,7 @@ def test_mistakes_are_told() -> None:
         fastlinear.freeze(mlp(8, 8))
     layer = FastLinear(8, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"FastLinear cannot be frozen: its weight is torch.float64"):
-        frozen.freeze_layer(layer)
+        linear.freeze_layer(layer)
     assert not frozen.is_frozen(fastlinear.freeze(layer))
     pack = packs.pack(torch.randn(8, 9), Precision("fp32"))
     with pytest.raises(ValueError, match="8 in and 8 out features cannot hold a weight of 8 x 9"):
@@ -791,7 +791,7 @@ def test_freezing_while_others_compute(grad: bool) -> None:
 def test_the_report_tells() -> None:
     """Frozen layers say so, in data, in the table, in their repr; their memory is told apart."""
     model = OFF(mlp(512, 512, 512), dtype=torch.bfloat16).eval()
-    frozen.freeze_layer(model[0])
+    linear.freeze_layer(model[0])
     rows = fastlinear.report(model)
     assert [(row.frozen, row.origin, row.dtype) for row in rows] == [
         (True, "", "float32 as bfloat16"),

@@ -18,7 +18,7 @@ from fastlinear.spec.activations import Activation
 
 
 class Answer:
-    """The part of a Chosen that a report shows."""
+    """The part of a Plan that a report shows."""
 
     def __init__(
         self, bucket: int, name: str, source: str, speedup: float | None = None, x: str = "fp32", refused: str = ""

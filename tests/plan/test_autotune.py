@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from fastlinear.plan import race
-from fastlinear.plan.race import Candidate, Choice, choose
+from fastlinear.plan.race import Candidate, Verdict, choose
 
 Noise = Callable[[float, float], float]  # (now, true seconds of the call) -> factor
 
@@ -137,7 +137,7 @@ def draw_field(rng: random.Random) -> Field:
             return field
 
 
-def wrong_picks(tune: Callable[..., Choice], model: Callable[[random.Random], Noise], tunings: int = 400) -> int:
+def wrong_picks(tune: Callable[..., Verdict], model: Callable[[random.Random], Noise], tunings: int = 400) -> int:
     """How many first tunings, without the retries that an undecided one may have, truly lose more than 2 %."""
     wrong = 0
     for seed in range(tunings):
@@ -156,7 +156,7 @@ def test_wrong_picks_are_rare(model: Callable[[random.Random], Noise]) -> None:
     assert wrong_picks(choose, model) <= 4
 
 
-def hot_only(candidates: list[Candidate], baseline: str, **options: object) -> Choice:
+def hot_only(candidates: list[Candidate], baseline: str, **options: object) -> Verdict:
     return choose(candidates, baseline, **{**options, "evict": None})  # type: ignore[arg-type]
 
 
@@ -167,19 +167,19 @@ def minimum_of_one(
     clock: Callable[[], float],
     evict: Callable[[], object],
     rng: random.Random,
-) -> Choice:
+) -> Verdict:
     def seconds(candidate: Candidate) -> float:
         evict()
         began = clock()
         candidate.run()
         return clock() - began
 
-    return Choice(min(candidates, key=seconds).name, (), 1.0, True, 1, 0, 0.0)
+    return Verdict(min(candidates, key=seconds).name, (), 1.0, True, 1, 0, 0.0)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("policy", [hot_only, minimum_of_one])
-def test_harness_catches_bad_policies(policy: Callable[..., Choice], model: Callable[[random.Random], Noise]) -> None:
+def test_harness_catches_bad_policies(policy: Callable[..., Verdict], model: Callable[[random.Random], Noise]) -> None:
     """The count above is not blind: tuning on hot data alone, or on one sample, exceeds it by far."""
     assert wrong_picks(policy, model, tunings=40) > 4
 
@@ -339,7 +339,7 @@ def starved(rng: random.Random) -> Callable[[float, int], float]:
     return lambda true, threads: 0.0 if threads == 1 else rng.uniform(3e-3, 8e-3)
 
 
-def busy_choice(seed: int, *, told: bool, steal: Callable[[random.Random], Callable[[float, int], float]]) -> Choice:
+def busy_choice(seed: int, *, told: bool, steal: Callable[[random.Random], Callable[[float, int], float]]) -> Verdict:
     rng = random.Random(seed)
     machine = Machine(gaussian(rng), steal=steal(rng))
     times = {"base": (100e-6, 0), "serial": (150e-6, 1), "same": (99e-6, 2), "slow": (200e-6, 1)}

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastlinear.plan import memory
-from fastlinear.plan.memory import Machine, Tuned, TuningCache, default_folder
+from fastlinear.plan.memory import Machine, Remembered, TuningCache, default_folder
 
 MACHINE = Machine("Some CPU", ("avx512", "avx2", "scalar"), "0.1.0", "2.13.0")
 NAMES = {"fp32/avx512/6x64", "fp32/avx2/6x16", "torch/linear"}
 LIMITS = {"threads": range(1, 1025), "k_slices": range(1, 65), "k_block": range(1 << 20)}
-VALUE = Tuned(
+VALUE = Remembered(
     "fp32/avx512/6x64", {"threads": 2, "k_slices": 4}, (("fp32/avx512/6x64", 0.5), ("torch/linear", 0.75)), 1.5
 )
 
@@ -30,7 +30,7 @@ def cache(folder: Path, machine: Machine = MACHINE) -> TuningCache:
     return TuningCache(machine, NAMES.__contains__, LIMITS, folder)
 
 
-def written(folder: Path, **values: Tuned) -> Path:
+def written(folder: Path, **values: Remembered) -> Path:
     made = cache(folder)
     for key, value in (values or {"a": VALUE}).items():
         made.put(key, value)
@@ -40,10 +40,10 @@ def written(folder: Path, **values: Tuned) -> Path:
 
 def test_round_trip(tmp_path: Path) -> None:
     """What one process puts, the next gets, whole; a key never put is None; the file is the user's alone."""
-    path = written(tmp_path / "new" / "folder", a=VALUE, b=Tuned("torch/linear", {}))
+    path = written(tmp_path / "new" / "folder", a=VALUE, b=Remembered("torch/linear", {}))
     fresh = cache(path.parent)
     assert fresh.get("a") == VALUE
-    assert fresh.get("b") == Tuned("torch/linear", {})
+    assert fresh.get("b") == Remembered("torch/linear", {})
     assert fresh.get("c") is None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -111,7 +111,7 @@ def test_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert memory.get("a") == VALUE
 
 
-def believed(value: Tuned | None) -> bool:
+def believed(value: Remembered | None) -> bool:
     """Nothing was found, or something that is safe to use."""
     return value is None or (
         value.name in NAMES and all(number in LIMITS[which] for which, number in value.numbers.items())
@@ -140,12 +140,12 @@ ANYTHING = st.recursive(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=ANYTHING, place=st.sampled_from(["file", "entries", "entry", *Tuned._fields]))
+@given(content=ANYTHING, place=st.sampled_from(["file", "entries", "entry", *Remembered._fields]))
 def test_any_json_anywhere(tmp_path: Path, content: Any, place: str) -> None:
     """Any JSON, as the file, its entries, one entry or a field of one, is ignored or safe; its neighbour stays."""
     path = written(tmp_path, a=VALUE, b=VALUE)
     whole = json.loads(path.read_bytes())
-    if place in Tuned._fields:
+    if place in Remembered._fields:
         whole["entries"]["a"][place] = content
     elif place == "entry":
         whole["entries"]["a"] = content

@@ -1,7 +1,7 @@
-"""The part of a fast layer that packs its weight and plans its calls, when a call first needs it.
+"""How a fast layer answers: the engine calls its kernels, torch answers where they cannot, and a cold call prepares.
 
 An engine (guards, packed weight, plans) is for one precision: the layer has its own, and gets another for each format
-that autocast packs its weight in. They and the record of what was chosen are never saved, pickled or copied; a copy
+that autocast packs its weight in. They and the record of what was plan are never saved, pickled or copied; a copy
 makes its own at its first call, or has the pack of a frozen layer from the start.
 """
 
@@ -9,25 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import getmembers
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
 from fastlinear._engine import Engine
 from fastlinear.layer import gradient, operator
-from fastlinear.layer.frozen import Freezable, Frozen
-from fastlinear.layer.packs import dtype_of, odd_dtype, pack, record_of, why_unfit
-from fastlinear.layer.packs import lock as _lock
+from fastlinear.layer.elsewhere import why_elsewhere
+from fastlinear.layer.fitness import dtype_of, odd_dtype, why_unread
+from fastlinear.layer.frozen import Freezable, Frozen, record_of
+from fastlinear.layer.lock import lock
+from fastlinear.layer.packs import pack
 from fastlinear.plan import decide, rivals
-from fastlinear.plan.candidates import FROZEN, Chosen, Problem
+from fastlinear.plan.candidates import Plan
+from fastlinear.plan.decide import tell
+from fastlinear.plan.problem import FROZEN, Problem
+from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
+from fastlinear.spec.formats import dtype_of_rows, long_name, name_of
 from fastlinear.spec.int8 import handed_on
-from fastlinear.spec.precision import AS_HELD, Precision, dtype_of_rows, epilogue, long_name, name_of
+from fastlinear.spec.precision import AS_HELD, Precision, epilogue
 from fastlinear.spec.reference import Reference
+
+_UNSAVED = (
+    "_engine",
+    "_casting",
+    "_plans",
+    "_torch_packs",
+    "_elsewhere",
+    "_panels",
+    "_form",
+    "__jit_ignored_attributes__",
+)
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 _watchers: list[Callable[[Any], object]] = []
 
@@ -42,9 +63,11 @@ def watching(done: Callable[[Any], object]) -> Iterator[None]:
         _watchers.remove(done)
 
 
-class Planned(Freezable):
-    """What a fast layer needs beside its parameters to run natively."""
+class FastModule(Freezable):
+    """What FastLinear and its twin for transformers' Conv1D have in common; mixed in before the stock class."""
 
+    _transposed = False  # True: the weight is [in, out]
+    __jit_unused_properties__: list[str]
     _precision = AS_HELD  # as it was asked for
     _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs, bare ones as "bare bf16"
     _torch_packs: rivals.Packs  # of the weight as it is now
@@ -56,6 +79,8 @@ class Planned(Freezable):
     activation: Activation | None
     in_features: int
     out_features: int
+
+    # ---- what it is ----
 
     @property
     def packed_as(self) -> str:
@@ -72,6 +97,76 @@ class Planned(Freezable):
     def dtypes(self) -> str:
         """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"."""
         return " as ".join(dict.fromkeys((long_name(name_of(dtype_of(self))), long_name(self.packed_as))))
+
+    # ---- call ----
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):  # a user's own forward is to be called
+            cls.__call__ = nn.Module.__call__  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # nn.Module.__call__ costs as much as a small product; it is needed for hooks and for whoever traces or patches.
+        if not _is_dynamo_compiling() and len(args) == 1 and not kwargs:
+            y = self._engine(self, args[0])
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self._panels is None:
+                y: Tensor = torch.ops.fastlinear.linear(input, self.weight, self.bias, *self._form)
+            else:
+                y = torch.ops.fastlinear.linear(input, self._panels, self.bias, *self._form)
+        else:
+            y = self._run(input)
+        return y
+
+    def _run(self, input: Tensor) -> Tensor:
+        if _is_dynamo_compiling():
+            bare = self._differs_by_call  # the marker, which is traced too, applies the original
+            return self._torch(input, bare) if torch.compiler.is_exporting() else operator.linear(self, input, bare)
+        return self._engine.forward(self, input)
+
+    def __prepare_scriptable__(self) -> FastModule:
+        """Gives torch.jit.script what `forward` asks for in a script."""
+        panels, form = operator.for_script(self, self._differs_by_call)
+        hidden = [] if panels is None else ["weight"]  # that of a frozen layer is no attribute
+        vars(self).update(_panels=panels, _form=form, __jit_ignored_attributes__=hidden)
+        return self
+
+    def _slow(self, x: Tensor, why: str, bare: bool) -> Tensor:
+        """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
+        if why == _engine.PROFILED:
+            return operator.linear(self, x, bare)
+        if why == _engine.AUTOCAST:
+            y = self._under_autocast(x, bare)
+        else:
+            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._answer(x, self.packed_as, bare)
+        if y is None:
+            self._count(x, why)
+            y = self._torch(x, bare)
+        return y
+
+    def _count(self, x: Tensor, why: str) -> None:
+        reason = why_elsewhere(self, x, why == _engine.STALE)
+        count = self._elsewhere[reason] = self._elsewhere.get(reason, 0) + 1
+        if count == 1:
+            tell(f"{label(self)} goes round the kernels: {reason}")
+
+    def _under_autocast(self, x: Tensor, bare: bool) -> Tensor | None:
+        """What stock autocast makes of the call: x and the weight are cast to its dtype."""
+        if self.training:
+            return None
+        if not torch.is_autocast_enabled("cpu"):  # another device's is
+            return self._answer(x, self.packed_as, bare)
+        dtype = torch.get_autocast_dtype("cpu")
+        if x.dtype not in _kernels.FORMATS and self._precision.takes(x.dtype):  # integers stay what they are
+            return self._answer(x, self.packed_as, bare)
+        if x.dtype not in _kernels.FORMATS or dtype not in _kernels.FORMATS:
+            return None
+        return self._answer(x.to(dtype), self._precision.under(dtype), bare)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether there are kernels for the dtypes of x, weight, bias and pack."""
@@ -92,12 +187,10 @@ class Planned(Freezable):
         if y is None or weight is None:
             return None
         engine = self._engine_for(packed_as, bare)
-        chosen = self._chosen.get(
-            (engine, _kernels.num_threads(), name_of(x.dtype), _engine.bucket(x.shape[:-1].numel()))
-        )
-        kernel = chosen is not None and chosen.name not in rivals.NAMES and not chosen.refused
-        packed, plan = engine.packed, decide.native(chosen) if chosen and kernel else None
-        native = None if packed is None else gradient.Native(packed, plan, engine.rows)  # None: thawed meanwhile
+        plan = self._plans.get((engine, _kernels.num_threads(), name_of(x.dtype), _engine.bucket(x.shape[:-1].numel())))
+        kernel = plan is not None and plan.name not in rivals.NAMES and not plan.refused
+        packed, runs = engine.packed, decide.native(plan) if plan and kernel else None
+        native = None if packed is None else gradient.Native(packed, runs, engine.rows)  # None: thawed meanwhile
         reference = self._reference(self._precision_in(engine, packed_as), frozen, bare)
         out = reference.precision.out
         y = y if out is None else handed_on(y, out)
@@ -142,14 +235,81 @@ class Planned(Freezable):
         weight = self._parameters.get("weight")
         return self.in_features if weight is None else int(weight.shape[0 if self._transposed else -1])
 
+    # ---- fall back ----
+
+    def _torch(self, x: Tensor, bare: bool = False) -> Tensor:
+        """The answer in torch's own ops: in training, and where the user switched the kernels off, of the parameter as
+        it is, which for a frozen layer is what it is packed in; otherwise of the numbers that the kernels multiply."""
+        try:
+            plain = self.training or environment.disabled() or self._is_odd(x)
+            return self._plain(x, bare) if plain else self._referred(x, bare)
+        except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
+            if isinstance(x, Tensor) and not x.is_nested and (x.dim() == 0 or x.shape[-1] != self.in_features):
+                raise RuntimeError(
+                    f"{label(self)} takes inputs whose last dimension is in_features={self.in_features}, "
+                    f"not a tensor of shape {tuple(x.shape)}"
+                ) from error
+            raise
+
+    def _each(self, x: Any, bare: bool) -> Tensor:
+        """The answer to a nested tensor, part by part, since rows are quantised by what is in them."""
+
+        def part(rows: Tensor) -> Tensor:
+            y = self._engine.forward(self, rows)
+            return y if bare or self._absorbed is None else activations.apply(self.activation, y)
+
+        if x.layout is torch.jagged:
+            y = part(x.values())
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
+        return torch.nested.as_nested_tensor([part(rows) for rows in x.unbind()])
+
+    def _plain(self, x: Tensor, bare: bool) -> Tensor:
+        frozen = record_of(self)
+        x = self._precision.numbers(x) if isinstance(x, Tensor) else x
+        weight, bias = self.weight if frozen is None else frozen.unpack(self._transposed), self.bias
+        mixed = isinstance(x, Tensor) and any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
+        if mixed and self._takes(x):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y = F.linear(x, weight.t() if self._transposed else weight, bias)
+        return activations.apply(self.computes(bare)[0], y)
+
+    def _is_odd(self, x: Any) -> bool:
+        """Whether the dtypes are none that go together, of which nn.Linear knows what to say."""
+        if not isinstance(x, Tensor):
+            return True
+        if self._takes(x):
+            return False
+        if _is_autocast(x):
+            return x.dtype not in _kernels.FORMATS
+        fit = x.is_floating_point() and dtype_of(self) is x.dtype
+        return not fit or (self.bias is not None and self.bias.dtype is not x.dtype)
+
+    def _referred(self, x: Tensor, bare: bool) -> Tensor:
+        if x.is_nested and self._precision.rows is not None:
+            return self._each(x, bare)
+        frozen, precision = record_of(self), self.computes(bare)[1]
+        reference = self._reference(precision, frozen, bare)
+        weight, bias = self.weight if frozen is None else frozen.panels, self.bias
+        if not _is_autocast(x):
+            return reference.floats(x, weight, bias)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if x.dtype in _kernels.FORMATS:
+                x = x.to(dtype)
+                reference = reference._replace(precision=precision._replace(packed=precision.under(dtype)))
+            return reference.floats(x, weight, bias)
+
+    # ---- prepare ----
+
     def _prepare(self, engine: Engine, packed_as: str, x: Tensor) -> bool:
         """Packs and plans what a call with x needs; False where torch has to run it."""
-        with _lock:
+        with lock:
             if all(engine is not each for each in self._engines()):
                 return False  # another thread has just frozen or reset the layer
             if not engine.fresh(self):
                 frozen = record_of(self)
-                if why_unfit(self) is not None or self._frozen is not frozen:
+                if why_unread(self) is not None or self._frozen is not frozen:
                     return False
                 vars(self)["_torch_packs"] = {}
                 # Read once: another thread may be setting it, to one of another dtype.
@@ -166,8 +326,8 @@ class Planned(Freezable):
                 if frozen is not None:
                     engine.hold(packed)
                 elif not engine.take(weight, fingerprint, packed):
-                    for key in [key for key in self._chosen if key[0] is engine]:
-                        del self._chosen[key]
+                    for key in [key for key in self._plans if key[0] is engine]:
+                        del self._plans[key]
         m = x.shape[:-1].numel()
         if m > 0:
             self._plan(engine, _engine.bucket(m), x.dtype)
@@ -183,9 +343,9 @@ class Planned(Freezable):
     def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
         threads = _kernels.num_threads()
         key = engine, threads, name_of(x), m
-        with _lock:
+        with lock:
             asked = None if self._settled(key, x) else self._question(engine, m, x, threads)
-            known = self._chosen.get(key)
+            known = self._plans.get(key)
         if asked is None:
             return
         problem, operands = asked
@@ -194,15 +354,15 @@ class Planned(Freezable):
         ):  # else it stayed when the weight changed, and only torch's own pack is due
             # Without the lock: this may measure, and others have layers to pack.
             known = decide.decide(problem, operands, measure=self._tune == "lazy")
-        chosen = known
-        runs = decide.executable(chosen, problem, operands)
-        with _lock:
+        plan = known
+        runs = decide.executable(plan, problem, operands)
+        with lock:
             if engine.packed is not operands.packed or not engine.fresh(self) or self._settled(key, x):
                 return  # repacked or planned by another thread meanwhile, or about to be
             engine.plan_for(m, threads, x, runs)
-            self._chosen[key] = chosen
+            self._plans[key] = plan
             spare, weight = operands.spare, self._parameters.get("weight")
-            if spare is not None and weight is not None and chosen.refused and chosen.name not in rivals.NAMES:
+            if spare is not None and weight is not None and plan.refused and plan.name not in rivals.NAMES:
                 holding = f"bare {spare.format}" if engine.bare else spare.format  # counts, and shares, its memory
                 holder = self._casting.setdefault(holding, self._new_engine(AS_HELD, engine.bare))
                 if not holder.fresh(self):
@@ -211,7 +371,7 @@ class Planned(Freezable):
     def _settled(self, key: tuple[Engine, int, str, int], x: torch.dtype) -> bool:
         """Whether the engine has a plan that is not to be asked for again."""
         engine, threads, _, m = key
-        return key in self._chosen and not self._chosen[key].provisional and engine.planned(m, threads, x)
+        return key in self._plans and not self._plans[key].provisional and engine.planned(m, threads, x)
 
     def _question(self, engine: Engine, m: int, x: torch.dtype, threads: int) -> tuple[Problem, decide.Operands] | None:
         """What a plan is to be found for, and the tensors to measure with; None where there are no kernels."""
@@ -238,12 +398,12 @@ class Planned(Freezable):
 
     def ask_again(self) -> None:
         """Forgets the plans that were to be measured but are not, so that the next call that needs one asks anew."""
-        with _lock:
-            for key, chosen in list(self._chosen.items()) if self._tune == "lazy" else ():
-                if chosen.source in ("heuristic", "neighbor"):
+        with lock:
+            for key, plan in list(self._plans.items()) if self._tune == "lazy" else ():
+                if plan.source in ("heuristic", "neighbor"):
                     engine, threads, x, m = key
                     engine.plan_for(m, threads, dtype_of_rows(x), None)
-                    del self._chosen[key]
+                    del self._plans[key]
 
     def problem(self, engine: Engine, packed: _kernels.Packed, m: int, x: str, threads: int) -> Problem:
         """What a plan for m rows of format x is made for."""
@@ -285,17 +445,19 @@ class Planned(Freezable):
             frozen.layers.add(self)
             for each in filter(None, (engine, engine.elsewhere)):
                 each.hold(frozen.packed)
-        vars(self).update(_engine=engine, _casting={}, _chosen={}, _torch_packs={})
+        vars(self).update(_engine=engine, _casting={}, _plans={}, _torch_packs={})
         vars(self).setdefault("_elsewhere", {})
         operator.register(self)
 
+    # ---- what it tells, and what is saved of it ----
+
     @property
-    def plans(self) -> tuple[Chosen, ...]:
+    def plans(self) -> tuple[Plan, ...]:
         """What runs for each format of x and bucket of M met so far, under torch's present number of threads."""
         threads = _kernels.num_threads()
-        chosen = [(engine.bare, chosen) for (engine, t, *_), chosen in list(self._chosen.items()) if t == threads]
-        met = {(c.x, c.bucket) for bare, c in chosen if not bare}
-        shown = [c for bare, c in chosen if not bare or (c.x, c.bucket) not in met]
+        plans = [(engine.bare, plan) for (engine, t, *_), plan in list(self._plans.items()) if t == threads]
+        met = {(c.x, c.bucket) for bare, c in plans if not bare}
+        shown = [c for bare, c in plans if not bare or (c.x, c.bucket) not in met]
         return tuple(sorted(shown, key=lambda c: (c.x, c.bucket)))
 
     @property
@@ -304,3 +466,47 @@ class Planned(Freezable):
         packs = {id(engine.packed): engine.packed for engine in self._engines()}
         of_torch = (rivals.memory(packed)[1] for packed in list(self._torch_packs.values()))
         return sum(packed.nbytes for packed in packs.values() if packed is not None) + sum(of_torch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in _UNSAVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._reset()
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        if self.dtypes != "float32":
+            parts.append(f"dtype={self.dtypes}")
+        if self._precision.scheme:
+            parts.append(f"quantized={self._precision.scheme}")
+        if record_of(self) is not None:
+            parts.append("frozen=True")
+        if self.activation is not None:
+            parts.append(f"activation={_spell(self.activation)}")
+        names = sorted({plan.name for plan in self.plans})
+        parts.append(f"kernel={' | '.join(names) or 'untuned'}")
+        if self.pack_nbytes:
+            parts.append(f"packed={self.pack_nbytes / 2**20:.2f} MiB")
+        return ", ".join(parts)
+
+
+# TorchScript takes what has no annotation for a tensor, and understands none that is a string, those of bases included.
+FastModule.__annotations__ = {"training": bool}
+FastModule.forward.__annotations__ = {}
+FastModule.__jit_unused_properties__ = [name for name, _ in getmembers(FastModule, lambda m: isinstance(m, property))]
+
+
+def label(module: nn.Module) -> str:
+    """What messages call a layer: its class, and its name in the converted model if it has one."""
+    name = vars(module).get("_name", "")
+    return f"{type(module).__name__} {name!r}" if name else type(module).__name__
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _spell(activation: Activation) -> str:
+    return repr(activation.name) if not activation.params else repr((activation.name, *activation.params))

@@ -1,0 +1,59 @@
+"""The question: what a plan is made for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastlinear.plan.table import layout
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.formats import DTYPES
+
+FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
+
+
+class Problem(NamedTuple):
+    """What a plan is made for. `m` is a bucket of M; `transposed` tells that the module holds its weight as [k, n].
+
+    `layout` is that of the pack; "" for a weight that is yet to be packed, which will be as `layout()` says.
+    `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
+    there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
+    x and y are quantised (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
+    """
+
+    m: int
+    n: int
+    k: int
+    x: str
+    packed: str
+    held: str
+    accumulate: str
+    bias: bool
+    activation: Activation | None
+    transposed: bool
+    threads: int
+    scheme: str = ""
+    fallback: bool = False
+    layout: str = ""
+
+    @property
+    def panels(self) -> str:
+        """The layout that a kernel has to read."""
+        return self.layout or layout(self.packed)
+
+    @property
+    def admits_torch(self) -> bool:
+        """Whether torch's own ways compute the same: they need the weight, and no integers."""
+        return self.held != FROZEN and (self.packed in DTYPES or self.fallback)
+
+    def unquantized(self) -> Problem:
+        """The same on a weight packed in the parameter's own format."""
+        return self._replace(packed=self.held, scheme="", fallback=False, layout="")
+
+    def key(self) -> str:
+        epilogue = (
+            "_".join(map(str, (self.activation.name, *self.activation.params))) if self.activation else "identity"
+        )
+        flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
+        formats = f"x={self.x},packed={self.panels},held={self.held},sums={self.accumulate}"
+        formats += f",scheme={self.scheme}" * bool(self.scheme) + ",fallback" * self.fallback
+        return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"

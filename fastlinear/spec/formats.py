@@ -1,0 +1,31 @@
+"""The formats of numbers, as the kernel table names them: "fp32", "bf16", "int8" ...; and the dtypes they are.
+
+Nothing here, or in those who read it, asks which format it is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastlinear._kernels as _kernels
+from fastlinear.spec.int8 import BYTES
+
+FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
+INTEGER_ROWS = {row["rows"] for row in _kernels.rows()} - {*_kernels.FORMATS.values()}
+PRODUCTS = {row["format"] for row in _kernels.rows() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
+DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What kernels and plans call a dtype: "fp32", "uint8"; torch's name where no kernel has it."""
+    return _kernels.FORMATS.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def dtype_of_rows(name: str) -> torch.dtype:
+    """The dtype of x that `name_of` calls so."""
+    return DTYPES.get(name) or next(dtype for dtype in BYTES if name_of(dtype) == name)
+
+
+def long_name(form: str) -> str:
+    """What torch calls a format, if it has it: "float32"."""
+    return str(DTYPES[form]).removeprefix("torch.") if form in DTYPES else form
