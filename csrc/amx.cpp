@@ -13,6 +13,7 @@
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,amx-int8")
 
 #include "fastlinear/isa/amx/bf16.hpp"
+#include "fastlinear/isa/amx/fp16.hpp"
 #include "fastlinear/isa/amx/int8.hpp"
 
 namespace fastlinear {
@@ -42,6 +43,24 @@ const Isa kIsa{
 };
 
 }  // namespace amx
+
+namespace amx_fp16 {
+
+constexpr std::span<const Kernel> kKernels[] = {kFp16Kernels};
+constexpr CpuBit kNeeds[] = {cpu_bits::kAmxFp16};
+
+const Isa kIsa{
+    .name = "amx_fp16",
+    .base = &amx::kIsa,
+    .needs = kNeeds,
+    .saved = cpu_bits::kTilesSaved,
+    .above = {},
+    .kernels = kKernels,
+    .vectors = nullptr,
+    .tiles = true,
+};
+
+}  // namespace amx_fp16
 
 }  // namespace fastlinear
 

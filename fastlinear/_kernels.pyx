@@ -187,7 +187,9 @@ cdef str layout_name(const Layout& layout):
 
 
 cdef tuple reads(const Kernel* kernel):
-    names = {layout_name(kernel.layout): None}  # a dict, to keep the order
+    names = {}  # a dict, to keep the order
+    if reads_layout(kernel[0], kernel.layout):
+        names[layout_name(kernel.layout)] = None
     cdef size_t i = 0
     cdef const Kernel* k = kernel_at(0)
     while k != NULL:
@@ -206,7 +208,7 @@ cdef tuple kernel_rows():
         rows.append({
             "name": k.name.decode(), "isa": isa_of(k),
             "format": format_name(<size_t> k.layout.format), "rows": format_name(<size_t> k.rows),
-            "layout": layout_name(k.layout), "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
+            "layout": reads(k)[0], "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
             "columns": k.columns(), "accumulate": format_name(<size_t> k.accumulate), "reads": reads(k),
             "row_step": k.row_step, "k_step": k.k_step,
         })
@@ -220,8 +222,8 @@ cdef tuple table = kernel_rows()
 
 def rows():
     """The kernel table, the same on every machine, best ISA first: one dict a kernel. `reads` tells which layouts it
-    runs on: its own, and those that are widened to it panel by panel; `row_step` and `k_step` what it takes at a time.
-    """
+    runs on: first the one that weights are packed in for it, then those that are widened to it as well; `row_step`
+    and `k_step` what it takes at a time."""
     return [dict(row) for row in table]
 
 
@@ -260,7 +262,7 @@ cdef const Kernel* kernel_of_layout(str layout) except NULL:
     cdef size_t i = 0
     cdef const Kernel* k = kernel_at(0)
     while k != NULL:
-        if layout_name(k.layout) == layout:
+        if layout_name(k.layout) == layout and reads_layout(k[0], k.layout):
             return k
         i += 1
         k = kernel_at(i)
@@ -288,7 +290,7 @@ cdef class Plan:
         if caches is not None:
             sizes.l1d, sizes.l2, sizes.l3 = caches
         self.plan = make_plan(runnable_kernel(kernel)[0], threads, k_slices, sizes)
-        self.layout = layout_name(self.plan.kernel.layout)
+        self.layout = reads(self.plan.kernel)[0]
 
     @property
     def threads(self):

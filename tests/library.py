@@ -36,7 +36,7 @@ FUNCTIONS = list(_kernels.functions())
 
 NATIVELY, HIDDEN, EMULATED = "natively", "natively, though CPUID hides it", "emulated"
 # What the emulator knows, and what it needs itself.
-EMULATIONS = {"amx": "avx512", "avx512_fp16": "avx512", "avx_vnni": "avx2"}
+EMULATIONS = {"amx": "avx512", "amx_fp16": "avx512", "avx512_fp16": "avx512", "avx_vnni": "avx2"}
 
 # One instruction that only this ISA has, and a return.
 PROBES = {

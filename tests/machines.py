@@ -129,7 +129,7 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
         "Granite Rapids",
         machine(INTEL, "Intel(R) Xeon(R) 6980P", LEAF1_INTEL, SPR, 0x602E7, 36, **SPR_MORE | {"eax1": 0x201C30})
         | TILES,
-        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx"],
+        ["scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx", "amx_fp16"],
         (0, 0, 0),
     ),
     (
@@ -265,4 +265,4 @@ RECORDED: list[tuple[str, Machine, list[str], tuple[int, int, int]]] = [
 ]
 
 # One that has everything, for tests which run what this machine lacks.
-EVERYTHING = SPR_WITH_TILES | text("a machine that tests pretend")
+EVERYTHING = SPR_WITH_TILES | {(7, 1): (SPR_EAX1 | 1 << 21, 0, 0, 0)} | text("a machine that tests pretend")

@@ -43,6 +43,8 @@ inline bool holds(unsigned condition, std::uint64_t flags) {
 // Carries out the instruction at RIP and moves on, if it is one of those.
 inline bool step(Machine& machine) {
   const unsigned char* at = machine.rip();
+  while (*at == 0x66 || *at == 0x2e) ++at;  // prefixes that fill up a nop, and mean something else elsewhere
+  if (at != machine.rip() && at[0] != 0x90 && (at[0] != 0x0f || at[1] != 0x1f)) return false;
   const unsigned rex = (*at & 0xf0) == 0x40 ? *at++ : 0, b = rex & 1, x = rex >> 1 & 1, r = rex >> 2 & 1;
   const unsigned bits = (rex & 8) != 0 ? 64 : 32, opcode = *at++;
   Instruction i{};
@@ -85,12 +87,20 @@ inline bool step(Machine& machine) {
       arithmetic(operation, i.rm, immediate(opcode == 0x83 ? 1 : 4));
       break;
     }
-    case 0x89:
-    case 0x8b:
-      operand();
-      if (i.memory) return false;
-      set(opcode == 0x89 ? i.rm : i.reg, static_cast<std::uint64_t>(machine.general(opcode == 0x89 ? i.reg : i.rm)));
+    case 0x90:
       break;
+    case 0x89:
+    case 0x8b: {
+      operand();
+      if (i.memory && opcode == 0x89) return false;
+      std::uint64_t value = 0;
+      if (i.memory)
+        std::memcpy(&value, i.address(1), bits / 8);
+      else
+        value = static_cast<std::uint64_t>(machine.general(opcode == 0x89 ? i.reg : i.rm));
+      set(opcode == 0x89 ? i.rm : i.reg, value);
+      break;
+    }
     case 0x8d:
       operand();
       if (!i.memory) return false;

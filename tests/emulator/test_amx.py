@@ -23,7 +23,7 @@ from emulator.test_tiles import config, pinned, stored_config
 from fastlinear import _kernels
 from fastlinear.plan import candidates
 
-AMX = [kernel for kernel in native.ALL if kernel["isa"] == "amx" and kernel["id"] == kernel["name"]]
+AMX = [kernel for kernel in native.ALL if kernel["isa"] in ("amx", "amx_fp16") and kernel["id"] == kernel["name"]]
 needs_amx = pytest.mark.skipif("skipped" in library.way("amx"), reason=f"amx is {library.way('amx')}")
 counted = pytest.mark.skipif(library.way("amx") != library.EMULATED, reason="tiles that do not fault are not counted")
 DYNAMIC = _kernels.RowQuantizer("symmetric")
@@ -33,8 +33,9 @@ def multiply(name: str, m: int, n: int, k: int, *, threads: int = 1, k_slices: i
     """What a product costs on a kernel; the result is held to the bound. `pad`: elements between the rows of x."""
     kernel = next(kernel for kernel in AMX if kernel["name"] == name)
     integers = kernel["accumulate"] == "int32"
-    x = torch.randn(m, k + pad).bfloat16()[:, :k]
-    w = torch.randint(-127, 128, (n, k)).to(torch.int8) if integers else torch.randn(n, k).bfloat16()
+    dtype = torch.float16 if kernel["rows"] == "fp16" else torch.bfloat16
+    x = torch.randn(m, k + pad).to(dtype)[:, :k]
+    w = torch.randint(-127, 128, (n, k)).to(torch.int8) if integers else torch.randn(n, k).to(dtype)
     torch.set_num_threads(threads)
     packed, out = native.pack(w, kernel["layout"]), torch.empty(m, n)
     emulator.reset()
@@ -58,10 +59,10 @@ def products(counts: Counter[str]) -> int:
 
 
 @counted
-@pytest.mark.parametrize("name", ["bf16/amx/32x32", "int8/amx/32x32"])
+@pytest.mark.parametrize("name", ["bf16/amx/32x32", "int8/amx/32x32", "fp16/amx_fp16/32x32"])
 def test_large_products_cost_what_arithmetic_needs(name: str) -> None:
     """M = N = K = 512: at most 1.05 times the multiplies, one load each, no spill, one configuration."""
-    needed = 512 * 512 * 512 // (16 * 16 * (32 if name.startswith("bf16") else 64))
+    needed = 512 * 512 * 512 // (16 * 16 * (64 if name.startswith("int8") else 32))
     counts = multiply(name, 512, 512, 512)
     assert needed <= products(counts) <= 1.05 * needed
     assert counts["tileloadd"] + counts["tileloaddt1"] <= products(counts)
@@ -70,11 +71,11 @@ def test_large_products_cost_what_arithmetic_needs(name: str) -> None:
 
 
 @counted
-@pytest.mark.parametrize("name", ["bf16/amx/16x64", "int8/amx/16x64"])
+@pytest.mark.parametrize("name", ["bf16/amx/16x64", "int8/amx/16x64", "fp16/amx_fp16/16x64"])
 def test_few_rows_load_little(name: str) -> None:
     """M = 16: at most 1.35 loads a multiply, no multiply too many."""
     counts = multiply(name, 16, 512, 512)
-    assert products(counts) == 16 * 512 * 512 // (16 * 16 * (32 if name.startswith("bf16") else 64))
+    assert products(counts) == 16 * 512 * 512 // (16 * 16 * (64 if name.startswith("int8") else 32))
     assert counts["tileloadd"] <= 1.35 * products(counts)
     assert counts["tilestored"] == counts["tilezero"] == 16 * 512 // 256
 
@@ -105,7 +106,7 @@ def test_one_configuration_a_thread_and_call(kernel: native.Kernel) -> None:
 def test_later_blocks_of_k_add_to_what_is_there(kernel: native.Kernel) -> None:
     """A product of several K blocks loads each sum once a block more, and has no multiply more."""
     size, block = kernel["k_step"], native.blocks()[0]
-    k = block // (kernel["columns"] * (2 if kernel["rows"] == "bf16" else 1)) + size
+    k = block // (kernel["columns"] * (1 if kernel["rows"] == "uint8" else 2)) + size
     counts = multiply(kernel["name"], 32, 64, k)
     assert products(counts) == 2 * 4 * -(-k // size)
     assert counts["tilestored"] == 2 * counts["tilezero"] == 16
@@ -250,7 +251,7 @@ def outputs(by: str, file: Path) -> list[Tensor]:
 def test_silicon_and_emulator_compute_the_same_bits(tmp_path: Path) -> None:
     """Where there are tiles, the machine's results and the emulator's are equal; elsewhere there are the latter."""
     emulated = outputs("emulator", tmp_path / "emulated.pt")
-    assert len(emulated) == 4 * len(AMX)
+    assert len(emulated) == 4 * sum(kernel["isa"] == "amx" for kernel in AMX)
     if "amx" in _kernels.cpu_info()["isas"]:
         silicon = outputs("silicon", tmp_path / "silicon.pt")
         assert all(torch.equal(a, b) for a, b in zip(silicon, emulated, strict=True))
@@ -260,4 +261,6 @@ def test_silicon_and_emulator_compute_the_same_bits(tmp_path: Path) -> None:
 def test_every_machine_with_tiles_has_all_kernels() -> None:
     """The rows of the table that this file is about are those that such a machine may run."""
     with emulator.running(machines.SPR_WITH_TILES):
-        assert {row["name"] for row in _kernels.kernels() if row["runnable"]} >= {kernel["name"] for kernel in AMX}
+        assert {row["name"] for row in _kernels.kernels() if row["runnable"]} >= {
+            k["name"] for k in AMX if k["isa"] == "amx"
+        }

@@ -162,9 +162,11 @@ def test_jumps(condition: str) -> None:
         "mov %rdi,%rax",
         "mov.s %rdi,%rax",
         "mov %edi,%eax",
+        "lea 1f(%rip),%rcx; mov (%rcx),%rax; mov 1(%rcx),%edx; add %rdx,%rax; 1: nopw 0(%rax,%rax,1)",
         "lea -5(%rdi,%rsi,8),%rax",
         "lea 1f(%rip),%rcx; sub %rcx,%rax; add %rcx,%rax; 1:",
-        "prefetcht1 (%rdi); prefetchw 64(%rdi,%rsi,2); nopw 0(%rax,%rax,1); mov %rsi,%rax",
+        "prefetcht1 (%rdi); prefetchw 64(%rdi,%rsi,2); mov %rsi,%rax",
+        "nop; nopw 0(%rax,%rax,1); cs nopw 64(%rax); xchg %ax,%ax; mov %rsi,%rax",
         "mov %r13,%rax",
     ],
 )

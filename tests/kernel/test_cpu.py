@@ -118,6 +118,7 @@ def test_this_machine_agrees_with_the_kernel() -> None:
     }
     needs |= {isa: needs["avx512"] | {isa} for isa in ("avx512_vnni", "avx512_bf16", "avx512_fp16")}
     needs["amx"] = needs["avx512"] | {"amx_tile", "amx_bf16", "amx_int8"}  # and the system must have said yes
+    needs["amx_fp16"] = needs["amx"] | {"amx_fp16"}
     found = _kernels.cpu_info()
     allowed = [isa for isa, needed in needs.items() if needed <= flags]
     assert found["isas"] == allowed[: len(found["isas"])] and found["isas"][0] == "scalar"

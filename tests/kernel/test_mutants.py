@@ -108,7 +108,7 @@ INTEGERS = [
 
 BROKEN = [
     Mutant("tiles lose the last groups of K", TILES, "rest + Op::layout.kr - 1", "rest - 1", TILED),
-    Mutant("tiles overwrite K blocks", TILES, "if (accumulate)", "if (false)", TILED),
+    Mutant("tiles overwrite K blocks", TILES, "if (t.accumulate)", "if (false)", TILED),
     Mutant("the second row block is the first", TILES, "rows + r * kRows * lda, lda", "rows, lda", TILED),
     Mutant("column blocks are swapped", TILES, "sum % C * kBytes", "(C - 1 - sum % C) * kBytes", TILED_BYTES),
     Mutant(

@@ -8,7 +8,7 @@
 namespace fastlinear {
 
 // The first k steps of a packed panel, whose block of the first one begins at `panel` -> the same in a floating format:
-// [k][nr] in fp32, [(k + 1) / 2][nr][2] in bf16. Exact, but for what scales inside the panel make of codes.
+// [k][nr] in fp32, [(k + 1) / 2][nr][2] in bf16 and fp16. Exact, but for what scales inside the panel make of codes.
 using ConvertPanel = void (*)(const void* panel, const Layout& layout, std::ptrdiff_t k, void* out);
 
 // The functions of one ISA and one format; null where there is nothing to do (fp32) or no use for it. `n` elements at

@@ -11,8 +11,12 @@
 namespace fastlinear {
 
 // Whether a kernel runs on a weight in this layout: its own, or one that the driver turns into it panel by panel. That
-// is for kernels that multiply elements as they are; those that widen weights themselves have nothing to gain.
+// is for kernels that multiply elements as they are; those that widen weights themselves have nothing to gain. Weights
+// are not packed in pairs of fp16, which but one ISA reads.
 constexpr bool reads(const Kernel& kernel, const Layout& packed) {
+  const Layout pairs{Format::fp16, kernel.layout.nr, 2}, plain{Format::fp16, kernel.layout.nr, 1};
+  if (kernel.layout == pairs) return packed == plain;
+  if (packed == pairs) return false;
   const bool converted = kernel.rows == kernel.layout.format && packed.nr == kernel.layout.nr &&
                          (info(packed.format).converts_to & bit(kernel.layout.format)) != 0;
   return packed == kernel.layout || converted;

@@ -66,6 +66,22 @@ void pair_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void*
     }
 }
 
+// Two rows of halves -> pairs; sixteen at a time, so that compilers see vectors.
+template <class V>
+void pair_halves(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
+  const std::ptrdiff_t nr = layout.nr;
+  constexpr std::ptrdiff_t width = 16;
+  for (std::ptrdiff_t g = 0; g < k; g += 2)
+    for (std::ptrdiff_t j = 0; j < nr; j += width) {
+      std::uint16_t even[width], odd[width] = {};
+      std::uint32_t pairs[width];
+      std::memcpy(even, static_cast<const Fp16*>(panel) + g * nr + j, sizeof even);
+      if (g != k - 1) std::memcpy(odd, static_cast<const Fp16*>(panel) + (g + 1) * nr + j, sizeof odd);
+      for (std::ptrdiff_t i = 0; i < width; ++i) pairs[i] = std::uint32_t{odd[i]} << 16 | even[i];
+      std::memcpy(static_cast<Fp16*>(to) + g * nr + 2 * j, pairs, sizeof pairs);
+    }
+}
+
 // Null for the vectors of ISAs that do not multiply bf16.
 template <class V>
 inline constexpr ConvertPanel pairing = [] {
@@ -80,7 +96,7 @@ template <class V>
 inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, {}},
     {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}},
-    {widen<V, Fp16>, narrow<V, Fp16>, {widen_panel<V, Fp16>}},
+    {widen<V, Fp16>, narrow<V, Fp16>, {widen_panel<V, Fp16>, nullptr, pair_halves<V>}},
     {nullptr, nullptr, {widen_panel<V, Int8>, pairing<V>}},
 };
 

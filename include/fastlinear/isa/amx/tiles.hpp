@@ -86,14 +86,6 @@ struct Block {
   static constexpr int a = R * C, b = a + R, b_tiles = 8 - b < C ? 8 - b : C;
   static_assert(b_tiles >= 1);
 
-  template <int I>
-  [[gnu::always_inline]] static void begin(float* tile, std::ptrdiff_t stride, bool accumulate) {
-    if (accumulate)
-      load<I>(at(tile, stride, I), stride);
-    else
-      zero<I>();
-  }
-
   [[gnu::always_inline]] static char* at(float* tile, std::ptrdiff_t stride, int sum) {
     return reinterpret_cast<char*>(tile) + sum / C * kRows * stride + sum % C * kBytes;
   }
@@ -112,13 +104,16 @@ struct Block {
                                          std::integer_sequence<int, I...>) {
     constexpr std::ptrdiff_t P = C / 2, element = Op::row_bytes, k_step = kBytes / element;
     auto* const tile = static_cast<float*>(t.tile);
-    const std::ptrdiff_t lda = t.lda * element, steps = t.k / k_step;
+    const std::ptrdiff_t lda = t.lda * element, steps = t.k / k_step, prefetch_stride = t.prefetch_stride;
     const char* rows = static_cast<const char*>(t.a);
     const char* panels[P];
     for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] = static_cast<const char*>(t.panel) + p * t.panel_stride;
     const char* prefetch = t.prefetch;
 
-    (begin<I>(tile, tile_stride, t.accumulate), ...);
+    if (t.accumulate)
+      (load<I>(at(tile, tile_stride, I), tile_stride), ...);
+    else
+      (zero<I>(), ...);
     for (std::ptrdiff_t s = 0; s < steps; ++s) {
       (product<I>(rows, lda, panels), ...);
       rows += kBytes;
@@ -128,9 +123,9 @@ struct Block {
           _mm_prefetch(panels[p] + g * kGroupBytes, _MM_HINT_T0);
           _mm_prefetch(panels[p] + g * kGroupBytes + kBytes, _MM_HINT_T0);
         }
-        if (R > 1) _mm_prefetch(prefetch + g * t.prefetch_stride, _MM_HINT_T1);
+        if (R > 1) _mm_prefetch(prefetch, _MM_HINT_T1);
+        prefetch += prefetch_stride;
       }
-      prefetch += kGroups * t.prefetch_stride;
     }
     if (const std::ptrdiff_t rest = t.k % k_step; rest > 0) {
       alignas(64) char last[P][kGroups * kGroupBytes];
