@@ -38,7 +38,7 @@ class FastLinear(FastModule, nn.Linear):
     an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
     sum up to 64 products in fp16. Input [..., in_features], output [..., out_features] of the input's dtype: fp32, with
     a weight of 16 or 8 bits also bf16 or fp16. The first call with a new number of rows measures the kernels for it
-    (about 50 ms, kept in a cache file); training runs nn.Linear's own code, and so do other dtypes and devices.
+    (about 50 ms, kept in a cache file); training runs nn.Linear's own code, other dtypes and devices torch's ops.
     """
 
     def __init__(
