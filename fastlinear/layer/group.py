@@ -71,7 +71,7 @@ class FastLinearGroup(nn.Module):
             return False
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return False
-        return not any([state["training"] or "forward" in state for state in self._states])
+        return not any(state["training"] or "forward" in state for state in self._states)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_stack", "_states", "_hooks")}

@@ -112,6 +112,8 @@ def why_not_together(layers: Sequence[Any]) -> str | None:
             return "one of them is frozen"
         if layer.activation is not None:
             return f"one of them has an activation, {layer.activation.name}"
+        if layer._precision.fallback:
+            return "each may fall back to its own format"
         if layer.in_features != first.in_features:
             return f"they take {first.in_features} and {layer.in_features} features"
         if not layer.precision.is_as(first.precision) or layer.dtypes != first.dtypes or len(biases) > 1:

@@ -128,6 +128,13 @@ WRONG = {
     "widths": (lambda: [nn.Linear(8, 4), nn.Linear(16, 4)], ValueError, "they take 8 and 16 features"),
     "dtypes": (lambda: [nn.Linear(8, 4), nn.Linear(8, 4).bfloat16()], ValueError, "they differ in precision"),
     "activation": (lambda: [fastlinear.FastLinear(8, 4, activation="relu"), nn.Linear(8, 4)], ValueError, "relu"),
+    "fallback": (
+        lambda: [
+            fastlinear.FastLinear.from_linear(each, quantize=fastlinear.Int8Dynamic(fallback=True)) for each in layers()
+        ],
+        ValueError,
+        "may fall back",
+    ),
     "no linear layer": (lambda: [nn.Linear(8, 4), nn.ReLU()], TypeError, "takes nn.Linear modules, but .* ReLU"),
 }
 
