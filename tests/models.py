@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear.layer import linear
+from fastlinear.plan import candidates
 
 
 class Pairing(NamedTuple):
@@ -68,3 +71,17 @@ class Model(nn.Module):
 
 def inputs() -> Tensor:
     return torch.randn(5, 8)
+
+
+@contextmanager
+def other_kernels() -> Iterator[None]:
+    """For a machine or a table of kernels other than this one's: what the candidates remember is forgotten, and what
+    they learn there, too."""
+    remembered = [found for found in vars(candidates).values() if hasattr(found, "cache_clear")]
+    for found in remembered:
+        found.cache_clear()
+    try:
+        yield
+    finally:
+        for found in remembered:
+            found.cache_clear()

@@ -14,6 +14,7 @@ import machines
 import native
 import pytest
 import torch
+from models import other_kernels
 from torch import Tensor, nn
 
 import emulator
@@ -21,7 +22,6 @@ import fastlinear
 from emulator.code import call
 from emulator.test_tiles import config, pinned, stored_config
 from fastlinear import _kernels
-from fastlinear.plan import candidates
 
 AMX = [kernel for kernel in native.ALL if kernel["isa"] in ("amx", "amx_fp16") and kernel["id"] == kernel["name"]]
 needs_amx = pytest.mark.skipif("skipped" in library.way("amx"), reason=f"amx is {library.way('amx')}")
@@ -129,15 +129,8 @@ def test_anothers_configuration_is_put_back() -> None:
 @contextmanager
 def on_amx() -> Iterator[None]:
     """The package on a machine with AMX, with nothing remembered of another; and the other way round."""
-    remembered = [found for found in vars(candidates).values() if hasattr(found, "cache_clear")]
-    for found in remembered:
-        found.cache_clear()
-    try:
-        with emulator.running():
-            yield
-    finally:
-        for found in remembered:
-            found.cache_clear()
+    with emulator.running(), other_kernels():
+        yield
 
 
 def mlp() -> nn.Sequential:

@@ -409,7 +409,7 @@ def write_inference_tensor(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("write", [write_data, write_inference_tensor])
 def test_the_blind_spot(write: Callable[[nn.Module], None]) -> None:
-    """Torch does not count writes to `.data` and to tensors made in inference mode; refresh() is the cure."""
+    """Torch does not count writes through `.data`, nor those in inference mode; refresh() is the cure."""
     fast, stock = twins()
     x = torch.randn(5, K)
     with torch.no_grad():
