@@ -26,9 +26,17 @@ static_assert(kFunctions[kIdentity].name == std::string_view("identity"));
 static_assert(kFunctions[kRelu].name == std::string_view("relu"));
 
 // In the order in which they are shown, best first; nothing else depends on it.
-const Isa* const kIsas[] = {&amx_fp16::kIsa,    &amx::kIsa,         &avx512_fp16::kIsa,
-                            &avx512_bf16::kIsa, &avx512_vnni::kIsa, &avx512::kIsa,
-                            &avx_vnni::kIsa,    &avx2::kIsa,        &scalar::kIsa};
+const Isa* const kIsas[] = {
+    &amx_fp16::kIsa,
+    &amx::kIsa,
+    &avx512_fp16::kIsa,
+    &avx512_bf16::kIsa,
+    &avx512_vnni::kIsa,
+    &avx512::kIsa,
+    &avx_vnni::kIsa,
+    &avx2::kIsa,
+    &scalar::kIsa,
+};
 
 }  // namespace
 
