@@ -1,5 +1,7 @@
 """Fast linear layers for PyTorch on CPUs: prepacked weights, fused activations, autotuned kernels."""
 
+from importlib.metadata import version as _version
+
 from fastlinear._kernels import cpu_info, kernels
 from fastlinear._moved import keep_old_names
 from fastlinear.file.safetensors import FormatError
@@ -34,5 +36,12 @@ __all__ = [
     "unconvert",
     "unfreeze",
 ]
+
+__version__ = _version("fastlinear")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
 
 keep_old_names()

@@ -151,6 +151,32 @@ def test_the_picture_is_of_this_tree() -> None:
     assert house.PICTURE.read_text() == house.draw()
 
 
+LONGEST = 50  # lines of a function, its docstring aside: what can be read without scrolling
+
+
+def too_long(path: str, text: str) -> Iterator[str]:
+    """The functions of a module whose bodies are longer than LONGEST."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            if lines > LONGEST:
+                yield f"{path}: {node.name} has {lines} lines"
+
+
+def test_functions_are_short() -> None:
+    """Files are as long as one idea; it is functions that must be seen at once."""
+    python = [(path, text) for path, text in sources() if path.startswith("fastlinear/") and path.endswith(".py")]
+    assert len(python) > 50
+    assert [line for path, text in python for line in too_long(path, text)] == []
+
+
+def test_a_long_function_is_seen() -> None:
+    """The check can fail, and a docstring does not count."""
+    assert [*too_long("a.py", "def f():\n" + "    x = 1\n" * (LONGEST + 1))] == [f"a.py: f has {LONGEST + 1} lines"]
+    assert not [*too_long("a.py", 'def f():\n    """' + "x\n" * 99 + '"""\n' + "    x = 1\n" * LONGEST)]
+
+
 @pytest.mark.parametrize(("pattern", "where", "reason"), FORBIDDEN, ids=[reason for *_, reason in FORBIDDEN])
 def test_forbidden_things_are_absent(pattern: str, where: str, reason: str) -> None:
     """What must not stand in the sources does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,3 +125,15 @@ def _run(
 
 def _largest(ratios: Tensor) -> float:
     return float("inf") if ratios.isnan().any() else float(ratios.max())
+
+
+def check(_: argparse.Namespace) -> int:
+    """Prints the worst error of each kernel and each ISA's activations as a share of what is allowed."""
+    print(f"{'checked':<24}{'what':<14}{'error':>9}  of what is allowed")
+    shares = []
+    for checked, what, worst in results():
+        print(f"{checked:<24}{what:<14}{worst:>9.1%}  {'ok' if worst <= 1 else 'FAILED'}")
+        shares.append(worst)
+    failures = sum(not worst <= 1 for worst in shares)
+    print(f"\n{len(shares) - failures} of {len(shares)} checks passed")
+    return 1 if failures else 0

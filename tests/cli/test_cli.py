@@ -11,8 +11,8 @@ from library import ROOT
 from torch import Tensor
 
 import fastlinear
-from fastlinear import __main__ as cli
 from fastlinear.cli import check
+from fastlinear.cli import commands as cli
 
 MODEL = """
 import torch
@@ -51,7 +51,7 @@ def test_module_and_script_are_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "fastlinear", "info"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fastlinear:")
     project = ROOT / "pyproject.toml"
-    assert 'fastlinear = "fastlinear.__main__:main"' in project.read_text()
+    assert 'fastlinear = "fastlinear.cli.commands:main"' in project.read_text()
 
 
 def test_info_is_a_block_for_an_issue(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

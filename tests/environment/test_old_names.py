@@ -1,10 +1,12 @@
 """What was written or pickled for the flat package of version 0.1 keeps working."""
 
 import importlib
+import importlib.metadata
 import pickle
 
 import pytest
 
+import fastlinear
 from fastlinear._moved import _MOVED, _RENAMED
 
 
@@ -37,3 +39,9 @@ def test_old_pickles_find_their_classes(module: str, name: str) -> None:
     found = pickle.loads(f"cfastlinear.{module}\n{name}\n.".encode())
     assert found.__name__ == _RENAMED.get((module, name), name)
     assert found.__module__ == f"fastlinear.{_MOVED[module]}"
+
+
+def test_the_front_door_shows_public_names_only() -> None:
+    """`dir(fastlinear)` is what is documented, and the version is the installed one."""
+    assert {*dir(fastlinear)} == {*fastlinear.__all__, "__version__"}
+    assert fastlinear.__version__ == importlib.metadata.version("fastlinear")

@@ -1,0 +1,56 @@
+"""The command line as a whole: `fastlinear info | bench | tune | inspect | check`, and what each of them takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from fastlinear.cli import bench, check, info, inspect, tune
+from fastlinear.cli.options import DTYPES, UsageError, add_quantize, add_threads, to_shapes
+from fastlinear.spec import activations
+
+SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0, 1 if `check` found an error, 2 if the command cannot be done."""
+    parser = argparse.ArgumentParser(prog="fastlinear", description="Fast linear layers for PyTorch on CPUs.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = commands.add_parser("info", help="what runs here: to be pasted into an issue")
+    command.set_defaults(run=info.info)
+
+    command = commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes")
+    command.add_argument("--shapes", type=to_shapes, default=SHAPES, help="MxKxN,...: rows x inputs x outputs")
+    add_threads(command)
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and inputs: %(choices)s")
+    add_quantize(command)
+    allowed = ("none", *activations.names())
+    command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
+    command.set_defaults(run=bench.bench)
+
+    command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
+    command.add_argument("model", metavar="module:function", help="function() returns (model, example_inputs)")
+    add_threads(command)
+    add_quantize(command)
+    command.set_defaults(run=tune.tune)
+
+    command = commands.add_parser("inspect", help="what a frozen file holds, and whether this CPU runs it as it is")
+    command.add_argument("file", help="a file that fastlinear.save wrote")
+    command.set_defaults(run=inspect.inspect)
+
+    command = commands.add_parser("check", help="test every kernel that runs here against fp64")
+    command.set_defaults(run=check.check)
+
+    options = parser.parse_args(arguments)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(getattr(options, "threads", None) or before)
+        return int(options.run(options))
+    except UsageError as error:
+        print(f"fastlinear: {error}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,44 @@
+"""What the options of several commands mean."""
+
+from __future__ import annotations
+
+import argparse
+
+import fastlinear._kernels as _kernels
+from fastlinear.plan import table
+from fastlinear.spec.schemes import Int8Dynamic, Int8WeightOnly
+
+SCHEMES = {scheme.packed: scheme for scheme in (Int8Dynamic(), Int8WeightOnly())}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why in one sentence."""
+
+
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quantize", choices=SCHEMES, help="pack the weights in 8 bits: %(choices)s")
+
+
+def add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--threads", type=positive, help="threads of torch's pool (default: torch's own choice)")
+
+
+def check_override() -> None:
+    try:
+        table.override()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def to_shapes(text: str) -> list[tuple[int, ...]]:
+    shapes = [tuple(map(positive, shape.split("x"))) for shape in text.split(",")]
+    if any(len(shape) != 3 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form MxKxN,MxKxN,...")
+    return shapes
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
