@@ -26,6 +26,7 @@ static_assert(kFunctions[kIdentity].name == std::string_view("identity"));
 static_assert(kFunctions[kRelu].name == std::string_view("relu"));
 
 // In the order in which they are shown, best first; nothing else depends on it.
+// clang-format off: a line each
 const Isa* const kIsas[] = {
     &amx_fp16::kIsa,
     &amx::kIsa,
@@ -37,6 +38,7 @@ const Isa* const kIsas[] = {
     &avx2::kIsa,
     &scalar::kIsa,
 };
+// clang-format on
 
 }  // namespace
 
