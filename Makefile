@@ -5,7 +5,9 @@ HEADERS := $(shell find include -name '*.hpp')
 TEST_HEADERS := $(wildcard tests/*/*.hpp)
 UNITS := $(wildcard csrc/*.cpp)
 PROGRAMS := $(wildcard tests/*/*.cpp benchmarks/*.cpp)
-COMPILERS := $(CXX) $(if $(shell command -v clang++ 2>/dev/null),clang++)
+# clang too, where there is one that knows all instruction sets: 16 or newer.
+CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
+COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
 .PHONY: demo test exhaustive sanitize bench lint clean
