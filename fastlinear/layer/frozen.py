@@ -28,7 +28,7 @@ import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear._engine import Engine
 from fastlinear.layer import operator
-from fastlinear.layer.lent import Lent
+from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
 from fastlinear.plan import table
 from fastlinear.plan.candidates import Plan
@@ -174,6 +174,12 @@ class Freezable(nn.Module):
         super().__setattr__(name, value)
         if name == "weight":
             _let_go(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, LentTensor) and is_frozen(self):  # torch's pruning gives the weight another name
+            thaw_layer(self)
+            param = self._parameters["weight"]
+        super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)

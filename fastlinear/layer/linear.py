@@ -284,7 +284,10 @@ def _conv1d_twin(stock: type[nn.Module]) -> type[FastModule]:
 
 
 def _forward_of_conv1d(self: Any, x: Tensor) -> Tensor:
-    return FastModule.forward(self, x)
+    return self._forward(x)  # type: ignore[no-any-return]
+
+
+_forward_of_conv1d.__annotations__ = {}  # TorchScript understands none that is a string
 
 
 def __getattr__(name: str) -> Any:

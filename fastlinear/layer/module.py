@@ -114,6 +114,9 @@ class FastModule(Freezable):
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self._panels is None:
                 y: Tensor = torch.ops.fastlinear.linear(input, self.weight, self.bias, *self._form)
@@ -274,8 +277,8 @@ class FastModule(Freezable):
         return activations.apply(self.computes(bare)[0], y)
 
     def _is_odd(self, x: Any) -> bool:
-        """Whether the dtypes are none that go together, of which nn.Linear knows what to say."""
-        if not isinstance(x, Tensor):
+        """Whether x is no rows, or the dtypes are none that go together, of which nn.Linear knows what to say."""
+        if not isinstance(x, Tensor) or x.dim() == 0:
             return True
         if self._takes(x):
             return False
@@ -285,8 +288,10 @@ class FastModule(Freezable):
         return not fit or (self.bias is not None and self.bias.dtype is not x.dtype)
 
     def _referred(self, x: Tensor, bare: bool) -> Tensor:
-        if x.is_nested and self._precision.rows is not None:
-            return self._each(x, bare)
+        if self._precision.rows is not None and (x.is_nested or x.layout is not torch.strided):
+            if x.is_nested:
+                return self._each(x, bare)
+            x = x.to_dense()  # torch multiplies sparse rows, but has no extremes of them
         frozen, precision = record_of(self), self.computes(bare)[1]
         reference = self._reference(precision, frozen, bare)
         weight, bias = self.weight if frozen is None else frozen.panels, self.bias
@@ -475,7 +480,8 @@ class FastModule(Freezable):
         self._reset()
 
     def extra_repr(self) -> str:
-        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        bias = getattr(self, "bias", None) is not None  # one that was deleted is for calls to miss
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"]
         if self.dtypes != "float32":
             parts.append(f"dtype={self.dtypes}")
         if self._precision.scheme:
@@ -493,7 +499,7 @@ class FastModule(Freezable):
 
 # TorchScript takes what has no annotation for a tensor, and understands none that is a string, those of bases included.
 FastModule.__annotations__ = {"training": bool}
-FastModule.forward.__annotations__ = {}
+FastModule.forward.__annotations__ = FastModule._forward.__annotations__ = {}
 FastModule.__jit_unused_properties__ = [name for name, _ in getmembers(FastModule, lambda m: isinstance(m, property))]
 
 

@@ -242,7 +242,8 @@ def _amax(rows: Tensor) -> Tensor:
 
 def _most(rows: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
     """torch.amax or torch.amin of each row; 0 for nothing, of which torch has none."""
-    whole = torch._C._is_tracing() or rows.shape[-1] > 0  # a trace warns of every look at a shape
+    # A trace warns of every look at a shape. Dynamo knows this function, not torch._C._is_tracing.
+    whole = torch.jit.is_tracing() or rows.shape[-1] > 0  # type: ignore[attr-defined,no-untyped-call]
     return function(rows, -1) if whole else rows.sum(-1)
 
 

@@ -105,6 +105,7 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _straight_through(value: Tensor, source: Tensor) -> Tensor:
     """`value` exactly, with the derivative of `source`; 0 where that is no number."""
     # torch.jit.trace traces a second time without gradients, and wants the same graph.
-    if not (torch.is_grad_enabled() or torch._C._is_tracing() or forward_ad._current_level >= 0):
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if not (torch.is_grad_enabled() or tracing or forward_ad._current_level >= 0):
         return value
     return value + torch.where(source.isfinite(), source - source.detach(), 0.0)
