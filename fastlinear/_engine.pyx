@@ -3,12 +3,13 @@
 """The hot path of one layer, from the module and its input to the output: guards, looks, plan, kernel; about 2 us."""
 
 import os
+from weakref import ref
 
 import torch
 from torch.autograd import forward_ad, profiler
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._device import DeviceContext
 
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
@@ -28,6 +29,7 @@ cdef extern from "fastlinear/weight/sample.hpp" namespace "fastlinear" nogil:
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
+    PyObject* PyWeakref_GetObject(object)
 
 # time.monotonic()
 cdef double monotonic() noexcept nogil:
@@ -87,7 +89,7 @@ cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind 
 cdef object function_modes = torch._C._len_torch_function_stack
 cdef object function_mode = torch._C._get_function_stack_at
 cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of looking it up
-cdef object expired = torch.UntypedStorage._expired
+cdef object set_grad_enabled = torch._C._set_grad_enabled
 
 # What os.environ keeps its bytes in, where a look costs 15 ns; os.environ itself costs a small product.
 cdef dict variables = getattr(os.environ, "_data", {})
@@ -127,13 +129,12 @@ cdef class Fingerprint:
     cdef View view
     cdef Sample sample
     cdef object version  # None for a tensor made in inference mode, whose changes torch does not count
-    cdef object storage, address  # a StorageWeakRef, and what torch knows that by
+    cdef object storage  # a weak reference: torch keeps the Python object of a storage as long as the storage itself
 
     def __init__(self, weight):
         self.view = need(weight, "weight")
         self.version = None if weight.is_inference() else weight._version
-        self.storage = StorageWeakRef(weight.untyped_storage())
-        self.address = self.storage.cdata
+        self.storage = ref(weight.untyped_storage())
         cdef ptrdiff_t element = element_bytes(self.view.format)
         cdef int64_t[2] shape, stride
         if self.view.ndim == 1:  # a bias is one row
@@ -144,8 +145,8 @@ cdef class Fingerprint:
 
     @property
     def memory(self):
-        """What storage and address are known by while this lives."""
-        return self.address, <size_t> self.view.data
+        """What storage and address are known by; others may be, once the storage is gone and this fits no more."""
+        return id(self.storage()), <size_t> self.view.data
 
     def fits(self, weight):
         """Whether `weight` is, and holds, what it did."""
@@ -161,7 +162,9 @@ cdef class Fingerprint:
         for i in range(w.ndim):
             if w.shape[i] != self.view.shape[i] or w.stride[i] != self.view.stride[i]:
                 return False
-        if self.version is not None and weight._version != self.version or expired(self.address):
+        if PyWeakref_GetObject(self.storage) == <PyObject*> None:
+            return False
+        if self.version is not None and weight._version != self.version:
             return False
         return self.sample.holds(w.data)
 
@@ -211,6 +214,7 @@ cdef class Engine:
     cdef list tickets               # of the marker
     cdef object weight        # the parameter that was packed, or waits to be; None for a frozen layer
     cdef Fingerprint fingerprint    # of it as it was then
+    cdef object attach        # (x, weight, bias, y, (self, packed)) -> y with gradients, by this pack; may be None
     cdef object bias          # the last one that was found fit
     cdef ptrdiff_t answered, waits  # calls by this pack, and those for which a weight has yet to stand still
     cdef tuple planned_for    # layout, n and k of the packs that `plans` are for
@@ -237,7 +241,7 @@ cdef class Engine:
 
     def drop(self):
         """Forgets the packed weight and the plans."""
-        self.packed = self.weight = self.fingerprint = self.bias = self.planned_for = None
+        self.packed = self.weight = self.fingerprint = self.attach = self.bias = self.planned_for = None
         self.plans = {}
         self.threads = self.answered = self.waits = 0
 
@@ -275,7 +279,7 @@ cdef class Engine:
         if same:  # in a new dict: another thread may be using the old one, with the old pack
             for key, planned in self.plans.items():
                 plans[key] = [plan if type(plan) is Plan else None for plan in planned]
-        self.packed = None  # not fresh until all the rest is set
+        self.packed = self.attach = None  # not fresh until all the rest is set
         # The first pack has credit: many a model is called once before its weights are loaded.
         self.threads, self.answered, self.waits = 0, TRIAL if self.planned_for is None else 0, 0
         self.plans, self.planned_for = plans, planned_for
@@ -296,6 +300,17 @@ cdef class Engine:
         if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, self.rows, x_format):
             raise ValueError(f"kernel {plan.kernel!r} does not take x of {dtype} and layout {self.packed.layout!r}")
         plans_of(self.plans, threads, x_format)[bucket_of(m).index] = plan
+
+    def kernel_for(self, Packed packed, ptrdiff_t m, ptrdiff_t threads, dtype):
+        """What runs for such an x; None where that is no kernel, or the pack is another by now."""
+        cdef int index = format_of_x(dtype)
+        plan = plans_of(self.plans, threads, <Format> index)[bucket_of(m).index]
+        return plan if type(plan) is Plan and packed is self.packed else None
+
+    def attach_by(self, attach):
+        """Has `attach` give the answers of the present pack their gradients, where some are wanted: called with x, the
+        parameters weight and bias, the answer, and this engine with the pack."""
+        self.attach = attach
 
     def fresh(self, module):
         """True while the packed weight is the module's."""
@@ -337,7 +352,23 @@ cdef class Engine:
         if is_autocast_enabled():
             return module._slow(x, AUTOCAST, self.bare)
         y = self.answer(state, x)
+        if y is GRADIENT and self.attach is not None:
+            y = self.differentiable(state, x)
         return module._slow(x, y, self.bare) if type(y) is str else y
+
+    # The output, which autograd can go back from, or why there is none.
+    cdef object differentiable(self, dict state, x):
+        cdef Packed packed = self.packed
+        attach = self.attach
+        set_grad_enabled(False)
+        try:
+            y = self.answer(state, x)
+        finally:
+            set_grad_enabled(True)
+        if type(y) is str or packed is not self.packed:  # which another thread may have changed meanwhile
+            return GRADIENT
+        params = <dict> state["_parameters"]
+        return attach(x, params.get("weight"), params.get("bias"), y, (self, packed))
 
     def attempt(self, module, x):
         """The output, or None where torch has to compute it; for callers that know that no mode watches."""

@@ -9,62 +9,129 @@ in fp32. z is not kept: where the derivative cannot be told from y, a product wi
 that a call whose gradients nobody asks for, in torch's default mode, costs little. What is kept is x, weight
 and y, as far as they are needed, and as torch keeps them: a change of them in place is torch's own error.
 Differentiated twice, all is made of torch's ops.
+
+dx is a product like any other: by W^ in panels of its own, [K, N], which the first backward through a pack makes and
+which go with the pack. It is spared where torch has W^ at hand in fp32, and where the weight wants gradients itself,
+and so will be another one soon.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import threading
+import time
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+from fastlinear._engine import Engine, bucket
+from fastlinear.plan import decide
+from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.int8 import Quantized, dequantize
+from fastlinear.spec.formats import FP32, name_of
+from fastlinear.spec.int8 import Quantized, dequantize, handed_on
 from fastlinear.spec.reference import Reference, width
 
 # Activations with the same slope at y = activation(z) as at z; leaky_relu if it keeps the sign.
 _TOLD_BY_OUTPUT = {"relu", "relu6", "hardtanh", "leaky_relu"}
-
-
-class Native(NamedTuple):
-    """What ran, so that the backward need not pack, plan or round again."""
-
-    packed: _kernels.Packed
-    plan: _kernels.Plan | None  # None where no kernel of the table ran
-    rows: _kernels.RowQuantizer | None
-
-    def sums(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x^ W^T + b, in fp32, or None where the plan is of no use."""
-        if self.plan is None:
-            return None
-        flat = x.reshape(-1, self.packed.k).contiguous()
-        z = torch.empty(len(flat), self.packed.n, dtype=torch.float32, device="cpu")
-        _kernels.run(self.packed, self.plan, _SUMS, flat, bias, z, self.rows)
-        return z.view(*x.shape[:-1], self.packed.n)
-
-    def weight(self) -> Tensor | None:
-        """W^ [N, K] of an int8 weight, which it costs more to quantise again than to unpack."""
-        scale = self.packed.scale
-        return None if scale is None else dequantize(Quantized(self.packed.unpack(), scale, self.packed.zero))
-
-
 _SUMS = _kernels.Epilogue()
 
 
-def attach(
-    run: Callable[[], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Reference,
-    native: Native | None = None,
-) -> Tensor:
-    """run(), which is reference.floats(x, weight, bias) by other means, with the gradients of that in reverse mode."""
-    y: Tensor = _Product.apply(x, weight, bias, run, reference, native)  # type: ignore[no-untyped-call]
-    return y
+class Transpose:
+    """W^ of a pack, [N, K], in panels of [K, N] and the narrowest floats that hold it exactly: integers below 2^8 are
+    bf16, and their scales multiply g. Its plans are kept like those of a layer."""
+
+    def __init__(self, packed: _kernels.Packed) -> None:
+        values, zero, self.scale = packed.unpack(), packed.zero, packed.scale
+        if self.scale is not None:
+            centred = values if zero is None else values.short() - zero.short()[:, None]
+            values = centred.to(torch.bfloat16)
+        self.packed = _kernels.Packed(values.t(), decide.layout(name_of(values.dtype)))
+        self._plans: dict[tuple[int, torch.dtype, int], _kernels.Plan] = {}
+
+    def product(self, g: Tensor, measure: bool) -> Tensor:
+        """g W^ [M, K] of a dense g [M, N], in the dtype of g, which is fp32 where there are scales."""
+        g = g if self.scale is None else g * self.scale
+        dx = torch.empty(len(g), self.packed.n, dtype=g.dtype, device="cpu")
+        if dx.numel() > 0:
+            _kernels.run(self.packed, self._plan(len(g), g.dtype, measure), _SUMS, g, None, dx)
+        return dx
+
+    def _plan(self, m: int, dtype: torch.dtype, measure: bool) -> _kernels.Plan:
+        m, threads, packed = bucket(m), _kernels.num_threads(), self.packed
+        plan = self._plans.get((threads, dtype, m))
+        if plan is None or 0 < plan.due < time.monotonic():
+            formats = name_of(dtype), packed.format, FROZEN, FP32
+            problem = Problem(m, packed.n, packed.k, *formats, False, None, False, threads, layout=packed.layout)
+            operands = decide.Operands(None, None, packed)
+            plan = decide.executable(decide.decide(problem, operands, measure=measure), problem, operands)
+            self._plans[threads, dtype, m] = plan
+        return plan
+
+
+_transposes: WeakKeyDictionary[_kernels.Packed, Transpose] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def transpose_of(packed: _kernels.Packed) -> Transpose:
+    """That of a pack, made when it is first asked for."""
+    with _lock:
+        made = _transposes.get(packed)
+        if made is None:
+            made = _transposes[packed] = Transpose(packed)
+        return made
+
+
+def nbytes(packed: _kernels.Packed) -> int:
+    """What a pack has in memory for its backward."""
+    made = _transposes.get(packed)
+    return 0 if made is None else made.packed.nbytes
+
+
+def let_go(packed: _kernels.Packed) -> None:
+    """Gives that back, until the next backward."""
+    with _lock:
+        _transposes.pop(packed, None)
+
+
+Native: TypeAlias = tuple[Engine, _kernels.Packed]  # what answered
+
+
+class Attachment:
+    """Gives the answers of a layer their gradients. weight: what stands for it where the layer has no Parameter;
+    measure: whether products of the backward are tuned. An engine may hold it, and so it holds no engine."""
+
+    def __init__(self, reference: Reference, weight: Tensor | None = None, measure: bool = False) -> None:
+        self.reference, self.measure = reference, measure
+        self._weight, self._out = weight, reference.precision.out
+        activation = reference.activation
+        self.told = self._out is None and _is_told_by_output(activation)
+        self.again = activation is not None and not self.told  # z is needed, and so all that it is made of
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, native: Native | None = None
+    ) -> Tensor:
+        """y, which is reference.floats(x, weight, bias) by other means, with the gradients of that in reverse mode.
+        native: what it was computed by, so that the backward need not pack, plan or round again."""
+        weight = self._weight if weight is None else weight
+        y = y if self._out is None else handed_on(y, self._out)
+        attached: Tensor = _apply(x, weight, bias, self, native, (y,))
+        return attached
+
+
+def _sums(native: Native, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x^ W^T + b, in fp32, or None where no kernel computes it."""
+    engine, packed = native
+    m = x.shape[:-1].numel()
+    plan = engine.kernel_for(packed, m, _kernels.num_threads(), x.dtype)
+    if plan is None:
+        return None
+    z = torch.empty(m, packed.n, dtype=torch.float32, device="cpu")
+    _kernels.run(packed, plan, _SUMS, x.reshape(-1, packed.k).contiguous(), bias, z, engine.rows)
+    return z.view(*x.shape[:-1], packed.n)
 
 
 class _Product(torch.autograd.Function):
@@ -74,51 +141,63 @@ class _Product(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        run: Callable[[], Tensor],
-        reference: Reference,
+        by: Attachment,
         native: Native | None,
+        answer: tuple[Tensor],
     ) -> Tensor:
-        y = run()
-        told = reference.precision.out is None and _is_told_by_output(reference.activation)
-        again = reference.activation is not None and not told  # z is needed, and so all that it is made of
-        of_x, of_weight, *_ = ctx.needs_input_grad
-        ctx.reference, ctx.native = reference, native
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.answered = by, native
+        y, again, needs = answer[0], by.again, ctx.needs_input_grad
         ctx.save_for_backward(
-            x if of_weight else _kept(x) if again else None,
-            weight if of_x else _kept(weight) if again else None,
+            x if needs[1] else _kept(x) if again else None,
+            weight if needs[0] else _kept(weight) if again else None,
             _kept(bias) if again and bias is not None else None,
-            y if told else None,
+            y if by.told else None,
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
-        reference: Reference = ctx.reference
+        by, native = ctx.answered
+        reference: Reference = by.reference
         # Differentiated once more, traced or batched, all of it has to be of torch's ops.
-        native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed() else ctx.native
-        g = g.to(width(g))
+        native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed() else native
+        wide = g.to(width(g))
         if y is not None:
-            g = _through(reference.activation, y, g)
+            wide = _through(reference.activation, y, wide)
         elif reference.activation is not None:
-            z = None if native is None else native.sums(x, bias)
-            g = _through(reference.activation, reference.sums(x, weight, bias) if z is None else z, g)
-        flat, smooth = g.reshape(-1, g.shape[-1]), reference.precision.smooth
+            z = None if native is None else _sums(native, x, bias)
+            wide = _through(reference.activation, reference.sums(x, weight, bias) if z is None else z, wide)
+        flat, smooth = wide.reshape(-1, wide.shape[-1]), reference.precision.smooth
         dx = dw = db = None
-        to_x, to_weight, to_bias = ctx.dtypes
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if of_x:
-            w = None if native is None else native.weight()
-            dx = g @ (reference.weight(weight) if w is None else w).to(g.dtype)
-            dx = (dx if smooth is None else dx * smooth).to(to_x)
+            dx = _back(by, native and native[1], weight, flat, of_weight).view(*wide.shape[:-1], -1)
+            dx = dx if smooth is None else dx * smooth
         if of_weight:
             dw = flat.t() @ reference.rows(x).reshape(-1, x.shape[-1])
-            dw = (dw if smooth is None else dw / smooth).to(to_weight)
+            dw = dw if smooth is None else dw / smooth
             dw = dw.t() if reference.transposed else dw
         if of_bias:
-            db = flat.sum(0).to(to_bias)
-        return dx, dw, db, None, None, None
+            db = flat.sum(0)
+        return dx, dw, db, None, None, None  # autograd makes them of the dtypes of x, weight and bias
+
+
+# Function.apply without its looks for functorch, which whoever comes here has had.
+_apply = super(torch.autograd.Function, _Product).apply  # type: ignore[misc]
+
+
+def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Tensor, of_weight: bool) -> Tensor:
+    """g W^ [M, K]."""
+    reference = by.reference
+    if packed is None:
+        return g @ reference.weight(weight).to(g.dtype)
+    if reference.panels[0] or not (of_weight or (packed.format == FP32 and weight.dtype is torch.float32)):
+        return transpose_of(packed).product(g.contiguous(), by.measure)
+    # An int8 weight costs more to quantise again than to unpack.
+    scale = packed.scale
+    w = reference.weight(weight) if scale is None else dequantize(Quantized(packed.unpack(), scale, packed.zero))
+    return g @ w.to(g.dtype)
 
 
 def _is_told_by_output(activation: Activation | None) -> bool:

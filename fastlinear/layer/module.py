@@ -33,7 +33,6 @@ from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import dtype_of_rows, long_name, name_of
-from fastlinear.spec.int8 import handed_on
 from fastlinear.spec.precision import AS_HELD, Precision, epilogue
 from fastlinear.spec.reference import Reference
 
@@ -184,20 +183,19 @@ class FastModule(Freezable):
         if self.training or not self._differentiated(x):
             return self._native(x, packed_as, bare)
         frozen = record_of(self)
-        weight = self._parameters.get("weight") if frozen is None else frozen.panels
         with torch.no_grad():
             y = self._native(x, packed_as, bare)
-        if y is None or weight is None:
-            return None
         engine = self._engine_for(packed_as, bare)
-        plan = self._plans.get((engine, _kernels.num_threads(), name_of(x.dtype), _engine.bucket(x.shape[:-1].numel())))
-        kernel = plan is not None and plan.name not in rivals.NAMES and not plan.refused
-        packed, runs = engine.packed, decide.native(plan) if plan and kernel else None
-        native = None if packed is None else gradient.Native(packed, runs, engine.rows)  # None: thawed meanwhile
-        reference = self._reference(self._precision_in(engine, packed_as), frozen, bare)
-        out = reference.precision.out
-        y = y if out is None else handed_on(y, out)
-        return gradient.attach(lambda: y, x, weight, self.bias, reference, native)
+        packed, weight = engine.packed, self._parameters.get("weight")
+        if y is None or packed is None or (weight is None and frozen is None):  # None: thawed meanwhile
+            return None
+        attach = gradient.Attachment(
+            self._reference(self._precision_in(engine, packed_as), frozen, bare),
+            None if frozen is None else frozen.panels,
+            self._tune == "lazy",
+        )
+        engine.attach_by(attach)
+        return attach(x, weight, self.bias, y, (engine, packed))
 
     def _reference(self, precision: Precision, frozen: Frozen | None, bare: bool) -> Reference:
         panels = ("", 0, 0) if frozen is None else frozen.form
@@ -467,10 +465,11 @@ class FastModule(Freezable):
 
     @property
     def pack_nbytes(self) -> int:
-        """Bytes of the packed weight, in all formats and for torch's own ways, too; 0 before the first call."""
+        """Bytes of the packed weight, in all formats, for backward and torch's own ways; 0 before the first call."""
         packs = {id(engine.packed): engine.packed for engine in self._engines()}
         of_torch = (rivals.memory(packed)[1] for packed in list(self._torch_packs.values()))
-        return sum(packed.nbytes for packed in packs.values() if packed is not None) + sum(of_torch)
+        own = (packed.nbytes + gradient.nbytes(packed) for packed in packs.values() if packed is not None)
+        return sum(own) + sum(of_torch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in _UNSAVED}

@@ -320,7 +320,9 @@ def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest
         return below()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _formula(x, weight, bias, *rest)
-    return gradient.attach(below, x, weight, bias, Form(*rest).reference())
+    with torch.no_grad():
+        y = below()
+    return gradient.Attachment(Form(*rest).reference())(x, weight, bias, y)
 
 
 def _vmap(
