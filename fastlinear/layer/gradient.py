@@ -11,14 +11,14 @@ and y, as far as they are needed, and as torch keeps them: a change of them in p
 Differentiated twice, all is made of torch's ops.
 
 dx is a product like any other: by W^ in panels of its own, [K, N], which the first backward through a pack makes and
-which go with the pack. It is spared where torch has W^ at hand in fp32, and where the weight wants gradients itself,
-and so will be another one soon.
+which go with the pack; but not where the weight wants gradients itself, and so will be another one soon.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -50,7 +50,7 @@ class Transpose:
             centred = values if zero is None else values.short() - zero.short()[:, None]
             values = centred.to(torch.bfloat16)
         self.packed = _kernels.Packed(values.t(), decide.layout(name_of(values.dtype)))
-        self._plans: dict[tuple[int, torch.dtype, int], _kernels.Plan] = {}
+        self._plans: dict[tuple[int, torch.dtype, int], Any] = {}
 
     def product(self, g: Tensor, measure: bool) -> Tensor:
         """g W^ [M, K] of a dense g [M, N], in the dtype of g, which is fp32 where there are scales."""
@@ -60,7 +60,7 @@ class Transpose:
             _kernels.run(self.packed, self._plan(len(g), g.dtype, measure), _SUMS, g, None, dx)
         return dx
 
-    def _plan(self, m: int, dtype: torch.dtype, measure: bool) -> _kernels.Plan:
+    def _plan(self, m: int, dtype: torch.dtype, measure: bool) -> Any:
         m, threads, packed = bucket(m), _kernels.num_threads(), self.packed
         plan = self._plans.get((threads, dtype, m))
         if plan is None or 0 < plan.due < time.monotonic():
@@ -118,8 +118,7 @@ class Attachment:
         native: what it was computed by, so that the backward need not pack, plan or round again."""
         weight = self._weight if weight is None else weight
         y = y if self._out is None else handed_on(y, self._out)
-        attached: Tensor = _apply(x, weight, bias, self, native, (y,))
-        return attached
+        return _apply(x, weight, bias, self, native, (y,))
 
 
 def _sums(native: Native, x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -161,7 +160,7 @@ class _Product(torch.autograd.Function):
         by, native = ctx.answered
         reference: Reference = by.reference
         # Differentiated once more, traced or batched, all of it has to be of torch's ops.
-        native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed() else native
+        native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed(g) else native
         wide = g.to(width(g))
         if y is not None:
             wide = _through(reference.activation, y, wide)
@@ -184,7 +183,7 @@ class _Product(torch.autograd.Function):
 
 
 # Function.apply without its looks for functorch, which whoever comes here has had.
-_apply = super(torch.autograd.Function, _Product).apply  # type: ignore[misc]
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Product).apply
 
 
 def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Tensor, of_weight: bool) -> Tensor:
@@ -192,7 +191,7 @@ def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Ten
     reference = by.reference
     if packed is None:
         return g @ reference.weight(weight).to(g.dtype)
-    if reference.panels[0] or not (of_weight or (packed.format == FP32 and weight.dtype is torch.float32)):
+    if not of_weight:
         return transpose_of(packed).product(g.contiguous(), by.measure)
     # An int8 weight costs more to quantise again than to unpack.
     scale = packed.scale
@@ -209,8 +208,10 @@ def _kept(t: Tensor) -> Tensor:
     return t.clone() if t.is_inference() else t
 
 
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _is_transformed(g: Tensor) -> bool:
+    """Whether some transform of torch.func is on, or g is a batch of gradients (is_grads_batched)."""
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(g)
 
 
 def _through(activation: Activation | None, z: Tensor, g: Tensor) -> Tensor:
