@@ -171,7 +171,8 @@ class _Product(torch.autograd.Function):
         dx = dw = db = None
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if of_x:
-            dx = _back(by, native and native[1], weight, flat, of_weight).view(*wide.shape[:-1], -1)
+            dx = _back(by, native and native[1], weight, flat, of_weight)
+            dx = dx.view(*wide.shape[:-1], dx.shape[-1])
             dx = dx if smooth is None else dx * smooth
         if of_weight:
             dw = flat.t() @ reference.rows(x).reshape(-1, x.shape[-1])
