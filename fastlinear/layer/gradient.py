@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fastlinear._kernels as _kernels
 from fastlinear._engine import Engine, bucket
-from fastlinear.plan import decide
+from fastlinear.plan import decide, table
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
@@ -49,7 +49,7 @@ class Transpose:
         if self.scale is not None:
             centred = values if zero is None else values.short() - zero.short()[:, None]
             values = centred.to(torch.bfloat16)
-        self.packed = _kernels.Packed(values.t(), decide.layout(name_of(values.dtype)))
+        self.packed = _kernels.Packed(values.t(), table.layout(name_of(values.dtype)))
         self._plans: dict[tuple[int, torch.dtype, int], Any] = {}
 
     def product(self, g: Tensor, measure: bool) -> Tensor:
