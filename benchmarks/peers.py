@@ -169,8 +169,8 @@ class Fast:
     """The FastLinear of each layer, for x of its dtype; packed once, tuned once for each M, all on the same plan."""
 
     def __init__(self, layers: Sequence[nn.Linear], form: str) -> None:
-        stock = (nn.Sequential(layer, nn.ReLU()).eval() for layer in layers)
-        self.modules: list[Any] = [fastlinear.convert(model, **options(form))[0] for model in stock]
+        make = fastlinear.FastLinear.from_linear
+        self.modules: list[Any] = [make(layer.eval(), activation="relu", **options(form)) for layer in layers]
 
     def tune(self, x: Tensor) -> tuple[Candidate, Plan, float]:
         """Lets the first layer choose its plan for x, in the layers' dtype, and gives it to the others; the modules to

@@ -485,4 +485,4 @@ def test_the_table_is_whole() -> None:
     assert {k["id"] for k in native.FLOATING} | {k["id"] for k in native.INTEGER} == {k["id"] for k in native.ALL}
     for kernel in native.ALL:
         assert (kernel["format"] == "int8") == (kernel["accumulate"] == "int32") == (kernel in native.INTEGER)
-    assert {k["isa"] for k in native.INTEGER} == {"scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni"}
+    assert {k["isa"] for k in native.INTEGER} == {"scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx"}
