@@ -116,7 +116,7 @@ BROKEN = [
         "ends = true",
         TILED,
     ),
-    Mutant("garbage follows the last k", PROLOGUE, "((filled - made) * element)", "0 * filled", TILED),
+    Mutant("garbage follows the last k", PROLOGUE, "((filled - made) * element)", "(0 * filled)", TILED),
     Mutant("the last k is dropped", SCALAR, "k < t.k;", "k + 1 < t.k;"),
     Mutant("the last k is dropped, AVX2", TILE, "k + kr <= t.k;", "k + kr < t.k;", "fp32/avx2/6x16"),
     Mutant(
@@ -212,7 +212,7 @@ BROKEN = [
         "widened panels lie as far apart as packed ones",
         WORKER,
         "a.panel_stride = bytes",
-        "a.panel_stride = panel_bytes",
+        "a.panel_stride = job.panel_bytes",
         "fp32/avx512/6x64 on bf16/32x2",
     ),
     Mutant("only the first panel is widened", WORKER, "i < a.panels", "i < 1", "fp32/avx512/6x64 on fp16/32x1"),
@@ -291,7 +291,7 @@ HARMLESS = [
         "a.prefetch_stride = prefetches ? ",
         "a.prefetch_stride = prefetches ? 17 * ",
     ),
-    Mutant("what follows the last k is not cleared", PROLOGUE, "((filled - made) * element)", "0 * filled", WORDS),
+    Mutant("what follows the last k is not cleared", PROLOGUE, "((filled - made) * element)", "(0 * filled)", WORDS),
     Mutant("a unit a thread", GRID, "units_per_thread = 4", "units_per_thread = 1"),
     Mutant("small blocks", PLAN, "return {l2 / 2,", "return {l2 / 256,"),
 ]
