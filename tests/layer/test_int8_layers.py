@@ -2,6 +2,7 @@
 there."""
 
 import copy
+import functools
 import itertools
 import pickle
 import sys
@@ -306,7 +307,8 @@ def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) 
 @every_scheme
 @pytest.mark.parametrize("freeze", [False, True])
 def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
-    """Schema, fake tensors and dispatch pass torch's own opcheck."""
+    """Schema, fake tensors, dispatch and gradients pass torch's own opcheck; with a weight that is no layer's, torch
+    computes the layer's own numbers and gradients, within the rounding of fp32 sums."""
     from fastlinear.layer import operator
 
     layer, x = layer_of(scheme), torch.randn(5, K)
@@ -318,8 +320,14 @@ def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
     op = torch.ops.fastlinear.linear.default
     torch.library.opcheck(op, (x, weight, layer.bias, *rest))
     assert torch.equal(op(x, weight, layer.bias, *rest), layer(x))
-    foreign = op(x, weight.clone(), layer.bias, *rest)  # nobody's: torch computes it
-    torch.testing.assert_close(foreign, F.linear(x, layer.weight, layer.bias).relu())
+    foreign = weight.clone()  # nobody's: torch computes it
+    agree = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+    agree(op(x, foreign, layer.bias, *rest), layer(x))
+    leaf, g = x.clone().requires_grad_(), torch.randn(5, N)
+    torch.library.opcheck(op, (leaf, weight, layer.bias, *rest))
+    (want,) = torch.autograd.grad(layer(leaf), leaf, g)
+    for each in (weight, foreign):
+        agree(torch.autograd.grad(op(leaf, each, layer.bias, *rest), leaf, g)[0], want)
     if scheme in STATIC:
         u = int8.quantize_rows(x, layer._precision.rows)[0]
         torch.library.opcheck(op, (u, weight, layer.bias, *rest))
@@ -705,14 +713,15 @@ def test_tuning_measures_kernels_of_the_pack(scheme: str) -> None:
 def test_no_two_schemes_share_a_plan() -> None:
     """What quantises rows otherwise, smooths or requantises is another problem, as is what may fall back."""
     layers = [layer_of(scheme) for scheme in SCHEMES]
-    chain = chained(mlp(K, N, 8).eval(), torch.randn(5, K))[0]
+    chain = chained(mlp(K, N, 8).eval(), torch.randn(5, K))
     falling = FastLinear.from_linear(nn.Linear(K, N), "relu", quantize=Int8Dynamic(fallback=True)).eval()
-    keys = []
     with torch.no_grad():
-        for layer in (*layers, chain, falling):
+        for layer in (*layers, falling):
             layer._tune = "off"
             layer(torch.randn(5, K))
-            keys.append(layer.problem(layer._engine, layer._engine.packed, 5, "fp32", 1).key())
+        chain(torch.randn(5, K))  # whole: called alone, its first layer hands no integers on
+    planned = (*layers, chain[0], falling)
+    keys = [each.problem(each._engine, each._engine.packed, 5, "fp32", 1).key() for each in planned]
     assert len(set(keys)) == len(keys) - 1  # static u8 and s8 are one kind of work
 
 
