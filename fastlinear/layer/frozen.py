@@ -176,7 +176,8 @@ class Freezable(nn.Module):
             _let_go(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if isinstance(param, LentTensor) and is_frozen(self):  # torch's pruning gives the weight another name
+        # torch's pruning gives the weight itself another name; weight_norm makes a Parameter of what is lent, its own.
+        if isinstance(param, LentTensor) and not isinstance(param, nn.Parameter) and is_frozen(self):
             thaw_layer(self)
             param = self._parameters["weight"]
         super().register_parameter(name, param)
