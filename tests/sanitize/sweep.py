@@ -9,8 +9,8 @@ import torch
 import fastlinear._kernels as _kernels
 from fastlinear.cli import check
 from fastlinear.spec import activations
+from fastlinear.spec.formats import INTEGER_ROWS
 from fastlinear.spec.int8 import Rows
-from fastlinear.spec.precision import INTEGER_ROWS
 
 
 def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
