@@ -1,5 +1,6 @@
 """Every test starts from the same state: a private tuning cache, no overrides from outside, a seed, one thread."""
 
+import math
 import os
 import random
 import sys
@@ -36,13 +37,15 @@ class Idle:
 
 
 @pytest.fixture(autouse=True)
-def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seeds torch and runs the test on one thread of torch's pool; a test that wants more says so itself. Tuning has
     all its seconds, and, unless a test brings its own `waits`, holds the machine for idle: other tests keep it busy."""
-    from fastlinear.plan import decide, measuring
+    from fastlinear.plan import decide, measuring, race
 
     measuring.process.reset()
     monkeypatch.setattr(decide, "Waits", Idle)
+    if request.path.parent.name != "plan":  # where the race's own tests are
+        monkeypatch.setattr(race, "UNBELIEVED", math.inf)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
