@@ -16,7 +16,6 @@ which go with the pack; but not where the weight wants gradients itself, and so 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import fastlinear._kernels as _kernels
 from fastlinear._engine import Engine, bucket
+from fastlinear.layer.lock import lock
 from fastlinear.plan import decide, table
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations
@@ -73,12 +73,11 @@ class Transpose:
 
 
 _transposes: WeakKeyDictionary[_kernels.Packed, Transpose] = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def transpose_of(packed: _kernels.Packed) -> Transpose:
     """That of a pack, made when it is first asked for."""
-    with _lock:
+    with lock:
         made = _transposes.get(packed)
         if made is None:
             made = _transposes[packed] = Transpose(packed)
@@ -89,12 +88,6 @@ def nbytes(packed: _kernels.Packed) -> int:
     """What a pack has in memory for its backward."""
     made = _transposes.get(packed)
     return 0 if made is None else made.packed.nbytes
-
-
-def let_go(packed: _kernels.Packed) -> None:
-    """Gives that back, until the next backward."""
-    with _lock:
-        _transposes.pop(packed, None)
 
 
 Native: TypeAlias = tuple[Engine, _kernels.Packed]  # what answered

@@ -372,3 +372,36 @@ def test_verbose(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
     milliseconds = [float(row.split(" ms ")[0].split()[-1]) for row in rows]
     assert milliseconds == sorted(milliseconds) and len(rows) == len(layer.plans[0].table) >= 2
     assert layer.plans[0].name in verdict
+
+
+FORK_IN_BACKWARD = """
+import os, signal, threading, torch, fastlinear
+from fastlinear.layer import gradient
+
+torch.set_num_threads(1)
+layer = fastlinear.FastLinear(8, 4).eval().requires_grad_(False)
+x = torch.ones(2, 8, requires_grad=True)
+layer(x)
+held = threading.Event()
+
+def hold():
+    with gradient.lock:
+        held.set()
+        threading.Event().wait()
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    layer(x).sum().backward()
+    os._exit(0)
+print(os.waitpid(child, 0)[1], flush=True)
+os._exit(0)
+"""
+
+
+def test_a_fork_while_another_thread_packs_for_its_backward() -> None:
+    """The child goes back through its own pack: the lock of packing is its own, too."""
+    out, _ = child(FORK_IN_BACKWARD)
+    assert out == "0\n"
