@@ -18,13 +18,13 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
     sys.exit(f"fastlinear builds on Linux x86_64; this is {sys.platform} {platform.machine()}")
 
 # Flags given here come after the environment's, so an -O of the user's CFLAGS has to keep ours away.
-optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O2"]
+optimize = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O2"]
 
 common = {
     "depends": glob("include/**/*.hpp", recursive=True),
     "include_dirs": ["include"],
     "language": "c++",
-    "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimise],
+    "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimize],
 }
 extensions = [
     Extension("fastlinear._cpu", ["fastlinear/_cpu.pyx"], **common),

@@ -95,7 +95,7 @@ def slug(cpu: str) -> str:
 
 
 def isas(form: str) -> tuple[str, str | None]:
-    """The ISA whose multiply-adds are the roofline: the best for quantised weights, else that of the fp32 FMA; and the
+    """The ISA whose multiply-adds are the roofline: the best for quantized weights, else that of the fp32 FMA; and the
     one that multiplies this format itself and sums up in fp32, if it runs here."""
     rows = [row for row in fastlinear.kernels() if row["runnable"]]  # best first
     ours = (row["isa"] for row in rows if row["format"] == (form if form in peers.SCHEMES else FP32))
@@ -159,7 +159,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tiny_calls": once.tiny_calls(shapes.SMALL, options.dtype, form),
         "tuning": once.tuning(records),
         "once": once.once(1 if options.quick else 5, dtype, form),
-        "summary": summary.summarise(records, isa, form),
+        "summary": summary.summarize(records, isa, form),
     }
     print(summary.text(document["summary"]), summary.extras(document), sep="\n")
     return document

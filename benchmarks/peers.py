@@ -90,7 +90,7 @@ def inductor(layers: Sequence[nn.Linear], m: int) -> list[Call]:
     return [torch.compile(nn.Sequential(layers[0], nn.ReLU()).eval(), mode="max-autotune", dynamic=False)]
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values [N, K], symmetric in each row, and the rows' scales fp32 [N]; FastLinear's own."""
     own = quantize_weight(weight)
     return own.values, own.scale
@@ -102,7 +102,7 @@ def quantize_dynamic(layers: Sequence[nn.Linear], m: int, engine: str) -> list[C
     run = torch.ops.quantized.linear_relu_dynamic.default
 
     def call(layer: nn.Linear) -> Call:
-        _, scale = quantised(layer.weight)
+        _, scale = quantized(layer.weight)
         zeros = torch.zeros(len(scale), dtype=torch.int64)
         weight = torch.quantize_per_channel(layer.weight.detach(), scale, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(weight, layer.bias.detach())
@@ -118,7 +118,7 @@ def int8pack(layers: Sequence[nn.Linear], m: int) -> list[Call]:
     run = torch.ops.aten._weight_int8pack_mm.default
 
     def call(layer: nn.Linear) -> Call:
-        (weight, scale), bias = quantised(layer.weight), layer.bias
+        (weight, scale), bias = quantized(layer.weight), layer.bias
         scale = scale.to(bias.dtype)
         return lambda x: torch.relu_(run(x, weight, scale).add_(bias))
 
@@ -130,7 +130,7 @@ PEERS: Makers = {
     **({"mkl": mkl} if torch.backends.mkl.is_available() else {}),
     **({"onednn": onednn} if torch.backends.mkldnn.is_available() else {}),
 }
-QUANTISED: dict[str, Makers] = {  # by format; others have PEERS
+QUANTIZED: dict[str, Makers] = {  # by format; others have PEERS
     "int8": {
         "nn.Linear": eager,
         **{
@@ -149,7 +149,7 @@ def willing(form: str, dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
     of those that refuse, and who computes something else (oneDNN's sums of int8 saturate on AVX2)."""
     makers, refused = {}, {}
     layer, x = nn.Linear(512, 64, dtype=dtype), torch.randn(16, 512).to(dtype)
-    for name, make in QUANTISED.get(form, PEERS).items():
+    for name, make in QUANTIZED.get(form, PEERS).items():
         try:
             with torch.inference_mode():
                 check({name: Candidate(make([layer], len(x)), x)}, form, layer, x)
@@ -191,7 +191,7 @@ class Fast:
 def check(candidates: Mapping[str, Contestant], form: str, layer: nn.Linear, x: Tensor) -> None:
     """All candidates compute relu(layer(x)), as it is in fp32; AssertionError naming the one that does not.
 
-    In a float format every element has to be right within rounding. Quantising moves each by a share of the largest:
+    In a float format every element has to be right within rounding. Quantizing moves each by a share of the largest:
     there the norm of the error is what may be at most 3 % of that of y."""
     want = torch.relu(F.linear(x.float(), layer.weight.float(), layer.bias.float()))
     tolerance = 1e-3 + 4 * torch.finfo(x.dtype).eps

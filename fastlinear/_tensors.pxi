@@ -66,7 +66,7 @@ cdef bint look_at(object tensor, View* v):
     try:
         if exchange_api.peek(<void*> tensor, &t) != 0:
             raise
-    except Exception:  # sparse, quantised, functorch-wrapped, meta ...: whatever DLPack refuses
+    except Exception:  # sparse, quantized, functorch-wrapped, meta ...: whatever DLPack refuses
         return False
     cdef int format = format_of(t.dtype)
     if t.device.device_type != 1 or format < 0 or t.ndim > MAX_DIMS:

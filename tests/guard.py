@@ -1,4 +1,4 @@
-"""Operands whose neighbours are forbidden: a kernel that touches a byte outside them dies, or is found out.
+"""Operands whose neighbors are forbidden: a kernel that touches a byte outside them dies, or is found out.
 
 Memory is mapped with a PROT_NONE page on both sides. An operand lies flush against the page at its end or at its
 beginning, so that one element too far is a SIGSEGV there and then, whatever the compiler or assembler did.

@@ -77,7 +77,7 @@ def test_shapes_that_are_none(text: str) -> None:
 def test_geometric_means_and_the_worst_shape() -> None:
     """Against each rival, and against the best of them cell by cell."""
     records = [record(1), record(2, **{"nn.Linear": 80.0, "mkl": 9.0})]
-    (entry,) = summary.summarise(records, "avx512")
+    (entry,) = summary.summarize(records, "avx512")
     assert entry["over"]["nn.Linear"]["geomean"] == pytest.approx(math.sqrt(2 * 8))
     best = entry["over"]["the best"]
     assert best["geomean"] == pytest.approx(math.sqrt(1.5 * 0.9))
@@ -89,7 +89,7 @@ def test_geometric_means_and_the_worst_shape() -> None:
 @pytest.mark.parametrize("beside", ["inductor", "fp32"])
 def test_some_are_shown_but_are_no_rivals_of_the_targets(beside: str) -> None:
     """The best of nn.Linear, MKL and oneDNN stays what it is, whatever Inductor or the fp32 FastLinear do."""
-    (entry,) = summary.summarise([record(**{beside: 5.0})], "avx512")
+    (entry,) = summary.summarize([record(**{beside: 5.0})], "avx512")
     assert entry["over"][beside]["geomean"] == 0.5 and entry["over"]["the best"]["worst"] == 1.5
 
 
@@ -102,7 +102,7 @@ def test_the_goals_of_16_bit(dtype: str, over_linear: float) -> None:
         record(1, state="cold", fp32=20.0),
         record(16, state="cold", fp32=8.0, inductor=40.0),
     ]
-    (entry,) = summary.summarise(records, "avx512", dtype)
+    (entry,) = summary.summarize(records, "avx512", dtype)
     assert goal(entry, "nn.Linear") == {
         "over": "nn.Linear",
         "wanted": over_linear,
@@ -124,7 +124,7 @@ def test_goals_without_a_rival_say_so() -> None:
     """Where an operator refused the dtype or a weight lies within L2, no figure is made up."""
     cell = record(1, fp32=5.0)
     del cell["us"]["onednn"]
-    (entry,) = summary.summarise([cell], "avx512", "fp16")
+    (entry,) = summary.summarize([cell], "avx512", "fp16")
     missing = [g["over"] for g in entry["goals"] if g["figure"] is None and not g["misses"]]
     assert missing == ["onednn on every shape", "fp32 on every shape beyond L2, M = 1", "inductor, M >= 16"]
     assert summary.text([entry]).count("not measured") == 3
@@ -167,7 +167,7 @@ def test_the_peers_of_int8_compute_the_layer(form: str, dtype: torch.dtype) -> N
     (layer,) = peers.copies(torch.nn.Linear(256, 64, dtype=dtype), 1)
     x = torch.randn(48, 256).to(dtype)
     makers, refused = peers.willing(form, dtype)
-    assert makers.keys() | refused.keys() == peers.QUANTISED[form].keys()
+    assert makers.keys() | refused.keys() == peers.QUANTIZED[form].keys()
     saturating = set() if "avx512_vnni" in fastlinear.cpu_info()["isas"] else {"torch_onednn"}
     assert makers.keys() >= {"nn.Linear"} | (torch_engines() - saturating if form == "int8" else {"int8pack"})
     with torch.inference_mode():
@@ -181,15 +181,15 @@ def test_the_peers_of_int8_compute_the_layer(form: str, dtype: torch.dtype) -> N
 def test_a_peer_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, with the reason; nobody is compared with a wrong answer."""
     some = {"eager": peers.eager, "broken": lambda layers, m: [torch.zeros_like]}
-    monkeypatch.setitem(peers.QUANTISED, "int8", some)
+    monkeypatch.setitem(peers.QUANTIZED, "int8", some)
     makers, refused = peers.willing("int8", torch.float32)
     assert makers.keys() == {"eager"} and "broken does not compute" in refused["broken"]
 
 
-def test_weights_are_quantised_as_fastlinear_does() -> None:
+def test_weights_are_quantized_as_fastlinear_does() -> None:
     """The int8 values and scales that rivals are given are those of the specification."""
     weight = torch.randn(7, 33)
-    values, scale = peers.quantised(weight)
+    values, scale = peers.quantized(weight)
     assert values.dtype is torch.int8 and values.abs().amax(1).eq(127).all()
     assert (values * scale[:, None] - weight).abs().max() <= scale.max() / 2 * (1 + 1e-5)
 
@@ -276,7 +276,7 @@ def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
 def test_every_goal_speaks_of_a_rival_that_is_measured() -> None:
     """The names in the targets are those of candidates."""
     for form, targets in shapes.TARGETS.items():
-        known = {*peers.QUANTISED.get(form, peers.PEERS), *remote.RIVALS.get(form, ()), "fp32", "inductor", "mkl"}
+        known = {*peers.QUANTIZED.get(form, peers.PEERS), *remote.RIVALS.get(form, ()), "fp32", "inductor", "mkl"}
         known |= {"onednn"} | torch_engines()
         assert {*targets.rivals, *(rival for goal in targets.goals for rival in goal.rivals)} <= known
 
@@ -286,7 +286,7 @@ def test_the_goals_of_int8() -> None:
     roofline leaves room for, where that is less than what is wanted."""
     rivals = {"torch_x86": 30.0, "torch_onednn": 20.0, "onnxruntime": 11.0, "openvino": 14.0, "fp32": 40.0}
     records = [record(m, fraction=0.9, **rivals) for m in (1, 16, 64, 512)]
-    (entry,) = summary.summarise(records, "avx512_vnni", "int8")
+    (entry,) = summary.summarize(records, "avx512_vnni", "int8")
     figures = {g["over"]: (g["wanted"], g["cells"], g["figure"]) for g in entry["goals"]}
     assert figures == {
         "ONNX Runtime, M >= 64": (1.3, 2, pytest.approx(1.1)),
@@ -298,21 +298,21 @@ def test_the_goals_of_int8() -> None:
     text = summary.text([entry])
     assert text.count("at the roofline it would be 1.22x") == 2 and text.count("at the roofline") == 2
     assert entry["over"]["the best"]["geomean"] == pytest.approx(1.1)
-    (narrow,) = summary.summarise(records, "avx2", "int8")  # whose roofline is that of fp32 FMA: no bound
+    (narrow,) = summary.summarize(records, "avx2", "int8")  # whose roofline is that of fp32 FMA: no bound
     assert {g["at_roofline"] for g in narrow["goals"]} == {None} and "at the roofline" not in summary.text([narrow])
 
 
 def test_bands_take_their_rows_and_list_their_misses() -> None:
     """Minimum and median by band; a miss is a fraction below the target of this ISA, if it has one."""
     records = [record(1, fraction=0.95), record(8, fraction=0.8), record(16, fraction=0.9), record(64, fraction=0.89)]
-    (entry,) = summary.summarise(records, "avx512")
+    (entry,) = summary.summarize(records, "avx512")
     assert [(b["band"], b["min"], b["median"]) for b in entry["bands"]] == [
         ("M = 1", 0.95, 0.95),
         ("M = 2..16", 0.8, pytest.approx(0.85)),
         ("M >= 32", 0.89, 0.89),
     ]
     assert [b["misses"] for b in entry["bands"]] == [[], [["8x8x4", 0.8]], [["64x8x4", 0.89]]]
-    (narrow,) = summary.summarise(records, "avx2")
+    (narrow,) = summary.summarize(records, "avx2")
     assert [b["misses"] for b in narrow["bands"]] == [[], [], []]
     assert "8x8x4 0.80" in summary.text([entry]) and "0.80" not in summary.text([narrow])
 
@@ -320,7 +320,7 @@ def test_bands_take_their_rows_and_list_their_misses() -> None:
 def test_the_native_roofline_stands_beside() -> None:
     """Where it was measured its fractions are shown too; one above 1 of the fp32 roofline stays what it is."""
     records = [record(128, fraction=1.5) | {"native_fraction": 0.75}, record(512, fraction=1.7)]
-    (entry,) = summary.summarise(records, "avx512", "bf16")
+    (entry,) = summary.summarize(records, "avx512", "bf16")
     (band,) = entry["bands"]
     assert (band["min"], band["median"], band["native_min"], band["misses"]) == (1.5, 1.6, 0.75, [])
     assert "min 150%, median 160% (of the native peak: min 75%, median 75%)" in summary.text([entry])
@@ -328,7 +328,7 @@ def test_the_native_roofline_stands_beside() -> None:
 
 def test_states_are_summed_up_apart() -> None:
     """Hot and cold cells never meet in one mean."""
-    entries = summary.summarise([record(state="hot"), record(state="cold", fastlinear=5.0)], "avx512")
+    entries = summary.summarize([record(state="hot"), record(state="cold", fastlinear=5.0)], "avx512")
     assert {(e["state"], e["over"]["nn.Linear"]["geomean"]) for e in entries} == {("cold", 4.0), ("hot", 2.0)}
 
 
@@ -504,10 +504,10 @@ def test_a_tiny_run_writes_figures_and_plot(
     assert document["about"].keys() == {"cpu", "cores", "system", "versions", "date", "commit"}
     assert document["about"]["versions"].keys() == {"fastlinear", "torch", "python"}
     assert [(r["m"], r["state"]) for r in document["records"]] == [(1, "hot"), (1, "cold"), (5, "hot"), (5, "cold")]
-    assert remote.RIVALS.keys() == peers.QUANTISED.keys() and document["refused"].keys() >= {
+    assert remote.RIVALS.keys() == peers.QUANTIZED.keys() and document["refused"].keys() >= {
         *remote.RIVALS.get(form, ())
     }
-    peers_here = peers.QUANTISED.get(form, peers.PEERS).keys() - document["refused"].keys()
+    peers_here = peers.QUANTIZED.get(form, peers.PEERS).keys() - document["refused"].keys()
     size, of_weight = getattr(torch, dtype).itemsize, fastlinear._kernels.PACKED[form].itemsize
     for r in document["records"]:
         beside = {"fp32"} if form != "fp32" else set()
@@ -518,7 +518,7 @@ def test_a_tiny_run_writes_figures_and_plot(
         assert ("native_fraction" in r) == (document["native_isa"] is not None)
         cache = fastlinear.cpu_info()["l3"]
         assert r["copies"] * of_weight << 20 > cache if r["state"] == "cold" else r["copies"] == 1
-    assert document["summary"] == json.loads(json.dumps(summary.summarise(document["records"], document["isa"], form)))
+    assert document["summary"] == json.loads(json.dumps(summary.summarize(document["records"], document["isa"], form)))
     assert all(f"{name} is left out" in done.stdout for name in document["refused"])
     assert {"no_op", "fastlinear", "nn.Linear"} <= document["tiny_calls"].keys()
     assert document["tuning"]["first_calls"] == 2 and document["once"]["import_ms"] > 0

@@ -256,24 +256,24 @@ def _parse_scheme(who: str, raw: Any, packed: str, k: int) -> StoredScheme | Non
     """What `dump` wrote of a layer of k columns packed in that format; ValueError, calling the layer `who`, where it is
     not so, or the kernels would not take it."""
     if (raw is None) != (packed not in PRODUCTS):
-        raise ValueError(f"{who} is packed in {packed}, and quantised by {shown(raw)}")
+        raise ValueError(f"{who} is packed in {packed}, and quantized by {shown(raw)}")
     if raw is None:
         return None
     if not isinstance(raw, dict) or raw.keys() != {*_SCHEME} or type(raw["smooth"]) not in (str, type(None)):
-        raise ValueError(f"{who} is quantised by {shown(raw)}, which has not just {', '.join(_SCHEME)}")
+        raise ValueError(f"{who} is quantized by {shown(raw)}, which has not just {', '.join(_SCHEME)}")
     kind, *affine = _triple(who, raw["rows"])
     rows, out = Rows(kind, *affine), None
     dtypes = {name_of(dtype): dtype for dtype in BYTES}
     if raw["out"] is not None:
         name, *affine = _triple(who, raw["out"])
         if name not in dtypes:
-            raise ValueError(f"{who} cannot quantise its output to {shown(name)}, but to {' or '.join(dtypes)}")
+            raise ValueError(f"{who} cannot quantize its output to {shown(name)}, but to {' or '.join(dtypes)}")
         out = Requantize(dtypes[name], *affine)
     try:
         _kernels.RowQuantizer(*rows)
         epilogue(None, out)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{who} cannot be quantised as it says: {error}") from error
+        raise ValueError(f"{who} cannot be quantized as it says: {error}") from error
     if k > _kernels.dot_limit():
         raise ValueError(f"{who} has {k} columns, more than the {_kernels.dot_limit()} that a sum of integers holds")
     return StoredScheme(rows, out, raw["smooth"])
@@ -301,5 +301,5 @@ def check_channels(who: str, packed: _kernels.Packed) -> None:
 
 def _triple(who: str, raw: Any) -> list[Any]:
     if not isinstance(raw, list) or [type(each) for each in raw] != [str, float, int]:
-        raise ValueError(f"{who} is quantised by {shown(raw)}, which is no list of a name, a scale and a zero")
+        raise ValueError(f"{who} is quantized by {shown(raw)}, which is no list of a name, a scale and a zero")
     return raw

@@ -14,7 +14,7 @@ from fastlinear.layer import linear
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
 from fastlinear.model import fusion
-from fastlinear.spec.activations import recognise
+from fastlinear.spec.activations import recognize
 
 _SHOWN = 10  # names in a message
 
@@ -98,7 +98,7 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
         return None
     if layer.activation is None:
         return None
-    if fused is None or holder is None or recognise(there) != layer.activation:
+    if fused is None or holder is None or recognize(there) != layer.activation:
         raise ValueError(
             f"its layer {layer.name!r} computes {layer.activation.name}, which this model has not got "
             + (f"as {shown(member(fused.holder, fused.slot))}" if fused else "there: it was built as a FastLinear")

@@ -94,7 +94,7 @@ def _argument(node: fx.Node, name: str) -> Any:
 
 
 def is_training(node: fx.Node) -> bool:
-    """Whether a node does what only a model in training mode does: drop out, or normalise by the batch it sees."""
+    """Whether a node does what only a model in training mode does: drop out, or normalize by the batch it sees."""
     return op_of(node) in ("dropout", "batch_norm") and _argument(node, "training") is True
 
 

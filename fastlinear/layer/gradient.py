@@ -47,8 +47,8 @@ class Transpose:
     def __init__(self, packed: _kernels.Packed) -> None:
         values, zero, self.scale = packed.unpack(), packed.zero, packed.scale
         if self.scale is not None:
-            centred = values if zero is None else values.short() - zero.short()[:, None]
-            values = centred.to(torch.bfloat16)
+            centered = values if zero is None else values.short() - zero.short()[:, None]
+            values = centered.to(torch.bfloat16)
         self.packed = _kernels.Packed(values.t(), table.layout(name_of(values.dtype)))
         self._plans: dict[tuple[int, torch.dtype, int], Any] = {}
 
@@ -187,7 +187,7 @@ def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Ten
         return g @ reference.weight(weight).to(g.dtype)
     if not of_weight:
         return transpose_of(packed).product(g.contiguous(), by.measure)
-    # An int8 weight costs more to quantise again than to unpack.
+    # An int8 weight costs more to quantize again than to unpack.
     scale = packed.scale
     w = reference.weight(weight) if scale is None else dequantize(Quantized(packed.unpack(), scale, packed.zero))
     return g @ w.to(g.dtype)

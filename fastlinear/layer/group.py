@@ -22,7 +22,7 @@ class FastLinearGroup(nn.Module):
     dtype, accumulate, quantize: as in `FastLinear.from_linear`, for layers that are not fast yet.
 
     x: [..., in_features]; each output is a contiguous tensor [..., out_features of its layer]. The weights are packed
-    together, once; x is read, and quantised, once for all. In training, with gradients, under other modes and for
+    together, once; x is read, and quantized, once for all. In training, with gradients, under other modes and for
     other devices each layer answers for itself. State dict: that of the layers, as "layers.0.weight" ...
     Raises TypeError for what is no linear layer, ValueError for layers that cannot be one product.
     """

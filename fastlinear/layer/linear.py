@@ -101,7 +101,7 @@ class FastLinear(FastModule, nn.Linear):
         quantize: Scheme | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> FastLinear:
-        """A frozen FastLinear over an int8 weight that somebody else quantised: scale * (values - zero).
+        """A frozen FastLinear over an int8 weight that somebody else quantized: scale * (values - zero).
 
         values: int8 [out_features, in_features]; scale: floating, [out_features]; zero: integers from -128 to 127,
             [out_features], or None for zeros; bias: [out_features], fp32 or `dtype`, or None.

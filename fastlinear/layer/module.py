@@ -253,7 +253,7 @@ class FastModule(Freezable):
             raise
 
     def _each(self, x: Any, bare: bool) -> Tensor:
-        """The answer to a nested tensor, part by part, since rows are quantised by what is in them."""
+        """The answer to a nested tensor, part by part, since rows are quantized by what is in them."""
 
         def part(rows: Tensor) -> Tensor:
             y = self._engine.forward(self, rows)

@@ -4,7 +4,7 @@
 
 weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] and the output [..., N], contiguous, of
 the dtype of x. `packed` is the format that the weight is rounded to, its own if "", `accumulate` the least exact
-one of the sums, and `rows` with `scale`, `zero` and `smooth` tell how x is quantised, or was, where it is integers.
+one of the sums, and `rows` with `scale`, `zero` and `smooth` tell how x is quantized, or was, where it is integers.
 With `out`, a dtype, the output is integers, of `out_scale` and `out_zero`. `reference` says it all in torch's ops.
 The packed weight is no argument but an accelerator behind the
 scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph

@@ -1,4 +1,4 @@
-"""What quantising costs a layer, as signal to noise: of its weight, and of its output where calibration kept inputs."""
+"""What quantizing costs a layer, as signal to noise: of its weight, and of its output where calibration kept inputs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Several linear layers on one input as one product: their weights are packed one behind the other.
 
-x is then read, converted or quantised once for all of them, and one kernel call has columns enough for every thread.
+x is then read, converted or quantized once for all of them, and one kernel call has columns enough for every thread.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ def calibrate(
         saturates. Of more than 262144 values these are of a random sample of so many.
     symmetric: the range is made symmetric about 0, as for s8 activations, instead of u8 with a zero point.
     smooth: from 0 to 1, 0.5 being usual. x[..., k] is divided by s[k] = max |x[k]| ^ smooth / max |w[k]| ^ (1 - smooth)
-        and the weight's column k multiplied by it, before either is quantised, so that the outliers of a few input
+        and the weight's column k multiplied by it, before either is quantized, so that the outliers of a few input
         channels cost the others less (SmoothQuant, Xiao et al. 2022, equation 4). Layers whose weight is frozen or
-        quantised already are not smoothed.
+        quantized already are not smoothed.
 
     Raises TypeError or ValueError for arguments of a wrong kind and where there is no batch, and ValueError for a layer
     that is given an infinity or a NaN. A layer that no batch reached is listed in the result's `skipped`.

@@ -1,4 +1,4 @@
-"""Static int8 layers that hand integers on: the first one's epilogue quantises its output as the second wants it."""
+"""Static int8 layers that hand integers on: the first one's epilogue quantizes its output as the second wants it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fastlinear._calls as _calls
 from fastlinear.layer import linear
 from fastlinear.spec import activations
-from fastlinear.spec.activations import Activation, has_hooks, recognise
+from fastlinear.spec.activations import Activation, has_hooks, recognize
 
 # Reading these of a layer says nothing about its output: nn.TransformerEncoderLayer reads linear1.weight, T5 wo.weight.
 _HARMLESS = {"weight", "bias", "in_features", "out_features"}
@@ -76,7 +76,7 @@ class Absorbed(nn.Module):
         return y
 
     def _apply_original(self, input: Tensor) -> Tensor:
-        activation = None if isinstance(input, Tensor) else recognise(self.original)
+        activation = None if isinstance(input, Tensor) else recognize(self.original)
         if activation is not None:  # FX refuses modules that are no submodules
             return activations.apply(activation, input)
         y: Tensor = self.original(input)
@@ -84,7 +84,7 @@ class Absorbed(nn.Module):
 
     def __prepare_scriptable__(self) -> Absorbed:
         """Gives torch.jit.script what `forward` asks for in a script."""
-        activation = recognise(self.original)
+        activation = recognize(self.original)
         if activation is None:
             raise RuntimeError(f"torch.jit.script cannot have {self.extra_repr()}, which has a hook or another forward")
         vars(self).update(_name=activation.name, _params=torch.jit.Attribute(list(activation.params), list[float]))
@@ -151,7 +151,7 @@ def find_pairs(model: nn.Module, linears: Container[nn.Module]) -> list[Pair]:
     found: dict[tuple[nn.Module, str], Pair] = {}
     for module in model.modules():
         for layer, holder, slot in (*_in_sequence(module, single), *_in_source(module, absorbing)):
-            activation = recognise(_held(holder, slot))
+            activation = recognize(_held(holder, slot))
             if layer in absorbing and activation is not None:
                 found[holder, slot] = Pair(layer, holder, slot, activation)
     return list(found.values())
@@ -222,7 +222,7 @@ def _in_source(module: nn.Module, absorbing: Container[nn.Module]) -> Iterator[_
     if not children or "forward" in vars(module):
         return
     held = (*module._modules.items(), *vars(module).items())
-    slots = {name for name, value in held if callable(value) and recognise(value)}
+    slots = {name for name, value in held if callable(value) and recognize(value)}
     names = children.keys() | slots
     codes = [code for code in _methods(type(module)) if slots and _mentions(code, names)]  # reading takes long
     read = [_read(code) for code in codes]

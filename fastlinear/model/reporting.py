@@ -62,7 +62,7 @@ class LayerReport:
     reason: str | None = None  # why it was skipped
     frozen: bool = False
     origin: str = ""  # where the pack of a frozen layer comes from, unless it was packed here
-    quality: Quality = UNKNOWN  # of a quantised layer: signal to noise in dB
+    quality: Quality = UNKNOWN  # of a quantized layer: signal to noise in dB
     elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
 
 
@@ -130,7 +130,7 @@ class Report(tuple[LayerReport, ...]):
         instead = sum(layer.pack_mib for layer in self if layer.frozen)
         yield f"extra memory: {self.pack_mib - instead:.1f} MiB of packed weights"
         if any(layer.quality != UNKNOWN for layer in self):
-            yield "dB: signal to noise of the quantised weight / of the output on inputs of the calibration"
+            yield "dB: signal to noise of the quantized weight / of the output on inputs of the calibration"
         if frozen := [layer for layer in self if layer.frozen]:
             origins = Counter(layer.origin for layer in frozen if layer.origin)
             notes = "".join(f"; {n} {origin}" for origin, n in origins.items())

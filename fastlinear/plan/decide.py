@@ -48,7 +48,7 @@ _MOST_WORK, _MOST_BYTES = 6e9 * 1024, 6e9 * 128
 
 class Operands(NamedTuple):
     """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels; rows, out:
-    how x and y are quantised; spare: the weight in panels of its own format, where the problem has a fallback;
+    how x and y are quantized; spare: the weight in panels of its own format, where the problem has a fallback;
     torch_packs: what the layer has packed for torch's own ways, to which a plan may add."""
 
     weight: Tensor | None
@@ -125,13 +125,13 @@ def _applies(name: str, problem: Problem, operands: Operands) -> bool:
 
 
 def _ways(problem: Problem) -> list[Problem]:
-    """The problem itself and, where it may fall back, the unquantised one."""
+    """The problem itself and, where it may fall back, the unquantized one."""
     plain = problem.unquantized()
     return [problem, plain] if problem.fallback and Precision(plain.packed).takes(DTYPES[problem.x]) else [problem]
 
 
 def _refusing(chosen: Plan, problem: Problem) -> Plan:
-    """`chosen`, which says so if it does not run on the quantised weight."""
+    """`chosen`, which says so if it does not run on the quantized weight."""
     refused = problem.fallback and not any(row["name"] == chosen.name for row in able(problem))
     return chosen._replace(refused=problem.packed if refused else "")
 

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     `layout` is that of the pack; "" for a weight that is yet to be packed, which will be as `layout()` says.
     `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
     there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
-    x and y are quantised (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
+    x and y are quantized (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
     """
 
     m: int

@@ -82,7 +82,7 @@ class Verdict(NamedTuple):
 
 
 Score = tuple[float, ...]  # log seconds, cold and hot or one of them; or the difference of two such, a log ratio
-Estimate = tuple[float, float]  # centre and standard error, widened as Student's t widens for few observations
+Estimate = tuple[float, float]  # center and standard error, widened as Student's t widens for few observations
 
 
 @dataclass(eq=False)
@@ -119,18 +119,18 @@ def _middle(values: Sequence[float]) -> Estimate:
     n = len(values)
     cut = (n + 1) // 4
     kept = sorted(values)[cut : n - cut]
-    centre = sum(kept) / len(kept)
-    squares = sum((v - centre) ** 2 for v in kept) + cut * ((kept[0] - centre) ** 2 + (kept[-1] - centre) ** 2)
+    center = sum(kept) / len(kept)
+    squares = sum((v - center) ** 2 for v in kept) + cut * ((kept[0] - center) ** 2 + (kept[-1] - center) ** 2)
     squares *= (n / len(kept)) ** 2
     variance = (squares + PRIOR_WEIGHT * PRIOR_NOISE**2) / (n - 1 + PRIOR_WEIGHT)
     widening = 1 + 1 / (len(kept) - 1 + PRIOR_WEIGHT)
-    return centre, widening * math.sqrt(variance / n)
+    return center, widening * math.sqrt(variance / n)
 
 
 def estimate(scores: Sequence[Score]) -> Estimate:
     """The mean of the middles of hot and cold, each estimated alone so that a spike in one spoils only that one."""
-    centres, errors = zip(*(_middle(column) for column in zip(*scores, strict=True)), strict=True)
-    return sum(centres) / len(centres), math.hypot(*errors) / len(errors)
+    centers, errors = zip(*(_middle(column) for column in zip(*scores, strict=True)), strict=True)
+    return sum(centers) / len(centers), math.hypot(*errors) / len(errors)
 
 
 def _behind(runner: _Runner, leader: _Runner) -> list[Score]:
@@ -150,8 +150,8 @@ def _clear(losses: Sequence[Score]) -> bool:
 
 
 def _has_lost(losses: Sequence[Score]) -> bool:
-    centre, error = estimate(losses)
-    certain = len(losses) >= ROUNDS_TO_JUDGE and centre > CERTAIN * error
+    center, error = estimate(losses)
+    certain = len(losses) >= ROUNDS_TO_JUDGE and center > CERTAIN * error
     return certain or (len(losses) >= 2 and _clear(losses))
 
 

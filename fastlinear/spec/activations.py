@@ -105,13 +105,13 @@ def resolve(spec: object) -> Activation | None:
         return _checked(spec, ())
     if isinstance(spec, tuple) and spec and isinstance(spec[0], str):
         return _checked(spec[0], spec[1:])
-    found = recognise(spec)
+    found = recognize(spec)
     if found is None:
         raise ValueError(f"activation={spec!r} is none that can be fused; allowed are {_allowed()}")
     return found
 
 
-def recognise(candidate: object) -> Activation | None:
+def recognize(candidate: object) -> Activation | None:
     """The Activation that a module instance or function computes, or None where that is not certain. Never raises.
 
     Subclasses, modules with hooks and modules whose `forward` was replaced are not certain.

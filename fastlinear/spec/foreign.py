@@ -1,4 +1,4 @@
-"""int8 weights that somebody else quantised: plain tensors, and the tensor subclasses of torchao by their parts."""
+"""int8 weights that somebody else quantized: plain tensors, and the tensor subclasses of torchao by their parts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def foreign(weight: Any) -> Quantized | str | None:
     """The int8 weight [N, K] that a tensor of torchao's holds, or in a few words why its kind cannot be taken over.
 
     None for any other tensor. Taken are integers of up to 8 bits in int8 (Int8Tensor and its like) with a scale a
-    channel, with or without zero points; how torchao would quantise the inputs makes no difference.
+    channel, with or without zero points; how torchao would quantize the inputs makes no difference.
     """
     if type(weight) is Tensor or not all(hasattr(weight, part) for part in _PARTS):
         return None

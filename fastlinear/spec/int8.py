@@ -1,6 +1,6 @@
 """What int8 means here, in plain torch: the specification that the kernels follow bit for bit.
 
-A weight is W = scale * (q - zero), with int8 q [N, K] and one scale and zero point a channel. Rows of x are quantised
+A weight is W = scale * (q - zero), with int8 q [N, K] and one scale and zero point a channel. Rows of x are quantized
 to uint8, x ~ scale * (u - zero), with one scale and zero point a row. Then
 
     y = (float(sum_k (u - zero_x)(q - zero_w)) * scale_w) * scale_x
@@ -23,7 +23,7 @@ from torch import Tensor
 TINY = 2.0**-126  # of a smaller scale the reciprocal may be infinite: such a row or channel counts as zeros
 KINDS = ("symmetric", "asymmetric", "static")
 BYTES = (torch.uint8, torch.int8)
-BLOCK = 1 << 18  # so many numbers of a weight are quantised at a time: what is computed on the way stays in cache
+BLOCK = 1 << 18  # so many numbers of a weight are quantized at a time: what is computed on the way stays in cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ def is_zero(zero: Tensor) -> bool:
 
 
 class Rows(NamedTuple):
-    """How rows of x are quantised.
+    """How rows of x are quantized.
 
     kind: "symmetric" or "asymmetric", by each row's own range; or "static", by `scale` (from 2^-126 on, finite) and
         `zero` (0 to 255, of uint8), which the other kinds leave unread. smooth: fp32 [K] that x is multiplied by first.
@@ -106,7 +106,7 @@ def quantize_weight(weight: Tensor, smooth: Tensor | None = None) -> Quantized:
     if not bool(scale.isfinite().all()):
         w = w.float() if smooth is None else w.float() / smooth
         row, column = (~w.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantised to int8")
+        raise ValueError(f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantized to int8")
     return Quantized(values, scale)
 
 
@@ -121,18 +121,18 @@ def quantize_channels(weight: Tensor, smooth: Tensor | None) -> tuple[Tensor, Te
 
 def dequantize(weight: Quantized) -> Tensor:
     """The weight [N, K] that this stands for, in fp32."""
-    return weight.scale[:, None] * _centred(weight).float()
+    return weight.scale[:, None] * _centered(weight).float()
 
 
 def quantize_rows(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x [..., K], in fp32, bf16 or fp16, as (u uint8 [..., K], scale fp32 [...], zero int32 [...]); traceable.
 
-    A row whose scale would be below 2^-126 has scale 0 and u = zero. Where a row cannot be quantised, for an infinity
+    A row whose scale would be below 2^-126 has scale 0 and u = zero. Where a row cannot be quantized, for an infinity
     or a NaN in it (static: a NaN; infinities saturate), its scale is NaN and u = zero, so that all of its y is NaN.
     Static rows may be integers already: uint8 is u itself and int8 is u - 128.
     """
     if rows.kind not in KINDS:
-        raise ValueError(f"rows are quantised {' or '.join(KINDS)}, not {rows.kind!r}")
+        raise ValueError(f"rows are quantized {' or '.join(KINDS)}, not {rows.kind!r}")
     if x.dtype in BYTES:
         u = x if x.dtype is torch.uint8 else (x.int() + 128).to(torch.uint8)
         return u, _all(x, rows.scale), _all(x, rows.zero).int()
@@ -175,13 +175,13 @@ def linear(
 ) -> Tensor:
     """activation(x [..., K] @ W.T + bias [N]) for an int8 weight [N, K].
 
-    rows: how x is quantised. None is weight-only: x stays as it is, and fp32 sums of x * (q - zero) are multiplied by
+    rows: how x is quantized. None is weight-only: x stays as it is, and fp32 sums of x * (q - zero) are multiplied by
         the scale; of those, unlike of all else here, the last bits depend on the order of summation.
     out: the dtype of the result; by default that of x, or fp32 where x is integers.
     """
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if rows is None:
-        y = (flat.float() @ _centred(weight).float().t()) * weight.scale
+        y = (flat.float() @ _centered(weight).float().t()) * weight.scale
     else:
         u, scale, zero = quantize_rows(flat, rows)
         y = (products(u, zero, weight).float() * weight.scale) * scale[:, None]
@@ -195,8 +195,8 @@ def linear(
 def products(u: Tensor, zero: Tensor, weight: Quantized) -> Tensor:
     """sum_k (u[m, k] - zero[m]) * (q[n, k] - zero_w[n]), exactly, as int32 [M, N]."""
     check_length(weight)
-    centred = u.double() - zero[:, None].double()
-    return (centred @ _centred(weight).double().t()).int()  # integers below 2^53 are exact in fp64 in any order
+    centered = u.double() - zero[:, None].double()
+    return (centered @ _centered(weight).double().t()).int()  # integers below 2^53 are exact in fp64 in any order
 
 
 def requantize(y: Tensor, out: Requantize) -> Tensor:
@@ -219,19 +219,19 @@ def signal_to_noise(exact: Tensor, approximate: Tensor) -> float:
 
 
 def weight_snr(weight: Tensor, quantized: Quantized, smooth: Tensor | None = None) -> float:
-    """Signal to noise of a quantised weight in dB, against the weight (divided by `smooth`) that was quantised."""
+    """Signal to noise of a quantized weight in dB, against the weight (divided by `smooth`) that was quantized."""
     w = weight.detach().double()
     return signal_to_noise(w if smooth is None else w / smooth, dequantize(quantized))
 
 
 def output_snr(x: Tensor, weight: Tensor, quantized: Quantized, rows: Rows | None, bias: Tensor | None = None) -> float:
-    """Signal to noise in dB of what a quantised layer makes of x [M, K], before its activation, against fp64."""
+    """Signal to noise in dB of what a quantized layer makes of x [M, K], before its activation, against fp64."""
     b = None if bias is None else bias.detach()
     exact = x.double() @ weight.detach().double().t() + (0.0 if b is None else b.double())
     return signal_to_noise(exact, linear(x, quantized, rows, b, out=torch.float32))
 
 
-def _centred(weight: Quantized) -> Tensor:
+def _centered(weight: Quantized) -> Tensor:
     """values - zero, as int32 [N, K]."""
     return weight.values.int() if weight.zero is None else weight.values.int() - weight.zero[:, None]
 

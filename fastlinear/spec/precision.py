@@ -18,7 +18,7 @@ class Precision(NamedTuple):
     """What one layer computes in. Tensors in it make `==` useless: ask `is_as`.
 
     packed: the format of the packed weight, None for the parameter's own; accumulate: that of the least exact sums of
-    floats that are welcome; rows: how x is quantised, None where it is not; out: what y is quantised to for the layer
+    floats that are welcome; rows: how x is quantized, None where it is not; out: what y is quantized to for the layer
     that reads it; fallback: whether the parameter's own format may run where it is faster; sample: inputs [m, k] to
     tell the error of such a layer by.
     """
@@ -97,7 +97,7 @@ class Wanted(NamedTuple):
     def why_not(self, name: str, k: int, theirs: Quantized | None = None) -> str | None:
         """Why the layer called `name`, of k input features, cannot be so; None if it can.
 
-        theirs: its weight, where somebody else quantised that.
+        theirs: its weight, where somebody else quantized that.
         """
         reason = None if self.scheme is None else self.scheme.why_not(name)
         if self.scheme is None or reason is not None:
@@ -109,7 +109,7 @@ class Wanted(NamedTuple):
         if k > most:
             return f"its {k} input features are more than the {most} whose products an int32 sum holds"
         if rows.smooth is not None and theirs is not None:
-            return "its weight is quantised already, and so cannot be smoothed: calibrate it as it is"
+            return "its weight is quantized already, and so cannot be smoothed: calibrate it as it is"
         observed = self.scheme.observed(name)
         if observed is not None and observed.inputs.shape[1] != k:
             return f"it was calibrated with {observed.inputs.shape[1]} input features, but has {k}"

@@ -1,7 +1,7 @@
 """What a fast layer computes in eval mode, told in torch's own ops, for whatever cannot run the kernels.
 
 y = activation(x^ W^T + b), where x^ and W^ are the numbers that the kernels multiply: the weight rounded to the format
-it is packed in, x quantised and back again where the layer quantises it. Sums are of fp32 (of fp64 for an fp64 x), as
+it is packed in, x quantized and back again where the layer quantizes it. Sums are of fp32 (of fp64 for an fp64 x), as
 are bias and activation, and y is rounded once; so it differs from what the kernels answer by the rounding of fp32 sums.
 
 All of it can be traced, exported, batched and differentiated, in both directions. Rounding is differentiated straight

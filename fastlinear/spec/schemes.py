@@ -38,7 +38,7 @@ class Calibration:
         return None if name in self.layers else self.skipped.get(name, "calibrate saw no layer of this name")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
-        return self  # it never changes, and copies of a model are to be quantised alike
+        return self  # it never changes, and copies of a model are to be quantized alike
 
     def __repr__(self) -> str:
         return f"Calibration({len(self.layers)} layers, {len(self.skipped)} skipped)"
@@ -66,17 +66,17 @@ class Scheme:
         return None if self.calibration is None else self.calibration.layers.get(name)
 
     def rows(self, name: str) -> Rows | None:
-        """How the layer of this name quantises its input; None where it does not."""
+        """How the layer of this name quantizes its input; None where it does not."""
         return None
 
     def why_not(self, name: str) -> str | None:
-        """Why the layer of this name cannot be quantised so; None if it can."""
+        """Why the layer of this name cannot be quantized so; None if it can."""
         return None
 
 
 @dataclass(frozen=True)
 class Int8Dynamic(Scheme):
-    """int8 weights, and inputs that each call quantises to 8 bits, every row by its own range; integer products.
+    """int8 weights, and inputs that each call quantizes to 8 bits, every row by its own range; integer products.
 
     asymmetric: from a row's minimum to its maximum instead of from -max |x| to max |x|: finer for inputs of one sign.
     fallback: where measuring says that fp32 or 16 bits are faster, a layer runs on those, with its own weight.
@@ -103,7 +103,7 @@ class Int8WeightOnly(Scheme):
 
 @dataclass(frozen=True)
 class Int8Static(Scheme):
-    """int8 weights, and inputs quantised to 8 bits by ranges that `calibrate` has seen, one for each layer.
+    """int8 weights, and inputs quantized to 8 bits by ranges that `calibrate` has seen, one for each layer.
 
     calibration: layers that it has nothing about are left alone, and `report` says why.
     chain: where the output of one such layer goes into another and nowhere else, it is handed on in 8 bits.

@@ -295,7 +295,7 @@ def floats_of(name: str, values: Tensor) -> list[list[float]]:
 
 
 # Bit patterns that meet every rule: zeros, the smallest and largest denormals and normals, ones, halves, infinities,
-# NaN, and neighbours whose products and sums round.
+# NaN, and neighbors whose products and sums round.
 ODD = {
     "tdpbf16ps": [0, 0x8000, 1, 0x7F, 0x80, 0x8080, 0x100, 0x3F80, 0xBF80, 0x3F81, 0x3F7F, 0x2000, 0x5F80, 0x7F7F],
     "tdpfp16ps": [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0xBC00, 0x3C01, 0x3BFF, 0x7BFF, 0xFBFF, 0x1400, 0x0801],

@@ -31,7 +31,7 @@ def fresh() -> Iterator[None]:
 
 # ---- fused multiply-adds of fp16 -------------------------------------------------------------------------------------
 
-# Zeros, denormals, the least normal, ones and neighbours, large, infinities, NaN with payloads.
+# Zeros, denormals, the least normal, ones and neighbors, large, infinities, NaN with payloads.
 PATTERNS = [0, 0x8000, 1, 0x8001, 0x3FF, 0x83FF, 0x400, 0x8400, 0x3C00, 0xBC00, 0x3C01, 0x3BFF, 0x1400, 0x0801, 0x6800]
 PATTERNS += [0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E01, 0xFE02, 0x7D03]
 TRIPLES = list(itertools.product(PATTERNS, repeat=3))

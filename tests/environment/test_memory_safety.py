@@ -59,7 +59,7 @@ def child(code: str, **environment: str) -> str:
 
 
 def test_views_outlive_the_pack() -> None:
-    """Tensors, arrays and DLPack exports over a pack stay as they were when it and its neighbours are gone."""
+    """Tensors, arrays and DLPack exports over a pack stay as they were when it and its neighbors are gone."""
     w = torch.arange(64.0 * 48).reshape(64, 48)
     packs = [_kernels.Packed(w + i, "fp32/16x1") for i in range(5)]
     expected = [packed.data.clone() for packed in packs]

@@ -184,7 +184,7 @@ def numbers(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ("kind", "activation"), [("conv1d", "gelu"), *(("linear", name) for name in (None, *activations.names()))]
 )
 def test_gradients_are_those_of_the_numbers(scheme: str, kind: str, activation: str | None) -> None:
-    """dx through the weight as it is packed, dW through x as it is quantised, db, the activation's derivative: those of
+    """dx through the weight as it is packed, dW through x as it is quantized, db, the activation's derivative: those of
     fp64, for each choice of what wants gradients."""
     layer, x = layer_of(scheme, activation, kind=kind), torch.randn(2, 3, K)
     rows, weight, smooth = numbers(layer, x.flatten(0, 1))
@@ -337,7 +337,7 @@ def test_calls_elsewhere_are_counted_and_reported(capsys: pytest.CaptureFixture[
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_inputs(layout: torch.layout) -> None:
-    """Each part of a nested tensor is quantised by its own rows, as if it came alone."""
+    """Each part of a nested tensor is quantized by its own rows, as if it came alone."""
     layer, parts = layer_of("asymmetric", "gelu"), [torch.randn(2, K), torch.randn(3, K)]
     for y, part in zip(layer(torch.nested.nested_tensor(parts, layout=layout)).unbind(), parts, strict=True):
         torch.testing.assert_close(y, layer(part), rtol=0, atol=0)

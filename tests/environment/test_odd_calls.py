@@ -55,7 +55,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @frozen_or_not
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_rows_that_are_not_dense(scheme: str, freeze: bool, layout: str) -> None:
-    """Sparse rows and those of oneDNN are multiplied in every scheme, quantised as their dense twins are."""
+    """Sparse rows and those of oneDNN are multiplied in every scheme, quantized as their dense twins are."""
     _, fast = pair(scheme, freeze)
     x = torch.randn(5, K)
     with torch.no_grad():

@@ -206,7 +206,7 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         return lambda layer: layer["quantized"].update(fields)
 
     return {
-        "no quantisation": (lambda s: s.pop("quantized"), "packed in int8, and quantised by None"),
+        "no quantization": (lambda s: s.pop("quantized"), "packed in int8, and quantized by None"),
         "null": (lambda s: s.update(quantized=None), "None as its quantized"),
         "a list": (lambda s: s.update(quantized=[]), "[] as its quantized"),
         "a field too many": (quantized(more=1), "not just rows, out, smooth"),
@@ -223,16 +223,16 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a zero beyond bytes": (quantized(rows=["static", 1.0, 256]), "a zero from 0 to 255"),
         "a zero below bytes": (quantized(rows=["static", 1.0, -1]), "a zero from 0 to 255"),
         "a zero that is true": (quantized(rows=["static", 1.0, True]), "no list of a name"),
-        "an output of floats": (quantized(out=["fp16", 1.0, 0]), "cannot quantise its output to 'fp16'"),
-        "an output without scale": (quantized(out=["uint8", 0.0, 0]), "cannot be quantised as it says: out is"),
-        "an output beyond bytes": (quantized(out=["int8", 1.0, 300]), "cannot be quantised as it says: out is"),
+        "an output of floats": (quantized(out=["fp16", 1.0, 0]), "cannot quantize its output to 'fp16'"),
+        "an output without scale": (quantized(out=["uint8", 0.0, 0]), "cannot be quantized as it says: out is"),
+        "an output beyond bytes": (quantized(out=["int8", 1.0, 300]), "cannot be quantized as it says: out is"),
         "a smoothing that is not there": (quantized(smooth="nowhere"), "'nowhere', which is no F32"),
         "a smoothing that is a bias": (quantized(smooth="0.bias"), "'0.bias', which is no F32 of 37"),
         "a smoothing that is a number": (quantized(smooth=1), "not just"),
         "no smoothing though it has": (quantized(smooth=None), "0.smooth"),
         "floats": (
             lambda s: s.update(packed="fp32", layout=table.layout("fp32")),
-            "packed in fp32, and quantised by",
+            "packed in fp32, and quantized by",
         ),
         "weight-only": (lambda s: s.update(packed="int8wo", layout=table.layout("int8wo")), "packed in int8wo, and"),
         "too many columns": (lambda s: s.update(k=_kernels.dot_limit() + 1), "that a sum of integers holds"),
@@ -287,7 +287,7 @@ def test_inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_static_files_need_no_calibration(path: Path) -> None:
-    """What is loaded runs with the ranges of the file, and refuses to be quantised otherwise while it is frozen."""
+    """What is loaded runs with the ranges of the file, and refuses to be quantized otherwise while it is frozen."""
     saved(path, "static u8")
     loaded = fastlinear.load(path, on_meta(make))
     with pytest.warns(UserWarning, match="frozen in another precision"):

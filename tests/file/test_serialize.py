@@ -312,7 +312,7 @@ def test_empty_tensors_are_not_tied(path: Path) -> None:
 def test_layers_without_elements(path: Path, n: int, k: int) -> None:
     """They have no packed bytes, and come back."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch: initialising nothing is a no-op
+        warnings.simplefilter("ignore", UserWarning)  # torch: initializing nothing is a no-op
         fast = saved(path, nn.Linear(k, n))
         model = fastlinear.load(path, on_meta(lambda: nn.Linear(k, n)))
     assert is_frozen(model) and torch.equal(answers(model, torch.ones(3, k)), answers(fast, torch.ones(3, k)))

@@ -103,8 +103,8 @@ def test_extremes_in_all_patterns_of_four(kernel: Kernel, zero_x: int) -> None:
         w = (fours * 255 - 128).to(torch.int8).repeat(1, repeats)
         zero = torch.tensor([-128, 127, 0, 1] * 4, dtype=torch.int32) if zeros else None
         y = native.integers(kernel, x, whole(w, zero), Rows("static", 1.0, zero_x))
-        centred = w.double() - (0 if zero is None else zero[:, None])
-        assert torch.equal(y.double(), (x.double() - zero_x) @ centred.T)
+        centered = w.double() - (0 if zero is None else zero[:, None])
+        assert torch.equal(y.double(), (x.double() - zero_x) @ centered.T)
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -200,7 +200,7 @@ def test_other_activations_follow_the_numbers(kernel: Kernel) -> None:
 @every_kind
 @every_integer_kernel
 def test_more_rows_than_a_block(kernel: Kernel, rows: Rows) -> None:
-    """Rows are quantised a few MB at a time: of more, each is what it is alone."""
+    """Rows are quantized a few MB at a time: of more, each is what it is alone."""
     k = 8188
     m = native.blocks()[1] // (k * (2 if kernel["rows"] == "int16" else 1)) + 2 * kernel["mr"] + 1
     x, q = torch.randn(m, k), weight(5, k, zeros=True)
@@ -219,7 +219,7 @@ def placed(value: float, at: int, k: int) -> Tensor:
 
 
 def odd_rows(k: int) -> list[Tensor]:
-    """Rows at the edges of what can be quantised."""
+    """Rows at the edges of what can be quantized."""
     halves = torch.arange(k) % 127 + 0.5
     halves[0], signs = 127.0, torch.where(torch.arange(k) % 3 == 0, -1.0, 1.0)
     edge = torch.full((k,), 127 * TINY)  # a symmetric scale of 2^-126
@@ -290,7 +290,7 @@ RANGES = [(1.0, 0), (1.0, 128), (1.0, 255), (0.02, 77), (3e38, 5), (TINY, 250)]
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("kernel", [native.parameter(kernel) for kernel in native.ALL])
-def test_requantised_outputs(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_requantized_outputs(kernel: Kernel, dtype: torch.dtype) -> None:
     """Every kernel stores uint8 and int8: to nearest, ties to even, saturated, NaN as the lowest; given as biases."""
     ties = torch.arange(-300, 300) + 0.5
     values = torch.cat([ties, ties.nextafter(torch.tensor(INF)), torch.randn(99) * 100, torch.randn(9) * 1e-38])

@@ -55,7 +55,7 @@ NOT_A_TENSOR: dict[str, Callable[[tuple[int, ...]], Any]] = {
     "sparse_coo": lambda shape: torch.ones(shape).to_sparse(),
     "sparse_csr": lambda shape: torch.ones(shape if len(shape) == 2 else (1, *shape)).to_sparse_csr(),
     "mkldnn": lambda shape: torch.ones(shape).to_mkldnn(),
-    "quantised": lambda shape: torch.quantize_per_tensor(torch.ones(shape), 1.0, 0, torch.qint8),
+    "quantized": lambda shape: torch.quantize_per_tensor(torch.ones(shape), 1.0, 0, torch.qint8),
     "nested": lambda shape: torch.nested.nested_tensor([torch.ones(shape)]),
     "zeros without memory": lambda shape: torch._efficientzerotensor(shape),
     "storage given back": emptied,
@@ -234,7 +234,7 @@ def test_a_kernel_of_another_cpu_is_refused(kernel: native.Kernel) -> None:
     refused(ValueError, f"{kernel['name']}.*runs here", lambda: Plan(kernel["name"]))
 
 
-def test_lazy_negation_is_honoured_or_refused() -> None:
+def test_lazy_negation_is_honored_or_refused() -> None:
     """torch may keep a minus sign beside the memory (z.conj().imag): reading the memory alone would lose it."""
     z = torch.complex(torch.randn(N, K), torch.randn(N, K))
     weight = z.conj().imag

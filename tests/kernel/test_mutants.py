@@ -184,7 +184,7 @@ BROKEN = [
     ),
     Mutant("the odd last k is dropped", TILE, "if (kr > 1 && k < t.k)", "if (false)", TALL_BF16),
     Mutant(
-        "the odd last k brings its neighbour, 0 times",
+        "the odd last k brings its neighbor, 0 times",
         PAIRS,
         "_mm512_castsi512_ps(_mm512_set1_epi32(a->bits))",
         "row(a)",
@@ -313,7 +313,7 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "exact slices": partial(test_exact.test_sums_of_integers_are_exact, k_slices=3),
     "row alone": partial(test_exact.test_a_row_of_a_batch_is_the_row_alone, k=97, k_slices=1),
     "canaries": partial(test_memory.test_only_the_output_is_written, size="ragged", k_slices=1),
-    "neighbours": partial(test_memory.test_what_lies_around_x_never_leaks, size="ragged"),
+    "neighbors": partial(test_memory.test_what_lies_around_x_never_leaks, size="ragged"),
     "weights": test_formats.test_every_weight_is_widened_exactly,
     "biases": test_formats.test_every_bias_is_widened_exactly,
     "bf16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.bfloat16),

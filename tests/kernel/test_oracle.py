@@ -196,14 +196,14 @@ def test_half_of_the_spacing(dtype: torch.dtype) -> None:
 
 
 def cut_off(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 values, rounded towards zero."""
+    """fp32 values, rounded toward zero."""
     nearest = y.to(dtype)
     return torch.where(nearest.float().abs() > y.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
 
 
 @pytest.mark.parametrize("dtype", FORMATS[1:], ids=str)
 def test_a_coarse_output_is_caught(dtype: torch.dtype) -> None:
-    """Rounding towards zero, rounding twice by way of the other format, and flushed denormals fail."""
+    """Rounding toward zero, rounding twice by way of the other format, and flushed denormals fail."""
     x, w, b = oracle.random_case(17, 33, 65)
     y = F.linear(x, w, b)
     oracle.check(y.to(dtype), x, w, b)

@@ -28,7 +28,7 @@ ACTIVATIONS: list[nn.Module] = [
     nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.Hardswish(),
     nn.Hardsigmoid(), nn.Hardtanh(), nn.LeakyReLU(0.2), nn.ELU(), nn.Softplus(), nn.Mish(),
 ]  # fmt: skip
-assert {a.name for module in ACTIVATIONS if (a := activations.recognise(module))} == set(activations.names())
+assert {a.name for module in ACTIVATIONS if (a := activations.recognize(module))} == set(activations.names())
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:

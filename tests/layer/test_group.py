@@ -47,7 +47,7 @@ def test_16_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scheme", [fastlinear.Int8Dynamic(), fastlinear.Int8WeightOnly()], ids=str)
 def test_int8_is_that_of_the_layers(scheme: Any) -> None:
-    """Quantised together, each output is bit for bit that of the layer quantised alone."""
+    """Quantized together, each output is bit for bit that of the layer quantized alone."""
     stock, x = layers(64), torch.randn(5, 64)
     group = FastLinearGroup(stock, quantize=scheme).eval()
     alone = [fastlinear.FastLinear.from_linear(layer, quantize=scheme).eval() for layer in stock]

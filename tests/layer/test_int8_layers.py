@@ -235,7 +235,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @every_scheme
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_of_state(scheme: str, change: str) -> None:
-    """The very next call has the new values, quantised anew."""
+    """The very next call has the new values, quantized anew."""
     layer, x = layer_of(scheme), torch.randn(5, K)
     layer(x)
     with torch.no_grad():
@@ -258,11 +258,11 @@ def test_copies(scheme: str, way: Callable[[Any], Any], freeze: bool) -> None:
     assert other.packed_as == layer.packed_as and torch.equal(other.weight, layer.weight)
 
 
-def test_a_weight_that_cannot_be_quantised() -> None:
-    """An infinity that comes into a weight is told at the call that would have to quantise it."""
+def test_a_weight_that_cannot_be_quantized() -> None:
+    """An infinity that comes into a weight is told at the call that would have to quantize it."""
     layer = layer_of("dynamic")
     layer.weight[3, 5] = torch.inf
-    with pytest.raises(ValueError, match=r"a weight with inf \(at \[3, 5\]\) cannot be quantised to int8"):
+    with pytest.raises(ValueError, match=r"a weight with inf \(at \[3, 5\]\) cannot be quantized to int8"):
         layer(torch.randn(5, K))
 
 
@@ -360,7 +360,7 @@ def test_vmap_export_and_functional_call(scheme: str, freeze: bool) -> None:
 @every_scheme
 @every_kind
 def test_freeze_keeps_the_integers(scheme: str, kind: str) -> None:
-    """The same bits out, a weight that is the dequantised one, and a Parameter of it after unfreeze."""
+    """The same bits out, a weight that is the dequantized one, and a Parameter of it after unfreeze."""
     layer, x = layer_of(scheme, kind=kind), torch.randn(5, K)
     smooth, weight = layer._precision.smooth, layer.weight.t() if kind == "conv1d" else layer.weight
     wanted = int8.dequantize(int8.quantize_weight(weight, smooth))
@@ -375,7 +375,7 @@ def test_freeze_keeps_the_integers(scheme: str, kind: str) -> None:
         assert layer(x).dtype == torch.bfloat16
     layer.requires_grad_()
     assert torch.equal(layer(x.requires_grad_()), expected)
-    y = layer.train()(x)  # in training, through the dequantised weight
+    y = layer.train()(x)  # in training, through the dequantized weight
     torch.testing.assert_close(y, F.linear(x, wanted.t() if kind == "conv1d" else wanted, layer.bias).relu())
     fastlinear.unfreeze(layer)
     assert torch.equal(layer.weight, wanted) and isinstance(layer.weight, nn.Parameter)
@@ -440,8 +440,8 @@ class FromTorchao(Tensor):
         return cls(args[0].whole)
 
 
-def test_models_that_torchao_quantised() -> None:
-    """convert takes their integers over, beside layers that it quantises itself; what fails leaves theirs in place."""
+def test_models_that_torchao_quantized() -> None:
+    """convert takes their integers over, beside layers that it quantizes itself; what fails leaves theirs in place."""
     weight, x = theirs(True), torch.randn(5, K)
     model = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 8)).eval()
     model[0].weight = nn.Parameter(FromTorchao(weight), requires_grad=False)
@@ -459,15 +459,15 @@ def test_models_that_torchao_quantised() -> None:
     assert torch.equal(fast[0].weight, int8.dequantize(weight))
 
 
-def test_what_is_quantised_already_cannot_be_smoothed() -> None:
+def test_what_is_quantized_already_cannot_be_smoothed() -> None:
     """Smoothing divides the weight's columns, which somebody else's integers were not: refused, never wrong."""
     stock, weight = nn.Sequential(nn.Linear(K, N)).eval(), theirs(False)
     smoothed = SCHEMES["smoothed"](stock, torch.randn(64, K))
     stock[0].weight = nn.Parameter(FromTorchao(weight), requires_grad=False)
-    with pytest.warns(UserWarning, match="nothing to convert .*quantised already, and so cannot be smoothed"):
+    with pytest.warns(UserWarning, match="nothing to convert .*quantized already, and so cannot be smoothed"):
         OFF(stock, quantize=smoothed, inplace=True)
     alone = SCHEMES["smoothed"](nn.Linear(K, N), torch.randn(64, K))
-    with pytest.raises(ValueError, match="quantised already, and so cannot be smoothed"):
+    with pytest.raises(ValueError, match="quantized already, and so cannot be smoothed"):
         FastLinear.from_quantized(weight.values, weight.scale, quantize=alone)
 
 
@@ -477,7 +477,7 @@ def test_what_is_quantised_already_cannot_be_smoothed() -> None:
 @every_scheme
 @pytest.mark.parametrize("inplace", [False, True])
 def test_convert(scheme: str, inplace: bool) -> None:
-    """Parameters and state dict stay as they are, every layer is quantised, and the model says nearly the same."""
+    """Parameters and state dict stay as they are, every layer is quantized, and the model says nearly the same."""
     model, x = Model(3).eval(), inputs()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
@@ -537,7 +537,7 @@ def test_what_is_lossy_has_to_be_asked_for(scheme: Scheme) -> None:
     assert fast_names(OFF(Language().eval(), quantize=scheme, include="*")) == {"body.0", "out", "lm_head"}
 
 
-def test_what_cannot_be_quantised_is_left_alone() -> None:
+def test_what_cannot_be_quantized_is_left_alone() -> None:
     """Layers that the calibration did not see, too many columns, infinities: a reason each, beside converted ones."""
     most = _kernels.dot_limit()
     model = nn.ModuleDict({"far": nn.Linear(4, 4), "near": nn.Linear(4, 4), "long": nn.Linear(most + 1, 1)}).eval()
@@ -711,7 +711,7 @@ def test_tuning_measures_kernels_of_the_pack(scheme: str) -> None:
 
 
 def test_no_two_schemes_share_a_plan() -> None:
-    """What quantises rows otherwise, smooths or requantises is another problem, as is what may fall back."""
+    """What quantizes rows otherwise, smooths or requantizes is another problem, as is what may fall back."""
     layers = [layer_of(scheme) for scheme in SCHEMES]
     chain = chained(mlp(K, N, 8).eval(), torch.randn(5, K))
     falling = FastLinear.from_linear(nn.Linear(K, N), "relu", quantize=Int8Dynamic(fallback=True)).eval()

@@ -120,7 +120,7 @@ NATIVE_INPUTS: dict[str, Callable[[], Tensor]] = {
 
 
 class Tagged(Tensor):
-    """A subclass without behaviour of its own, which results inherit."""
+    """A subclass without behavior of its own, which results inherit."""
 
 
 OTHER_INPUTS: dict[str, Callable[[], Any]] = {
@@ -160,7 +160,7 @@ def test_inputs(kind: str, name: str) -> None:
 
 @EVERY_STATE
 @pytest.mark.parametrize("name", OTHER_INPUTS)
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about sparse, nested and quantised tensors
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about sparse, nested and quantized tensors
 def test_other_inputs(kind: str, name: str) -> None:
     """What the kernels do not take goes to torch: same result or same kind of error as nn.Linear's."""
     fast, stock = twins(kind)
@@ -519,7 +519,7 @@ def test_ways_to_call() -> None:
                 fast(*args, **kwargs)
 
 
-def test_a_patched_forward_is_honoured() -> None:
+def test_a_patched_forward_is_honored() -> None:
     """Libraries that wrap `module.forward` on the instance (accelerate, for one) are called."""
     fast, stock = twins()
     x = torch.randn(5, K)

@@ -49,7 +49,7 @@ def test_a_range_by_hand() -> None:
 
 
 def test_the_range_is_that_of_dynamic_rows() -> None:
-    """Of one row, static quantisation with its own range is the very dynamic quantisation."""
+    """Of one row, static quantization with its own range is the very dynamic quantization."""
     x = torch.randn(1, 64)
     for symmetric, kind in ((False, "asymmetric"), (True, "symmetric")):
         observed = calibrate(single(64), [x], symmetric=symmetric).layers["0"]

@@ -153,7 +153,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_unfit_layers_are_left_alone(make: Callable[[], nn.Module], reason: str, inplace: bool) -> None:
-    """A layer that the kernels cannot take over is skipped, with a reason in the report; its neighbour is converted."""
+    """A layer that the kernels cannot take over is skipped, with a reason in the report; its neighbor is converted."""
     fast = OFF(nn.Sequential(make(), nn.Linear(8, 8)), inplace=inplace)
     assert fast_names(fast) == {"1"}
     (skipped,) = (layer for layer in fastlinear.report(fast) if layer.decision == "skipped")

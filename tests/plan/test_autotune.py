@@ -52,7 +52,7 @@ class Machine:
         return Candidate(name, run, threads)
 
 
-# Noise models. Jitter averages out within a call that is longer than 100 us. As a measure: neighbouring F.linear calls
+# Noise models. Jitter averages out within a call that is longer than 100 us. As a measure: neighboring F.linear calls
 # of 40 us to 4 ms on a shared 2-core virtual machine differ by 1 to 4 % in the median, with a tail of 10 to 70 %.
 
 

@@ -142,7 +142,7 @@ ANYTHING = st.recursive(
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=ANYTHING, place=st.sampled_from(["file", "entries", "entry", *Remembered._fields]))
 def test_any_json_anywhere(tmp_path: Path, content: Any, place: str) -> None:
-    """Any JSON, as the file, its entries, one entry or a field of one, is ignored or safe; its neighbour stays."""
+    """Any JSON, as the file, its entries, one entry or a field of one, is ignored or safe; its neighbor stays."""
     path = written(tmp_path, a=VALUE, b=VALUE)
     whole = json.loads(path.read_bytes())
     if place in Remembered._fields:

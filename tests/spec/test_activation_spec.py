@@ -1,4 +1,4 @@
-"""The names, parameters and meanings of the activations, and what is recognised as one."""
+"""The names, parameters and meanings of the activations, and what is recognized as one."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations
-from fastlinear.spec.activations import Activation, apply, recognise, resolve
+from fastlinear.spec.activations import Activation, apply, recognize, resolve
 
 # name -> (torch's module with other than default parameters where it has some, those parameters, the default ones)
 MODULES: dict[str, tuple[nn.Module, tuple[float, ...], tuple[float, ...]]] = {
@@ -101,9 +101,9 @@ UNCERTAIN = {
 
 
 @pytest.mark.parametrize("candidate", UNCERTAIN.values(), ids=UNCERTAIN.keys())
-def test_uncertain_is_not_recognised(candidate: Any) -> None:
-    """recognise() returns None and resolve() refuses, naming what was given and what is allowed."""
-    assert recognise(candidate) is None
+def test_uncertain_is_not_recognized(candidate: Any) -> None:
+    """recognize() returns None and resolve() refuses, naming what was given and what is allowed."""
+    assert recognize(candidate) is None
     with pytest.raises(ValueError, match=r"allowed are relu, relu6, gelu, .*mish"):
         resolve(candidate)
 
@@ -128,9 +128,9 @@ def test_bad_specifications(spec: Any, message: str) -> None:
 
 
 def test_transformers_activations() -> None:
-    """Of transformers' activations, those that are one of ours are recognised and agree; near misses are not."""
+    """Of transformers' activations, those that are one of ours are recognized and agree; near misses are not."""
     table = pytest.importorskip("transformers.activations", reason="transformers is an optional dependency")
-    found = {name: recognise(table.ACT2FN[name]) for name in table.ACT2CLS if name not in ("xielu",)}
+    found = {name: recognize(table.ACT2FN[name]) for name in table.ACT2CLS if name not in ("xielu",)}
     y = torch.randn(1000) * 4
     for name, activation in found.items():
         if activation is not None:

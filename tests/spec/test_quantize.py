@@ -106,7 +106,7 @@ def test_a_weight_with_an_infinity_or_a_nan_is_refused(value: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_weight_of_another_dtype(dtype: torch.dtype) -> None:
-    """is quantised as the fp32 that it widens (or rounds) to."""
+    """is quantized as the fp32 that it widens (or rounds) to."""
     weight = torch.randn(5, 7).to(dtype)
     q, expected = quantize_weight(weight), quantize_weight(weight.float())
     assert torch.equal(q.values, expected.values) and torch.equal(q.scale, expected.scale)
@@ -272,7 +272,7 @@ def test_an_infinity_or_a_nan_stays_in_its_row(rows: Rows, value: float) -> None
 @EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_rows_are_widened_first(rows: Rows, dtype: torch.dtype) -> None:
-    """and then smoothed and quantised in fp32."""
+    """and then smoothed and quantized in fp32."""
     x, smooth = torch.randn(4, 6).to(dtype), torch.rand(6) + 0.5
     for way in (rows, rows._replace(smooth=smooth)):
         assert all(map(torch.equal, quantize_rows(x, way), quantize_rows(x.float(), way)))
@@ -375,7 +375,7 @@ def test_the_default_dtype_changes_nothing(rows: Rows, default: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(("dtype", "shift"), [(torch.uint8, 0), (torch.int8, 128)])
-def test_requantised_outputs(dtype: torch.dtype, shift: int) -> None:
+def test_requantized_outputs(dtype: torch.dtype, shift: int) -> None:
     """u = y / scale, rounded to even, plus zero, saturating; NaN gives the lowest value; int8 is u - 128."""
     y = torch.tensor([0.0, 0.25, 0.75, -50.5, 77.0, 78.0, 1e9, INF, -INF, NAN])
     integers = requantize(y, Requantize(dtype, 0.5, 100))
@@ -383,8 +383,8 @@ def test_requantised_outputs(dtype: torch.dtype, shift: int) -> None:
     assert integers.tolist() == [u - shift for u in (100, 100, 102, 0, 254, 255, 255, 255, 0, 0)]
 
 
-def test_requantised_outputs_are_products_by_the_inverse() -> None:
-    """as rows are, so that a chain has the same bits however its middle is quantised."""
+def test_requantized_outputs_are_products_by_the_inverse() -> None:
+    """as rows are, so that a chain has the same bits however its middle is quantized."""
     out = Requantize(torch.uint8, STATIC.scale, STATIC.zero)
     y, scale = (torch.arange(-100, 155) + 0.5).numpy() * np.float32(out.scale), np.float32(out.scale)
     by_product, by_quotient = (np.rint(each) + out.zero for each in (y * (np.float32(1) / scale), y / scale))
@@ -393,7 +393,7 @@ def test_requantised_outputs_are_products_by_the_inverse() -> None:
 
 
 def test_a_chain_of_two_layers() -> None:
-    """What one layer requantises, the next reads as if it had quantised the same numbers itself."""
+    """What one layer requantizes, the next reads as if it had quantized the same numbers itself."""
     first, second, x = random_weight(8, 6), random_weight(4, 8), torch.randn(5, 6)
     middle, rows = torch.relu(linear(x, first, Rows())), Rows("static", 0.003, 0)
     for dtype in (torch.uint8, torch.int8):
@@ -443,7 +443,7 @@ CALIBRATION = Calibration({"fc": FOUND}, {"head": "no batch of the calibration r
 
 
 def test_what_schemes_say_of_a_layer() -> None:
-    """The format of the weight, how rows are quantised, and why a layer has to be left alone."""
+    """The format of the weight, how rows are quantized, and why a layer has to be left alone."""
     assert Int8Dynamic().rows("fc") == Rows("symmetric") and Int8Dynamic(asymmetric=True).rows("fc") == Rows(
         "asymmetric"
     )
@@ -493,7 +493,7 @@ def test_schemes_refuse_other_types(make: Callable[[], object], message: str) ->
         make()
 
 
-# ---- weights that somebody else quantised ----------------------------------------------------------------------------
+# ---- weights that somebody else quantized ----------------------------------------------------------------------------
 
 
 def test_plain_parts_become_a_weight() -> None:
@@ -586,7 +586,7 @@ def test_other_kinds_of_torchao_have_a_reason(changes: dict[str, object], reason
 
 
 @pytest.mark.parametrize("weight", [torch.ones(2, 2), nn.Parameter(torch.ones(2, 2)), None, SimpleNamespace(scale=1)])
-def test_what_is_not_quantised_is_not_foreign(weight: object) -> None:
+def test_what_is_not_quantized_is_not_foreign(weight: object) -> None:
     """None for plain tensors and for kinds that nothing is known about."""
     assert foreign(weight) is None
 

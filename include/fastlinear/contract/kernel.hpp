@@ -25,7 +25,7 @@ struct TileArgs {
                                    // rows fill up with anything, since the panel has zeros there, or within a k_step
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
-  const char* prefetch;            // each group brings a line or two from here towards L2, then moves on by
+  const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
 };
 

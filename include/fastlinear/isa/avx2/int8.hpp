@@ -1,6 +1,6 @@
 // int8 x int8 on AVX2. vpmaddubsw, which multiplies u8 by s8, saturates where two products exceed 16 bits; so rows are
 // int16, weights are widened to it, and vpmaddwd adds two exact products a lane. Panels hold four k of a channel side
-// by side, so a lane gathers every other pair, and two neighbours are one sum in the end.
+// by side, so a lane gathers every other pair, and two neighbors are one sum in the end.
 //
 //   tile   accumulators  weights  row  product  of 16   vector operations per four k, for 16 products each
 //   6x8    12            2        1    1        16      2 widenings, 12 multiplications and 12 additions for 12

@@ -14,7 +14,7 @@
 namespace fastlinear::avx512 {
 
 // Where a verb names a mask of all lanes it gets the plain instruction; GCC 12 wrongly warns that the unmasked
-// intrinsic reads an uninitialised register.
+// intrinsic reads an uninitialized register.
 inline constexpr __mmask16 kAll = 0xffff;
 
 struct F32 {
