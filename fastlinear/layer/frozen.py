@@ -190,7 +190,9 @@ class Freezable(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         frozen = record_of(self)
         if frozen is not None:
-            destination[prefix + "weight"] = frozen.unpack(self._transposed)
+            # Averages of weights are written straight into a model's state dict.
+            plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
+            destination[prefix + "weight"] = frozen.unpack(self._transposed) if plain else frozen.read(self._transposed)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + PLACEHOLDER, None)
 

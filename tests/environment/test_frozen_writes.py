@@ -122,6 +122,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "merge and unmerge": unmerge,
     "later": held_and_written_later,
     "after unfreeze": written_after_unfreeze,
+    "an average of the state dict": lambda m: [value.mul_(0.9).add_(0.1) for value in m.state_dict().values()],
     "another handle": through_another_handle,
     "data of a written handle": data_of_a_written_handle,
     **{init.__name__: lambda m, init=init: (torch.manual_seed(3), init(m.weight)) for init in INITS},
@@ -200,7 +201,7 @@ def test_copies_are_plain_tensors() -> None:
     torch.save({"w": fast.weight}, buffer)
     buffer.seek(0)
     copies = [fast.weight.clone(), copy.deepcopy(fast.weight), pickle.loads(pickle.dumps(fast.weight))]
-    copies += [torch.load(buffer, weights_only=True)["w"], fast.state_dict()["weight"]]
+    copies += [torch.load(buffer, weights_only=True)["w"], copy.deepcopy(fast.state_dict())["weight"]]
     for each in copies:
         assert type(each) is Tensor and torch.equal(each, fast.weight)
         each.zero_()
