@@ -235,10 +235,23 @@ cdef bint takes(object module, object out):
             and state["training"] is False)
 
 
-def redeem(list tickets, y):
-    """Whether y itself is among the outputs that were handed over, from which it is then taken."""
-    for i in range(len(tickets)):
-        if tickets[i] is y:
-            del tickets[i]
-            return True
-    return False
+# No list: what torch.export finds of lists and dicts in a module it puts back as copies, of which the layer knows nothing.
+cdef class Tickets:
+    """The outputs that a layer has handed over to its marker, on their way."""
+
+    def __cinit__(self):
+        self.outputs = []
+
+    def __len__(self):
+        return len(self.outputs)
+
+    def redeem(self, y):
+        """Whether y itself is among the outputs, from which it is then taken."""
+        for i in range(len(self.outputs)):
+            if self.outputs[i] is y:
+                del self.outputs[i]
+                return True
+        return False
+
+    def __reduce__(self):
+        return Tickets, ()

@@ -16,7 +16,7 @@ from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._environment as environment
-from fastlinear._calls cimport leads_to, quiet
+from fastlinear._calls cimport Tickets, leads_to, quiet
 from fastlinear._kernels cimport (
     FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, Segment, View, answers, as_rows, compute,
     element_bytes, format_of_x, is_float, look_at, need, pool_size
@@ -211,7 +211,7 @@ cdef class Engine:
     cdef tuple widths               # of the outputs of a group; None for one output
     cdef readonly Engine elsewhere  # bare; None where all calls are alike
     cdef object marker, out         # where the output of this one goes, see leads_to
-    cdef list tickets               # of the marker
+    cdef Tickets tickets            # of the marker
     cdef object weight        # the parameter that was packed, or waits to be; None for a frozen layer
     cdef Fingerprint fingerprint    # of it as it was then
     cdef object attach        # (x, weight, bias, y, (self, packed)) -> y with gradients, by this pack; may be None
@@ -234,7 +234,7 @@ cdef class Engine:
         """Answers with a tuple of contiguous tensors, which have the columns of the output one after another."""
         self.widths = widths
 
-    def join(self, Engine elsewhere not None, marker, list tickets, out):
+    def join(self, Engine elsewhere not None, marker, Tickets tickets, out):
         """Leaves to `elsewhere` the calls whose output does not go to `marker` (None: to whatever follows) and from
         there to a layer that takes the integers `out` (None: to anything). In `tickets` the marker finds its inputs."""
         self.elsewhere, self.marker, self.tickets, self.out = elsewhere, marker, tickets, out
@@ -336,7 +336,7 @@ cdef class Engine:
             return self.elsewhere.guarded(module, state, x)
         y = self.guarded(module, state, x)
         if self.tickets is not None:
-            self.tickets.append(y)
+            self.tickets.outputs.append(y)
         return y
 
     def forward(self, module, x):

@@ -59,10 +59,10 @@ class Absorbed(nn.Module):
 
     def __init__(self, original: Any) -> None:
         super().__init__()
-        vars(self).update(original=original, _settings=_settings(original), _tickets=[], _linear=None)
+        vars(self).update(original=original, _settings=_settings(original), _tickets=_calls.Tickets(), _linear=None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _is_dynamo_compiling() and len(args) == 1 and _calls.redeem(self._tickets, args[0]):
+        if not _is_dynamo_compiling() and len(args) == 1 and self._tickets.redeem(args[0]):
             return args[0]
         if (kwargs or len(args) != 1) and not isinstance(self.original, nn.Module):
             return self.original(*args, **kwargs)  # F.gelu(y, approximate="tanh")
@@ -95,11 +95,11 @@ class Absorbed(nn.Module):
         layer: nn.Module | None = self._linear and self._linear()
         return layer if layer is not None and vars(layer).get("_absorbed") is self else None
 
-    def tickets_of(self, layer: nn.Module) -> list[Tensor]:
-        """Makes `layer` the one whose activation this is; the outputs that it hands over it appends to the result."""
+    def tickets_of(self, layer: nn.Module) -> _calls.Tickets:
+        """Makes `layer` the one whose activation this is; what it hands over it adds to the result."""
         if self.linear is None:  # a shallow copy of the layer has its marker too
             vars(self)["_linear"] = weakref.ref(layer)
-        tickets: list[Tensor] = self._tickets
+        tickets: _calls.Tickets = self._tickets
         return tickets
 
     def __getattr__(self, name: str) -> Any:
@@ -116,12 +116,16 @@ class Absorbed(nn.Module):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tickets": [], "_linear": None, "_params": None}  # the layer brings itself
+        return {**vars(self), "_tickets": _calls.Tickets(), "_linear": None, "_params": None}  # the layer brings itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layer = state.pop("linear", None)  # up to version 0.1 the marker held its layer, and that not its marker
-        fresh: dict[str, Any] = {"_settings": _settings(state["original"]), "_tickets": [], "_linear": None}
-        super().__setstate__({**fresh, **state})  # type: ignore[no-untyped-call]
+        fresh: dict[str, Any] = {
+            "_settings": _settings(state["original"]),
+            "_tickets": _calls.Tickets(),
+            "_linear": None,
+        }
+        super().__setstate__({**fresh, **state, "_tickets": _calls.Tickets()})  # type: ignore[no-untyped-call]
         if layer is not None:
             vars(layer)["_absorbed"] = self
 

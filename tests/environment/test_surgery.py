@@ -219,6 +219,12 @@ SEQUENCE: dict[str, Callable[[Any], Any]] = {
     "scripted": torch.jit.script,
     "scripted slice": lambda m: torch.jit.script(m[:-1]),
     "exported": lambda m: torch.export.export(m, (torch.zeros(5, WIDTH),)).module(),
+    "after an export": done(lambda m: torch.export.export(m, (torch.zeros(5, WIDTH),))),
+    "after a strict export": done(lambda m: torch.export.export(m, (torch.zeros(5, WIDTH),), strict=True)),
+    "after a trace": done(lambda m: torch.jit.trace(m, torch.zeros(2, WIDTH))),
+    "after a script": done(torch.jit.script),
+    "after FX": done(torch.fx.symbolic_trace),
+    "after a pickle": done(pickle.dumps),
     "unconverted slice": lambda m: fastlinear.unconvert(m[:-1]) if absorbed(m) else m[:-1],
     "converted again": lambda m: fastlinear.convert(m[:-1], tune="off") if absorbed(m) else m[:-1],
 }
@@ -270,6 +276,7 @@ SOURCE: dict[str, Callable[[Any], Any]] = {
     "compiled": lambda m: torch.compile(m, backend="eager", fullgraph=True),
     "compiled fc": lambda m: torch.compile(m.fc, backend="eager", fullgraph=True),
     "exported": lambda m: torch.export.export(m, (torch.zeros(5, WIDTH),)).module(),
+    "after an export": done(lambda m: torch.export.export(m, (torch.zeros(5, WIDTH),))),
     "parts of another": lambda m: Apart(m.fc, m.act),
 }
 
