@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,10 +17,11 @@ SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0, 1 if `check` found an error, 2 if the command cannot be done."""
+    """Runs one command; 0, 1 if `check` found an error, 2 if the command cannot be done. A pipe that closes ends it."""
     parser = argparse.ArgumentParser(prog="fastlinear", description="Fast linear layers for PyTorch on CPUs.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("info", help="what runs here: to be pasted into an issue")
+    command.add_argument("--json", action="store_true", help="as data, for programs")
     command.set_defaults(run=info.info)
 
     command = commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes")
@@ -48,9 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(getattr(options, "threads", None) or before)
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"fastlinear: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 0
     finally:
         torch.set_num_threads(before)

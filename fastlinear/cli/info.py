@@ -3,42 +3,109 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 import fastlinear._kernels as _kernels
+from fastlinear.cli import limits
 from fastlinear.plan import decide
 
+_PACKAGES = ("fastlinear", "torch", "numpy", "safetensors", "transformers")
 
-def info(_: argparse.Namespace) -> int:
-    """Prints what an issue needs to tell: versions, CPU, threads, kernels, cache and overrides."""
-    cpu = _kernels.cpu_info()
-    caches = ", ".join(f"{name} {cpu[name] >> 10} KiB" for name in ("l1d", "l2", "l3"))
-    attached = "torch's own pool" if _kernels.pool_attached else "torch's pool was not found: one thread"
-    rows = [
-        ("fastlinear", version("fastlinear")),
-        ("torch", torch.__version__),
-        ("python", platform.python_version()),
-        ("system", platform.platform()),
-        ("CPU", f"{cpu['model'] or platform.machine()} ({cpu['vendor']}), {caches}"),
-        ("ISAs in use", " ".join(cpu["isas"])),
-        *(("without", f"{isa}: {why}") for isa, why in cpu["refused"].items()),
-        ("threads", f"{_kernels.num_threads()} of {os.cpu_count()}, {attached}"),
-        ("tuning cache", _cache()),
-    ]
-    overrides = sorted((name, value) for name, value in os.environ.items() if name.startswith("FASTLINEAR_"))
-    rows += [("override", f"{name}={value}") for name, value in overrides] or [("overrides", "none")]
-    print(*(f"{name + ':':<14}{value}" for name, value in rows), "", sep="\n")
+
+def info(options: argparse.Namespace) -> int:
+    """Prints what an issue needs to tell: versions, CPU, threads, limits, kernels, cache and overrides."""
+    facts = collect()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(*(f"{name + ':':<15}{value}" for name, value in _lines(facts)), "", sep="\n")
     print(f"{'kernel':<24}{'rows x columns':>15}  {'packed as':<12}{'runs here'}")
-    for row in _kernels.kernels():
-        tile = f"{row['mr']} x {row['columns']}"
-        print(f"{row['name']:<24}{tile:>15}  {row['layout']:<12}{'yes' if row['runnable'] else 'no'}")
+    for row in facts["kernels"]:
+        tile = f"{row['rows']} x {row['columns']}"
+        print(f"{row['name']:<24}{tile:>15}  {row['packed as']:<12}{'yes' if row['runs here'] else 'no'}")
     return 0
 
 
-def _cache() -> str:
-    cache = decide.cache()
-    return f"{cache.path}, {len(cache)} entries" if cache.path else "in memory only: there is no home folder"
+def collect() -> dict[str, Any]:
+    """All of it as data that JSON can hold; memory in bytes."""
+    cpu, cache = _kernels.cpu_info(), decide.cache()
+    return {
+        "versions": {**{name: _version(name) for name in _PACKAGES}, "python": platform.python_version()},
+        "system": platform.platform(),
+        "cpu": {
+            "model": cpu["model"] or platform.machine(),
+            **{key: cpu[key] for key in ("vendor", "family", "stepping")},
+            "number": cpu["number"],
+            "caches": {level: cpu[level] for level in ("l1d", "l2", "l3")},
+        },
+        "isas": {"used": [*cpu["isas"]], "refused": dict(cpu["refused"])},
+        "threads": {
+            "used": _kernels.num_threads(),
+            "of torch": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            "affinity": limits.affinity(),
+            "quota": limits.cpu_quota(),
+            "pool": "torch's own" if _kernels.pool_attached else "none: torch's was not found",
+        },
+        "memory": {"limit": limits.memory_limit()},
+        "cache": {"file": None if cache.path is None else str(cache.path), "entries": len(cache)},
+        "overrides": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTLINEAR_")},
+        "kernels": [
+            {
+                "name": row["name"],
+                "rows": row["mr"],
+                "columns": row["columns"],
+                "packed as": row["layout"],
+                "runs here": row["runnable"],
+            }
+            for row in _kernels.kernels()
+        ],
+    }
+
+
+def warnings(threads: dict[str, Any]) -> list[str]:
+    """What is wrong with the number of threads, each in one sentence."""
+    used, told = threads["used"], []
+    if used > threads["affinity"]:
+        told.append(f"{used} threads share {threads['affinity']} CPUs (affinity), where they wait for one another")
+    if threads["quota"] is not None and used > threads["quota"]:
+        told.append(
+            f"the cgroup grants {threads['quota']:g} CPUs, fewer than the {used} threads, which are stopped when "
+            f"their time is used up: torch.set_num_threads({max(1, int(threads['quota']))})"
+        )
+    return told
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, threads, cache, overrides = (facts[key] for key in ("cpu", "threads", "cache", "overrides"))
+    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in cpu["caches"].items())
+    quota = "no CPU quota" if threads["quota"] is None else f"a quota of {threads['quota']:g} CPUs"
+    limit = facts["memory"]["limit"]
+    memory = "no memory limit" if limit is None else f"{limit / 2**30:.1f} GiB of memory"
+    file = cache["file"]
+    cached = "in memory only: there is no home folder" if file is None else f"{file}, {cache['entries']} entries"
+    return [
+        *((name, text) for name, text in facts["versions"].items() if text is not None),
+        ("system", facts["system"]),
+        ("CPU", f"{cpu['model']} ({cpu['vendor']} {cpu['family']}/{cpu['number']}/{cpu['stepping']}), {caches}"),
+        ("ISAs in use", " ".join(facts["isas"]["used"])),
+        *(("without", f"{isa}: {why}") for isa, why in facts["isas"]["refused"].items()),
+        ("threads", f"{threads['used']} of {threads['affinity']} CPUs, {threads['pool']} pool"),
+        ("container", f"{quota}, {memory}"),
+        *(("warning", text) for text in warnings(threads)),
+        ("tuning cache", cached),
+        *([("override", f"{name}={value}") for name, value in overrides.items()] or [("overrides", "none")]),
+    ]

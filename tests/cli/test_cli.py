@@ -1,5 +1,6 @@
 """The command line does what it says, and tells in one sentence what it cannot do."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from library import ROOT
 from torch import Tensor
 
 import fastlinear
-from fastlinear.cli import check
+from fastlinear.cli import check, info, limits
 from fastlinear.cli import commands as cli
 
 MODEL = """
@@ -63,6 +64,48 @@ def test_info_is_a_block_for_an_issue(capsys: pytest.CaptureFixture[str], monkey
     assert re.search(r"tuning cache: .*\.json, \d+ entries", text) and "FASTLINEAR_VERBOSE=0" in text
     for row in fastlinear.kernels():
         assert re.search(rf"^{row['name']} .* {'yes' if row['runnable'] else 'no'}$", text, re.MULTILINE)
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__ and facts["overrides"]["FASTLINEAR_VERBOSE"] == "0"
+    assert facts["isas"] == {key: fastlinear.cpu_info()[of] for key, of in (("used", "isas"), ("refused", "refused"))}
+    assert [row["name"] for row in facts["kernels"]] == [row["name"] for row in fastlinear.kernels()]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_quotas_of_a_container(version: int, tmp_path: Path) -> None:
+    """The least quota of the group and of those above it counts, in either version of cgroups; none is none."""
+    said = "5:memory:/a/b\n4:cpu,cpuacct:/a/b\n" if version == 1 else "0::/a/b\n"
+    cpu, memory = (tmp_path / "sys/fs/cgroup" / ("cpu,cpuacct", "memory")[i] if version == 1
+                   else tmp_path / "sys/fs/cgroup" for i in range(2))  # fmt: skip
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(said)
+    assert limits.cpu_quota(tmp_path) is limits.memory_limit(tmp_path) is None
+    for group, quota, limit in (("a/b", 300000, 2**63 - 4096), ("a", 150000, 2**31), (".", -1, None)):
+        for mount in (cpu, memory):
+            (mount / group).mkdir(parents=True, exist_ok=True)
+        if version == 1:
+            (cpu / group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (cpu / group / "cpu.cfs_period_us").write_text("100000\n")
+            (memory / group / "memory.limit_in_bytes").write_text(f"{limit or 2**63 - 4096}\n")
+        else:
+            (cpu / group / "cpu.max").write_text(f"{quota if quota > 0 else 'max'} 100000\n")
+            (memory / group / "memory.max").write_text(f"{limit or 'max'}\n")
+    assert limits.cpu_quota(tmp_path) == 1.5 and limits.memory_limit(tmp_path) == 2**31
+
+
+def test_too_many_threads_are_told() -> None:
+    """A quota or an affinity below the number of threads is said with what to do; enough of both is not."""
+    threads = {"used": 8, "affinity": 8, "quota": 2.5}
+    assert "torch.set_num_threads(2)" in " ".join(info.warnings(threads))
+    assert "4 CPUs" in " ".join(info.warnings({**threads, "affinity": 4, "quota": None}))
+    assert info.warnings({**threads, "quota": 8.0}) == info.warnings({**threads, "quota": None}) == []
+
+
+def test_a_closed_pipe_ends_it_in_silence() -> None:
+    """`info | head -1` has no traceback."""
+    info = f"{sys.executable} -m fastlinear info"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {info} | true"], capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode == 0
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
