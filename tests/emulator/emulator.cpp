@@ -130,6 +130,7 @@ void on_sigill(int signal, siginfo_t* info, void* context) {
   const int error = errno;
   Machine machine(static_cast<ucontext_t*>(context));
   ++faults;
+  tiles::file().take(machine);
   for (bool first = true;; first = false) {
     Instruction i;
     const Operation* o = decode(machine.rip(), machine, i) ? find(i) : nullptr;
@@ -145,6 +146,7 @@ void on_sigill(int signal, siginfo_t* info, void* context) {
     machine.jump(machine.rip() + i.size);
     ++counts[o - kOperations];
   }
+  tiles::file().give(machine);
   errno = error;
 }
 

@@ -27,6 +27,23 @@ class Machine {
   std::int64_t general(unsigned number) const { return gregs_[kGeneral[number]]; }
   void set_general(unsigned number, std::int64_t value) { gregs_[kGeneral[number]] = value; }
 
+  // Tiles of this CPU, where it has them, are in the image: their configuration always, their data once the process asked
+  // Linux for them. False where there is no room for a component, and nothing is copied.
+  static constexpr unsigned kTileConfig = 17, kTileData = 18;
+  bool get(unsigned component, void* to) const {
+    if (!room(component)) return false;
+    if ((present() >> component & 1) != 0)
+      std::memcpy(to, image_ + offset(component), length(component));
+    else
+      std::memset(to, 0, length(component));
+    return true;
+  }
+  void set(unsigned component, const void* from) {
+    if (!room(component)) return;
+    std::memcpy(image_ + offset(component), from, length(component));
+    set_present(present() | std::uint64_t{1} << component);
+  }
+
   std::uint64_t flags() const { return static_cast<std::uint64_t>(gregs_[REG_EFL]); }
   void set_flags(std::uint64_t flags) { gregs_[REG_EFL] = static_cast<greg_t>(flags); }
 
@@ -61,13 +78,16 @@ class Machine {
   // Components of the image: XMM0 to 15, the second 16 bytes of YMM0 to 15, the last 32 of ZMM0 to 15, ZMM16 to 31.
   static constexpr unsigned kSse = 1, kYmm = 2, kZmm = 6, kHighZmm = 7;
   static constexpr std::size_t kLegacyXmm = 160, kHeader = 512;
+  // What of the image is Linux's, in the legacy region: the components that it has room for.
+  static constexpr std::size_t kRoom = 464 + 8;
+  static constexpr unsigned kComponents = kTileData + 1;
 
   struct Layout {
-    std::size_t offset[8], length[8];
+    std::size_t offset[kComponents], length[kComponents];
     Layout() : offset{}, length{} {
       offset[kSse] = kLegacyXmm;
       length[kSse] = 256;
-      for (const unsigned component : {kYmm, kZmm, kHighZmm}) {
+      for (const unsigned component : {kYmm, kZmm, kHighZmm, kTileConfig, kTileData}) {
         unsigned size = 0, at = 0, ecx = 0, edx = 0;
         __cpuid_count(0xd, component, size, at, ecx, edx);
         offset[component] = at;
@@ -79,6 +99,12 @@ class Machine {
     static const Layout known;
     return known;
   }
+  bool room(unsigned component) const {
+    std::uint64_t bits;
+    std::memcpy(&bits, image_ + kRoom, sizeof bits);
+    return (bits >> component & 1) != 0;
+  }
+
   static std::size_t offset(unsigned component) { return layout().offset[component]; }
   static std::size_t length(unsigned component) { return layout().length[component]; }
 

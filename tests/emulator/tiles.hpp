@@ -39,6 +39,9 @@ inline std::atomic<std::int64_t> live{0};
 
 // One a thread, and no more a secret to other threads than the real one. A fault is a call that the kernel makes for us
 // from a known place, so ordinary thread-local storage will do.
+//
+// A CPU that has tiles and lacks what faulted configures and loads its own, and those are worked on: `take` before,
+// `give` after. Where the process did not ask for them, all but configuring faults, and their data are here.
 class File {
  public:
   ~File() { release(); }
@@ -49,9 +52,22 @@ class File {
   bool configured() const { return config.palette != 0; }
 
   void configure(const Config& wanted) {
-    live += (wanted.palette != 0) - configured();
+    live += (wanted.palette != 0) - counted_;
+    counted_ = wanted.palette != 0;
     config = wanted;
     clear();
+  }
+  void take(const Machine& machine) {
+    Config theirs;
+    if (!machine.get(Machine::kTileConfig, &theirs)) return;
+    if (std::memcmp(&theirs, &config, sizeof config) != 0) clear();
+    config = theirs;
+    machine.get(Machine::kTileData, data);
+  }
+  void give(Machine& machine) const {
+    if (!configured()) return;
+    machine.set(Machine::kTileConfig, &config);
+    machine.set(Machine::kTileData, data);
   }
   void release() { configure({}); }
   void clear() { std::memset(data, 0, sizeof data); }
@@ -60,6 +76,9 @@ class File {
     if (!configured()) watch().report("tmm%u is used without a configuration", tile);
     return configured() && tile < kTiles && config.rows[tile] > 0 && config.colsb[tile] % 4 == 0;
   }
+
+ private:
+  bool counted_ = false;  // in `live`, which knows nothing of what the CPU itself configures
 };
 
 inline File& file() {
