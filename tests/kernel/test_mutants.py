@@ -308,7 +308,7 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "edges": edges,
     "blocks": partial(test_kernels.test_blocks_of_k_and_of_rows, k_slices=1),
     "chains": partial(test_kernels.test_chains_of_steps, chain=test_kernels.CHAINS[1]),
-    "collisions": partial(test_kernels.test_rows_that_collide_in_the_cache, k=1024),
+    "collisions": partial(test_kernels.test_rows_that_collide_in_the_cache, row_bytes=4096),
     "exact": partial(test_exact.test_sums_of_integers_are_exact, k_slices=1),
     "exact slices": partial(test_exact.test_sums_of_integers_are_exact, k_slices=3),
     "row alone": partial(test_exact.test_a_row_of_a_batch_is_the_row_alone, k=97, k_slices=1),

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import OFF, PAIRINGS, Model, Pairing, inputs, mlp, other_kernels, same_tensors
-from oracle import check
+from native import FP16_BLOCK
+from oracle import FP32_SUMS, Sums, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -49,10 +50,10 @@ def layer_of(
     return fast.eval().requires_grad_(False)
 
 
-def bounded(y: Tensor, layer: FastLinear, x: Tensor) -> None:
+def bounded(y: Tensor, layer: FastLinear, x: Tensor, sums: Sums = FP32_SUMS) -> None:
     """Holds y to the bound of a kernel for this x and this layer's packed weight."""
     assert y.dtype == x.dtype
-    check(y, x, layer.weight.to(DTYPES[layer.packed_as]), layer.bias, layer.activation)
+    check(y, x, layer.weight.to(DTYPES[layer.packed_as]), layer.bias, layer.activation, sums=sums)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -402,14 +403,15 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda row: row["name"])
 @EVERY_PAIRING
 def test_kernel_override(pairing: Pairing, kernel: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """FASTLINEAR_KERNEL runs what its kernel can, whatever the batch size; other layers go the ordinary way."""
+    """FASTLINEAR_KERNEL runs what its kernel can, whatever the batch size and its sums; other layers go the ordinary
+    way."""
     monkeypatch.setenv("FASTLINEAR_KERNEL", kernel["name"])
     layer = layer_of(pairing)
-    for m in (1, 5, 64):
-        x = torch.randn(m, K).to(pairing.x)
-        bounded(layer(x), layer, x)
     of_x, packed = (_kernels.FORMATS[dtype] for dtype in (pairing.x, pairing.packed))
     able = packed in [layout.split("/")[0] for layout in kernel["reads"]] and kernel["rows"] in ("fp32", of_x)
+    for m in (1, 5, 64):
+        x = torch.randn(m, K).to(pairing.x)
+        bounded(layer(x), layer, x, Sums(FP16_BLOCK) if able and kernel["accumulate"] == "fp16" else FP32_SUMS)
     assert {chosen.source for chosen in layer.plans} == {"override" if able else "heuristic"}
     assert ({chosen.name for chosen in layer.plans} == {kernel["name"]}) or not able
 
