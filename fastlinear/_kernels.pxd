@@ -135,11 +135,13 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         Format format
         const int64_t* index
     ctypedef int RowKind "fastlinear::RowKind"
-    ctypedef struct CRowQuantizer "fastlinear::RowQuantizer":
+    cppclass CRowQuantizer "fastlinear::RowQuantizer":
         RowKind kind
         float scale
         int32_t zero
         const float* smooth
+        Format format
+        cbool makes_integers()
     ctypedef struct Affine:
         float inverse
         float low
@@ -194,6 +196,7 @@ cdef enum:
 
 cdef extern from *:
     int STATIC "int(fastlinear::RowKind::fixed)"
+    int ROUNDED "int(fastlinear::RowKind::rounded)"
     int FP32 "int(fastlinear::Format::fp32)"
     int BF16 "int(fastlinear::Format::bf16)"
     int FP16 "int(fastlinear::Format::fp16)"

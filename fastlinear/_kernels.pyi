@@ -66,6 +66,8 @@ class RowQuantizer:
     zero: int
     smooth: Tensor | None
     def __init__(self, kind: str, scale: float = 0.0, zero: int = 0, smooth: Tensor | None = None) -> None: ...
+    @staticmethod
+    def rounding(dtype: torch.dtype) -> RowQuantizer: ...
 
 def run(
     packed: Packed,

@@ -357,7 +357,8 @@ ROW_KINDS = ("symmetric", "asymmetric", "static")  # in the order of enum RowKin
 
 
 cdef class RowQuantizer:
-    """How the rows of x become integers u, x * smooth = scale * (u - zero), as fastlinear/spec/int8.py says.
+    """How the rows of x become integers u, x * smooth = scale * (u - zero), as fastlinear/spec/int8.py says; or, as
+    `rounding` has it, the nearest numbers of a floating format.
 
     kind: "symmetric" or "asymmetric", of each row's own range; or "static": by `scale` and `zero`, 0 to 255, also of x
     that is uint8 already, or int8, which lies 128 lower. smooth: fp32 [K], or None for 1. ValueError otherwise.
@@ -377,6 +378,18 @@ cdef class RowQuantizer:
             self.padded = torch.nn.functional.pad(smooth, (0, 16))
             self.quantizer.smooth = <const float*> <size_t> self.padded.data_ptr()
 
+    @staticmethod
+    def rounding(dtype):
+        """Rows of any floats as numbers of `dtype`: to nearest, ties to even. ValueError where that is no 16-bit
+        format."""
+        if dtype not in FORMATS or dtype is torch.float32:
+            raise ValueError(f"rows are rounded to torch.bfloat16 or torch.float16, not {dtype}")
+        cdef RowQuantizer rows = RowQuantizer.__new__(RowQuantizer)
+        cdef int kind = ROUNDED, index = format_of_x(dtype)
+        rows.kind = "rounded"
+        rows.quantizer.kind, rows.quantizer.format = <RowKind> kind, <Format> index
+        return rows
+
 
 # Whether the plan's kernel reads this weight, and x or what x can be made into.
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept:
@@ -384,7 +397,10 @@ cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept:
     if not reads_layout(kernel[0], w.shape):
         return False
     if plan.plan.form != NULL:
-        return rows is not None and (is_float(x) or <int> rows.quantizer.kind == STATIC)
+        return rows is not None and rows.quantizer.makes_integers() and (
+            is_float(x) or <int> rows.quantizer.kind == STATIC)
+    if rows is not None and <int> rows.quantizer.kind == ROUNDED:
+        x = rows.quantizer.format if is_float(x) else x
     return is_float(x) and (<int> kernel.rows == FP32 or kernel.rows == x)
 
 

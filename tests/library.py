@@ -172,6 +172,7 @@ class Quantizer(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("zero", ctypes.c_int32),
         ("smooth", ctypes.c_void_p),
+        ("format", ctypes.c_uint8),
     ]
 
 

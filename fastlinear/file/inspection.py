@@ -13,6 +13,7 @@ from fastlinear.file import manifest, safetensors
 from fastlinear.file.manifest import Layer, Manifest, StoredScheme
 from fastlinear.file.safetensors import AnyPath, Contents, faults_of
 from fastlinear.plan import decide, table
+from fastlinear.spec.formats import FP32
 from fastlinear.spec.int8 import Rows
 
 _HEADER = ("layer", "n", "in x out", "weight", "packed as", "activation", "MiB", "here")
@@ -40,6 +41,7 @@ def _rows(said: Manifest) -> Iterator[tuple[str, ...]]:
         name = _plain(kind.name if len(layers) > 1 else layers[0].name) or "(the model)"
         weight = kind.held if kind.held == kind.packed else f"{kind.held} as {kind.packed}"
         weight += f" {kind.quantized.rows.kind}" if kind.quantized else ""
+        weight += f" in {kind.products} products" if kind.products != FP32 else ""
         packs = {layer.panels: _kernels.packed_nbytes(layer.layout, layer.n, layer.k) for layer in layers}
         mib, here = f"{sum(packs.values()) / 2**20:.2f}", "mapped" if _is_mapped(kind) else "repacked"
         activation = kind.activation.name if kind.activation else ""

@@ -11,6 +11,8 @@ An int8 layer has one field more, which tells how its input and output are quant
 
     "quantized": {"rows": ["static", 0.012, 3], "out": ["uint8", 0.1, 0], "smooth": "encoder.fc1.smooth"}
 
+So has a layer that rounds its input to multiply it in 16 bits, and this says in which: "products": "bf16".
+
 All that it says is held against the entries of the file before anybody believes it; names are held against the model by
 whoever loads it.
 """
@@ -30,7 +32,7 @@ from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json
 from fastlinear.layer import linear
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, PRODUCTS, name_of
+from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
 from fastlinear.spec.int8 import BYTES, Requantize, Rows, is_scale, is_zero
 from fastlinear.spec.precision import epilogue, wanted
 
@@ -69,6 +71,7 @@ class Layer(NamedTuple):
     accumulate: str
     tune: str
     quantized: StoredScheme | None = None
+    products: str = FP32
 
     @property
     def weight(self) -> str:
@@ -124,8 +127,9 @@ def dump(manifest: Manifest) -> dict[str, str]:
 
 def _dump_layer(layer: Layer) -> dict[str, Any]:
     raw = layer._asdict()
-    scheme = raw.pop("quantized")  # files without it are for older versions, too
-    return raw if scheme is None else {**raw, "quantized": scheme.dump()}
+    scheme, products = raw.pop("quantized"), raw.pop("products")  # files without them are for older versions, too
+    raw |= {} if scheme is None else {"quantized": scheme.dump()}
+    return raw if products == FP32 else {**raw, "products": products}
 
 
 def parse(contents: Contents) -> Manifest:
@@ -163,7 +167,8 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     kinds: dict[str, Any] = {"name": text, "n": number, "k": number, "held": text, "packed": text, "layout": text}
     kinds |= {"panels": text, "bias": (text, None), "activation": (list, None), "transposed": bool}
     kinds |= {"accumulate": text, "tune": text}
-    kinds |= {"quantized": dict} if isinstance(raw, dict) and "quantized" in raw else {}
+    optional = {"quantized": dict, "products": text}
+    kinds |= {key: optional[key] for key in optional if isinstance(raw, dict) and key in raw}
     _check_fields("a layer", raw, kinds)
     layer = Layer(**raw)
     who = f"the layer {shown(layer.name)}"
@@ -175,6 +180,8 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
         raise ValueError(f"{who} cannot have a bias in {shown(layer.bias)}")
     if not (0 <= layer.n < LIMIT and 0 <= layer.k < LIMIT):
         raise ValueError(f"{who} cannot be of {layer.n} x {layer.k}")
+    if layer.products not in DTYPES or (layer.products != FP32 and layer.packed in PRODUCTS):
+        raise ValueError(f"{who}, packed in {layer.packed}, cannot have products in {shown(layer.products)}")
     quantized = _parse_scheme(who, raw.get("quantized"), layer.packed, layer.k)
     if layer.tune not in linear.TUNE_MODES:
         raise ValueError(f"{who} cannot be tuned {shown(layer.tune)}")

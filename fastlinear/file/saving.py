@@ -141,6 +141,7 @@ def _record(layer: Any, name: str, panels: str) -> Layer:
         accumulate=layer._precision.accumulate,
         tune=layer._tune,
         quantized=_scheme(layer._precision, panels),
+        products=layer._precision.products,
     )
 
 
@@ -233,7 +234,8 @@ def _assign(match: Match, said: Manifest, mapped: Mapped) -> None:
 
 def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -> None:
     """Makes a layer fast, and frozen unless its weight is stored plain, too; it then has that and its pack."""
-    precision = Precision(None if record.packed == record.held else record.packed, record.accumulate)
+    packed = None if record.packed == record.held else record.packed
+    precision = Precision(packed, record.accumulate, products=record.products)
     if record.quantized is not None:
         rows = record.quantized.rows._replace(smooth=frozen.smooth)
         precision = precision._replace(rows=rows, out=record.quantized.out)

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     dtype: torch.dtype | None = None
     accumulate: str = "fp32"
     quantize: Scheme | None = None
+    products: torch.dtype | None = None
     include: Any = None
     exclude: Any = None
     filter_fn: Callable[[nn.Module, str], bool] | None = None
@@ -32,7 +33,7 @@ class Options(NamedTuple):
 
     @property
     def asked(self) -> Wanted:
-        return wanted(self.dtype, self.accumulate, self.quantize)
+        return wanted(self.dtype, self.accumulate, self.quantize, self.products)
 
     def is_included(self, name: str, classes: Iterable[type]) -> bool:
         """Whether `include` names the layer, whose parents are of these classes."""
@@ -69,7 +70,7 @@ def options(given: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise ValueError(f"tune must be one of {', '.join(map(repr, _TUNE))} in a graph, but is {found.tune!r}")
     if found.filter_fn is not None and not callable(found.filter_fn):
         raise TypeError(f"filter_fn must be a function of (module, name) or None, but is {found.filter_fn!r}")
-    wanted(found.dtype, found.accumulate, found.quantize)
+    wanted(found.dtype, found.accumulate, found.quantize, found.products)
     return found._replace(include=as_patterns("include", found.include), exclude=as_patterns("exclude", found.exclude))
 
 

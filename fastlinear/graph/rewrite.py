@@ -127,7 +127,7 @@ class Rewriter:
             return reason
         if self.options.fuse:
             product = self._absorb(product)
-        precision = asked.of(name) if form is None else form.precision()
+        precision = asked.of(name, weight.dtype) if form is None else form.precision()
         spec = Spec(name, product.activation, product.transposed, precision, self.options.tune, asked, form)
         layer = operators.operator_for(spec, weight, bias)
         if (reason := operators.why_not(spec, layer)) is not None:

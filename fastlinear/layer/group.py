@@ -19,7 +19,7 @@ class FastLinearGroup(nn.Module):
 
     layers: nn.Linear modules, which become FastLinears over the same parameters, or fast layers, which stay as they
         are; all of one input width, of any output widths, in one dtype, without activations.
-    dtype, accumulate, quantize: as in `FastLinear.from_linear`, for layers that are not fast yet.
+    dtype, accumulate, quantize, products: as in `FastLinear.from_linear`, for layers that are not fast yet.
 
     x: [..., in_features]; each output is a contiguous tensor [..., out_features of its layer]. The weights are packed
     together, once; x is read, and quantized, once for all. In training, with gradients, under other modes and for
@@ -39,13 +39,14 @@ class FastLinearGroup(nn.Module):
         dtype: torch.dtype | None = None,
         accumulate: str = "fp32",
         quantize: Scheme | None = None,
+        products: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         given = list(layers)
         for layer in given:
             if not isinstance(layer, nn.Linear):
                 raise TypeError(f"FastLinearGroup takes nn.Linear modules, but was given {type(layer).__name__}")
-        wish: dict[str, Any] = {"dtype": dtype, "accumulate": accumulate, "quantize": quantize}
+        wish: dict[str, Any] = {"dtype": dtype, "accumulate": accumulate, "quantize": quantize, "products": products}
         fast = [layer if is_fast(layer) else FastLinear.from_linear(layer, **wish) for layer in given]
         self.layers = nn.ModuleList(fast)
         self.train(any(layer.training for layer in given))

@@ -36,9 +36,10 @@ class FastLinear(FastModule, nn.Linear):
 
     Takes what nn.Linear takes, and `activation`: a name ("gelu"), a name with torch's parameters (("leaky_relu", 0.1)),
     an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
-    sum up to 64 products in fp16. Input [..., in_features], output [..., out_features] of the input's dtype: fp32, with
-    a weight of 16 or 8 bits also bf16 or fp16. The first call with a new number of rows measures the kernels for it
-    (about 50 ms, kept in a cache file); training runs nn.Linear's own code, other dtypes and devices torch's ops.
+    sum up to 64 products in fp16; `products=torch.bfloat16` multiplies x and the weight rounded to that. Input [...,
+    in_features], output [..., out_features] of the input's dtype: fp32, with a weight of 16 or 8 bits also bf16 or
+    fp16. The first call with a new number of rows measures the kernels for it (about 50 ms, kept in a cache file);
+    training runs nn.Linear's own code, other dtypes and devices torch's ops.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class FastLinear(FastModule, nn.Linear):
         *,
         activation: object = None,
         accumulate: str = "fp32",
+        products: torch.dtype | None = None,
     ) -> None:
         resolved = activations.resolve(activation)
-        asked = wanted(None, accumulate)
+        asked = wanted(None, accumulate, products=products)
         super().__init__(in_features, out_features, bias, device, dtype)
-        _become_fast(self, resolved, "lazy", "", asked.of(""))
+        _become_fast(self, resolved, "lazy", "", asked.of("", self.weight.dtype))
 
     @classmethod
     def from_linear(
@@ -66,14 +68,16 @@ class FastLinear(FastModule, nn.Linear):
         dtype: torch.dtype | None = None,
         accumulate: str = "fp32",
         quantize: Scheme | None = None,
+        products: torch.dtype | None = None,
     ) -> FastLinear:
         """A FastLinear that shares the parameters of `linear`; ValueError where it cannot be one (see `why_not`).
 
         dtype: torch.bfloat16 or torch.float16 packs the weight in 16 bits, whatever the parameter's dtype is.
         quantize: packs it in 8 bits, as in `convert`; a calibration is looked up by the name "", which is that of a
             layer calibrated by itself. An int8 tensor of torchao's is taken over as it is.
+        products: torch.bfloat16 or torch.float16 multiplies x and weight rounded to that, as in `convert`.
         """
-        asked = wanted(dtype, accumulate, quantize)
+        asked = wanted(dtype, accumulate, quantize, products)
         resolved, reason = (
             activations.resolve(activation),
             "it is frozen" if is_frozen(linear) else why_not(linear, asked),
@@ -84,7 +88,7 @@ class FastLinear(FastModule, nn.Linear):
         fast = cls.__new__(cls)
         state = vars(linear).items()
         vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
-        _become_fast(fast, resolved, "lazy", "", asked.of(""))
+        _become_fast(fast, resolved, "lazy", "", asked.of("", linear.weight.dtype))
         if over is not None:
             hold(fast, over)
         return fast
@@ -120,7 +124,7 @@ class FastLinear(FastModule, nn.Linear):
         fast = cls(k, n, bias is not None, "meta", dtype, activation=resolved)
         if bias is not None:
             fast.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        vars(fast)["_precision"] = asked.of("")
+        vars(fast)["_precision"] = asked.of("", dtype)
         hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed), dtype))
         if (reason := why_unread(fast)) is not None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")

@@ -32,7 +32,7 @@ from fastlinear.plan.decide import tell
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import dtype_of_rows, long_name, name_of
+from fastlinear.spec.formats import FP32, dtype_of_rows, long_name, name_of
 from fastlinear.spec.precision import AS_HELD, Precision, epilogue
 from fastlinear.spec.reference import Reference
 
@@ -94,8 +94,13 @@ class FastModule(Freezable):
 
     @property
     def dtypes(self) -> str:
-        """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"."""
-        return " as ".join(dict.fromkeys((long_name(name_of(dtype_of(self))), long_name(self.packed_as))))
+        """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"; and what x is
+        rounded to: "float32 as bfloat16 products"."""
+        held = " as ".join(dict.fromkeys((long_name(name_of(dtype_of(self))), long_name(self.packed_as))))
+        products = long_name(self._precision.products)
+        if self._precision.products == FP32:
+            return held
+        return f"{held} products" if products == long_name(self.packed_as) else f"{held}, {products} products"
 
     # ---- call ----
 
@@ -205,7 +210,7 @@ class FastModule(Freezable):
         own, key = self._engine, f"bare {packed_as}" if bare else packed_as
         if packed_as == self.packed_as:
             return own.elsewhere if bare and own.elsewhere is not None else own
-        return self._casting.get(key) or self._casting.setdefault(key, self._new_engine(AS_HELD, bare))
+        return self._casting.get(key) or self._casting.setdefault(key, self._new_engine(self._cast, bare))
 
     def computes(self, bare: bool) -> tuple[Activation | None, Precision]:
         """What the layer computes; bare: in a call whose output may go elsewhere than where the activation stood, or
@@ -340,8 +345,13 @@ class FastModule(Freezable):
 
     def _precision_in(self, engine: Engine, packed_as: str) -> Precision:
         """What an engine of this layer computes in: what was asked for, or what autocast does to that."""
-        asked = self.computes(engine.bare)[1] if self._is_own(engine) else AS_HELD
+        asked = self.computes(engine.bare)[1] if self._is_own(engine) else self._cast
         return asked._replace(packed=packed_as, accumulate=self._precision.accumulate)
+
+    @property
+    def _cast(self) -> Precision:
+        """What an engine computes in that has the weight in another format."""
+        return AS_HELD._replace(products=self._precision.products)
 
     def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
         threads = _kernels.num_threads()
@@ -367,7 +377,7 @@ class FastModule(Freezable):
             spare, weight = operands.spare, self._parameters.get("weight")
             if spare is not None and weight is not None and plan.refused and plan.name not in rivals.NAMES:
                 holding = f"bare {spare.format}" if engine.bare else spare.format  # counts, and shares, its memory
-                holder = self._casting.setdefault(holding, self._new_engine(AS_HELD, engine.bare))
+                holder = self._casting.setdefault(holding, self._new_engine(self._cast, engine.bare))
                 if not holder.fresh(self):
                     holder.take(weight, _engine.Fingerprint(weight), spare)
 
@@ -426,6 +436,7 @@ class FastModule(Freezable):
             scheme=precision.scheme,
             fallback=precision.fallback and frozen is None,
             layout=packed.layout,
+            products=precision.products,
         )
 
     def _new_engine(self, precision: Precision, bare: bool = False) -> Engine:

@@ -5,7 +5,8 @@
 weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] and the output [..., N], contiguous, of
 the dtype of x. `packed` is the format that the weight is rounded to, its own if "", `accumulate` the least exact
 one of the sums, and `rows` with `scale`, `zero` and `smooth` tell how x is quantized, or was, where it is integers.
-With `out`, a dtype, the output is integers, of `out_scale` and `out_zero`. `reference` says it all in torch's ops.
+With `out`, a dtype, the output is integers, of `out_scale` and `out_zero`; `products` is the format that
+x is rounded to, if it is floats. `reference` says it all in torch's ops.
 The packed weight is no argument but an accelerator behind the
 scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph
 that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
@@ -30,7 +31,7 @@ import fastlinear._kernels as _kernels
 from fastlinear.layer import gradient
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, name_of
+from fastlinear.spec.formats import DTYPES, FP32, name_of
 from fastlinear.spec.int8 import Quantized, Requantize, Rows, dequantize
 from fastlinear.spec.precision import Precision
 from fastlinear.spec.reference import Reference
@@ -41,7 +42,7 @@ SCHEMA = (
     "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
     "str packed='', str accumulate='fp32', str layout='', int n=0, int k=0, "
     "str rows='', float scale=0.0, int zero=0, Tensor? smooth=None, ScalarType? out=None, float out_scale=0.0, "
-    "int out_zero=0) -> Tensor"
+    "int out_zero=0, str products='fp32') -> Tensor"
 )
 Key: TypeAlias = tuple[Any, ...]
 
@@ -64,12 +65,13 @@ class Form(NamedTuple):
     out: torch.dtype | None = None
     out_scale: float = 0.0
     out_zero: int = 0
+    products: str = FP32
 
     def precision(self) -> Precision:
         """What the op may round to."""
         rows = Rows(self.rows, self.scale, self.zero, self.smooth) if self.rows else None
         out = None if self.out is None else Requantize(self.out, self.out_scale, self.out_zero)
-        return Precision(self.packed or None, self.accumulate, rows, out)
+        return Precision(self.packed or None, self.accumulate, rows, out, products=self.products)
 
     def fused(self) -> Activation | None:
         """The activation as a layer has it."""
@@ -86,14 +88,15 @@ def arguments(
     """What a layer tells the op. panels: layout, n and k of a frozen one, else "", 0 and 0."""
     name, params = activation or IDENTITY
     rows, out = precision.rows or Rows(""), precision.out or (None, 0.0, 0)
-    quantization: tuple[Any, ...] = (*rows, *out)
-    return Form(name, list(params), transposed, packed, precision.accumulate, *panels, *quantization)
+    rest: tuple[Any, ...] = (*panels, *rows, *out, precision.products)
+    return Form(name, list(params), transposed, packed, precision.accumulate, *rest)
 
 
 def key_of(address: int | None, activation: Activation | None, transposed: bool, precision: Precision) -> Key:
     """Equal for what one layer may answer, whatever it is packed in."""
     rows, smooth = (precision.rows or Rows(""))._replace(smooth=None), address_of(precision.smooth)
-    return address, activation, transposed, precision.accumulate, rows, smooth, precision.out
+    floats = precision.accumulate, precision.products
+    return address, activation, transposed, floats, rows, smooth, precision.out
 
 
 def address_of(t: Tensor | None) -> int | None:
@@ -177,7 +180,9 @@ def linear(layer: Layer, x: Tensor, bare: bool = False) -> Tensor:
     return y
 
 
-_FORM = tuple[str, list[float], bool, str, str, str, int, int, str, float, int, Tensor | None, int | None, float, int]
+_FORM = tuple[
+    str, list[float], bool, str, str, str, int, int, str, float, int, Tensor | None, int | None, float, int, str
+]
 
 
 def for_script(layer: Layer, bare: bool) -> tuple[Tensor | None, Any]:

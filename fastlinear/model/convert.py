@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.layer import linear
-from fastlinear.layer.fitness import taken_over
+from fastlinear.layer.fitness import dtype_of, taken_over
 from fastlinear.model import chains, fusion
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
@@ -41,6 +41,7 @@ def convert(
     dtype: torch.dtype | None = None,
     accumulate: str = "fp32",
     quantize: Scheme | None = None,
+    products: torch.dtype | None = None,
     fuse: bool = True,
     inplace: bool = False,
     freeze: bool = False,
@@ -64,6 +65,12 @@ def convert(
     accumulate: "fp16" admits kernels that sum up to 64 products in fp16 before they go on in fp32.
     quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits; as lossy as
         `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
+    products: torch.bfloat16 or torch.float16 multiplies in 16 bits what may be fp32 before and after: weights are
+        packed so, rows of x are rounded once, to nearest, and sums, biases and activations are fp32. As lossy as
+        `dtype`, and with the same exceptions; with `Int8WeightOnly` it rounds x alone. None does what torch was told when this is
+        called: bf16 in layers of fp32 after torch.set_float32_matmul_precision("medium") or
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16", unless another of these wishes is given; torch.float32
+        does not round.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
         a module whose source says so. Each call proves that anew: where the layer is called by something else, has
         hooks or was wrapped (by LoRA, say), or its activation was replaced or taken away, it computes what nn.Linear
@@ -75,8 +82,8 @@ def convert(
     tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
 
-    Layers that are fast already stay as they are, unless `dtype`, `accumulate` or `quantize` is given: then they take
-    all three.
+    Layers that are fast already stay as they are, unless `dtype`, `accumulate`, `quantize` or `products` is given: then
+    they take all four.
 
     nn.TransformerEncoder leaves torch's fused fast path, which would bypass the converted layers; as always without
     that path, outputs at padded positions are arbitrary instead of zero.
@@ -85,7 +92,7 @@ def convert(
     layer and of a model with nothing to convert.
     """
     _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
-    asked = wanted(dtype, accumulate, quantize)
+    asked = wanted(dtype, accumulate, quantize, products)
     reasons = choose(model, include, exclude, filter_fn, asked)
     chosen = [layer for layer, reason in reasons.items() if reason is None and not linear.is_fast(layer)]
     fast = [layer for layer, reason in reasons.items() if reason is None and linear.is_fast(layer)]
@@ -101,10 +108,10 @@ def convert(
             name, over = names[layer], taken_over(layer, asked)
             if over is not None:  # which `release` would bring back as numbers
                 undo.callback(twin[layer]._parameters.__setitem__, "weight", layer._parameters["weight"])
-            linear.adopt(twin[layer], activations.get(layer), mode, name, asked.of(name), over)
+            linear.adopt(twin[layer], activations.get(layer), mode, name, asked.of(name, dtype_of(layer)), over)
             undo.callback(linear.release, twin[layer])
         for layer in fast:
-            _set_precision(undo, twin[layer], _next(linear.precision_of(layer), asked, names[layer]))
+            _set_precision(undo, twin[layer], _next(layer, asked, names[layer]))
         for pair in pairs:
             there = pair._replace(linear=twin[pair.linear], holder=twin[pair.holder])
             fusion.absorb(there)
@@ -127,11 +134,11 @@ def convert(
     return result
 
 
-def _next(before: Precision, asked: Wanted, name: str) -> Precision:
+def _next(layer: nn.Module, asked: Wanted, name: str) -> Precision:
     """What a layer that is fast already is told to compute in."""
     if asked.packed is None:
-        return before._replace(accumulate=asked.everywhere.accumulate)
-    return asked.of(name)
+        return linear.precision_of(layer)._replace(accumulate=asked.everywhere.accumulate)
+    return asked.of(name, dtype_of(layer))
 
 
 def _set_precision(undo: ExitStack, layer: nn.Module, precision: Precision) -> None:

@@ -89,7 +89,9 @@ def choose(
 def _is_already(layer: Any, name: str, asked: Wanted) -> bool:
     if asked.packed is None and asked.everywhere.is_as(AS_HELD):
         return True
-    return asked.why_not(name, layer.in_features) is None and linear.precision_of(layer).is_as(asked.of(name))
+    if asked.why_not(name, layer.in_features) is not None:
+        return False
+    return linear.precision_of(layer).is_as(asked.of(name, dtype_of(layer)))
 
 
 def as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:

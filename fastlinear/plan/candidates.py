@@ -39,21 +39,21 @@ class Plan(NamedTuple):
 
 def able(problem: Problem) -> tuple[Row, ...]:
     """The kernels that can compute it: they read its panels, and its rows as they are or widened."""
-    return _able(problem.panels, problem.x)
+    return _able(problem.panels, problem.rows)
 
 
 @functools.cache
-def _able(layout: str, x: str) -> tuple[Row, ...]:
-    rows = {FP32, x, *INTEGER_ROWS}
-    return tuple(row for row in runnable() if layout in row["reads"] and row["rows"] in rows)
+def _able(layout: str, rows: str) -> tuple[Row, ...]:
+    allowed = {FP32, rows, *INTEGER_ROWS}
+    return tuple(row for row in runnable() if layout in row["reads"] and row["rows"] in allowed)
 
 
 @functools.cache
-def _likely(layout: str, x: str, accumulate: str) -> tuple[Row, ...]:
+def _likely(layout: str, read: str, accumulate: str) -> tuple[Row, ...]:
     """Of the able kernels that read the same things in the same way, only the best ISA's: a tuning has no time for the
     scalar ones. All integers are one way; kernels of whole tiles are one beside those of single rows. Coarse sums have
     to be asked for."""
-    rows = _able(layout, x)
+    rows = _able(layout, read)
     best = {_way(row): row["isa"] for row in reversed(rows)}
     return tuple(
         row for row in rows if row["isa"] == best[_way(row)] and row["accumulate"] not in _COARSE - {accumulate}
@@ -69,7 +69,7 @@ def native_candidates(problem: Problem) -> list[Plan]:
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Plan(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
-        for row in _likely(panels, problem.x, problem.accumulate)
+        for row in _likely(panels, problem.rows, problem.accumulate)
         if row["layout"] == panels or problem.m > row["mr"]
         for threads in sorted(counts)
         for slices in _slices(problem, row, threads)
@@ -101,7 +101,7 @@ def heuristic(problem: Problem) -> Plan:
         passes = -(-max(problem.m, 1) // row["mr"])
         converts, widens = row["format"] != row["rows"], row["format"] != problem.packed
         last = 4 * max(problem.m, 1) <= row["row_step"] or (converts and passes > 2)
-        return last, passes, row["rows"] != problem.x, widens, -row["columns"], -c.k_slices
+        return last, passes, row["rows"] != problem.rows, widens, -row["columns"], -c.k_slices
 
     best = min((c for c in native_candidates(problem) if c.plan_threads == threads), key=rank)
     return best._replace(source="heuristic")

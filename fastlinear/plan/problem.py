@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fastlinear.plan.table import layout
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.formats import DTYPES, FP32
 
 FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
 
@@ -17,7 +17,8 @@ class Problem(NamedTuple):
     `layout` is that of the pack; "" for a weight that is yet to be packed, which will be as `layout()` says.
     `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
     there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
-    x and y are quantized (`Precision.scheme`), and `fallback` whether the parameter's own format may run, too.
+    x and y are quantized (`Precision.scheme`), `fallback` whether the parameter's own format may run, too, and
+    `products` what x is rounded to.
     """
 
     m: int
@@ -34,11 +35,17 @@ class Problem(NamedTuple):
     scheme: str = ""
     fallback: bool = False
     layout: str = ""
+    products: str = FP32
 
     @property
     def panels(self) -> str:
         """The layout that a kernel has to read."""
         return self.layout or layout(self.packed)
+
+    @property
+    def rows(self) -> str:
+        """The format of the numbers that are multiplied, if these are floats: that of x, or narrower."""
+        return self.x if self.products == FP32 else self.products
 
     @property
     def admits_torch(self) -> bool:
@@ -56,4 +63,5 @@ class Problem(NamedTuple):
         flags = ("bias" if self.bias else "nobias") + ("-transposed" if self.transposed else "")
         formats = f"x={self.x},packed={self.panels},held={self.held},sums={self.accumulate}"
         formats += f",scheme={self.scheme}" * bool(self.scheme) + ",fallback" * self.fallback
+        formats += f",products={self.products}" * (self.products != FP32)
         return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"

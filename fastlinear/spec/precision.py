@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, FP32, name_of
+from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.schemes import Scheme
 
@@ -20,7 +20,8 @@ class Precision(NamedTuple):
     packed: the format of the packed weight, None for the parameter's own; accumulate: that of the least exact sums of
     floats that are welcome; rows: how x is quantized, None where it is not; out: what y is quantized to for the layer
     that reads it; fallback: whether the parameter's own format may run where it is faster; sample: inputs [m, k] to
-    tell the error of such a layer by.
+    tell the error of such a layer by; products: the format that x of floats is rounded to before it is multiplied, fp32
+    where it is not.
     """
 
     packed: str | None = None
@@ -29,6 +30,7 @@ class Precision(NamedTuple):
     out: Requantize | None = None
     fallback: bool = False
     sample: Tensor | None = None
+    products: str = FP32
 
     @property
     def smooth(self) -> Tensor | None:
@@ -61,7 +63,9 @@ class Precision(NamedTuple):
         return numbers if self.smooth is None else numbers / self.smooth
 
     def quantizer(self) -> _kernels.RowQuantizer | None:
-        return None if self.rows is None else _kernels.RowQuantizer(*self.rows)
+        if self.rows is not None:
+            return _kernels.RowQuantizer(*self.rows)
+        return None if self.products == FP32 else _kernels.RowQuantizer.rounding(DTYPES[self.products])
 
     def is_as(self, other: Precision) -> bool:
         """Whether layers of both compute the same."""
@@ -73,17 +77,21 @@ AS_HELD = Precision()  # in the parameter's own format
 
 
 class Wanted(NamedTuple):
-    """What `convert` was asked for: one precision for all layers, or what a scheme says of each."""
+    """What `convert` was asked for: one precision for all layers, or what a scheme says of each. switched: the format
+    of products that torch's own switch asks for in layers of fp32, where nobody has said anything else."""
 
     everywhere: Precision
     scheme: Scheme | None = None
+    switched: str = FP32
 
     @property
     def packed(self) -> str | None:
         return self.everywhere.packed if self.scheme is None else self.scheme.packed
 
-    def of(self, name: str) -> Precision:
-        """That of the layer called `name`, of which `why_not` has nothing to say."""
+    def of(self, name: str, held: torch.dtype) -> Precision:
+        """That of the layer called `name`, of a parameter of this dtype, of which `why_not` has nothing to say."""
+        if self.switched != FP32 and held is torch.float32:
+            return self.everywhere._replace(packed=self.switched, products=self.switched)
         if self.scheme is None:
             return self.everywhere
         observed = self.scheme.observed(name)
@@ -119,13 +127,12 @@ class Wanted(NamedTuple):
 ANYHOW = Wanted(AS_HELD)
 
 
-def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = None) -> Wanted:
+def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = None, products: object = None) -> Wanted:
     """The arguments of `convert`; TypeError or ValueError where weights cannot be packed in `dtype`, `accumulate` is no
-    format of sums, `quantize` no scheme, or both are given."""
+    format of sums, `quantize` no scheme, `products` no format to multiply in, or two of them exclude each other."""
     narrow = [each for each in _kernels.FORMATS if each is not torch.float32]
-    if dtype is not None and not any(dtype is allowed for allowed in narrow):
-        error = ValueError if isinstance(dtype, torch.dtype) else TypeError
-        raise error(f"dtype must be None, {' or '.join(map(str, narrow))}, but is {dtype!r}")
+    _check_dtype("dtype", dtype, [None, *narrow])
+    _check_dtype("products", products, [None, torch.float32, *narrow])
     sums = sorted({row["accumulate"] for row in _kernels.rows()} & {*DTYPES} | {FP32}, reverse=True)
     if accumulate not in sums:
         raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
@@ -134,8 +141,31 @@ def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = N
         raise TypeError(f"quantize must be None or one of fastlinear's {kinds}, but is {quantize!r}")
     if quantize is not None and dtype is not None:
         raise ValueError(f"a weight is packed by dtype={dtype} or by quantize={quantize!r}, not by both")
-    packed = None if dtype is None else _kernels.FORMATS[dtype]  # type: ignore[index]
-    return Wanted(Precision(packed, str(accumulate)), quantize)
+    if products in narrow and dtype not in (None, products):
+        raise ValueError(f"products={products} are of weights packed so, not by dtype={dtype}")
+    if products in narrow and quantize is not None and quantize.packed in PRODUCTS:
+        raise ValueError(f"products={products} are none of integers, which quantize={quantize!r} makes")
+    if products in narrow and quantize is None:
+        dtype = products
+    switched = products is None and dtype is None and quantize is None and accumulate == FP32
+    packed, rounded = (None if each is None else name_of(each) for each in (dtype, products))  # type: ignore[arg-type]
+    precision = Precision(packed, str(accumulate), products=rounded or FP32)
+    return Wanted(precision, quantize, switch_of_torch() if switched else FP32)
+
+
+def _check_dtype(what: str, given: object, allowed: list[torch.dtype | None]) -> None:
+    """TypeError or ValueError where it is none of these."""
+    if not any(given is each for each in allowed):
+        error = ValueError if isinstance(given, torch.dtype) else TypeError
+        raise error(f"{what} must be {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}, but is {given!r}")
+
+
+def switch_of_torch() -> str:
+    """The format that torch is told to multiply matrices of fp32 in on a CPU: bf16 after
+    torch.set_float32_matmul_precision("medium") or torch.backends.mkldnn.matmul.fp32_precision = "bf16". Its "tf32"
+    is nothing that the kernels have."""
+    told = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    return "bf16" if told == "bf16" else FP32
 
 
 def epilogue(activation: Activation | None, out: Requantize | None) -> _kernels.Epilogue:

@@ -1,8 +1,9 @@
 """What a fast layer computes in eval mode, told in torch's own ops, for whatever cannot run the kernels.
 
 y = activation(x^ W^T + b), where x^ and W^ are the numbers that the kernels multiply: the weight rounded to the format
-it is packed in, x quantized and back again where the layer quantizes it. Sums are of fp32 (of fp64 for an fp64 x), as
-are bias and activation, and y is rounded once; so it differs from what the kernels answer by the rounding of fp32 sums.
+it is packed in, x rounded where the layer rounds it, quantized and back again where it quantizes it. Sums are of fp32
+(of fp64 for an fp64 x), as are bias and activation, and y is rounded once; so it differs from what the kernels answer
+by the rounding of fp32 sums.
 
 All of it can be traced, exported, batched and differentiated, in both directions. Rounding is differentiated straight
 through (Bengio et al. 2013, arXiv:1308.3432): dx goes through W^, dW through x^, as if both were not rounded.
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.formats import DTYPES, FP32
 from fastlinear.spec.int8 import BYTES, dequantize_rows, handed_on, quantize_channels, quantize_rows, requantize
 from fastlinear.spec.precision import Precision
 
@@ -64,8 +65,10 @@ class Reference(NamedTuple):
     def rows(self, x: Tensor) -> Tensor:
         """x^ [..., K], in fp32 or fp64."""
         rows, wide = self.precision.rows, width(x)
-        if rows is None:
+        if rows is None and self.precision.products == FP32:
             return _as(x, wide)
+        if rows is None:
+            return _straight_through(_as(x.detach().to(DTYPES[self.precision.products]), wide), _as(x, wide))
         rounded = _as(dequantize_rows(*quantize_rows(x.detach(), rows)), wide)
         if x.dtype in BYTES:
             return rounded

@@ -110,7 +110,7 @@ def test_a_foreign_layout_is_repacked(path: Path, layout: str, zeros: bool) -> N
     weight, scheme = theirs(zeros), next(s for s in Int8Dynamic.__mro__[1].__subclasses__() if s.packed == packed)()
     elsewhere = nn.Sequential(nn.Linear(K, N)).eval()
     record = Frozen(_kernels.Packed(weight.values, layout, weight.scale, weight.zero), torch.float32)
-    linear.adopt(elsewhere[0], None, "off", "0", wanted(quantize=scheme).of("0"), over=record)
+    linear.adopt(elsewhere[0], None, "off", "0", wanted(quantize=scheme).of("0", torch.float32), over=record)
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(K, N))))
     pack = record_of(model[0]).packed

@@ -66,7 +66,7 @@ def layer_of(
     asked = wanted(quantize=SCHEMES[scheme](stock, torch.randn(64, k).to(held)))
     if not bias:
         stock.bias = None
-    linear.adopt(stock, activations.resolve(activation), tune, "fc", asked.of(""))
+    linear.adopt(stock, activations.resolve(activation), tune, "fc", asked.of("", stock.weight.dtype))
     return stock
 
 

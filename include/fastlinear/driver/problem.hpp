@@ -24,16 +24,19 @@ struct Rows {
   }
 };
 
-enum class RowKind : std::uint8_t { symmetric, asymmetric, fixed };
+enum class RowKind : std::uint8_t { symmetric, asymmetric, fixed, rounded, as_they_are };
 
-// How the rows of x become integers: by a scale and zero point of each row's own, or by the given ones. `smooth`: k
-// numbers that x is multiplied by first, readable up to a multiple of 16, or null. x that is integers already is taken
-// as of the given scale.
+// How the rows of x become what is multiplied. Integers: by a scale and zero point of each row's own, or by the given
+// ones; x that is integers already is taken as of the given scale. Rounded: to the nearest number of a floating format,
+// ties to even, whatever the kernel then reads it in.
 struct RowQuantizer {
-  RowKind kind;
-  float scale;
-  std::int32_t zero;  // of uint8; int8 lies 128 lower
-  const float* smooth;
+  RowKind kind = RowKind::as_they_are;
+  float scale = 0.0f;
+  std::int32_t zero = 0;          // of uint8; int8 lies 128 lower
+  const float* smooth = nullptr;  // k numbers that x is multiplied by first, readable up to a multiple of 16, or null
+  Format format = kNumbers;       // that rows are rounded to
+
+  bool makes_integers() const { return kind < RowKind::rounded; }
 };
 
 struct Bias {
@@ -59,7 +62,7 @@ struct Operand {
 
 struct Problem {
   std::ptrdiff_t m, n, k;
-  Rows x;  // of any format that the plan's kernel reads, or that can be widened or quantized to it
+  Rows x;  // of any format that the plan's kernel reads, or that can be widened, rounded or quantized to it
   RowQuantizer quantizer;
   Weight weight;  // in a layout that the plan's kernel reads
   Bias bias;

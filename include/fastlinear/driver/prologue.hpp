@@ -1,6 +1,7 @@
 // Rows of x -> what a kernel reads, once a call for all threads and all groups of panels: as they are, read in place;
 // or copied one line further apart where they would fight for the same cache sets, gathered, or end where the kernel
-// needs zeros; or widened; or quantized, with a scale and a zero point each, by those of fastlinear/spec/int8.py.
+// needs zeros; or widened; or rounded; or quantized, with a scale and a zero point each, by those of
+// fastlinear/spec/int8.py.
 //
 // Each way is a function that makes one row. To add one (rows that are normalized first): such a function, and its line
 // in the constructor.
@@ -89,6 +90,8 @@ class Prologue {
     const bool ends = round_up(p.k, kernel.k_step) == p.k && round_up(m_, kernel.row_step) == m_;
     if (plan.form != nullptr)
       make_ = is_float(p.x.format) ? &Prologue::quantize : &Prologue::shift;
+    else if (p.quantizer.kind == RowKind::rounded && p.x.format != p.quantizer.format)
+      make_ = &Prologue::round;
     else if (p.x.format != kernel.rows)
       make_ = &Prologue::widen;
     else if (!ends || p.x.index != nullptr ||
@@ -125,6 +128,18 @@ class Prologue {
   void copy(std::ptrdiff_t row, char* to) { std::copy_n(p_.x.at(row, 0), p_.k * element_bytes(p_.x.format), to); }
 
   void widen(std::ptrdiff_t row, char* to) { conversion().widen(p_.x.at(row, 0), reinterpret_cast<float*>(to), p_.k); }
+
+  // To the format that was asked for; a kernel of fp32 rows reads the same numbers.
+  void round(std::ptrdiff_t row, char* to) {
+    const Format format = p_.quantizer.format;
+    const Conversion& rounding = plan_.vectors->conversions[static_cast<std::size_t>(format)];
+    const float* const x = numbers(row);
+    if (plan_.kernel->rows == format) return rounding.narrow(x, to, p_.k);
+    thread_local Scratch memory;
+    std::byte* const rounded = memory.bytes(p_.k * element_bytes(format));
+    rounding.narrow(x, rounded, p_.k);
+    rounding.widen(rounded, reinterpret_cast<float*>(to), p_.k);
+  }
 
   // Row r in fp32 and smoothed: in place, or in memory of this thread.
   const float* numbers(std::ptrdiff_t row) {
