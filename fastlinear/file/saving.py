@@ -156,7 +156,7 @@ def _plans(layer: Any) -> Iterator[tuple[str, Remembered]]:
     """What was measured for the kernels of a layer, by the keys under which a process that loads it will ask."""
     for (engine, *_), plan in list(layer._plans.items()):
         kept = not plan.refused and plan.name not in rivals.NAMES
-        if kept and engine is layer._engine and plan.source in ("tuned", "cache"):
+        if kept and engine is layer._engine and plan.source in ("tuned", "equal", "cache"):
             problem = layer.problem(engine, engine.packed, plan.bucket, plan.x, plan.threads)
             problem = problem._replace(held=FROZEN, fallback=False)
             numbers = {"threads": plan.plan_threads, "k_slices": plan.k_slices}

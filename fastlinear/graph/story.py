@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from fastlinear.graph.capture import op_of
-from fastlinear.model.reporting import NodeReport
+from fastlinear.model.rows import NodeReport
 
 
 class Story:

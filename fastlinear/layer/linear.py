@@ -202,7 +202,7 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
         weight = layer._parameters["weight"]
         # It may have changed in a way that torch does not count.
         packed = pack(weight, layer.precision, layer._transposed, compare=True)
-        note(layer, packed)
+        note(layer, packed, for_good=True)
         frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
         for twin in (layer, *tied):
             plan = [plan for (engine, *_), plan in twin._plans.items() if engine is twin._engine]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,23 +21,36 @@ class Quality(NamedTuple):
 
 
 UNKNOWN = Quality()
-_known: WeakKeyDictionary[_kernels.Packed, Quality] = WeakKeyDictionary()
+# By who has the weight: the layer, since another layer on the same pack has other inputs, or none, to tell an error by;
+# of frozen layers, which have no inputs any more, by the pack.
+_known: WeakKeyDictionary[Any, tuple[weakref.ref[_kernels.Packed], Quality]] = WeakKeyDictionary()
 
 
 def quality_of(layer: Any) -> Quality:
     """Of what a fast layer is packed in; for a frozen one as it was with the weight."""
-    packed = layer._engine.packed
+    packed, frozen = layer._engine.packed, record_of(layer)
     if packed is None:
         return UNKNOWN
-    if record_of(layer) is None and layer._engine.fresh(layer):
+    if frozen is not None:
+        return _noted(packed, packed)
+    if layer._engine.fresh(layer):
         note(layer, packed)
-    return _known.get(packed, UNKNOWN)
+    return _noted(layer, packed)
 
 
-def note(layer: Any, packed: _kernels.Packed) -> None:
-    """Remembers it of a pack of the weight that a layer still has."""
-    if packed.scale is not None and packed not in _known:
-        _known[packed] = _measured(layer, packed)
+def note(layer: Any, packed: _kernels.Packed, for_good: bool = False) -> None:
+    """Remembers it of a pack of the weight that a layer still has; for_good: and is about to lose."""
+    if packed.scale is None:
+        return
+    if _noted(layer, packed) == UNKNOWN:
+        _known[layer] = weakref.ref(packed), _measured(layer, packed)
+    if for_good:
+        _known[packed] = _known[layer]
+
+
+def _noted(owner: Any, packed: _kernels.Packed) -> Quality:
+    of, quality = _known.get(owner, (None, UNKNOWN))
+    return quality if of is not None and of() is packed else UNKNOWN
 
 
 def _measured(layer: Any, packed: _kernels.Packed) -> Quality:

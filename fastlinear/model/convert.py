@@ -174,6 +174,13 @@ def unconvert(model: Model) -> Model:
     return model
 
 
+def stock_copy(model: Model) -> Model:
+    """A copy without fast layers that shares all tensors, but for the weights of frozen layers, which it unpacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers with an activation of their own, which stay
+        return unconvert(_copy_sharing_tensors(model))
+
+
 def refresh(model: Model) -> Model:
     """Drop all packed weights, so that the next call packs them anew, and return the model.
 

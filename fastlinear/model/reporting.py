@@ -1,97 +1,32 @@
-"""What convert and the tuner decided, layer by layer, as data and as a plain table."""
+"""What convert and the tuner decided, layer by layer, as data; `table` makes text of it, and `page` a page."""
 
 from __future__ import annotations
 
+import os
 import platform
-import re
-import textwrap
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
 
+import torch
 from torch import nn
 
 import fastlinear._kernels as _kernels
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import record_of
-from fastlinear.layer.quality import UNKNOWN, Quality, quality_of
+from fastlinear.layer.quality import UNKNOWN, quality_of
+from fastlinear.model import page, table
+from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
 from fastlinear.model.selection import linear_layers, why_skipped
-from fastlinear.plan import measuring
-from fastlinear.spec.activations import Activation
-
-if TYPE_CHECKING:
-    from fastlinear.plan.candidates import Plan
-
-_HEADER = ("layer", "n", "in x out", "weight", "dB", "activation", "M", "x", "runs on", "speed-up", "MiB")
-_SIDES = "<>><><><<>>"
-_NOISE = _HEADER.index("dB")
-_TAIL = _HEADER.index("runs on")  # over the columns from here on the reason for a skip may spread
-_WIDTH, _TAIL_WIDTH = 120, 40
-_SOURCES = {
-    "tuned": "measured in this process",
-    "cache": "from the tuning cache",
-    "neighbor": "as for a batch size nearby",
-    "heuristic": "by rule, not measured",
-    "override": "fixed by FASTLINEAR_KERNEL",
-}
-
-_REASONS = {
-    measuring.BUSY: "since others had the CPUs: a later call measures again, a few times, and tune() at once",
-    measuring.ELSEWHERE: "since another thread was measuring: a later call asks again",
-}
-
-_FORMATS = {str(dtype).removeprefix("torch."): name for dtype, name in _kernels.FORMATS.items()}
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One linear layer, by its first name in the model."""
-
-    name: str
-    in_features: int
-    out_features: int
-    dtype: str  # of the parameter and, where it is another one, of its pack: "float32 as bfloat16"
-    activation: Activation | None
-    # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "elsewhere": all calls so far
-    # went round the kernels; "untuned": there were none; "skipped"
-    decision: str
-    buckets: tuple[Plan, ...]  # what runs for each format of x and bucket of M so far, smallest first
-    pack_mib: float  # what the packed weight takes: beyond the weight itself, or instead of it where `frozen`
-    reason: str | None = None  # why it was skipped
-    frozen: bool = False
-    origin: str = ""  # where the pack of a frozen layer comes from, unless it was packed here
-    quality: Quality = UNKNOWN  # of a quantized layer: signal to noise in dB
-    elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
-
-
-@dataclass
-class NodeReport:
-    """One node of a graph that torch.compile made of the model.
-
-    outcome: "fast": a product on packed weights; "fused": done by the node that `why` names; "dropped"; "torch":
-    torch's own op. why: into what, or why not, in a few words; "" where nothing spoke for another outcome.
-    """
-
-    name: str
-    op: str
-    outcome: str = "torch"
-    why: str = ""
-
-
-class Graph(Protocol):
-    """What the Dynamo backend has compiled. reason: why all of it is torch's own, None where it is not; layers: those
-    it runs, each with the modules' weights that it is packed from."""
-
-    nodes: tuple[NodeReport, ...]
-    reason: str | None
-
-    @property
-    def layers(self) -> tuple[tuple[Any, tuple[Any, ...]], ...]: ...
-
-    def is_of(self, model: nn.Module) -> bool: ...
-
+from fastlinear.model.shares import Share, share_of
+from fastlinear.plan import roofline
+from fastlinear.plan.candidates import Plan
+from fastlinear.plan.decide import spell
+from fastlinear.plan.roofline import Spot
+from fastlinear.spec.formats import DTYPES, name_of
 
 graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # all that there are
 
@@ -103,6 +38,7 @@ class Report(tuple[LayerReport, ...]):
     """
 
     graphs: tuple[Graph, ...] = ()
+    share: Share | None = None  # of the model's weights, and of its multiply-adds, that run fast
 
     @property
     def pack_mib(self) -> float:
@@ -110,23 +46,47 @@ class Report(tuple[LayerReport, ...]):
         return sum(layer.pack_mib for layer in self)
 
     def __str__(self) -> str:
-        alike: dict[Any, list[LayerReport]] = {}
-        for layer in self:
-            alike.setdefault(_likeness(layer), []).append(layer)
-        rows = _aligned([_HEADER, *(row for layers in alike.values() for row in _rows(layers))])
-        summary = (part for line in self._summary() for part in textwrap.wrap(line, _WIDTH))
-        told = (line for graph in self.graphs for line in ("", *_of_graph(graph)))
-        return "\n".join((rows[0], "-" * max(map(len, rows)), *rows[1:], "", *summary, *told))
+        share = "" if self.share is None else self.share.text()
+        return table.text_of(self, share, self.summary(), self.graphs)
 
-    def _summary(self) -> Iterator[str]:
+    def _repr_html_(self) -> str:
+        lines = [] if self.share is None else [self.share.text()]
+        return page.fragment_of(self, [*lines, *self.summary()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that JSON can hold: "share", "summary", "layers", "graphs" and "environment"."""
+        return {
+            "share": None if self.share is None else self.share.to_dict(),
+            "summary": [*self.summary()],
+            "layers": [layer.to_dict() for layer in self],
+            "graphs": [
+                {"reason": graph.reason, "nodes": [vars(node) for node in graph.nodes]} for graph in self.graphs
+            ],
+            "environment": environment(),
+        }
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page that needs nothing else: the summary, a table to sort and filter, the roofline, the layers'
+        speed-ups and this machine. OSError where the file cannot be written."""
+        with open(path, "w", encoding="utf-8") as file:
+            share = "" if self.share is None else self.share.text()
+            file.write(page.page_of(self, share, [*self.summary()], environment()))
+
+    def summary(self) -> Iterator[str]:
+        """The lines below the table."""
         decisions = Counter(layer.decision for layer in self)
         sources = Counter(plan.source for layer in self for plan in layer.buckets)
         info = _kernels.cpu_info()
         yield f"layers: {', '.join(f'{n} {decision}' for decision, n in decisions.items()) or 'no linear ones'}"
-        yield f"plans: {', '.join(f'{n} {_SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
+        yield f"plans: {', '.join(f'{n} {SOURCES[source]}' for source, n in sources.items()) or 'none yet'}"
         waiting = Counter(plan.provisional for layer in self for plan in layer.buckets if plan.provisional)
         for reason, n in waiting.items():
-            yield f"provisional, marked ?: {n} of these, {_REASONS[reason]}"
+            yield f"provisional, marked ?: {n} of these, {REASONS[reason]}"
+        silent = Counter(layer.why_no_speedup(plan) for layer in self for plan in layer.buckets if plan.table)
+        for reason in filter(None, silent):
+            yield f"no speed-up for {silent[reason]} of these: {reason}"
+        if any(spot is not None for layer in self for spot in layer.roofline):
+            yield "roof: share of what the fastest kernel and memory of this CPU allow for the product"
         instead = sum(layer.pack_mib for layer in self if layer.frozen)
         yield f"extra memory: {self.pack_mib - instead:.1f} MiB of packed weights"
         if any(layer.quality != UNKNOWN for layer in self):
@@ -138,10 +98,16 @@ class Report(tuple[LayerReport, ...]):
         yield f"CPU: {info['model'] or platform.machine()}, {' '.join(info['isas'])}, {_kernels.num_threads()} threads"
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, example: Any = None) -> Report:
     """What became of each linear layer of `model`: kernel and speed-up for each batch size met so far, memory, or why
-    it was skipped; and, where it was compiled with backend="fastlinear", of each node of its graphs. Raises TypeError
-    for anything but an nn.Module."""
+    it was skipped; and, where it was compiled with backend="fastlinear", of each node of its graphs.
+
+    example: what to call the model with, as for `tune`. With it, all multiply-adds of one call of a stock copy are
+        counted, those of attention and experts included, and the report tells what share of them runs fast.
+
+    Where plans were measured, their part of the roofline is told, which the first report of a process measures in some
+    50 ms a format, unless others have the CPUs. Raises TypeError for anything but an nn.Module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
     compiled = getattr(model, "_orig_mod", None)  # in what torch.compile returns
@@ -158,27 +124,27 @@ def report(model: nn.Module) -> Report:
             rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
     found = Report(rows.values())
     found.graphs = tuple(own)
+    found.share = share_of(model, {row.name for row in found if row.decision not in ("skipped", "elsewhere")}, example)
     return found
+
+
+def environment() -> dict[str, Any]:
+    """Where a report was made."""
+    info = _kernels.cpu_info()
+    return {
+        "cpu": info["model"] or platform.machine(),
+        "isas": [*info["isas"]],
+        "threads": _kernels.num_threads(),
+        "torch": torch.__version__,
+        "fastlinear": version("fastlinear"),
+        "python": platform.python_version(),
+    }
 
 
 def _held(layer: Any) -> Any:
     """What a graph knows a layer by: its weight, or its panels."""
     frozen = record_of(layer)
     return layer._parameters.get("weight") if frozen is None else frozen.panels
-
-
-def _of_graph(graph: Graph) -> Iterator[str]:
-    outcomes = Counter(node.outcome for node in graph.nodes)
-    yield f"graph of {len(graph.nodes)} nodes: {', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())}"
-    if graph.reason is not None:
-        yield f"  as it was: {graph.reason}"
-        return
-    plain = Counter(node.op for node in graph.nodes if not node.why)
-    told = Counter((node.op, node.outcome, re.sub(r"\d+", "*", node.why)) for node in graph.nodes if node.why)
-    for (op, outcome, why), n in told.items():
-        yield from textwrap.wrap(f"  {n} {op}: {outcome}, {why}", _WIDTH, subsequent_indent="      ")
-    listed = ", ".join(f"{n} {op}" for op, n in plain.items())
-    yield from textwrap.wrap(f"  torch's own: {listed or 'nothing'}", _WIDTH, subsequent_indent="      ")
 
 
 def _describe(name: str, layer: Any, otherwise: str) -> LayerReport:
@@ -201,85 +167,33 @@ def _describe(name: str, layer: Any, otherwise: str) -> LayerReport:
         origin="" if frozen is None else frozen.origin,
         quality=quality_of(layer) if fast else UNKNOWN,
         elsewhere=elsewhere,
+        weight_mib=_weight_bytes(layer) / 2**20,
+        roofline=tuple(_spot(layer, plan) for plan in buckets),
     )
+
+
+def _weight_bytes(layer: Any) -> int:
+    frozen = record_of(layer)
+    if frozen is not None:
+        return int(frozen.packed.n * frozen.packed.k * frozen.dtype.itemsize)
+    return int(layer.weight.nbytes)
+
+
+def _spot(layer: Any, plan: Plan) -> Spot | None:
+    """Where a plan stands below the roofline whose time is known."""
+    name = plan.name if plan.name.startswith("torch/") else spell(plan)
+    milliseconds = dict(plan.table).get(name)
+    if milliseconds is None or plan.measured == (0, 0):
+        return None
+    held = name_of(layer.weight.dtype) if record_of(layer) is None else ""
+    packed = held if plan.refused or name == plan.name else layer.packed_as
+    roof = roofline.measure(plan.x, packed, plan.plan_threads if name != plan.name else plan.threads)
+    n, k = plan.measured[1], layer.in_features
+    itemsize = DTYPES[packed].itemsize if packed in DTYPES else layer._engine.packed.nbytes / (layer.out_features * k)
+    return None if roof is None else roof.spot(plan, k, milliseconds, itemsize * n * k)
 
 
 def _decision(buckets: tuple[Plan, ...], elsewhere: Mapping[str, int]) -> str:
     if not buckets:
         return "elsewhere" if elsewhere else "untuned"
     return "torch" if all(plan.name.startswith("torch/") for plan in buckets) else "fast"
-
-
-def _likeness(layer: LayerReport) -> tuple[Any, ...]:
-    """Equal for layers that share a row: those of repeated blocks."""
-    runs = tuple((c.x, c.bucket, c.name, c.speedup, c.refused, c.provisional) for c in layer.buckets)
-    shape = (layer.in_features, layer.out_features, layer.dtype, layer.frozen)
-    known = layer.quality == UNKNOWN
-    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, known, (*layer.elsewhere,)
-
-
-def _pattern(layer: LayerReport) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
-
-
-def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
-    """The rows of layers alike: one for each x and M, or why they were skipped, on several rows if need be."""
-    first = layers[0]
-    name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
-    dtype = " ".join(_FORMATS.get(word, word) for word in (*first.dtype.split(), *["frozen"] * first.frozen))
-    shape, noise = f"{first.in_features}x{first.out_features}", _worst(layers)
-    head: tuple[str, ...] = (name, str(len(layers)), shape, dtype, noise, _text(first.activation))
-    mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
-    for plan in first.buckets:
-        speedup = "" if plan.speedup is None else f"{plan.speedup:.2f}x"
-        name = f"{plan.name}?" if plan.provisional else plan.name
-        yield (*head, str(plan.bucket), plan.x, name, speedup, mib)
-        head, mib = ("",) * len(head), ""
-        if plan.refused:
-            yield (*head, "", "", f"({plan.refused} refused)", "", "")
-    for outcome in _outcomes(layers):
-        for line in textwrap.wrap(outcome, _TAIL_WIDTH):
-            yield (*head, "", "", line)
-            head = ("",) * len(head)
-
-
-def _outcomes(layers: list[LayerReport]) -> Iterator[str]:
-    """What is to be said of layers alike beside their plans."""
-    first, counts = layers[0], sum((Counter(layer.elsewhere) for layer in layers), Counter())
-    if first.reason:
-        yield f"skipped: {first.reason}"
-    elif first.decision == "untuned":
-        yield first.decision
-    for reason, count in counts.items():
-        yield f"{count} call{'s' * (count != 1)} elsewhere: {reason}"
-
-
-def _worst(layers: list[LayerReport]) -> str:
-    """Least signal to noise of weights and of outputs among layers."""
-    every = zip(*(layer.quality for layer in layers), strict=True)
-    return "/".join(f"{min(known):.0f}" for values in every if (known := [v for v in values if v is not None]))
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their contents, but that of the names, which has what is left."""
-    hidden = set() if any(row[_NOISE] for row in rows[1:]) else {_NOISE}
-    rows, sides = [_without(row, hidden) for row in rows], _without(_SIDES, hidden)
-    columns, first = len(sides), _TAIL - len(hidden)  # of the tail
-    whole = [row for row in rows if len(row) == columns]
-    widths = [max(len(row[i]) for row in (rows if i < first else whole)) for i in range(columns)]
-    tail = max(_TAIL_WIDTH, len(" ".join("-" * width for width in widths[first:])))
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:first]) - first - tail)
-    names = [row[0] if len(row[0]) <= widths[0] else "..." + row[0][3 - widths[0] :] for row in rows]
-    lines = [zip((name, *row[1:]), sides, widths, strict=False) for name, row in zip(names, rows, strict=True)]
-    return [" ".join(f"{cell:{side}{width}}" for cell, side, width in line).rstrip() for line in lines]
-
-
-def _without(cells: Sequence[str], hidden: set[int]) -> tuple[str, ...]:
-    return tuple(cell for i, cell in enumerate(cells) if i not in hidden)
-
-
-def _text(activation: Activation | None) -> str:
-    if activation is None:
-        return ""
-    params = ", ".join(f"{param:g}" for param in activation.params)
-    return f"{activation.name}({params})"[:16] if params else activation.name

@@ -30,11 +30,13 @@ class Plan(NamedTuple):
     name: str  # a kernel of the table, or "torch/linear", "torch/mkl", "torch/mkldnn"
     plan_threads: int
     k_slices: int
-    source: str  # "tuned", "cache", "neighbor" (measured for a batch size nearby), "heuristic" or "override"
+    source: str  # "tuned", "equal" (to one that was), "cache", "neighbor" (in batch size), "heuristic", "override"
     table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
-    speedup: float | None = None  # time of torch/linear over that of this, where measured
+    speedup: float | None = None  # time of torch/linear on the parameter over that of this, where measured
     refused: str = ""  # the format of the pack, where something on the parameter's own was faster and may run
     provisional: str = ""  # why it could not be measured, where a later call is to try again, or has tried in vain
+    spread: float = 0.0  # the share of itself that the speed-up is believed to be within, 95 %
+    measured: tuple[int, int] = (0, 0)  # rows and columns that the table's times are of; (0, 0) where there are none
 
 
 def able(problem: Problem) -> tuple[Row, ...]:

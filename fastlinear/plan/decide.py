@@ -46,6 +46,11 @@ _PROXY_ROWS, _PROXY_COLUMNS = 48, 64
 _MOST_WORK, _MOST_BYTES = 6e9 * 1024, 6e9 * 128
 
 
+# Of the numbers of a remembered plan; rows and columns are what was measured.
+_SIZES = range(1 << 31)
+_LIMITS = {"threads": range(1, 4097), "k_slices": range(1, 4097), "rows": _SIZES, "columns": _SIZES}
+
+
 class Operands(NamedTuple):
     """A layer's tensors. weight: as the module holds it, None if it is frozen; packed: the same in panels; rows, out:
     how x and y are quantized; spare: the weight in panels of its own format, where the problem has a fallback;
@@ -157,7 +162,7 @@ def _torch_plan(name: str, problem: Problem, operands: Operands) -> rivals.Rival
 def cache() -> TuningCache:
     """What was tuned on this machine, by `Problem.key()`."""
     names = {row["name"] for row in runnable()} | set(rivals.NAMES)
-    made = TuningCache(_machine(), names.__contains__, {"threads": range(1, 4097), "k_slices": range(1, 4097)})
+    made = TuningCache(_machine(), names.__contains__, _LIMITS)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=made.forked)
     atexit.register(made.flush)
@@ -188,13 +193,20 @@ def _remembered(problem: Problem, of: Problem | None = None) -> Plan | None:
     numbers; for a frozen layer also what was known of the same layer before, if a kernel had won there."""
     like = problem if of is None else of
     for held in (problem.held, *(DTYPES if problem.held == FROZEN else ())):
-        tuned = cache().get(like._replace(held=held).key())
+        key = like._replace(held=held).key()
+        tuned = cache().get(key)
         known = None if tuned is None else _among_candidates(tuned, problem)
         if tuned is not None and known is not None:
-            compared = of is None and problem._replace(held=held).admits_torch
-            known = known._replace(source="cache", table=tuned.table, speedup=tuned.speedup if compared else None)
+            source = "equal" if cache().is_of_this_process(key) else "cache"
+            known = known._replace(source=source, table=tuned.table, measured=_measured(tuned))
+            if of is None:
+                known = known._replace(speedup=tuned.speedup, spread=tuned.spread)
             return _refusing(known, problem)
     return None
+
+
+def _measured(tuned: Remembered) -> tuple[int, int]:
+    return tuned.numbers.get("rows", 0), tuned.numbers.get("columns", 0)
 
 
 def _among_candidates(tuned: Remembered, problem: Problem) -> Plan | None:
@@ -212,7 +224,7 @@ def _neighbor(problem: Problem) -> Plan | None:
     for m in (down, up, _engine.bucket(max(1, problem.m // 2)), _engine.bucket(2 * problem.m)):
         known = _remembered(problem, of=problem._replace(m=m))
         if known is not None:
-            return known._replace(source="neighbor", table=())
+            return known._replace(source="neighbor", table=(), measured=(0, 0))
     return None
 
 
@@ -222,7 +234,7 @@ def _tuned(problem: Problem, operands: Operands) -> Plan:
     natives: dict[str, Plan] = {}
     runs, weights = [], []
     for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
-        found = {_spell(c): c for c in native_candidates(each)}
+        found = {spell(c): c for c in native_candidates(each)}
         runs += [race.Candidate(name, _call_native(c, small, those, x), c.plan_threads) for name, c in found.items()]
         weights.append(those.packed.data)
         natives |= found
@@ -241,24 +253,36 @@ def _tuned(problem: Problem, operands: Operands) -> Plan:
             _kernels.evict(address, nbytes)
 
     with torch.inference_mode(), Waits(_kernels.pool_threads()) as waited:
-        choice = race.choose(
-            runs,
-            baseline or _spell(heuristic(problem)),
-            evict=evict,
-            waited=waited,
-            floor=_least_seconds(small, tensors),
-        )
+        floor = _least_seconds(small, tensors)
+        choice = race.choose(runs, baseline or spell(heuristic(problem)), evict=evict, waited=waited, floor=floor)
+        stock = _stock(small, tensors, x) if baseline is None and not choice.busy else None
+        chosen = next(run for run in runs if run.name == choice.name)
+        ratio = (choice.speedup, choice.spread) if baseline else None
+        if stock is not None:
+            ratio = race.compare(chosen, stock, evict=evict, waited=waited, floor=floor)
     _tell(problem, choice)
     if choice.busy:
         measuring.process.failed(problem.key())
         return heuristic(problem)._replace(provisional=measuring.BUSY)
     measuring.process.succeeded(problem.key())
     winner = natives.get(choice.name) or Plan(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
-    winner = winner._replace(table=choice.table, speedup=None if baseline is None else choice.speedup)
-    numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices}
+    speedup, spread = ratio or (None, 0.0)
+    winner = winner._replace(table=choice.table, speedup=speedup, spread=spread, measured=(small.m, small.n))
+    numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices, "rows": small.m, "columns": small.n}
     keep = cache().put if choice.decided else cache().hold
-    keep(problem.key(), Remembered(winner.name, numbers, choice.table, choice.speedup))
+    keep(problem.key(), Remembered(winner.name, numbers, choice.table, speedup, spread))
     return _refusing(winner, problem)
+
+
+def _stock(problem: Problem, operands: Operands, x: Tensor) -> race.Candidate | None:
+    """What the layer was before it was rounded or quantized, to tell the speed-up by: F.linear on the parameter and the
+    activation; None where the parameter is gone, or does not go with x."""
+    weight = operands.weight
+    if weight is None or weight.dtype is not x.dtype or operands.out is not None:
+        return None
+    bias = operands.bias if operands.bias is None else operands.bias.to(x.dtype)
+    run = rivals.make(rivals.BASELINE, weight, problem.transposed, problem.activation, {}).run
+    return race.Candidate(rivals.BASELINE, functools.partial(run, x, weight, bias))
 
 
 def _input(problem: Problem) -> Tensor:
@@ -300,7 +324,8 @@ def _call_native(chosen: Plan, problem: Problem, tensors: Operands, x: Tensor) -
     return call
 
 
-def _spell(chosen: Plan) -> str:
+def spell(chosen: Plan) -> str:
+    """What the table of a tuning calls it."""
     return f"{chosen.name} t{chosen.plan_threads}" + (f" k/{chosen.k_slices}" if chosen.k_slices > 1 else "")
 
 

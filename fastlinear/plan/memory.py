@@ -47,7 +47,8 @@ class Remembered(NamedTuple):
     name: str  # a kernel or "torch/..."
     numbers: Mapping[str, int]  # the rest of the plan: threads, k_slices, ...
     table: tuple[tuple[str, float], ...] = ()  # what was measured, milliseconds, for the report
-    speedup: float = 1.0
+    speedup: float | None = None  # over torch/linear on the parameter, where there was one
+    spread: float = 0.0
 
 
 def default_folder() -> Path | None:
@@ -131,6 +132,10 @@ class TuningCache:
         if self._found is None:
             self._found = self._read()
         return self._own.get(key) or self._held.get(key) or self._found.get(key)
+
+    def is_of_this_process(self, key: str) -> bool:
+        """Whether `get` gives what was put or held here, and not what a file says."""
+        return key in self._own or key in self._held
 
     def __len__(self) -> int:
         """Entries in the file as it is now, and those it refused."""
@@ -257,7 +262,7 @@ class TuningCache:
     def _checked(self, raw: object) -> Remembered | None:
         if not isinstance(raw, dict) or raw.keys() != set(Remembered._fields):
             return None
-        name, numbers, table, speedup = (raw[field] for field in Remembered._fields)
+        name, numbers, table, speedup, spread = (raw[field] for field in Remembered._fields)
         sound = (
             _is_text(name)
             and self._known(name)
@@ -266,6 +271,7 @@ class TuningCache:
             and isinstance(table, list)
             and len(table) <= MAX_ROWS
             and all(isinstance(r, list) and len(r) == 2 and _is_text(r[0]) and _is_measure(r[1]) for r in table)
-            and _is_measure(speedup)
+            and (speedup is None or _is_measure(speedup))
+            and (spread == 0.0 or _is_measure(spread))
         )
-        return Remembered(name, numbers, tuple((r[0], r[1]) for r in table), speedup) if sound else None
+        return Remembered(name, numbers, tuple((r[0], r[1]) for r in table), speedup, spread) if sound else None

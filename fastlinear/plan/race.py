@@ -79,6 +79,7 @@ class Verdict(NamedTuple):
     pairs: int
     seconds: float
     busy: bool = False  # True: others had the CPUs, so that nothing here is to be believed; the baseline stays
+    spread: float = 0.0  # the speed-up is believed to be within this share of itself, 95 %; 0 where the baseline stays
 
 
 Score = tuple[float, ...]  # log seconds, cold and hot or one of them; or the difference of two such, a log ratio
@@ -341,7 +342,7 @@ def choose(
     duel = bench.duel(challenger, base) if challenger else Duel([], 0.0)
     gains = duel.gains
     table = _table(runners, live[0] if live else base)
-    name, speedup, decided = baseline, 1.0, challenger is None
+    name, speedup, spread, decided = baseline, 1.0, 0.0, challenger is None
     busy = bench.stolen > MOST_STOLEN * bench.samples or (bench.stolen > 0 and challenger is not None and not gains)
     if challenger and gains:
         gain, error = estimate(gains)
@@ -349,6 +350,35 @@ def choose(
         busy = busy or gain > duel.best + UNBELIEVED
         if gain > CONFIDENT * error if len(gains) >= FEW_PAIRS else _clear(gains):
             name, speedup, decided = challenger.name, math.exp(min(gain, duel.best + SPREAD)), True
+            spread = _share(error)
     if busy:
-        name, speedup, decided = baseline, 1.0, False
-    return Verdict(name, table, speedup, decided, rounds, len(gains), clock() - began, busy)
+        name, speedup, spread, decided = baseline, 1.0, 0.0, False
+    return Verdict(name, table, speedup, decided, rounds, len(gains), clock() - began, busy, spread)
+
+
+def compare(
+    run: Candidate,
+    baseline: Candidate,
+    *,
+    evict: Callable[[], object] | None = None,
+    budget: float = BUDGET / 4,
+    waited: Callable[[], float] = lambda: 0.0,
+    floor: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float] | None:
+    """(time of the baseline over that of `run`, the share of itself that this is believed to be within), from fresh
+    ABBA pairs as in a duel, where nothing hangs on the answer; None where the machine was too busy, or one failed."""
+    bench = _Bench(clock, evict, baseline.name, clock() + budget, waited, floor, PATIENCE * budget)
+    runners = {r.name: r for r in bench.warm_up([_Runner(c.name, c.run, c.threads) for c in (run, baseline)])}
+    if len(runners) < 2:
+        return None
+    duel = bench.duel(runners[run.name], runners[baseline.name])
+    if not duel.gains:
+        return None
+    gain, error = estimate(duel.gains)
+    return math.exp(gain), _share(error)
+
+
+def _share(error: float) -> float:
+    """What a standard error of a log ratio makes of the ratio, with 95 % confidence to both sides."""
+    return math.expm1(1.96 * error)

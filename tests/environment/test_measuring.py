@@ -201,7 +201,7 @@ def test_equal_layers_tune_once_though_undecided(clock: Clock, verdicts: list[ra
     layers = [layer() for _ in range(12)]
     for fast in layers:
         fast(torch.randn(3, 24))
-    assert [sources(fast) for fast in layers] == [["tuned"]] + 11 * [["cache"]]
+    assert [sources(fast) for fast in layers] == [["tuned"]] + 11 * [["equal"]]
     assert len(verdicts) == 1 and len(decide.cache()) == 0
 
 

@@ -385,7 +385,8 @@ def test_a_remembered_plan_is_one_of_todays(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(decide, "_tuned", lambda *_: asked.append(1) or good)
     for slices, threads, believed in ((good.k_slices, good.plan_threads, True), (4096, 1, False), (1, 4096, False)):
         tuned = Remembered(good.name, {"threads": threads, "k_slices": slices})
-        monkeypatch.setattr(decide, "cache", lambda tuned=tuned: type("Cache", (), {"get": lambda _, key: tuned})())
+        answers = {"get": lambda _, key, tuned=tuned: tuned, "is_of_this_process": lambda *_: False}
+        monkeypatch.setattr(decide, "cache", lambda answers=answers: type("Cache", (), answers)())
         asked.clear()
         assert decide.decide(problem, operands, measure=True).source == ("cache" if believed else "tuned")
         assert bool(asked) != believed

@@ -14,7 +14,7 @@ import fastlinear
 from fastlinear.graph import backend
 from fastlinear.graph.expansions import EXPANSIONS
 from fastlinear.graph.patterns import COMPOSITES
-from fastlinear.model.reporting import NodeReport
+from fastlinear.model.rows import NodeReport
 from fastlinear.spec import activations
 
 OFF = {"tune": "off"}

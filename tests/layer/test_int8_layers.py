@@ -694,7 +694,7 @@ def test_chains_train_export_and_end() -> None:
 @every_scheme
 def test_tuning_measures_kernels_of_the_pack(scheme: str) -> None:
     """Candidates are the kernels that read the layout, integers of the best ISA for single rows and of the best for
-    whole tiles; torch computes other numbers."""
+    whole tiles; torch computes other numbers, and is what the speed-up is over."""
     layer, x = layer_of(scheme, tune="lazy", n=71), torch.randn(40, K)
     decide.cache().clear()
     agrees(layer, layer(x), x)
@@ -702,13 +702,13 @@ def test_tuning_measures_kernels_of_the_pack(scheme: str) -> None:
     names = {name.split()[0] for name, _ in chosen.table}
     rows = [row for row in _kernels.kernels() if row["name"] in names]
     layout = layer._engine.packed.layout
-    assert chosen.source == "tuned" and chosen.speedup is None and not names & {*rivals.NAMES}
+    assert chosen.source == "tuned" and chosen.speedup is not None and not names & {*rivals.NAMES}
     assert rows and len(rows) == len(names) and all(layout in row["reads"] for row in rows)
     if layer._precision.rows is not None:
         assert len({(row["isa"], row["row_step"] > 1) for row in rows}) == len({row["row_step"] > 1 for row in rows})
     layer._reset()
     layer(x)
-    assert layer.plans[0].source in ("cache", "tuned")
+    assert layer.plans[0].source in ("equal", "tuned")
 
 
 def test_no_two_schemes_share_a_plan() -> None:
@@ -789,7 +789,7 @@ def test_fallback(held: torch.dtype, of_x: torch.dtype, monkeypatch: pytest.Monk
         counted = {form} if kind == "native" else set()
         assert {engine.packed.format for engine in layer._casting.values()} == counted
         layer._reset()
-        assert torch.equal(layer(x), y) and layer.plans[0].source == "cache" and layer.plans[0].refused == "int8"
+        assert torch.equal(layer(x), y) and layer.plans[0].source == "equal" and layer.plans[0].refused == "int8"
         assert len(ran) == 1
         layer._tune = "off"
         fastlinear.freeze(layer)
@@ -834,7 +834,7 @@ def test_the_report_tells_the_error(scheme: str, freeze: bool) -> None:
         assert (row.quality.output is not None) == calibrated and 25 < row.quality.weight < 70
         assert not calibrated or 15 < row.quality.output < 70
     text = str(fastlinear.report(fast))
-    assert " dB " in text.splitlines()[0] and "dB: signal to noise" in text
+    assert " dB " in text.splitlines()[2] and "dB: signal to noise" in text
     assert max(map(len, text.splitlines())) <= 120
     assert f"quantized={fast.head._precision.scheme}" in repr(fast.head) or not fast.head._precision.scheme
 

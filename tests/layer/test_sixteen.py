@@ -507,7 +507,7 @@ def test_a_tampered_cache_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     pairing = Pairing(torch.float32, torch.float16, torch.float16)
     layer, x = layer_of(pairing, n=31), torch.randn(5, K)
     wrong = next(row["name"] for row in KERNELS if not any(r.startswith("fp16") for r in row["reads"]))
-    for name, source in ((wrong, "tuned"), ("torch/mkl", "cache")):
+    for name, source in ((wrong, "tuned"), ("torch/mkl", "equal")):
         problem = problem_of(pairing)._replace(n=31, activation=layer.activation)
         decide.cache().put(problem.key(), Remembered(name, {"threads": 1, "k_slices": 1}))
         layer._tune = "lazy"

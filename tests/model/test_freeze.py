@@ -381,7 +381,7 @@ def test_tuning_measures_kernels_only(pairing: Pairing) -> None:
     assert chosen.source == "tuned"
     layer._reset()
     layer(x)
-    assert layer.plans[0].source in ("cache", "tuned")  # tuned again, where noise had hidden the answer
+    assert layer.plans[0].source in ("equal", "tuned")  # tuned again, where noise had hidden the answer
     before = layer_of(pairing=pairing, activation="relu", tune="lazy")
     decide.cache().clear()
     before(x)
@@ -392,7 +392,7 @@ def test_tuning_measures_kernels_only(pairing: Pairing) -> None:
     after(x)
     (chosen,) = after.plans
     if known.name not in rivals.NAMES:
-        assert (chosen.source, chosen.name, chosen.speedup) == ("cache", known.name, known.speedup)
+        assert (chosen.source, chosen.name, chosen.speedup) == ("equal", known.name, known.speedup)
     assert chosen.name not in rivals.NAMES
 
 

@@ -1,11 +1,13 @@
 """report: every linear layer is accounted for, in data and in a table that fits a terminal and a log."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 from models import OFF, Model, mlp
+from reports import answer, entry
 from torch import nn
 
 import fastlinear
@@ -13,28 +15,11 @@ import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear.layer import linear
 from fastlinear.layer.quality import Quality
-from fastlinear.model.reporting import LayerReport, Report
+from fastlinear.model.reporting import Report
+from fastlinear.model.rows import LayerReport
+from fastlinear.plan.candidates import Plan
+from fastlinear.plan.roofline import Roofline, Spot
 from fastlinear.spec.activations import Activation
-
-
-class Answer:
-    """The part of a Plan that a report shows."""
-
-    def __init__(
-        self, bucket: int, name: str, source: str, speedup: float | None = None, x: str = "fp32", refused: str = ""
-    ) -> None:
-        self.bucket, self.name, self.source, self.speedup, self.x = bucket, name, source, speedup, x
-        self.refused = refused
-        self.provisional = ""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Answer) and vars(self) == vars(other)
-
-
-def entry(name: str, *buckets: Answer, **changes: object) -> LayerReport:
-    decision = "fast" if buckets else "untuned"
-    layer = LayerReport(name, 768, 3072, "float32", Activation("gelu"), decision, buckets, 9.0)  # type: ignore[arg-type]
-    return dataclasses.replace(layer, **changes)  # type: ignore[arg-type]
 
 
 def test_every_layer_has_its_line() -> None:
@@ -81,12 +66,12 @@ def test_plans_and_memory_after_calls() -> None:
 def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is "torch" where torch won every bucket, "fast" where a kernel won one."""
     fast = OFF(mlp(8, 8))
-    plans: list[Answer] = []
+    plans: list[Plan] = []
     monkeypatch.setattr(type(fast[0]), "plans", property(lambda self: tuple(plans)))
     for chosen, decision in (
-        (Answer(8, "torch/linear", "tuned"), "torch"),
-        (Answer(1, "torch/mkl", "cache"), "torch"),
-        (Answer(4, "fp32/avx2/4x16", "tuned"), "fast"),
+        (answer(8, "torch/linear", "tuned"), "torch"),
+        (answer(1, "torch/mkl", "cache"), "torch"),
+        (answer(4, "fp32/avx2/4x16", "tuned"), "fast"),
     ):
         plans.append(chosen)
         (row,) = fastlinear.report(fast)
@@ -97,13 +82,13 @@ def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table() -> None:
     """Equal layers share a row that counts them; every M has a line; the footer tells memory, sources, CPU, threads."""
     runs = (
-        Answer(1, "bf16/avx512/1x128", "cache", 1.5, "bf16"),
-        Answer(1, "bf16/avx512/6x64", "cache", 1.1),
-        Answer(32, "fp32/avx512/14x32", "tuned", 1.234),
+        answer(1, "bf16/avx512/1x128", "cache", 1.5, "bf16"),
+        answer(1, "bf16/avx512/6x64", "cache", 1.1),
+        answer(32, "fp32/avx512/14x32", "tuned", 1.234),
     )
     table = Report(
         [entry(f"layer.{i}.fc", *runs, dtype="float32 as bfloat16") for i in range(12)]
-        + [entry("head", Answer(32, "torch/mkl", "tuned"), activation=None, decision="torch")]
+        + [entry("head", answer(32, "torch/mkl", "tuned"), activation=None, decision="torch")]
     )
     lines = [" ".join(line.split()) for line in str(table).splitlines()]
     assert lines[2] == "layer.*.fc 12 768x3072 fp32 as bf16 gelu 1 bf16 bf16/avx512/1x128 1.50x 108.00"
@@ -121,14 +106,14 @@ def test_table() -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        entry("a" * 200, Answer(16384, "int8/avx512_vnni/14x128", "tuned", 123.456)),
+        entry("a" * 200, answer(16384, "int8/avx512_vnni/14x128", "tuned", 123.456)),
         entry(".".join(["block"] * 40), in_features=100000, out_features=100000, pack_mib=38146.97),
         entry("x", decision="skipped", reason="a long and winding reason " * 10),
         entry("x", activation=Activation("softplus", (2.00000001, 20.12345678))),
-        entry("b" * 200, Answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456), dtype="float32 as bfloat16"),
+        entry("b" * 200, answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456), dtype="float32 as bfloat16"),
         entry(
             "b" * 200,
-            Answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456, "uint8", "int8"),
+            answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456, "uint8", "int8"),
             dtype="bfloat16 as int8wo",
             quality=Quality(41.5, 138.2),
             frozen=True,
@@ -147,14 +132,14 @@ def test_table_fits(layer: LayerReport) -> None:
 
 def test_errors_and_refusals() -> None:
     """Layers alike show the least signal to noise among them; a bucket that int8 lost says so below."""
-    runs = Answer(8, "int8/avx512_vnni/6x64", "tuned"), Answer(32, "fp32/avx512/14x32", "tuned", 1.5, refused="int8")
+    runs = answer(8, "int8/avx512_vnni/6x64", "tuned"), answer(32, "fp32/avx512/14x32", "tuned", 1.5, refused="int8")
     table = Report(
         [
             entry(f"layer.{i}.fc", *runs, dtype="float32 as int8", activation=None, quality=Quality(40.0 - i, 30.4 + i))
             for i in range(3)
         ]
-        + [entry("head", Answer(8, "int8wo/avx512/6x64", "cache"), dtype="float32 as int8wo", quality=Quality(39.9))]
-        + [entry("stock", Answer(8, "fp32/avx512/6x64", "cache"))]
+        + [entry("head", answer(8, "int8wo/avx512/6x64", "cache"), dtype="float32 as int8wo", quality=Quality(39.9))]
+        + [entry("stock", answer(8, "fp32/avx512/6x64", "cache"))]
     )
     lines = [" ".join(line.split()) for line in str(table).splitlines()]
     assert lines[0] == "layer n in x out weight dB activation M x runs on speed-up MiB"
@@ -167,7 +152,7 @@ def test_errors_and_refusals() -> None:
 def test_columns_stand_below_their_heads() -> None:
     """Words of one column begin or end where its head does, however wide the contents are."""
     layers = [
-        entry("a.fc", Answer(3, "fp32/avx512/6x64", "tuned", 1.0), Answer(16384, "torch/linear", "tuned", x="bf16")),
+        entry("a.fc", answer(3, "fp32/avx512/6x64", "tuned", 1.0), answer(16384, "torch/linear", "tuned", x="bf16")),
         entry("a" * 200, dtype="float16", decision="skipped", reason="a long and winding reason " * 10),
     ]
     head, _, *lines = str(Report(layers)).splitlines()
@@ -217,3 +202,67 @@ def test_empty_and_lone() -> None:
     assert row.reason == "convert was not called on it"
     assert "(the model)" in str(fastlinear.report(OFF(nn.Linear(2, 2))))
     assert linear.is_fast(OFF(nn.Linear(2, 2)))
+
+
+def test_report_as_data() -> None:
+    """to_dict is what JSON can hold, with plan, speed-up, spread, roofline, memory, quality and calls elsewhere."""
+    spot = Spot(0.5, 5e10, 3.0, Roofline("fp32", 1, 1e11, 5e10, 1e10))
+    plan = answer(8, "fp32/avx512/6x64", "equal", 1.25, spread=0.03, table=(("fp32/avx512/6x64 t1", 0.2),))
+    row = entry("a", plan, roofline=(spot,), quality=Quality(40.0, 30.0), elsewhere={"training": 2}, weight_mib=4.5)
+    said = json.loads(json.dumps(Report([row]).to_dict()))
+    (layer,) = said["layers"]
+    (of_plan,) = layer["plans"]
+    assert layer["memory"] == {"before": 4.5, "after": 13.5, "packed": 9.0} and layer["elsewhere"] == {"training": 2}
+    assert layer["quality"] == {"weight": 40.0, "output": 30.0} and layer["activation"] == ["gelu"]
+    wanted = {"rows": 8, "speedup": 1.25, "spread": 0.03, "roofline": 0.5, "gflops": 50.0, "milliseconds": 0.2}
+    assert wanted.items() <= of_plan.items() and of_plan["source"] == "measured for an equal layer"
+    assert said["environment"]["torch"] == torch.__version__
+
+
+def test_no_speedup_is_explained() -> None:
+    """A plan without a speed-up says why: nothing was measured, or there is nothing to compare with."""
+    silent = entry("a", answer(8, "int8/avx512_vnni/6x64", "tuned", table=(("x", 1.0),)), frozen=True)
+    assert "frozen" in silent.why_no_speedup(silent.buckets[0]) and "frozen: there is no" in str(Report([silent]))
+    assert "rule" in silent.why_no_speedup(answer(8, "x", "heuristic"))
+    assert silent.why_no_speedup(answer(8, "x", "tuned", 1.5)) == ""
+
+
+class Experts(nn.Module):
+    """Most of its weights, and all of its attention, are no linear layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.experts = (
+            nn.Embedding(9, 16),
+            nn.Linear(16, 16),
+            nn.Parameter(torch.randn(3, 16, 16)),
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.table(ids))
+        return nn.functional.scaled_dot_product_attention(x, x, x) @ self.experts[0]
+
+
+def test_the_share_that_runs_fast() -> None:
+    """Weights of experts and multiply-adds of attention count as not fast, embeddings not at all."""
+    fast, ids = OFF(Experts().eval()), torch.zeros(2, 4, dtype=torch.long)
+    found = fastlinear.report(fast, ids)
+    assert found.share is not None
+    assert (found.share.weights, found.share.fast_weights, found.share.slow) == (4 * 256, 256, (("experts", 768),))
+    linear, attention, experts = 8 * 256, 2 * 2 * 4 * 4 * 16, 8 * 256
+    assert (found.share.multiply_adds, found.share.fast_multiply_adds) == (linear + attention + experts, linear)
+    assert str(found).startswith("fast: 25% of 1024 weights and 40% of 5120 multiply-adds")
+    assert fastlinear.report(fast).share.multiply_adds is None
+    assert fast.linear._elsewhere == {}  # the count was made of a copy
+
+
+def test_the_share_of_frozen_and_skipped_layers() -> None:
+    """A frozen layer's weight counts as what it was; one that was left alone is named."""
+    fast = (
+        OFF(mlp(8, 8), exclude="2")
+        if len(mlp(8, 8)) > 2
+        else OFF(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), exclude="1")
+    )
+    before = fastlinear.report(fast).share
+    after = fastlinear.report(fastlinear.freeze(fast)).share
+    assert before == after and before.fast_weights == 64 and len(before.slow) == 1

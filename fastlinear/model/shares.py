@@ -1,0 +1,106 @@
+"""How much of a model runs fast: of its weights, and of the multiply-adds of a call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastlinear.layer.frozen import record_of
+from fastlinear.model.convert import stock_copy
+from fastlinear.model.selection import linear_layers
+from fastlinear.model.tuning import call, check_example
+
+_LARGEST = 3  # of the weights that do not run fast are named
+
+
+class Share(NamedTuple):
+    """weights: elements of all parameters of two dimensions or more that products may read, embeddings' not among them;
+    multiply_adds: of one call, None where nobody counted. `slow` are the largest of the weights that do not run fast,
+    by name."""
+
+    weights: int
+    fast_weights: int
+    slow: tuple[tuple[str, int], ...]
+    multiply_adds: int | None = None
+    fast_multiply_adds: int | None = None
+
+    def text(self) -> str:
+        parts = [f"fast: {_percent(self.fast_weights, self.weights)} of {_amount(self.weights)} weights"]
+        if self.multiply_adds is not None and self.fast_multiply_adds is not None:
+            share = _percent(self.fast_multiply_adds, self.multiply_adds)
+            parts.append(f"{share} of {_amount(self.multiply_adds)} multiply-adds of the example")
+        text = " and ".join(parts)
+        rest = ", ".join(f"{name} ({_amount(size)})" for name, size in self.slow)
+        return f"{text}; not fast: {rest}" if rest else text
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "slow": [*map(list, self.slow)]}
+
+
+def share_of(model: nn.Module, fast: set[str], example: Any = None) -> Share:
+    """fast: the names of the layers that run fast; example: what to count the multiply-adds of."""
+    found = _weights(model, fast)
+    return found if example is None else _counted(found, model, fast, example)
+
+
+def _weights(model: nn.Module, fast: set[str]) -> Share:
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    sizes, slow, seen = [0, 0], [], set()
+    for layer, names in linear_layers(model).items():
+        frozen = record_of(layer)
+        held: Any = layer._parameters.get("weight") if frozen is None else frozen
+        if held is None or id(held) in seen:
+            continue
+        seen.add(id(held))
+        size = held.numel() if isinstance(held, Tensor) else held.packed.n * held.packed.k
+        sizes[names[0] in fast] += size
+        slow += [] if names[0] in fast else [(names[0], size)]
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in seen | looked_up and parameter.dim() > 1:
+            sizes[False] += parameter.numel()
+            slow.append((name, parameter.numel()))
+    largest = sorted(slow, key=lambda each: -each[1])[:_LARGEST]
+    return Share(sum(sizes), sizes[True], tuple(largest))
+
+
+def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Share:
+    """With the multiply-adds of a call of a stock copy, in which attention is spelled out, since torch has no count of
+    its fused one on CPUs."""
+    check_example(example)
+    stock, counted = stock_copy(model), [0]
+    for name in _of(stock, fast):
+
+        def count(layer: Any, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                counted[0] += arguments[0].numel() // max(1, arguments[0].shape[-1]) * layer.weight.numel()
+
+        stock.get_submodule(name).register_forward_pre_hook(count)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter:
+        warnings.simplefilter("ignore")
+        call(stock, example)
+    total = max(counter.get_total_flops() // 2, counted[0])
+    return found._replace(multiply_adds=total, fast_multiply_adds=counted[0])
+
+
+def _of(model: nn.Module, names: set[str]) -> Iterator[str]:
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return (name for name in sorted(names) if name in known)
+
+
+def _amount(count: int) -> str:
+    """To three digits: "22.7 million"."""
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return str(count)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "0%"
