@@ -18,8 +18,9 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 import fastlinear._environment as environment
 from fastlinear._calls cimport Tickets, leads_to, quiet
 from fastlinear._kernels cimport (
-    FP32, STATIC, Bias, Epilogue, Format, Matrix, Packed, Plan, RowQuantizer, Segment, View, answers, as_rows, compute,
-    element_bytes, format_of_x, is_float, look_at, need, pool_size
+    FP32, MAX_OPERANDS, MEETS, MISSES, STATIC, Bias, COperand, Epilogue, Format, Matrix, Meeting, Packed, Plan,
+    RowQuantizer, Segment, View, answers, as_rows, columns_of, compute, element_bytes, format_of_x, is_float, look_at,
+    meet, need, pool_size
 )
 
 cdef extern from "fastlinear/weight/sample.hpp" namespace "fastlinear" nogil:
@@ -197,7 +198,7 @@ cdef class Engine:
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
     `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for narrower ones.
     `rows` quantizes x for integer products; x may be integers, too, where it is static. What the engine cannot answer
-    goes to `module._slow(x, why, bare)`, why being UNFIT, GRADIENT, AUTOCAST, PROFILED, STALE, UNPLANNED
+    goes to `module._slow(x, why, bare, operands)`, why being UNFIT, GRADIENT, AUTOCAST, PROFILED, STALE, UNPLANNED
     or DISABLED.
 
     What an epilogue does that only some callers want, an activation that was absorbed or integers for the next layer,
@@ -214,7 +215,7 @@ cdef class Engine:
     cdef Tickets tickets            # of the marker
     cdef object weight        # the parameter that was packed, or waits to be; None for a frozen layer
     cdef Fingerprint fingerprint    # of it as it was then
-    cdef object attach        # (x, weight, bias, y, (self, packed)) -> y with gradients, by this pack; may be None
+    cdef object attach        # (x, weight, bias, y, (self, packed), operands) -> y with gradients; may be None
     cdef object bias          # the last one that was found fit
     cdef ptrdiff_t answered, waits  # calls by this pack, and those for which a weight has yet to stand still
     cdef tuple planned_for    # layout, n and k of the packs that `plans` are for
@@ -294,7 +295,7 @@ cdef class Engine:
 
     def plan_for(self, ptrdiff_t m, ptrdiff_t threads, dtype, plan):
         """Sets what runs for x of `dtype` and the bucket of m while torch has `threads` threads: a Plan,
-        (x, weight, bias) -> y, or None to have it asked for again."""
+        (x, weight, bias, *operands) -> y, or None to have it asked for again."""
         cdef int index = format_of_x(dtype)
         cdef Format x_format = <Format> index
         if isinstance(plan, Plan) and not answers(<Plan> plan, self.packed, self.rows, x_format):
@@ -309,7 +310,7 @@ cdef class Engine:
 
     def attach_by(self, attach):
         """Has `attach` give the answers of the present pack their gradients, where some are wanted: called with x, the
-        parameters weight and bias, the answer, and this engine with the pack."""
+        parameters weight and bias, the answer, this engine with the pack, and the operands."""
         self.attach = attach
 
     def fresh(self, module):
@@ -321,9 +322,9 @@ cdef class Engine:
             return self.weight is None and self.packed is not None
         return self.packed is not None and weight is self.weight and self.fingerprint.holds(weight)
 
-    def __call__(self, module, x):
-        """`module(x)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile(), an x
-        that is no plain tensor."""
+    def __call__(self, module, x, tuple operands=()):
+        """`module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward,
+        module.compile(), an x that is no plain tensor."""
         cdef dict state = <dict> PyObject_GenericGetDict(module, NULL)
         if not is_plain(x) or not quiet(state):
             return None
@@ -331,38 +332,38 @@ cdef class Engine:
             if <dict> hooks:
                 return None
         if self.elsewhere is None:
-            return self.guarded(module, state, x)
+            return self.guarded(module, state, x, operands)
         if not leads_to(module, self.marker, self.out):
-            return self.elsewhere.guarded(module, state, x)
-        y = self.guarded(module, state, x)
+            return self.elsewhere.guarded(module, state, x, operands)
+        y = self.guarded(module, state, x, operands)
         if self.tickets is not None:
             self.tickets.outputs.append(y)
         return y
 
-    def forward(self, module, x):
-        """`module.forward(x)`."""
+    def forward(self, module, x, tuple operands=()):
+        """`module.forward(x, *operands)`."""
         cdef Engine engine = self if self.elsewhere is None else self.elsewhere
-        return engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x)
+        return engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x, operands)
 
-    cdef object guarded(self, module, dict state, x):
+    cdef object guarded(self, module, dict state, x, tuple operands):
         if not is_plain(x) or watched():
-            return module._slow(x, UNFIT, self.bare)
+            return module._slow(x, UNFIT, self.bare, operands)
         if profiler_module._is_profiler_enabled:
-            return module._slow(x, PROFILED, self.bare)
+            return module._slow(x, PROFILED, self.bare, operands)
         if is_autocast_enabled():
-            return module._slow(x, AUTOCAST, self.bare)
-        y = self.answer(state, x)
+            return module._slow(x, AUTOCAST, self.bare, operands)
+        y = self.answer(state, x, operands)
         if y is GRADIENT and self.attach is not None:
-            y = self.differentiable(state, x)
-        return module._slow(x, y, self.bare) if type(y) is str else y
+            y = self.differentiable(state, x, operands)
+        return module._slow(x, y, self.bare, operands) if type(y) is str else y
 
     # The output, which autograd can go back from, or why there is none.
-    cdef object differentiable(self, dict state, x):
+    cdef object differentiable(self, dict state, x, tuple operands):
         cdef Packed packed = self.packed
         attach = self.attach
         set_grad_enabled(False)
         try:
-            y = self.answer(state, x)
+            y = self.answer(state, x, operands)
         finally:
             set_grad_enabled(True)
         if type(y) is str or packed is not self.packed:  # which another thread may have changed meanwhile
@@ -370,18 +371,19 @@ cdef class Engine:
         params = <dict> state["_parameters"]
         return attach(x, params.get("weight"), params.get("bias"), y, (self, packed))
 
-    def attempt(self, module, x):
+    def attempt(self, module, x, tuple operands=()):
         """The output, or None where torch has to compute it; for callers that know that no mode watches."""
-        y = self.answer(<dict> PyObject_GenericGetDict(module, NULL), x)
+        y = self.answer(<dict> PyObject_GenericGetDict(module, NULL), x, operands)
         return None if type(y) is str else y
 
     # The output, or why there is none.
-    cdef object answer(self, dict state, object x):
+    cdef object answer(self, dict state, object x, tuple operands):
         cdef View v, w, b
         cdef Matrix rows
         cdef Segment out
         cdef Bias added
-        cdef ptrdiff_t threads
+        cdef COperand[MAX_OPERANDS] beside
+        cdef ptrdiff_t threads, columns
         cdef dict params = <dict> state["_parameters"]
         if disabled():
             return DISABLED
@@ -393,7 +395,7 @@ cdef class Engine:
             return UNFIT
         if is_grad_enabled() and (
                 x.requires_grad or weight is not None and weight.requires_grad
-                or bias is not None and bias.requires_grad):
+                or bias is not None and bias.requires_grad or wants_grad(operands)):
             return GRADIENT
         if not self.holds(weight):
             return STALE
@@ -410,7 +412,7 @@ cdef class Engine:
             return UNFIT
         if not as_rows(&v, &rows):
             dense = x.contiguous()
-            return UNFIT if dense is x else self.answer(state, dense)
+            return UNFIT if dense is x else self.answer(state, dense, operands)
         added.data = NULL
         if bias is not None:
             if bias is not self.bias:
@@ -422,6 +424,13 @@ cdef class Engine:
                     and (<int> b.format == FP32 or <int> packed.shape.format != FP32)):
                 return UNFIT
             added.data, added.format = b.data, b.format
+        if len(operands) != <ptrdiff_t> self.epilogue.operands:
+            return UNFIT
+        cdef list laid_out = None  # operands that were copied: to be held until the kernels have read them
+        if len(operands) > 0:
+            laid_out = self.laid(x, &v, operands, columns_of(packed, self.epilogue), beside)
+            if laid_out is None:
+                return UNFIT
 
         threads = pool_size()
         if plans is self.plans and threads == self.threads and v.format == self.x_format:
@@ -436,16 +445,36 @@ cdef class Engine:
                 return UNPLANNED
         self.answered += 1
         if rows.m > 0 and type(plan) is not Plan:
-            return plan(x, weight, bias)
+            return plan(x, weight, bias, *operands)
 
         if self.widths is not None:
             return self.parts(x, &v, packed, plan, &rows, added)
-        y = new_output(x, &v, packed.n, self.epilogue.dtype)
+        columns = columns_of(packed, self.epilogue)
+        y = new_output(x, &v, columns, self.epilogue.dtype)
         if rows.m > 0 and packed.n > 0:
             look_at(y, &w)
-            out.data, out.format, out.stride, out.first = w.data, w.format, packed.n, 0
-            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out, 1)
+            out.data, out.format, out.stride, out.first = w.data, w.format, columns, 0
+            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out, 1, beside)
         return y
+
+    # Where the operands lie for y, those laid out that do not lie as kernels read; None where one is unfit.
+    cdef list laid(self, object x, View* v, tuple operands, ptrdiff_t columns, COperand* beside):
+        cdef View t
+        cdef Meeting how
+        cdef list held = []
+        for i in range(len(operands)):
+            operand = operands[i]
+            if not (is_plain(operand) and look_at(operand, &t) and is_float(t.format)) or is_neg(operand):
+                return None
+            how = meet(&t, v, columns, &beside[i])
+            if how == MISSES:
+                return None
+            if how != MEETS:
+                operand = operand.expand([v.shape[d] for d in range(v.ndim - 1)] + [columns]).contiguous()
+                held.append(operand)
+                look_at(operand, &t)
+                meet(&t, v, columns, &beside[i])
+        return held
 
     # The outputs of a group: a tensor for each of its widths.
     cdef tuple parts(self, object x, View* v, Packed packed, object plan, Matrix* rows, Bias bias):
@@ -463,8 +492,16 @@ cdef class Engine:
                 segments.push_back(segment)
                 segment.first += segment.stride
         if rows.m > 0 and packed.n > 0:
-            compute(packed, <Plan> plan, self.epilogue, self.rows, rows, bias, segments.data(), segments.size())
+            compute(packed, <Plan> plan, self.epilogue, self.rows, rows, bias, segments.data(), segments.size(),
+                    NULL)
         return tuple(ys)
+
+
+cdef bint wants_grad(tuple operands) except -1:
+    for operand in operands:
+        if operand.requires_grad:
+            return True
+    return False
 
 
 # A subclass may mean another thing than its memory says.

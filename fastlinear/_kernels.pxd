@@ -71,6 +71,7 @@ cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
         size_t params
         float* defaults
         size_t operands
+        cbool gate
     const Kernel* kernel_at(size_t)
     const Kernel* find_kernel(const char*)
     const EpilogueFunction* function_at(size_t)
@@ -165,6 +166,7 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
     cppclass EpilogueProgram:
         EpilogueStep* steps
         size_t count
+        cbool gated
         Affine out
     size_t kMaxSteps "fastlinear::EpilogueProgram::kMaxSteps"
     size_t kMaxOperands "fastlinear::EpilogueProgram::kMaxOperands"
@@ -250,7 +252,7 @@ cdef class Plan:
 cdef class Epilogue:
     cdef EpilogueProgram program
     cdef readonly tuple steps, out
-    cdef size_t operands  # how many a call has to bring
+    cdef readonly size_t operands  # how many a call has to bring
     cdef object dtype  # of y, where it is requantized
 
 cdef class RowQuantizer:
@@ -261,8 +263,20 @@ cdef class RowQuantizer:
     cdef object padded  # `smooth`, as the kernels read it
     cdef CRowQuantizer quantizer
 
+cdef enum:
+    MAX_OPERANDS = 8
+
+# How an operand meets y.
+cdef enum Meeting:
+    MEETS
+    SCATTERED  # its rows do not lie a constant stride apart, or their elements not side by side
+    MISSES     # it does not broadcast to y
+
+cdef Meeting meet(View* operand, View* x, ptrdiff_t columns, COperand* found) noexcept
+cdef ptrdiff_t columns_of(Packed w, Epilogue epilogue) noexcept
+
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept
 cdef int compute(
     Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
-    size_t segments
+    size_t segments, const COperand* operands
 ) except -1

@@ -234,20 +234,20 @@ def kernels():
 
 
 def functions():
-    """Name -> (default parameters, operands beside the sums) of every function an epilogue may apply."""
+    """Name -> (default parameters, operands beside the sums, whether it is a gate) of every function of an epilogue."""
     table = {}
     cdef size_t i = 0
     cdef const EpilogueFunction* f = function_at(0)
     while f != NULL:
-        table[f.name.decode()] = tuple(f.defaults[j] for j in range(f.params)), f.operands
+        table[f.name.decode()] = tuple(f.defaults[j] for j in range(f.params)), f.operands, bool(f.gate)
         i += 1
         f = function_at(i)
     return table
 
 
 def activations():
-    """Name -> default parameters of every function of the sums alone; "identity" is the first."""
-    return {name: defaults for name, (defaults, operands) in functions().items() if operands == 0}
+    """Name -> default parameters of every function of one sum alone; "identity" is the first."""
+    return {name: defaults for name, (defaults, operands, gate) in functions().items() if operands == 0 and not gate}
 
 
 cdef const Kernel* runnable_kernel(str name) except NULL:
@@ -271,6 +271,7 @@ cdef const Kernel* kernel_of_layout(str layout) except NULL:
 
 include "_tensors.pxi"
 include "_packed.pxi"
+include "_operands.pxi"
 
 
 # ---- plans, epilogues, products ----
@@ -312,7 +313,8 @@ cdef class Plan:
 cdef class Epilogue:
     """What happens to the sums: the bias is added, then each (activation name, parameters) is applied in turn.
 
-    A function of two operands takes (name, parameters, i) and the i-th of the call's operands. `out`, (torch.uint8 or
+    A function of two operands takes (name, (), i) and the i-th of the call's operands, or (name, (number,)). A gate may
+    be the first step: of 2 N channels, which lie as `spec.gates` says, y has N columns. `out`, (torch.uint8 or
     torch.int8, scale, zero), makes integers of the result: y = scale * (u - zero), where u, of 0 to 255, is stored as
     it is or 128 lower.
     """
@@ -336,12 +338,17 @@ cdef class Epilogue:
         for i, (name, params, *more) in enumerate(self.steps):
             if name not in table:
                 raise ValueError(f"unknown function {name!r}; there are {', '.join(names)}")
-            known, operands = len(table[name][0]), table[name][1]
+            known, operands, gate = len(table[name][0]), table[name][1], table[name][2]
+            if operands and len(params) == 1 and not more:  # a number stands for the operand
+                known, operands = 1, 0
             if len(params) != known:
                 raise ValueError(f"{name!r} takes {known} parameters, not {len(params)}: {params}")
             if len(more) != operands or any(not 0 <= at < <ptrdiff_t> kMaxOperands for at in more):
                 wanted = f"an operand, by its place from 0 to {kMaxOperands - 1}" if operands else "no operand"
                 raise ValueError(f"{name!r} takes {wanted}, not {tuple(more)}")
+            if gate and i > 0:
+                raise ValueError(f"{name!r} is a gate, and may be the first step only")
+            self.program.gated = self.program.gated or gate
             self.program.steps[i].function = names.index(name)
             self.program.steps[i].operand = more[0] if more else -1
             for j in range(<size_t> known):
@@ -417,6 +424,11 @@ cdef void ask(
     p.epilogue = epilogue.program
 
 
+# Of y.
+cdef ptrdiff_t columns_of(Packed w, Epilogue epilogue) noexcept:
+    return w.n // 2 if epilogue.program.gated else w.n
+
+
 # Large products release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
 cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
     cdef cbool done
@@ -436,26 +448,13 @@ cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
 
 
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y, size_t segments
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y, size_t segments,
+    const COperand* operands
 ) except -1:
     cdef Problem p
     ask(&p, w, epilogue, rows, x, bias, y, segments)
+    p.operands = operands
     return answer(&p, 1, plan.plan)
-
-
-# [m, n], or what broadcasts to it with the elements of a row side by side, or all the same.
-cdef COperand as_operand(object tensor, ptrdiff_t m, ptrdiff_t n) except *:
-    cdef View v = need(tensor, "operand")
-    cdef COperand operand
-    operand.data, operand.format = v.data, v.format
-    cdef ptrdiff_t rows = v.shape[v.ndim - 2] if v.ndim == 2 else 1, columns = v.shape[v.ndim - 1] if v.ndim else 1
-    fit = v.ndim <= 2 and rows in (1, m) and columns in (1, n) and (columns == 1 or v.stride[v.ndim - 1] in (0, 1))
-    if not fit:
-        raise ValueError(f"an operand must be [{m}, {n}] or broadcast to it, with unit stride in a row, not "
-                         f"{describe(tensor)}")
-    operand.row_stride = v.stride[v.ndim - 2] if rows > 1 else 0
-    operand.column_stride = v.stride[v.ndim - 1] if columns > 1 else 0
-    return operand
 
 
 # Row numbers [m] below `rows`.
@@ -482,9 +481,11 @@ cdef int fill(
     cdef View vy, vb
     cdef Matrix rows_x, rows_y
     cdef Bias b
-    cdef ptrdiff_t first = 0, m
+    cdef ptrdiff_t first = 0, m, columns = columns_of(packed, epilogue)
     cdef size_t count = 0, i
     cdef bint fit
+    if epilogue.program.gated and packed.n % 2:
+        raise ValueError(f"a gate takes a weight of an even number of channels, not of {packed.n}")
     if not reads_layout(plan.plan.kernel[0], packed.shape):
         raise ValueError(f"kernel {plan.kernel!r} reads {' or '.join(reads(plan.plan.kernel))}, "
                          f"the weight is in {packed.layout!r}")
@@ -504,15 +505,15 @@ cdef int fill(
         if epilogue.dtype is not (None if is_float(vy.format) else part.dtype):
             raise ValueError(f"out is {part.dtype}, but the epilogue makes {epilogue.dtype or 'numbers'}")
         fit = vy.ndim == 2 and as_rows(&vy, &rows_y) and (y_index is not None or vy.shape[0] == m)
-        if not fit or (len(parts) == 1 and vy.shape[1] != packed.n):
-            columns = packed.n if len(parts) == 1 else "columns"
-            raise ValueError(f"out must be [{m}, {columns}] with unit stride in a row, not {describe(part)}")
+        if not fit or (len(parts) == 1 and vy.shape[1] != columns):
+            wanted = columns if len(parts) == 1 else "columns"
+            raise ValueError(f"out must be [{m}, {wanted}] with unit stride in a row, not {describe(part)}")
         segments[count].data, segments[count].stride = rows_y.data, rows_y.stride
         segments[count].format, segments[count].first = rows_y.format, first
         first += vy.shape[1]
         count += 1
-    if first != packed.n:
-        raise ValueError(f"the parts of out have {first} columns together, not {packed.n}")
+    if first != columns:
+        raise ValueError(f"the parts of out have {first} columns together, not {columns}")
     b.data = NULL
     if bias is not None:
         vb = need(bias, "bias")
@@ -522,7 +523,7 @@ cdef int fill(
     if len(operands) != <ptrdiff_t> epilogue.operands:
         raise ValueError(f"the epilogue names {epilogue.operands} operands, not {len(operands)}")
     for i in range(epilogue.operands):
-        beside[i] = as_operand(operands[i], m, packed.n)
+        beside[i] = as_operand(operands[i], m, columns)
     ask(p, packed, epilogue, rows, &rows_x, b, segments, count)
     p.m, p.operands = m, beside
     if x_index is not None:
@@ -550,7 +551,7 @@ def run(
     """
     cdef Problem p
     cdef Segment[MAX_SEGMENTS] segments
-    cdef COperand[4] beside
+    cdef COperand[MAX_OPERANDS] beside
     fill(&p, segments, beside, plan, packed, epilogue, x, bias, out, rows, tuple(operands), x_index, y_index)
     answer(&p, 1, plan.plan)
 
@@ -563,10 +564,10 @@ def run_all(Plan plan not None, calls):
     cdef size_t count = len(calls), i
     cdef vector[Problem] problems = vector[Problem](count)
     cdef vector[Segment] segments = vector[Segment](count * MAX_SEGMENTS)
-    cdef vector[COperand] beside = vector[COperand](count * 4)
+    cdef vector[COperand] beside = vector[COperand](count * MAX_OPERANDS)
     for i, call in enumerate(calls):
-        fill(&problems[i], &segments[i * MAX_SEGMENTS], &beside[i * 4], plan, call["packed"], call["epilogue"],
-             call["x"], call.get("bias"), call["out"], call.get("rows"), tuple(call.get("operands", ())),
-             call.get("x_index"), call.get("y_index"))
+        fill(&problems[i], &segments[i * MAX_SEGMENTS], &beside[i * MAX_OPERANDS], plan, call["packed"],
+             call["epilogue"], call["x"], call.get("bias"), call["out"], call.get("rows"),
+             tuple(call.get("operands", ())), call.get("x_index"), call.get("y_index"))
     if count > 0:
         answer(problems.data(), count, plan.plan)

@@ -30,7 +30,7 @@ import torch
 import fastlinear._kernels as _kernels
 from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
-from fastlinear.spec import activations
+from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
 from fastlinear.spec.int8 import BYTES, Requantize, Rows, is_scale, is_zero
@@ -189,7 +189,7 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     if activation is not None:
         if len(activation) != 2 or not isinstance(activation[0], str) or not isinstance(activation[1], list):
             raise ValueError(f"{who} has no activation of the form [name, parameters]: {shown(activation)}")
-        activation = activations.resolve((activation[0], *activation[1]))
+        activation = programs.parsed(activation[0], activation[1])
     return layer._replace(activation=activation, quantized=quantized)
 
 

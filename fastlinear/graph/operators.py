@@ -19,7 +19,7 @@ from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.operator import Form
 from fastlinear.layer.stack import Stack, why_not_together
-from fastlinear.spec import activations
+from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.precision import Precision, Wanted
 
@@ -141,7 +141,7 @@ def _remember(known: Layers, weight: Tensor, value: Any) -> Any:
 def _in_torch(spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if spec.form is not None:
         return spec.form.reference().floats(x, weight, bias)
-    return activations.linear(x, weight.t() if spec.transposed else weight, bias, spec.activation)
+    return programs.linear(x, weight.t() if spec.transposed else weight, bias, spec.activation)
 
 
 def group(spec: Spec, layers: Sequence[Operator]) -> tuple[Callable[..., tuple[Tensor, ...]], Layers]:

@@ -1,6 +1,7 @@
 """The backward of a fast layer, for eval mode: the kernels answer, and torch's autograd is told how to go back.
 
-With z = x^ W^T + b and y = activation(z), in the numbers that the kernels multiply (`reference`), and
+With z = x^ W^T + b and y = activation(z), or a program of z and of operands, which then have gradients, too, in the
+numbers that the kernels multiply (`reference`), and
 g' = g activation'(z):
 
     dx = g' W^,    dW = g'^T x^,    db = sum g'
@@ -17,7 +18,7 @@ which go with the pack; but not where the weight wants gradients itself, and so 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -29,10 +30,11 @@ from fastlinear._engine import Engine, bucket
 from fastlinear.layer.lock import lock
 from fastlinear.plan import decide, table
 from fastlinear.plan.problem import FROZEN, Problem
-from fastlinear.spec import activations
+from fastlinear.spec import gates, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import FP32, name_of
 from fastlinear.spec.int8 import Quantized, dequantize, handed_on
+from fastlinear.spec.programs import is_gated
 from fastlinear.spec.reference import Reference, width
 
 # Activations with the same slope at y = activation(z) as at z; leaky_relu if it keeps the sign.
@@ -105,16 +107,22 @@ class Attachment:
         self.again = activation is not None and not self.told  # z is needed, and so all that it is made of
 
     def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, native: Native | None = None
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+        native: Native | None = None,
+        operands: Sequence[Tensor] = (),
     ) -> Tensor:
-        """y, which is reference.floats(x, weight, bias) by other means, with the gradients of that in reverse mode.
-        native: what it was computed by, so that the backward need not pack, plan or round again."""
+        """y, which is reference.floats(x, weight, bias, operands) by other means, with the gradients of that in reverse
+        mode. native: what it was computed by, so that the backward need not pack, plan or round again."""
         weight = self._weight if weight is None else weight
         y = y if self._out is None else handed_on(y, self._out)
-        return _apply(x, weight, bias, self, native, (y,))
+        return _apply(x, weight, bias, self, native, (y,), *operands)
 
 
-def _sums(native: Native, x: Tensor, bias: Tensor | None) -> Tensor | None:
+def _sums(native: Native, x: Tensor, bias: Tensor | None, gated: bool) -> Tensor | None:
     """x^ W^T + b, in fp32, or None where no kernel computes it."""
     engine, packed = native
     m = x.shape[:-1].numel()
@@ -122,8 +130,12 @@ def _sums(native: Native, x: Tensor, bias: Tensor | None) -> Tensor | None:
     if plan is None:
         return None
     z = torch.empty(m, packed.n, dtype=torch.float32, device="cpu")
-    _kernels.run(packed, plan, _SUMS, x.reshape(-1, packed.k).contiguous(), bias, z, engine.rows)
-    return z.view(*x.shape[:-1], packed.n)
+    rows = x.reshape(-1, packed.k).contiguous()
+    _kernels.run(packed, plan, _SUMS, rows, None if gated else bias, z, engine.rows)
+    if gated:
+        z = gates.separate(z.mT, packed.layout).mT
+        z = z if bias is None else z + bias
+    return z.reshape(*x.shape[:-1], packed.n)
 
 
 class _Product(torch.autograd.Function):
@@ -136,6 +148,7 @@ class _Product(torch.autograd.Function):
         by: Attachment,
         native: Native | None,
         answer: tuple[Tensor],
+        *operands: Tensor,
     ) -> Tensor:
         ctx.answered = by, native
         y, again, needs = answer[0], by.again, ctx.needs_input_grad
@@ -144,22 +157,24 @@ class _Product(torch.autograd.Function):
             weight if needs[0] else _kept(weight) if again else None,
             _kept(bias) if again and bias is not None else None,
             y if by.told else None,
+            *map(_kept, operands),
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y = ctx.saved_tensors
+        x, weight, bias, y, *operands = ctx.saved_tensors
         by, native = ctx.answered
         reference: Reference = by.reference
         # Differentiated once more, traced or batched, all of it has to be of torch's ops.
         native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed(g) else native
-        wide = g.to(width(g))
+        wide, of_operands = g.to(width(g)), []
         if y is not None:
-            wide = _through(reference.activation, y, wide)
+            wide, *_ = _through(reference.activation, y, wide)
         elif reference.activation is not None:
-            z = None if native is None else _sums(native, x, bias)
-            wide = _through(reference.activation, reference.sums(x, weight, bias) if z is None else z, wide)
+            z = None if native is None else _sums(native, x, bias, is_gated(reference.activation))
+            z = reference.sums(x, weight, bias) if z is None else z
+            wide, *of_operands = _through(reference.activation, z, wide, operands)
         flat, smooth = wide.reshape(-1, wide.shape[-1]), reference.precision.smooth
         dx = dw = db = None
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
@@ -173,7 +188,7 @@ class _Product(torch.autograd.Function):
             dw = dw.t() if reference.transposed else dw
         if of_bias:
             db = flat.sum(0)
-        return dx, dw, db, None, None, None  # autograd makes them of the dtypes of x, weight and bias
+        return dx, dw, db, None, None, None, *of_operands  # autograd makes them of the dtypes of x, weight and bias
 
 
 # Function.apply without its looks for functorch, which whoever comes here has had.
@@ -185,11 +200,16 @@ def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Ten
     reference = by.reference
     if packed is None:
         return g @ reference.weight(weight).to(g.dtype)
+    gated = is_gated(reference.activation)
     if not of_weight:
+        g = gates.interleave(g.mT, packed.layout).mT if gated else g
         return transpose_of(packed).product(g.contiguous(), by.measure)
     # An int8 weight costs more to quantize again than to unpack.
     scale = packed.scale
-    w = reference.weight(weight) if scale is None else dequantize(Quantized(packed.unpack(), scale, packed.zero))
+    if scale is None:
+        return g @ reference.weight(weight).to(g.dtype)
+    w = dequantize(Quantized(packed.unpack(), scale, packed.zero))
+    w = gates.separate(w, packed.layout) if gated else w
     return g @ w.to(g.dtype)
 
 
@@ -208,11 +228,13 @@ def _is_transformed(g: Tensor) -> bool:
     return functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(g)
 
 
-def _through(activation: Activation | None, z: Tensor, g: Tensor) -> Tensor:
-    """g activation'(z), itself differentiable where gradients are on."""
+def _through(program: Activation | None, z: Tensor, g: Tensor, operands: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The gradients of z and of the operands, of which g is that of program(z), themselves differentiable where
+    gradients are on."""
     twice = torch.is_grad_enabled()
     z = z.to(g.dtype) if twice else z.detach().to(g.dtype)
     with torch.enable_grad():
-        z = z if z.requires_grad else z.requires_grad_()
-        (through,) = torch.autograd.grad(activations.apply(activation, z), z, g, create_graph=twice)
-    return through
+        # Each as a node of its own: one operand may have been made of another.
+        own = [t.view_as(t) if twice and t.requires_grad else t.detach().requires_grad_() for t in (z, *operands)]
+        y = programs.apply(program, own[0], own[1:])
+        return torch.autograd.grad(y, own, g, create_graph=twice, materialize_grads=True)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from fastlinear.layer import operator
 from fastlinear.layer.fitness import HOOKED, conv1d, runs_its_own, taken_over, why_no_twin, why_not, why_unread
 from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, thaw_layer
+from fastlinear.layer.fused import TakesOperands
 from fastlinear.layer.lock import lock
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
 from fastlinear.layer.quality import note
 from fastlinear.plan import decide, rivals
 from fastlinear.plan.candidates import Plan
-from fastlinear.spec import activations, foreign
+from fastlinear.spec import activations, foreign, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import dtype_of_rows
 from fastlinear.spec.precision import AS_HELD, Precision, wanted
@@ -35,8 +36,14 @@ class FastLinear(FastModule, nn.Linear):
     """Drop-in for nn.Linear followed by an activation: y = activation(x W^T + b).
 
     Takes what nn.Linear takes, and `activation`: a name ("gelu"), a name with torch's parameters (("leaky_relu", 0.1)),
-    an nn module or a torch function; ValueError for one that cannot be fused. `accumulate="fp16"` admits kernels that
-    sum up to 64 products in fp16; `products=torch.bfloat16` multiplies x and the weight rounded to that. Input [...,
+    an nn module or a torch function; ValueError for one that cannot be fused; or `epilogue`: up to 8 steps that follow
+    the product and its bias, as `spec.programs.resolve` says, whose tensors come with the call:
+
+        FastLinear(768, 768, epilogue=("add", "relu"))(x, residual)    # relu(x W^T + b + residual)
+        FastLinear(768, 768, epilogue=("gelu", ("mul", 0.5)))(x)       # 0.5 gelu(x W^T + b)
+
+    Such operands are fp32, bf16 or fp16, and broadcast to the output. `accumulate="fp16"` admits kernels that sum up to
+    64 products in fp16; `products=torch.bfloat16` multiplies x and the weight rounded to that. Input [...,
     in_features], output [..., out_features] of the input's dtype: fp32, with a weight of 16 or 8 bits also bf16 or
     fp16. The first call with a new number of rows measures the kernels for it (about 50 ms, kept in a cache file);
     training runs nn.Linear's own code, other dtypes and devices torch's ops.
@@ -51,10 +58,11 @@ class FastLinear(FastModule, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         activation: object = None,
+        epilogue: object = (),
         accumulate: str = "fp32",
         products: torch.dtype | None = None,
     ) -> None:
-        resolved = activations.resolve(activation)
+        resolved = _program(activation, epilogue)
         asked = wanted(None, accumulate, products=products)
         super().__init__(in_features, out_features, bias, device, dtype)
         _become_fast(self, resolved, "lazy", "", asked.of("", self.weight.dtype))
@@ -65,6 +73,7 @@ class FastLinear(FastModule, nn.Linear):
         linear: nn.Linear,
         activation: object = None,
         *,
+        epilogue: object = (),
         dtype: torch.dtype | None = None,
         accumulate: str = "fp32",
         quantize: Scheme | None = None,
@@ -79,7 +88,7 @@ class FastLinear(FastModule, nn.Linear):
         """
         asked = wanted(dtype, accumulate, quantize, products)
         resolved, reason = (
-            activations.resolve(activation),
+            _program(activation, epilogue),
             "it is frozen" if is_frozen(linear) else why_not(linear, asked),
         )
         if reason is not None:
@@ -102,6 +111,7 @@ class FastLinear(FastModule, nn.Linear):
         bias: Tensor | None = None,
         activation: object = None,
         *,
+        epilogue: object = (),
         quantize: Scheme | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> FastLinear:
@@ -113,7 +123,7 @@ class FastLinear(FastModule, nn.Linear):
         dtype: of `layer.weight`, and of the Parameter that `unfreeze` makes.
         Raises TypeError or ValueError for tensors that are not so, and where `quantize` cannot have them.
         """
-        asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), activations.resolve(activation)
+        asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), _program(activation, epilogue)
         weight = foreign.quantized(values, scale, zero)
         n, k = weight.values.shape
         if bias is not None and bias.shape != (n,):
@@ -121,14 +131,18 @@ class FastLinear(FastModule, nn.Linear):
         reason = asked.why_not("", k, weight)
         if reason is not None or asked.scheme is None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
-        fast = cls(k, n, bias is not None, "meta", dtype, activation=resolved)
+        fast = cls(k, n, bias is not None, "meta", dtype)
         if bias is not None:
             fast.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        vars(fast)["_precision"] = asked.of("", dtype)
+        _become_fast(fast, resolved, "lazy", "", asked.of("", dtype))
         hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed), dtype))
         if (reason := why_unread(fast)) is not None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
         return fast
+
+
+class FusedLinear(TakesOperands, FastLinear):
+    """A FastLinear whose calls bring the operands of its epilogue; FastLinear(..., epilogue=...) makes it."""
 
 
 def adopt(
@@ -260,11 +274,26 @@ _OWN = (
     "_tune",
     "_name",
     "_precision",
+    "_operands",
 )
 _CONV_OWN = ("in_features", "out_features")
 
 
+def _program(activation: object, epilogue: object) -> Activation | None:
+    if epilogue == ():
+        return activations.resolve(activation)
+    if activation is not None:
+        raise ValueError(f"activation={activation!r} and epilogue={epilogue!r} are two answers: make it a step")
+    return programs.resolve(epilogue)
+
+
 def _become_fast(module: Any, activation: Activation | None, tune: str, name: str, precision: Precision) -> None:
+    if (operands := programs.count_operands(activation)) > 0:
+        if type(module) is not FastLinear and not isinstance(module, FusedLinear):
+            raise TypeError(f"{type(module).__name__} takes no operands: derive it from FusedLinear to have them")
+        if type(module) is FastLinear:
+            _turn_into(module, FusedLinear)
+        vars(module)["_operands"] = operands
     vars(module).update(activation=activation, _absorbed=None, _tune=tune, _name=name, _precision=precision)
     if module._transposed:
         vars(module).update(in_features=module.weight.shape[0], out_features=module.weight.shape[1])

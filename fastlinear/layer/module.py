@@ -7,6 +7,7 @@ makes its own at its first call, or has the pack of a frozen layer from the star
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import getmembers
@@ -30,7 +31,7 @@ from fastlinear.plan import decide, rivals
 from fastlinear.plan.candidates import Plan
 from fastlinear.plan.decide import tell
 from fastlinear.plan.problem import FROZEN, Problem
-from fastlinear.spec import activations
+from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import FP32, dtype_of_rows, long_name, name_of
 from fastlinear.spec.precision import AS_HELD, Precision, epilogue
@@ -130,11 +131,13 @@ class FastModule(Freezable):
             y = self._run(input)
         return y
 
-    def _run(self, input: Tensor) -> Tensor:
+    def _run(self, input: Tensor, operands: tuple[Tensor, ...] = ()) -> Tensor:
         if _is_dynamo_compiling():
             bare = self._differs_by_call  # the marker, which is traced too, applies the original
-            return self._torch(input, bare) if torch.compiler.is_exporting() else operator.linear(self, input, bare)
-        return self._engine.forward(self, input)
+            exporting = torch.compiler.is_exporting()
+            way = self._torch if exporting else functools.partial(operator.linear, self)
+            return way(input, bare, operands)
+        return self._engine.forward(self, input, operands)
 
     def __prepare_scriptable__(self) -> FastModule:
         """Gives torch.jit.script what `forward` asks for in a script."""
@@ -143,17 +146,17 @@ class FastModule(Freezable):
         vars(self).update(_panels=panels, _form=form, __jit_ignored_attributes__=hidden)
         return self
 
-    def _slow(self, x: Tensor, why: str, bare: bool) -> Tensor:
+    def _slow(self, x: Tensor, why: str, bare: bool, operands: tuple[Tensor, ...] = ()) -> Tensor:
         """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
         if why == _engine.PROFILED:
-            return operator.linear(self, x, bare)
+            return operator.linear(self, x, bare, operands)
         if why == _engine.AUTOCAST:
-            y = self._under_autocast(x, bare)
+            y = self._under_autocast(x, bare, operands)
         else:
-            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._answer(x, self.packed_as, bare)
+            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._answer(x, self.packed_as, bare, operands)
         if y is None:
             self._count(x, why)
-            y = self._torch(x, bare)
+            y = self._torch(x, bare, operands)
         return y
 
     def _count(self, x: Tensor, why: str) -> None:
@@ -162,34 +165,36 @@ class FastModule(Freezable):
         if count == 1:
             tell(f"{label(self)} goes round the kernels: {reason}")
 
-    def _under_autocast(self, x: Tensor, bare: bool) -> Tensor | None:
+    def _under_autocast(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor | None:
         """What stock autocast makes of the call: x and the weight are cast to its dtype."""
         if self.training:
             return None
         if not torch.is_autocast_enabled("cpu"):  # another device's is
-            return self._answer(x, self.packed_as, bare)
+            return self._answer(x, self.packed_as, bare, operands)
         dtype = torch.get_autocast_dtype("cpu")
         if x.dtype not in _kernels.FORMATS and self._precision.takes(x.dtype):  # integers stay what they are
-            return self._answer(x, self.packed_as, bare)
+            return self._answer(x, self.packed_as, bare, operands)
         if x.dtype not in _kernels.FORMATS or dtype not in _kernels.FORMATS:
             return None
-        return self._answer(x.to(dtype), self._precision.under(dtype), bare)
+        return self._answer(x.to(dtype), self._precision.under(dtype), bare, operands)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether there are kernels for the dtypes of x, weight, bias and pack."""
         return self.precision.takes(x.dtype) and odd_dtype(dtype_of(self), self.bias) is None
 
-    def _differentiated(self, x: Tensor) -> bool:
-        operands = (x, None if record_of(self) else self.weight, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    def _differentiated(self, x: Tensor, operands: tuple[Tensor, ...] = ()) -> bool:
+        tensors = (x, None if record_of(self) else self.weight, self.bias, *operands)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-    def _answer(self, x: Tensor, packed_as: str, bare: bool = False) -> Tensor | None:
+    def _answer(
+        self, x: Tensor, packed_as: str, bare: bool = False, operands: tuple[Tensor, ...] = ()
+    ) -> Tensor | None:
         """The answer of the kernels, with a backward where gradients are wanted; None where torch has to compute it."""
-        if self.training or not self._differentiated(x):
-            return self._native(x, packed_as, bare)
+        if self.training or not self._differentiated(x, operands):
+            return self._native(x, packed_as, bare, operands)
         frozen = record_of(self)
         with torch.no_grad():
-            y = self._native(x, packed_as, bare)
+            y = self._native(x, packed_as, bare, operands)
         engine = self._engine_for(packed_as, bare)
         packed, weight = engine.packed, self._parameters.get("weight")
         if y is None or packed is None or (weight is None and frozen is None):  # None: thawed meanwhile
@@ -200,7 +205,7 @@ class FastModule(Freezable):
             self._tune == "lazy",
         )
         engine.attach_by(attach)
-        return attach(x, weight, self.bias, y, (engine, packed))
+        return attach(x, weight, self.bias, y, (engine, packed), operands)
 
     def _reference(self, precision: Precision, frozen: Frozen | None, bare: bool) -> Reference:
         panels = ("", 0, 0) if frozen is None else frozen.form
@@ -223,17 +228,19 @@ class FastModule(Freezable):
     def _differs_by_call(self) -> bool:
         return self._absorbed is not None or self._precision.out is not None
 
-    def _native(self, x: Tensor, packed_as: str, bare: bool = False) -> Tensor | None:
+    def _native(
+        self, x: Tensor, packed_as: str, bare: bool = False, operands: tuple[Tensor, ...] = ()
+    ) -> Tensor | None:
         """The answer of the engine with a pack in that format, packed and planned for if need be; None where torch has
         to compute it."""
         engine = self._engine_for(packed_as, bare)
-        y = engine.attempt(self, x)
+        y = engine.attempt(self, x, operands)
         if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
             return y
         fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self._columns()
         off = self.training or environment.disabled()
-        if fit and not off and not self._differentiated(x) and self._prepare(engine, packed_as, x):
-            y = engine.attempt(self, x)
+        if fit and not off and not self._differentiated(x, operands) and self._prepare(engine, packed_as, x):
+            y = engine.attempt(self, x, operands)
         return y
 
     def _columns(self) -> int:
@@ -243,12 +250,12 @@ class FastModule(Freezable):
 
     # ---- fall back ----
 
-    def _torch(self, x: Tensor, bare: bool = False) -> Tensor:
+    def _torch(self, x: Tensor, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Tensor:
         """The answer in torch's own ops: in training, and where the user switched the kernels off, of the parameter as
         it is, which for a frozen layer is what it is packed in; otherwise of the numbers that the kernels multiply."""
         try:
             plain = self.training or environment.disabled() or self._is_odd(x)
-            return self._plain(x, bare) if plain else self._referred(x, bare)
+            return self._plain(x, bare, operands) if plain else self._referred(x, bare, operands)
         except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
             if isinstance(x, Tensor) and not x.is_nested and (x.dim() == 0 or x.shape[-1] != self.in_features):
                 raise RuntimeError(
@@ -262,14 +269,14 @@ class FastModule(Freezable):
 
         def part(rows: Tensor) -> Tensor:
             y = self._engine.forward(self, rows)
-            return y if bare or self._absorbed is None else activations.apply(self.activation, y)
+            return y if bare or self._absorbed is None else programs.apply(self.activation, y)
 
         if x.layout is torch.jagged:
             y = part(x.values())
             return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
         return torch.nested.as_nested_tensor([part(rows) for rows in x.unbind()])
 
-    def _plain(self, x: Tensor, bare: bool) -> Tensor:
+    def _plain(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor:
         frozen = record_of(self)
         x = self._precision.numbers(x) if isinstance(x, Tensor) else x
         weight, bias = self.weight if frozen is None else frozen.unpack(self._transposed), self.bias
@@ -277,7 +284,7 @@ class FastModule(Freezable):
         if mixed and self._takes(x):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y = F.linear(x, weight.t() if self._transposed else weight, bias)
-        return activations.apply(self.computes(bare)[0], y)
+        return programs.apply(self.computes(bare)[0], y, operands)
 
     def _is_odd(self, x: Any) -> bool:
         """Whether x is no rows, or the dtypes are none that go together, of which nn.Linear knows what to say."""
@@ -290,7 +297,7 @@ class FastModule(Freezable):
         fit = x.is_floating_point() and dtype_of(self) is x.dtype
         return not fit or (self.bias is not None and self.bias.dtype is not x.dtype)
 
-    def _referred(self, x: Tensor, bare: bool) -> Tensor:
+    def _referred(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor:
         if self._precision.rows is not None and (x.is_nested or x.layout is not torch.strided):
             if x.is_nested:
                 return self._each(x, bare)
@@ -299,14 +306,14 @@ class FastModule(Freezable):
         reference = self._reference(precision, frozen, bare)
         weight, bias = self.weight if frozen is None else frozen.panels, self.bias
         if not _is_autocast(x):
-            return reference.floats(x, weight, bias)
+            return reference.floats(x, weight, bias, operands)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             if x.dtype in _kernels.FORMATS:
                 x = x.to(dtype)
                 reference = reference._replace(precision=precision._replace(packed=precision.under(dtype)))
-            return reference.floats(x, weight, bias)
+            return reference.floats(x, weight, bias, operands)
 
     # ---- prepare ----
 
@@ -499,7 +506,7 @@ class FastModule(Freezable):
         if record_of(self) is not None:
             parts.append("frozen=True")
         if self.activation is not None:
-            parts.append(f"activation={_spell(self.activation)}")
+            parts.append(_spell(self.activation))
         names = sorted({plan.name for plan in self.plans})
         parts.append(f"kernel={' | '.join(names) or 'untuned'}")
         if self.pack_nbytes:
@@ -524,5 +531,6 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _spell(activation: Activation) -> str:
-    return repr(activation.name) if not activation.params else repr((activation.name, *activation.params))
+def _spell(program: Activation) -> str:
+    steps = tuple((step.name, *step.params) if step.params else step.name for step in programs.steps_of(program))
+    return f"activation={steps[0]!r}" if program.name in activations.names() else f"epilogue={steps!r}"

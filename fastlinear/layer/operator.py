@@ -6,7 +6,8 @@ weight is the canonical one, [N, K], or [K, N] if `transposed`; x is [..., K] an
 the dtype of x. `packed` is the format that the weight is rounded to, its own if "", `accumulate` the least exact
 one of the sums, and `rows` with `scale`, `zero` and `smooth` tell how x is quantized, or was, where it is integers.
 With `out`, a dtype, the output is integers, of `out_scale` and `out_zero`; `products` is the format that
-x is rounded to, if it is floats. `reference` says it all in torch's ops.
+x is rounded to, if it is floats. `activation` and `params` may spell a whole epilogue program (spec/programs.py), whose
+tensors are `operands`. `reference` says it all in torch's ops.
 The packed weight is no argument but an accelerator behind the
 scenes: on the CPU, the layer whose parameters these are is looked up by their memory and its engine answers. So a graph
 that holds the op never holds packed bytes, goes where the parameters go, and is right for any other tensors too.
@@ -21,7 +22,7 @@ Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -34,6 +35,7 @@ from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, name_of
 from fastlinear.spec.int8 import Quantized, Requantize, Rows, dequantize
 from fastlinear.spec.precision import Precision
+from fastlinear.spec.programs import is_gated
 from fastlinear.spec.reference import Reference
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -42,7 +44,7 @@ SCHEMA = (
     "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
     "str packed='', str accumulate='fp32', str layout='', int n=0, int k=0, "
     "str rows='', float scale=0.0, int zero=0, Tensor? smooth=None, ScalarType? out=None, float out_scale=0.0, "
-    "int out_zero=0, str products='fp32') -> Tensor"
+    "int out_zero=0, str products='fp32', Tensor[]? operands=None) -> Tensor"
 )
 Key: TypeAlias = tuple[Any, ...]
 
@@ -66,6 +68,11 @@ class Form(NamedTuple):
     out_scale: float = 0.0
     out_zero: int = 0
     products: str = FP32
+    tensors: Sequence[Tensor] | None = None  # the operands
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors or ())
 
     def precision(self) -> Precision:
         """What the op may round to."""
@@ -83,12 +90,17 @@ class Form(NamedTuple):
 
 
 def arguments(
-    activation: Activation | None, transposed: bool, packed: str, precision: Precision, panels: tuple[str, int, int]
+    activation: Activation | None,
+    transposed: bool,
+    packed: str,
+    precision: Precision,
+    panels: tuple[str, int, int],
+    operands: tuple[Tensor, ...] = (),
 ) -> Form:
     """What a layer tells the op. panels: layout, n and k of a frozen one, else "", 0 and 0."""
     name, params = activation or IDENTITY
     rows, out = precision.rows or Rows(""), precision.out or (None, 0.0, 0)
-    rest: tuple[Any, ...] = (*panels, *rows, *out, precision.products)
+    rest: tuple[Any, ...] = (*panels, *rows, *out, precision.products, [*operands] or None)
     return Form(name, list(params), transposed, packed, precision.accumulate, *rest)
 
 
@@ -138,9 +150,9 @@ class Layer(Protocol):
 
     def computes(self, bare: bool) -> tuple[Activation | None, Precision]: ...
 
-    def _native(self, x: Tensor, packed_as: str, bare: bool) -> Tensor | None: ...
+    def _native(self, x: Tensor, packed_as: str, bare: bool, operands: tuple[Tensor, ...]) -> Tensor | None: ...
 
-    def _torch(self, x: Tensor, bare: bool) -> Tensor: ...
+    def _torch(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor: ...
 
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
@@ -162,26 +174,44 @@ def forget(layer: object) -> None:
     _layers.pop(id(layer), None)
 
 
-def linear(layer: Layer, x: Tensor, bare: bool = False) -> Tensor:
-    """layer(x) as the op where that is what a fast layer would run natively, else as torch's own ops; traceable."""
+def linear(layer: Layer, x: Tensor, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Tensor:
+    """layer(x, *operands) as the op where that is what a fast layer would run natively, else as torch's own ops;
+    traceable."""
     activation, precision = layer.computes(bare)
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     frozen = layer._frozen if weight is None else None
-    if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias):
-        return layer._torch(x, bare)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias, operands):
+        return layer._torch(x, bare, operands)
+    tensors = (x, weight, bias, *operands)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if wanted and precision.out is not None:  # integers have no gradients
-        return layer._torch(x, bare)
+        return layer._torch(x, bare, operands)
     form = (activation, layer._transposed, layer.packed_as, precision)
     if frozen is None:
-        y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0)))
+        y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0), operands))
     else:
-        y = _op(x, frozen.panels, bias, *arguments(*form, frozen.form))
+        y = _op(x, frozen.panels, bias, *arguments(*form, frozen.form, operands))
     return y
 
 
 _FORM = tuple[
-    str, list[float], bool, str, str, str, int, int, str, float, int, Tensor | None, int | None, float, int, str
+    str,
+    list[float],
+    bool,
+    str,
+    str,
+    str,
+    int,
+    int,
+    str,
+    float,
+    int,
+    Tensor | None,
+    int | None,
+    float,
+    int,
+    str,
+    list[Tensor] | None,
 ]
 
 
@@ -195,19 +225,22 @@ def for_script(layer: Layer, bare: bool) -> tuple[Tensor | None, Any]:
     return None if frozen is None else frozen.panels, torch.jit.Attribute(tuple(form), _FORM)
 
 
-def _native_form(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def _native_form(
+    layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None, operands: tuple[Tensor, ...] = ()
+) -> bool:
     if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.dim() == 0 or x.shape[-1] != layer.in_features:
         return False
     if weight is not None and weight.dim() != 2:
         return False
-    operands = [t for t in (x, weight, bias) if t is not None]
-    dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in operands)
-    fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _kernels.FORMATS for t in operands)) or layer._takes(x)
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in (*tensors, *operands))
+    fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _kernels.FORMATS for t in tensors)) or layer._takes(x)
     return dense and fit
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return Form(*rest).reference().linear(x, weight, bias)
+    form = Form(*rest)
+    return form.reference().linear(x, weight, bias, form.operands)
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -216,7 +249,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
     slot = (*key, packed)
     layer = _find(slot, key, packed, weight, bias)
-    y = None if layer is None else layer._native(x, packed, _key_of_layer(layer, False) != key)
+    y = None if layer is None else layer._native(x, packed, _key_of_layer(layer, False) != key, form.operands)
     return _formula(x, weight, bias, *rest).contiguous() if y is None else y
 
 
@@ -283,6 +316,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     form = Form(*rest)
     n, k = (form.n, form.k) if form.layout else reversed(weight.shape) if form.transposed else weight.shape
     torch._check(x.dim() > 0 and x.shape[-1] == k, lambda: f"fastlinear::linear: x {x.shape} needs {k} columns")
+    n = n // 2 if is_gated(form.fused()) else n
     dtype = form.out or (x.dtype if x.dtype.is_floating_point else torch.float32)
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
@@ -316,18 +350,19 @@ def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest
         y: Tensor = _op.redispatch(keyset & torch._C._after_autograd_keyset, x, weight, bias, *rest)
         return y
 
-    operands = [x, weight] if bias is None else [x, weight, bias]
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    form = Form(*rest)
+    tensors = [t for t in (x, weight, bias, *form.operands) if t is not None]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     # Dynamo enters forward_ad without its Python level, so the tensors are asked themselves; there is but one level, 0.
-    if any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in operands):
+    if any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors):
         return _formula(x, weight, bias, *rest)
-    if not differentiated or Form(*rest).out is not None:
+    if not differentiated or form.out is not None:
         return below()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _formula(x, weight, bias, *rest)
     with torch.no_grad():
         y = below()
-    return gradient.Attachment(Form(*rest).reference())(x, weight, bias, y)
+    return gradient.Attachment(form.reference())(x, weight, bias, y, None, form.operands)
 
 
 def _vmap(
@@ -335,16 +370,29 @@ def _vmap(
 ) -> tuple[Tensor, int]:
     """A batch of inputs is more rows of x; a batch of parameters is a batched product."""
     of_x, of_weight, of_bias, *_ = in_dims
+    form = Form(*rest)
+    if form.operands:
+        dims: Any = in_dims[3 + Form._fields.index("tensors")]
+        batched = [_in_front(t, d, x.dim() + (of_x is None)) for t, d in zip(form.operands, dims, strict=True)]
+        rest = form._replace(tensors=batched)
     x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
     if of_weight is None and of_bias is None:
         return _op(x, weight, bias, *rest), 0
-    reference = Form(*rest).reference()
+    reference, operands = Form(*rest).reference(), Form(*rest).operands
     rows = reference.rows(x)
     weight = reference.weight(weight if of_weight is None else weight.movedim(of_weight, 0)).to(rows.dtype)
     y = rows.reshape(info.batch_size, x.shape[1:-1].numel(), x.shape[-1]) @ weight.mT
     if bias is not None:
         y = y + (bias if of_bias is None else bias.movedim(of_bias, 0).unsqueeze(1)).to(y.dtype)
-    return reference.finish(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype), 0
+    return reference.finish(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype, operands), 0
+
+
+def _in_front(operand: Tensor, dim: int | None, dims: int) -> Tensor:
+    """An operand with its batch, if it has one, as the first of `dims` dimensions."""
+    if dim is None:
+        return operand
+    operand = operand.movedim(dim, 0)
+    return operand.reshape(operand.shape[0], *[1] * (dims - operand.dim()), *operand.shape[1:])
 
 
 _library = torch.library.Library("fastlinear", "DEF")

@@ -94,7 +94,7 @@ class _Whole(FastLinear):
         engine.split(self._widths)
         return engine
 
-    def _slow(self, x: Tensor, why: str, bare: bool = False) -> Any:
+    def _slow(self, x: Tensor, why: str, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Any:
         return self._native(x, self.packed_as) if why in (_engine.STALE, _engine.UNPLANNED) else None
 
 

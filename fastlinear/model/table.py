@@ -13,6 +13,7 @@ from fastlinear.layer.quality import UNKNOWN
 from fastlinear.model.rows import Graph, LayerReport
 from fastlinear.plan.candidates import Plan
 from fastlinear.spec.activations import Activation
+from fastlinear.spec.programs import steps_of
 
 _HEADER = ("layer", "n", "in x out", "weight", "dB", "activation", "M", "x", "runs on", "speed-up", "roof", "MiB")
 _SIDES = "<>><><><<<>>"
@@ -124,5 +125,7 @@ def _without(cells: Sequence[str], hidden: set[int]) -> tuple[str, ...]:
 def _text(activation: Activation | None) -> str:
     if activation is None:
         return ""
-    params = ", ".join(f"{param:g}" for param in activation.params)
-    return f"{activation.name}({params})"[:16] if params else activation.name
+    steps = [
+        f"{name}({', '.join(f'{p:g}' for p in params)})" if params else name for name, params, _ in steps_of(activation)
+    ]
+    return "+".join(steps) if len(steps) > 1 else steps[0][:16]

@@ -31,6 +31,7 @@ from fastlinear.plan.waits import Waits
 from fastlinear.spec.formats import DTYPES, dtype_of_rows
 from fastlinear.spec.int8 import Requantize
 from fastlinear.spec.precision import Precision, epilogue
+from fastlinear.spec.programs import count_operands
 
 _log = logging.getLogger("fastlinear")
 
@@ -115,12 +116,19 @@ def executable(chosen: Plan, problem: Problem, operands: Operands) -> _kernels.P
 
 
 def _fall_back(
-    chosen: Plan, problem: Problem, packed: _kernels.Packed, x: Tensor, weight: Tensor, bias: Tensor | None
+    chosen: Plan,
+    problem: Problem,
+    packed: _kernels.Packed,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *operands: Tensor,
 ) -> Tensor:
-    rows = x.reshape(-1, problem.k)
-    out = x.new_empty(len(rows), packed.n)
-    _kernels.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out)
-    return out.view(*x.shape[:-1], packed.n)
+    rows, shape = x.reshape(-1, problem.k), (*x.shape[:-1], problem.columns)
+    out = x.new_empty(len(rows), problem.columns)
+    beside = [operand.expand(shape).reshape(out.shape) for operand in operands]
+    _kernels.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out, operands=beside)
+    return out.view(shape)
 
 
 def _applies(name: str, problem: Problem, operands: Operands) -> bool:
@@ -230,12 +238,14 @@ def _neighbor(problem: Problem) -> Plan | None:
 
 def _tuned(problem: Problem, operands: Operands) -> Plan:
     small, tensors = _proxy(problem, operands)
-    x = _input(small)
+    x, beside = _input(small), _beside(small)
     natives: dict[str, Plan] = {}
     runs, weights = [], []
     for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
         found = {spell(c): c for c in native_candidates(each)}
-        runs += [race.Candidate(name, _call_native(c, small, those, x), c.plan_threads) for name, c in found.items()]
+        runs += [
+            race.Candidate(name, _call_native(c, small, those, x, beside), c.plan_threads) for name, c in found.items()
+        ]
         weights.append(those.packed.data)
         natives |= found
     baseline = rivals.BASELINE if _torch_plan(rivals.BASELINE, small, tensors) else None
@@ -245,7 +255,7 @@ def _tuned(problem: Problem, operands: Operands) -> Plan:
         if plan is None or tensors.weight is None:
             continue
         weights += [] if plan.packed is None else [plan.packed]
-        runs.append(race.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias)))
+        runs.append(race.Candidate(name, functools.partial(plan.run, x, tensors.weight, tensors.bias, *beside)))
     blocks = [rivals.memory(w) for w in weights]
 
     def evict() -> None:
@@ -293,6 +303,12 @@ def _input(problem: Problem) -> Tensor:
     return torch.randint(0, 128, shape, generator=generator, device="cpu").to(dtype_of_rows(problem.x))
 
 
+def _beside(problem: Problem) -> list[Tensor]:
+    """Operands of the epilogue as they most often are: of the shape and dtype of y."""
+    count, dtype = count_operands(problem.activation), DTYPES.get(problem.x, torch.float32)
+    return [torch.ones(problem.m, problem.columns, dtype=dtype, device="cpu") for _ in range(count)]
+
+
 def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """The problem to measure instead of `problem`, and its tensors."""
     area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
@@ -313,13 +329,15 @@ def _least_seconds(problem: Problem, operands: Operands) -> float:
     return max(work / _MOST_WORK, nbytes / _MOST_BYTES) / problem.threads
 
 
-def _call_native(chosen: Plan, problem: Problem, tensors: Operands, x: Tensor) -> Callable[[], object]:
+def _call_native(
+    chosen: Plan, problem: Problem, tensors: Operands, x: Tensor, beside: list[Tensor]
+) -> Callable[[], object]:
     plan, steps = native(chosen), epilogue(problem.activation, tensors.out)
     dtype = DTYPES.get(problem.x, torch.float32) if tensors.out is None else tensors.out.dtype
 
     def call() -> None:
-        out = torch.empty(x.shape[0], problem.n, dtype=dtype, device="cpu")
-        _kernels.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows)
+        out = torch.empty(x.shape[0], problem.columns, dtype=dtype, device="cpu")
+        _kernels.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows, beside)
 
     return call
 

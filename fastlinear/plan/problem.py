@@ -7,6 +7,7 @@ from typing import NamedTuple
 from fastlinear.plan.table import layout
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32
+from fastlinear.spec.programs import is_gated
 
 FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
 
@@ -16,9 +17,9 @@ class Problem(NamedTuple):
 
     `layout` is that of the pack; "" for a weight that is yet to be packed, which will be as `layout()` says.
     `x`, `packed` and `held` are the formats of the activations, of the packed weight and of the parameter, FROZEN where
-    there is none, and so no way for torch; `accumulate` is that of the least exact sums that are welcome, `scheme` how
-    x and y are quantized (`Precision.scheme`), `fallback` whether the parameter's own format may run, too, and
-    `products` what x is rounded to.
+    there is none, and so no way for torch; `activation` is the whole program, `accumulate` the format of the least
+    exact sums that are welcome, `scheme` how x and y are quantized (`Precision.scheme`), `fallback` whether the
+    parameter's own format may run, too, and `products` what x is rounded to.
     """
 
     m: int
@@ -36,6 +37,11 @@ class Problem(NamedTuple):
     fallback: bool = False
     layout: str = ""
     products: str = FP32
+
+    @property
+    def columns(self) -> int:
+        """Of y."""
+        return self.n // 2 if is_gated(self.activation) else self.n
 
     @property
     def panels(self) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastlinear.spec import activations
+from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
 
 BASELINE = "torch/linear"
@@ -19,9 +19,9 @@ Packs: TypeAlias = dict[str, Tensor]
 
 
 class Rival(NamedTuple):
-    """(x, weight as the module holds it, bias) -> y, and the packed weight it holds, if it holds one."""
+    """(x, weight as the module holds it, bias, *operands) -> y, and the packed weight it holds, if it holds one."""
 
-    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    run: Callable[..., Tensor]
     packed: Tensor | None = None
 
 
@@ -29,8 +29,8 @@ _ROWS = 32  # that MKL and oneDNN are told to pack for; what that makes of other
 
 
 def _linear(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return activations.linear(x, weight.t() if transposed else weight, bias, activation)
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
+        return programs.linear(x, weight.t() if transposed else weight, bias, activation, operands)
 
     return Rival(run)
 
@@ -44,8 +44,8 @@ def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs:
         packs["torch/mkl"] = torch.ops.mkl._mkl_reorder_linear_weight(dense.contiguous(), _ROWS)
     packed = packs["torch/mkl"]
 
-    def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
-        return activations.apply(activation, linear(x, packed, dense, bias, x.numel() // x.shape[-1]))
+    def run(x: Tensor, _: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
+        return programs.apply(activation, linear(x, packed, dense, bias, x.numel() // x.shape[-1]), operands)
 
     return Rival(run, packed)
 
@@ -58,8 +58,8 @@ def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, pac
         packs["torch/mkldnn"] = torch.ops.mkldnn._reorder_linear_weight(dense, _ROWS)
     packed = packs["torch/mkldnn"]
 
-    def run(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
-        return activations.apply(activation, linear(x, packed, bias, "none", [], ""))
+    def run(x: Tensor, _: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
+        return programs.apply(activation, linear(x, packed, bias, "none", [], ""), operands)
 
     return Rival(run, packed)
 

@@ -1,7 +1,6 @@
 """The activations a FastLinear can fuse: their names, parameters and meaning, told in torch's own functions.
 
-`apply` is the specification: the native epilogues are tested against it, and every fallback runs it. `linear` is that
-of a whole layer.
+`apply` is the specification: the native epilogues are tested against it, and every fallback runs it.
 """
 
 from __future__ import annotations
@@ -75,20 +74,16 @@ def names() -> tuple[str, ...]:
     return tuple(_DEFINITIONS)
 
 
+def parameters_of(name: str) -> int:
+    """How many parameters the activation of this name takes; ValueError where there is none."""
+    return len(_checked(name, ()).params)
+
+
 def apply(activation: Activation | None, y: Tensor) -> Tensor:
     """The activation of `y` (any shape, any floating dtype) through torch's own function; `y` itself for None."""
     if activation is None:
         return y
     return _DEFINITIONS[activation.name].function(y, *activation.params)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
-    """activation(x W^T + b) by torch, in the dtype of x [..., K], to which weight [N, K] and bias [N] are cast."""
-    return apply(activation, F.linear(x, _cast(weight, x), None if bias is None else _cast(bias, x)))
-
-
-def _cast(operand: Tensor, x: Tensor) -> Tensor:
-    return operand if operand.dtype is x.dtype else operand.to(x.dtype)  # even a to() that does nothing costs a call
 
 
 def resolve(spec: object) -> Activation | None:

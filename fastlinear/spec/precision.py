@@ -11,6 +11,7 @@ import fastlinear._kernels as _kernels
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
+from fastlinear.spec.programs import steps_of
 from fastlinear.spec.schemes import Scheme
 
 
@@ -168,10 +169,11 @@ def switch_of_torch() -> str:
     return "bf16" if told == "bf16" else FP32
 
 
-def epilogue(activation: Activation | None, out: Requantize | None) -> _kernels.Epilogue:
+def epilogue(program: Activation | None, out: Requantize | None) -> _kernels.Epilogue:
     """What is done with the sums."""
-    steps = () if activation is None else (activation,)
-    return _kernels.Epilogue(steps, None if out is None else (out.dtype, out.scale, out.zero))
+    steps = () if program is None else steps_of(program)
+    spelled = [(name, params) if operand is None else (name, params, operand) for name, params, operand in steps]
+    return _kernels.Epilogue(spelled, None if out is None else (out.dtype, out.scale, out.zero))
 
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -1,9 +1,9 @@
 """What a fast layer computes in eval mode, told in torch's own ops, for whatever cannot run the kernels.
 
-y = activation(x^ W^T + b), where x^ and W^ are the numbers that the kernels multiply: the weight rounded to the format
-it is packed in, x rounded where the layer rounds it, quantized and back again where it quantizes it. Sums are of fp32
-(of fp64 for an fp64 x), as are bias and activation, and y is rounded once; so it differs from what the kernels answer
-by the rounding of fp32 sums.
+y = program(x^ W^T + b), the program being the layer's activation or its epilogue's steps. x^ and W^ are the numbers
+that the kernels multiply: the weight rounded to the format it is packed in, x rounded where the layer rounds it,
+quantized and back again where it quantizes it. Sums are of fp32 (of fp64 for an fp64 x), as are bias and program, and y
+is rounded once; so it differs from what the kernels answer by the rounding of fp32 sums.
 
 All of it can be traced, exported, batched and differentiated, in both directions. Rounding is differentiated straight
 through (Bengio et al. 2013, arXiv:1308.3432): dx goes through W^, dW through x^, as if both were not rounded.
@@ -11,6 +11,7 @@ through (Bengio et al. 2013, arXiv:1308.3432): dx goes through W^, dW through x^
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastlinear._kernels as _kernels
-from fastlinear.spec import activations
+from fastlinear.spec import gates, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32
 from fastlinear.spec.int8 import BYTES, dequantize_rows, handed_on, quantize_channels, quantize_rows, requantize
@@ -38,21 +39,21 @@ class Reference(NamedTuple):
     transposed: bool
     panels: tuple[str, int, int] = ("", 0, 0)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: Sequence[Tensor] = ()) -> Tensor:
         """y [..., N], in the dtype of x, or fp32 where x is integers; integers where the layer hands on such."""
-        return self.finish(self.sums(x, weight, bias), x.dtype)
+        return self.finish(self.sums(x, weight, bias), x.dtype, operands)
 
-    def floats(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def floats(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: Sequence[Tensor] = ()) -> Tensor:
         """The same, but where the layer hands on integers the numbers that they stand for, which have derivatives."""
         out = self.precision.out
         if out is None:
-            return self.linear(x, weight, bias)
-        y = activations.apply(self.activation, self.sums(x, weight, bias)).float()
+            return self.linear(x, weight, bias, operands)
+        y = programs.apply(self.activation, self.sums(x, weight, bias), operands).float()
         return _straight_through(handed_on(requantize(y.detach(), out), out), y)
 
-    def finish(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    def finish(self, sums: Tensor, dtype: torch.dtype, operands: Sequence[Tensor] = ()) -> Tensor:
         """y, of the sums for an x of `dtype`."""
-        y = activations.apply(self.activation, sums)
+        y = programs.apply(self.activation, sums, operands)
         if self.precision.out is not None:
             return requantize(y.float(), self.precision.out)
         return y if dtype in BYTES else _as(y, dtype)
@@ -81,6 +82,7 @@ class Reference(NamedTuple):
         w: Tensor = weight
         if layout:
             w = torch.ops.fastlinear.unpack.default(weight, *self.panels)
+            w = gates.separate(w, layout) if programs.is_gated(self.activation) else w
         elif self.transposed:
             w = weight.mT
         if layout and layout.split("/")[0] not in DTYPES:  # integers already

@@ -206,7 +206,7 @@ UNKNOWN: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "nine steps": (ValueError, "at most 8 steps, not 9", lambda: Epilogue([("relu", ())] * 9)),
     "add without an operand": (
         ValueError,
-        r"'add' takes an operand, .* 0 to 3, not \(\)",
+        r"'add' takes an operand, .* 0 to 7, not \(\)",
         lambda: Epilogue([("add", ())]),
     ),
     "a fifth operand": (ValueError, r"'add' takes an operand, .* not \(4,\)", lambda: Epilogue([("add", (), 4)])),

@@ -10,9 +10,10 @@ from native import Kernel
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+from fastlinear.spec import activations, gates, programs
 
 M, N, K = 9, 83, 21
-BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add}
+BINARY = programs.BINARY
 
 # [M, N] with any row stride, a row, a column, a number; each made of fresh numbers.
 FORMS: dict[str, Callable[[], Tensor]] = {
@@ -29,8 +30,9 @@ FORMS: dict[str, Callable[[], Tensor]] = {
 
 
 def test_every_function_of_two_operands_is_tested() -> None:
-    """A new one has to say here what it means."""
-    assert {name for name, (_, operands) in _kernels.functions().items() if operands} == BINARY.keys()
+    """A new one has to say in the specification what it means; so has a gate."""
+    assert {name for name, (_, operands, _) in _kernels.functions().items() if operands} == BINARY.keys()
+    assert {name for name, (*_, gate) in _kernels.functions().items() if gate} == programs.GATES.keys()
 
 
 def kernels() -> list[Kernel]:
@@ -60,6 +62,44 @@ def test_forms_and_formats(name: str, kernel: Kernel, form: str) -> None:
             sums = computed(kernel, [*before, (name, (), 0), *after], [operand], y, k_slices)
             expected = BINARY[name](sums.relu() if before else sums, operand.float().expand(M, N))
             assert torch.equal(y, expected.relu() if after else expected)
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel["isa"])
+@pytest.mark.parametrize("name", BINARY)
+def test_numbers_and_nan(name: str, kernel: Kernel) -> None:
+    """A number may stand for a tensor; NaN of either side comes through, also where the lesser or greater is asked."""
+    torch.manual_seed(0)
+    y = torch.empty(M, N)
+    sums = computed(kernel, [(name, (0.3,))], [], y)
+    assert torch.equal(y, BINARY[name](sums, torch.tensor(0.3)))
+    operand = torch.where(torch.rand(M, N) < 0.3, torch.nan, torch.randn(M, N))
+    sums = computed(kernel, [(name, (), 0), (name, (), 1)], [operand, torch.zeros(())], y)
+    assert torch.equal(y.isnan(), BINARY[name](BINARY[name](sums, operand), torch.zeros(())).isnan())
+
+
+@pytest.mark.parametrize("kernel", [native.parameter(k) for k in native.ALL if k["runnable"]])
+def test_gates(kernel: Kernel) -> None:
+    """Of every kernel: y has half the columns, act(gate) * through, whatever N is, with bias, operands and K slices."""
+    torch.manual_seed(0)
+    dtypes = kernel["dtypes"][0]
+    integers = dtypes.weight is torch.int8
+    for (name, activation), columns, k_slices in zip(
+        programs.GATES.items(), (1, 7, 16, 45, 83), (1, 3, 1, 2, 1), strict=True
+    ):
+        x = torch.randn(M, K).to(dtypes.x)
+        w = torch.randint(-9, 9, (2 * columns, K), dtype=torch.int8) if integers else torch.randn(2 * columns, K)
+        w = w if integers else w.to(dtypes.weight)
+        scale = [torch.rand(2 * columns) / K] if integers else []
+        b, operand = torch.randn(2 * columns), torch.randn(M, columns)
+        layout = kernel["layout"]
+        packed = native.pack(gates.interleave(w, layout), layout, *(gates.interleave(s, layout) for s in scale))
+        assert torch.equal(gates.separate(packed.unpack(), layout), w)
+        rows = _kernels.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
+        plan, both, y = _kernels.Plan(kernel["name"], 2, k_slices), torch.empty(M, 2 * columns), torch.empty(M, columns)
+        _kernels.run(native.pack(w, layout, *scale), plan, _kernels.Epilogue(), x, b, both, rows)
+        _kernels.run(packed, plan, _kernels.Epilogue([(name, ()), ("add", (), 0)]), x, b, y, rows, [operand])
+        expected = activations.apply(activation, both[:, :columns]) * both[:, columns:] + operand
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel["isa"])

@@ -23,34 +23,30 @@ inline void dequantize_tile(const Job& job, const StepArgs& s, float floor, std:
   quantization.dequantize(args);
 }
 
-// The operand of a step: read in place where it lies as a step reads it, else laid out beside the tile.
+// The operand of a step: read in place where it lies as a step reads it, else widened beside the tile, once for all
+// rows where they are alike.
 inline void set_operand(const Job& job, const EpilogueStep& step, std::ptrdiff_t first_row, std::ptrdiff_t column,
                         StepArgs& s) {
+  s.operand = s.params, s.ld_operand = 0, s.one_a_row = true;
   if (step.operand < 0) return;
   const Operand& from = job.p.operands[step.operand];
   const auto at = [&](std::ptrdiff_t row) {
     const std::ptrdiff_t element = (job.part.begin + first_row + row) * from.row_stride + column * from.column_stride;
     return from.data + element * element_bytes(from.format);
   };
-  const auto widen = job.plan.vectors->conversions[static_cast<std::size_t>(from.format)].widen;  // null: fp32
-  if (widen == nullptr && from.column_stride == 1) {
+  s.one_a_row = from.column_stride == 0;
+  const auto widen = job.plan.vectors->conversions[static_cast<std::size_t>(from.format)].widen;
+  if (widen == nullptr) {  // fp32 already
     s.operand = reinterpret_cast<const float*>(at(0));
     s.ld_operand = from.row_stride;
     return;
   }
   thread_local Scratch memory;
-  float* const rows = memory.floats(s.rows * s.ld_in);
-  const std::ptrdiff_t elements = from.column_stride == 1 ? s.cols : 1;
-  for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
-    float* const to = rows + r * s.ld_in;
-    if (widen == nullptr)
-      std::memcpy(to, at(r), static_cast<std::size_t>(elements) * sizeof(float));
-    else
-      widen(at(r), to, elements);
-    if (from.column_stride == 0) std::fill_n(to + 1, s.cols - 1, *to);
-  }
-  s.operand = rows;
-  s.ld_operand = s.ld_in;
+  float* const wide = memory.floats(s.rows * s.ld_in);
+  s.operand = wide;
+  s.ld_operand = from.row_stride == 0 ? 0 : s.one_a_row ? 1 : s.ld_in;
+  for (std::ptrdiff_t r = 0; r < (from.row_stride == 0 ? 1 : s.rows); ++r)
+    widen(at(r), wide + r * s.ld_operand, s.one_a_row ? 1 : s.cols);
 }
 
 // A row of numbers -> y, in y's format.
@@ -69,13 +65,15 @@ inline void store_row(const Job& job, const float* row, std::ptrdiff_t n, Format
 }  // namespace finish_detail
 
 // Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
-// then row by row what each segment has of it.
+// then row by row what each segment has of it. A gate makes one column of y of two of the tile.
 inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
   using namespace finish_detail;
   const Problem& p = job.p;
   const Range rows = job.grid.rows_of(row_tile);
-  const std::ptrdiff_t columns = job.plan.kernel->columns(), column = group * columns;
-  const std::ptrdiff_t cols = std::min(columns, p.n - column);
+  const std::ptrdiff_t columns = job.plan.kernel->columns(), first_sum = group * columns;
+  const std::ptrdiff_t sums = std::min(columns, p.n - first_sum);
+  const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1;
+  const std::ptrdiff_t column = first_sum / halves, cols = sums / halves;
 
   std::size_t first = 0;  // the segment that the tile begins in
   while (first + 1 < p.y.size() && p.y[first + 1].first <= column) ++first;
@@ -88,21 +86,27 @@ inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile
   const bool at_once = one_segment && p.y[first].format == kNumbers && p.y_index == nullptr;
 
   auto* const numbers = reinterpret_cast<float*>(tile);
-  StepArgs s{numbers, columns, numbers, columns, rows.size(), cols, nullptr, nullptr, nullptr, 0};
+  StepArgs s{numbers, columns, numbers, columns, rows.size(), sums,
+             nullptr, nullptr, nullptr, 0,       false,       p.weight.layout.nr / 2,
+             nullptr};
   const auto to_y = [&](bool last) {
     if (!last || !at_once) return;
     s.out = reinterpret_cast<float*>(y_at(p.y[first], 0, column));
     s.ld_out = p.y[first].stride;
   };
-  s.bias = job.bias == nullptr ? nullptr : job.bias + column;
+  if (job.bias != nullptr && !p.epilogue.gated) s.bias = job.bias + first_sum;
   std::size_t i = 0;
   if (p.weight.scales != nullptr) {  // with the first step, where that is a maximum or nothing
     const std::size_t function = p.epilogue.steps[0].function;
     const bool relu = function == kRelu;
     i = relu || function == kIdentity;
     to_y(i == p.epilogue.count);
-    dequantize_tile(job, s, relu ? 0.0f : -kInfinity, rows.begin, column);
+    dequantize_tile(job, s, relu ? 0.0f : -kInfinity, rows.begin, first_sum);
     s.bias = nullptr;
+  }
+  if (job.bias != nullptr && p.epilogue.gated) {  // as the parameter has it: those of all gates first
+    s.bias = job.bias + column;
+    s.bias_through = s.bias + p.n / 2;
   }
   for (; i < p.epilogue.count; ++i) {
     const EpilogueStep& step = p.epilogue.steps[i];
@@ -111,11 +115,12 @@ inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile
     to_y(i + 1 == p.epilogue.count);
     job.plan.vectors->steps[step.function](s);
     s.bias = nullptr;
+    s.cols = cols;
   }
   if (at_once) return;
   for (std::size_t g = first; g < p.y.size() && p.y[g].first < column + cols; ++g) {
     const std::ptrdiff_t begin = std::max(column, p.y[g].first);
-    const std::ptrdiff_t end = std::min(column + cols, g + 1 < p.y.size() ? p.y[g + 1].first : p.n);
+    const std::ptrdiff_t end = std::min(column + cols, g + 1 < p.y.size() ? p.y[g + 1].first : p.n / halves);
     for (std::ptrdiff_t r = 0; r < s.rows; ++r)
       store_row(job, numbers + r * columns + begin - column, end - begin, p.y[g].format, y_at(p.y[g], r, begin));
   }

@@ -1,10 +1,12 @@
-// The functions an epilogue may apply, in the order of the registry: activations, then those of two operands. To add
+// The functions an epilogue may apply, in the order of the registry: activations, those of two operands, gates. To add
 // one: a file, and a name in this list.
 #pragma once
 
 #include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/epilogues/add.hpp"
+#include "fastlinear/epilogues/div.hpp"
 #include "fastlinear/epilogues/elu.hpp"
+#include "fastlinear/epilogues/gates.hpp"
 #include "fastlinear/epilogues/gelu.hpp"
 #include "fastlinear/epilogues/gelu_tanh.hpp"
 #include "fastlinear/epilogues/hardsigmoid.hpp"
@@ -12,12 +14,16 @@
 #include "fastlinear/epilogues/hardtanh.hpp"
 #include "fastlinear/epilogues/identity.hpp"
 #include "fastlinear/epilogues/leaky_relu.hpp"
+#include "fastlinear/epilogues/max.hpp"
+#include "fastlinear/epilogues/min.hpp"
 #include "fastlinear/epilogues/mish.hpp"
+#include "fastlinear/epilogues/mul.hpp"
 #include "fastlinear/epilogues/relu.hpp"
 #include "fastlinear/epilogues/relu6.hpp"
 #include "fastlinear/epilogues/sigmoid.hpp"
 #include "fastlinear/epilogues/silu.hpp"
 #include "fastlinear/epilogues/softplus.hpp"
+#include "fastlinear/epilogues/sub.hpp"
 #include "fastlinear/epilogues/tanh.hpp"
 #include "fastlinear/generic/step.hpp"
 
@@ -26,16 +32,18 @@ namespace fastlinear {
 template <class... F>
 struct FunctionList {
   static constexpr EpilogueFunction table[] = {
-      {F::name, F::params, {F::defaults[0], F::defaults[1]}, epilogues::operands_of<F>}...};
+      {F::name, F::params, {F::defaults[0], F::defaults[1]}, epilogues::operands_of<F>, epilogues::is_gate<F>}...};
 
   template <class V>
   static constexpr Step steps[] = {epilogues::step<V, F>...};
 };
 
-using Functions = FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu,
-                               epilogues::GeluTanh, epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh,
-                               epilogues::Hardswish, epilogues::Hardsigmoid, epilogues::Hardtanh, epilogues::LeakyRelu,
-                               epilogues::Elu, epilogues::Softplus, epilogues::Mish, epilogues::Add>;
+using Functions =
+    FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu, epilogues::GeluTanh,
+                 epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish, epilogues::Hardsigmoid,
+                 epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus, epilogues::Mish,
+                 epilogues::Add, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min, epilogues::Max,
+                 epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh, epilogues::Swiglu>;
 
 // What csrc/registry.cpp shows to the world, and what csrc/<isa>.cpp puts into its row.
 inline constexpr auto& kFunctions = Functions::table;

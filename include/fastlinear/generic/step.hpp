@@ -1,6 +1,7 @@
 // One step of an epilogue over a tile: (in + bias) -> F -> out, F one of the structs in epilogues/.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "fastlinear/contract/epilogue.hpp"
@@ -15,9 +16,16 @@ template <class F>
   requires(F::operands > 0)
 inline constexpr std::size_t operands_of<F> = F::operands;
 
+// A gate is a function that says so: `static constexpr bool gate = true`.
+template <class F>
+inline constexpr bool is_gate = false;
+template <class F>
+  requires(F::gate)
+inline constexpr bool is_gate<F> = true;
+
 // All rows of the columns [c, c + V::width), of which the first `valid` (or more than V::width) exist in `out`. The
 // column of the bias stays in a register for all rows, as do F's constants.
-template <class V, class F>
+template <class V, class F, bool OneARow>
 [[gnu::always_inline]] inline void step_columns(const StepArgs& s, const float* params, std::ptrdiff_t c,
                                                 std::ptrdiff_t valid) {
   const V bias = load_bias<V>(s.bias, c, valid);
@@ -26,9 +34,24 @@ template <class V, class F>
     V y;
     if constexpr (operands_of<F> == 0)
       y = F::template apply<V>(x, params);
+    else if constexpr (OneARow)
+      y = F::template apply<V>(x, V::set(s.operand[r * s.ld_operand]), params);
     else
       y = F::template apply<V>(x, load_valid<V>(s.operand + r * s.ld_operand + c, valid), params);
     store_valid(s.out + r * s.ld_out + c, y, valid);
+  }
+}
+
+// All rows of `width` columns at most V::width: of the gate from column c, of what it lets through behind it.
+template <class V, class F>
+[[gnu::always_inline]] inline void gate_columns(const StepArgs& s, const float* params, std::ptrdiff_t c,
+                                                std::ptrdiff_t through, std::ptrdiff_t out, std::ptrdiff_t valid) {
+  const V bias = load_bias<V>(s.bias, out, valid), bias_through = load_bias<V>(s.bias_through, out, valid);
+  for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
+    const float* const in = s.in + r * s.ld_in;
+    const V y =
+        F::template apply<V>(V::load(in + c) + bias, params) * (load_valid<V>(in + through, valid) + bias_through);
+    store_valid(s.out + r * s.ld_out + out, y, valid);
   }
 }
 
@@ -38,7 +61,21 @@ void step(const StepArgs& args) {
   const StepArgs s = args;
   float params[kMaxParams];
   for (std::size_t i = 0; i < kMaxParams; ++i) params[i] = s.params[i];
-  for (std::ptrdiff_t c = 0; c < s.cols; c += V::width) step_columns<V, F>(s, params, c, s.cols - c);
+  if constexpr (is_gate<F>) {
+    for (std::ptrdiff_t first = 0; first < s.cols; first += 2 * s.gate) {
+      const std::ptrdiff_t width = std::min(s.gate, (s.cols - first) / 2);
+      for (std::ptrdiff_t c = 0; c < width; c += V::width)
+        gate_columns<V, F>(s, params, first + c, first + width + c, first / 2 + c, width - c);
+    }
+  } else {
+    const auto all_columns = [&]<bool OneARow>() {
+      for (std::ptrdiff_t c = 0; c < s.cols; c += V::width) step_columns<V, F, OneARow>(s, params, c, s.cols - c);
+    };
+    if (operands_of<F> > 0 && s.one_a_row)
+      all_columns.template operator()<operands_of<F> != 0>();
+    else
+      all_columns.template operator()<false>();
+  }
 }
 
 }  // namespace fastlinear::epilogues

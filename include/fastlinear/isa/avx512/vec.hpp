@@ -75,6 +75,9 @@ inline F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
 inline F32 select_gt(F32 a, F32 b, F32 x, F32 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v)};
 }
+inline F32 select_nan(F32 a, F32 x, F32 y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), y.v, x.v)};
+}
 inline F32 round(F32 a) { return {_mm512_maskz_roundscale_ps(kAll, a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline F32 scale(F32 x, F32 n) { return {_mm512_maskz_scalef_ps(kAll, x.v, n.v)}; }
 

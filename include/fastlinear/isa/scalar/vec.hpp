@@ -8,6 +8,7 @@
 //   load_pairs     `width` pairs: their first and their second elements; store_pairs (AVX-512 only) the reverse
 //   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
 //   select_gt      a > b ? x : y
+//   select_nan     is a NaN? x : y
 //   round          to the nearest integer, ties to even
 //   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
 //   rounded        as fp32 holds it
@@ -57,6 +58,7 @@ inline F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 inline F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 inline F32 abs(F32 a) { return {__builtin_fabs(a.v)}; }
 inline F32 select_gt(F32 a, F32 b, F32 x, F32 y) { return {a.v > b.v ? x.v : y.v}; }
+inline F32 select_nan(F32 a, F32 x, F32 y) { return {a.v != a.v ? x.v : y.v}; }
 
 // 1.5 * 2^52 has unit spacing: adding it rounds to an integer, and leaves that integer in the low bits.
 inline constexpr double kUnitSpacing = 0x1.8p52;

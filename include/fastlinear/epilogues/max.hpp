@@ -1,0 +1,19 @@
+// The greater of x and operand; NaN if either is, as torch has it.
+#pragma once
+
+#include "fastlinear/contract/epilogue.hpp"
+
+namespace fastlinear::epilogues {
+
+struct Max {
+  static constexpr const char* name = "max";
+  static constexpr std::size_t params = 0, operands = 1;
+  static constexpr float defaults[kMaxParams] = {};
+
+  template <class V>
+  [[gnu::always_inline]] static V apply(V x, V operand, const float*) {
+    return select_nan(operand, operand, max(operand, x));
+  }
+};
+
+}  // namespace fastlinear::epilogues
