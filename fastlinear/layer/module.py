@@ -150,6 +150,8 @@ class FastModule(Freezable):
         """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
         if why == _engine.PROFILED:
             return operator.linear(self, x, bare, operands)
+        if isinstance(x, torch.fx.Proxy) and not self.training and why != _engine.DISABLED:
+            return operator.recorded(self, x, bare, operands)
         if why == _engine.AUTOCAST:
             y = self._under_autocast(x, bare, operands)
         else:

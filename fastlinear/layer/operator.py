@@ -177,7 +177,7 @@ def forget(layer: object) -> None:
 def linear(layer: Layer, x: Tensor, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Tensor:
     """layer(x, *operands) as the op where that is what a fast layer would run natively, else as torch's own ops;
     traceable."""
-    activation, precision = layer.computes(bare)
+    precision = layer.computes(bare)[1]
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     frozen = layer._frozen if weight is None else None
     if layer.training or (weight is None and frozen is None) or not _native_form(layer, x, weight, bias, operands):
@@ -186,11 +186,17 @@ def linear(layer: Layer, x: Tensor, bare: bool = False, operands: tuple[Tensor, 
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if wanted and precision.out is not None:  # integers have no gradients
         return layer._torch(x, bare, operands)
-    form = (activation, layer._transposed, layer.packed_as, precision)
-    if frozen is None:
-        y: Tensor = _op(x, weight, bias, *arguments(*form, ("", 0, 0), operands))
-    else:
-        y = _op(x, frozen.panels, bias, *arguments(*form, frozen.form, operands))
+    return recorded(layer, x, bare, operands)
+
+
+def recorded(layer: Layer, x: Any, bare: bool, operands: tuple[Any, ...] = ()) -> Tensor:
+    """The call of the op, without a look at x: torch.fx hands its Proxy."""
+    activation, precision = layer.computes(bare)
+    operand, panels = layer._parameters.get("weight"), ("", 0, 0)
+    if operand is None:
+        operand, panels = layer._frozen.panels, layer._frozen.form
+    form = arguments(activation, layer._transposed, layer.packed_as, precision, panels, operands)
+    y: Tensor = _op(x, operand, layer._parameters.get("bias"), *form)
     return y
 
 

@@ -104,6 +104,7 @@ TRACERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "profiler": under(torch.profiler.profile),
     "functionalize": lambda m, x: torch.func.functionalize(m)(x),
     "make_fx": lambda m, x: make_fx(m)(torch.ones_like(x))(x),
+    "FX": lambda m, x: torch.fx.symbolic_trace(m)(x),
     "jit.trace": traced,
     "export": functools.partial(exported, strict=False),
     "strict export": functools.partial(exported, strict=True),
