@@ -4,15 +4,19 @@ from importlib.metadata import version as _version
 
 from fastlinear._kernels import cpu_info, kernels
 from fastlinear._moved import keep_old_names
+from fastlinear.file.plans import load_plans, save_plans
 from fastlinear.file.safetensors import FormatError
 from fastlinear.file.saving import load, save
 from fastlinear.layer.group import FastLinearGroup
 from fastlinear.layer.linear import FastLinear
 from fastlinear.model.calibration import calibrate
 from fastlinear.model.convert import convert, refresh, unconvert
+from fastlinear.model.explaining import explain
 from fastlinear.model.freezing import freeze, unfreeze
+from fastlinear.model.profiling import profile
 from fastlinear.model.reporting import report
-from fastlinear.model.tuning import tune
+from fastlinear.model.sensing import sensitivity
+from fastlinear.model.tuning import clear_cache, force, tune
 from fastlinear.spec.schemes import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly
 
 __all__ = [
@@ -24,14 +28,21 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "calibrate",
+    "clear_cache",
     "convert",
     "cpu_info",
+    "explain",
+    "force",
     "freeze",
     "kernels",
     "load",
+    "load_plans",
+    "profile",
     "refresh",
     "report",
     "save",
+    "save_plans",
+    "sensitivity",
     "tune",
     "unconvert",
     "unfreeze",

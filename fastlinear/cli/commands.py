@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from fastlinear.cli import bench, check, info, inspect, tune
-from fastlinear.cli.options import DTYPES, UsageError, add_quantize, add_threads, to_shapes
+from fastlinear.cli.options import DTYPES, UsageError, add_quantize, add_threads, to_batches, to_shapes
 from fastlinear.spec import activations
 
 SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
@@ -34,9 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.set_defaults(run=bench.bench)
 
     command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
-    command.add_argument("model", metavar="module:function", help="function() returns (model, example_inputs)")
+    command.add_argument(
+        "model", metavar="module:function", nargs="?", help="function() returns (model, example_inputs)"
+    )
     add_threads(command)
     add_quantize(command)
+    command.add_argument("--batch", type=to_batches, default=[], help="1,8,32: rows to repeat the example to")
+    command.add_argument("--out", metavar="FILE", help="write the plans there, for fastlinear.load_plans; it may grow")
+    command.add_argument("--html", metavar="FILE", help="write the report there, as a page")
+    command.add_argument("--show", action="store_true", help="list what is known already, of all models")
+    command.add_argument("--clear", action="store_true", help="first forget all that is known")
     command.set_defaults(run=tune.tune)
 
     command = commands.add_parser("inspect", help="what a frozen file holds, and whether this CPU runs it as it is")

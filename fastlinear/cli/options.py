@@ -38,6 +38,10 @@ def to_shapes(text: str) -> list[tuple[int, ...]]:
     return shapes
 
 
+def to_batches(text: str) -> list[int]:
+    return [positive(each) for each in text.split(",")]
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")

@@ -6,24 +6,84 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from fastlinear.cli import tables
 from fastlinear.cli.options import SCHEMES, UsageError, check_override
+from fastlinear.file.plans import save_plans
+from fastlinear.file.safetensors import FormatError
 from fastlinear.model import tuning
 from fastlinear.model.convert import convert
 from fastlinear.model.reporting import report
+from fastlinear.plan import decide
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Converts and tunes the model that module:function returns with its example inputs, and prints the report."""
+    """Converts and tunes the model that module:function returns, and prints the report; shows or clears the cache."""
     check_override()
+    if options.model is None and not (options.show or options.clear):
+        raise UsageError("tune takes a module:function, --show or --clear")
+    if options.clear:
+        tuning.clear_cache()
+    if options.model is not None:
+        _tune(options)
+    if options.show:
+        _show()
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> None:
     model, example = _load(options.model)
     fast = convert(model, quantize=SCHEMES.get(options.quantize))
-    tuning.tune(fast, example)
-    print(report(fast))
-    return 0
+    for batch in options.batch or [None]:
+        tuning.tune(fast, example if batch is None else _of_batch(example, batch))
+    found = report(fast)
+    print(found)
+    try:
+        if options.html is not None:
+            found.to_html(options.html)
+        if options.out is not None:
+            print(f"\n{save_plans(fast, options.out)} plans in {options.out}")
+    except (OSError, FormatError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _of_batch(example: Any, batch: int) -> Any:
+    """The example with so many rows: those that it has, over and over. Tensors with another first size than the first
+    of them stay."""
+    first = next((tensor for tensor in _tensors(example) if tensor.dim() > 0), None)
+    if first is None or len(first) == 0:
+        raise UsageError("--batch needs an example with a tensor whose first dimension is the batch")
+    rows = len(first)
+    index = torch.arange(batch, device="cpu") % rows
+
+    def sized(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[index] if value.dim() > 0 and len(value) == rows else value
+        if isinstance(value, Mapping):
+            return {key: sized(each) for key, each in value.items()}
+        return type(value)(map(sized, value)) if type(value) in (tuple, list) else value
+
+    return sized(example)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
+
+
+def _show() -> None:
+    entries = decide.cache().entries()
+    rows = [(plan.name, "" if plan.speedup is None else f"{plan.speedup:.2f}x", key) for key, plan in entries.items()]
+    tables.show(("runs on", "speed-up", "for"), sorted(rows, key=lambda row: row[2]))
+    print(f"{len(rows)} plans in {decide.cache().path or 'memory'}")
 
 
 def _load(spec: str) -> tuple[nn.Module, Any]:

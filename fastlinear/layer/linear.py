@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from fastlinear.layer import operator
 from fastlinear.layer.fitness import HOOKED, conv1d, runs_its_own, taken_over, why_no_twin, why_not, why_unread
-from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, thaw_layer
+from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, record_of, thaw_layer
 from fastlinear.layer.fused import TakesOperands
 from fastlinear.layer.lock import lock
-from fastlinear.layer.module import FastModule
+from fastlinear.layer.module import FastModule, label
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
 from fastlinear.layer.quality import note
-from fastlinear.plan import decide, rivals
+from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.candidates import Plan
 from fastlinear.spec import activations, foreign, programs
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import dtype_of_rows
+from fastlinear.spec.formats import DTYPES, dtype_of_rows
 from fastlinear.spec.precision import AS_HELD, Precision, wanted
 from fastlinear.spec.schemes import Int8Dynamic, Scheme
 
@@ -244,6 +244,19 @@ def refresh(module: Any) -> None:
     module._reset()
 
 
+def force(module: Any, kernel: str | None) -> None:
+    """Has a fast layer run one kernel, or one of torch's ways, wherever that can; None: what is measured, as before.
+    ValueError for one that its weight, as it is packed, cannot run on, with those that it can."""
+    frozen = record_of(module)
+    layout = table.layout(module.packed_as) if frozen is None else frozen.packed.layout
+    allowed = [row["name"] for row in table.runnable() if layout in row["reads"]]
+    allowed += rivals.NAMES if frozen is None and module.packed_as in DTYPES else ()
+    if kernel is not None and kernel not in allowed:
+        raise ValueError(f"{label(module)} cannot run {kernel!r} here; it may be one of {', '.join(allowed)}")
+    vars(module)["_kernel"] = kernel
+    module._reset()
+
+
 def settle(module: Any) -> None:
     """Has the next call pack a fast layer's weight, even where that has kept changing."""
     for engine in module._engines():
@@ -275,6 +288,7 @@ _OWN = (
     "_name",
     "_precision",
     "_operands",
+    "_kernel",
 )
 _CONV_OWN = ("in_features", "out_features")
 

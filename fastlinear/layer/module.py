@@ -8,6 +8,7 @@ makes its own at its first call, or has the pack of a frozen layer from the star
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import getmembers
@@ -63,6 +64,31 @@ def watching(done: Callable[[Any], object]) -> Iterator[None]:
         _watchers.remove(done)
 
 
+@contextmanager
+def timing(done: Callable[[Any, float], object]) -> Iterator[None]:
+    """Calls done(layer, seconds) after every call of a fast layer, of whatever thread.
+
+    Unlike a hook, it changes nothing of the calls: this is FastModule.__call__ with a clock, in a frame of its own as
+    that is, from whose caller a layer with an absorbed activation proves where its output goes.
+    """
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        began, y = time.perf_counter(), None
+        if not _is_dynamo_compiling() and len(args) == 1 and not kwargs:
+            y = self._engine(self, args[0])
+        if y is None:
+            y = nn.Module.__call__(self, *args, **kwargs)
+        done(self, time.perf_counter() - began)
+        return y
+
+    plain = FastModule.__call__
+    FastModule.__call__ = timed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FastModule.__call__ = plain  # type: ignore[method-assign]
+
+
 class FastModule(Freezable):
     """What FastLinear and its twin for transformers' Conv1D have in common; mixed in before the stock class."""
 
@@ -74,6 +100,7 @@ class FastModule(Freezable):
     _elsewhere: dict[str, int]  # calls that the kernels did not answer, by reason
     _absorbed: Any = None  # the marker where the activation stood that this layer applies for it
     _tune: str
+    _kernel: str | None = None  # what `linear.force` told it to run
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
     activation: Activation | None
@@ -375,7 +402,7 @@ class FastModule(Freezable):
             known is None or known.provisional
         ):  # else it stayed when the weight changed, and only torch's own pack is due
             # Without the lock: this may measure, and others have layers to pack.
-            known = decide.decide(problem, operands, measure=self._tune == "lazy")
+            known = decide.decide(problem, operands, measure=self._tune == "lazy", kernel=self._kernel)
         plan = known
         runs = decide.executable(plan, problem, operands)
         with lock:
@@ -418,11 +445,20 @@ class FastModule(Freezable):
             torch_packs=self._torch_packs,
         )
 
-    def ask_again(self) -> None:
-        """Forgets the plans that were to be measured but are not, so that the next call that needs one asks anew."""
+    def problem_keys(self) -> list[str]:
+        """What the tuning cache knows the layer's plans by."""
+        return [
+            self.problem(engine, engine.packed, m, x, threads).key()
+            for engine, threads, x, m in list(self._plans)
+            if engine.packed is not None
+        ]
+
+    def ask_again(self, anew: bool = False) -> None:
+        """Forgets the plans that were to be measured but are not (anew: all), so that the next call that needs one asks
+        for it."""
         with lock:
             for key, plan in list(self._plans.items()) if self._tune == "lazy" else ():
-                if plan.source in ("heuristic", "neighbor"):
+                if anew or plan.source in ("heuristic", "neighbor"):
                     engine, threads, x, m = key
                     engine.plan_for(m, threads, dtype_of_rows(x), None)
                     del self._plans[key]

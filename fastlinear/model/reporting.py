@@ -120,7 +120,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
         running, weights = placed.get(id(_held(layer)), (layer, ()))
         if running not in rows:
             name = names[0] if len(weights) < 2 else running._name
-            described = _describe(name, running, otherwise)
+            described = describe(name, running, otherwise)
             rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
     found = Report(rows.values())
     found.graphs = tuple(own)
@@ -147,7 +147,7 @@ def _held(layer: Any) -> Any:
     return layer._parameters.get("weight") if frozen is None else frozen.panels
 
 
-def _describe(name: str, layer: Any, otherwise: str) -> LayerReport:
+def describe(name: str, layer: Any, otherwise: str = "convert was not called on it") -> LayerReport:
     """otherwise: why it is not fast, if nothing else is."""
     fast = linear.is_fast(layer)
     buckets, frozen = layer.plans if fast else (), record_of(layer)

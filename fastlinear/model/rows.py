@@ -22,6 +22,7 @@ SOURCES = {
     "neighbor": "as for a batch size nearby",
     "heuristic": "by rule, not measured",
     "override": "fixed by FASTLINEAR_KERNEL",
+    "forced": "fixed by fastlinear.force",
 }
 
 REASONS = {
@@ -61,7 +62,7 @@ class LayerReport:
         """Why nothing is known of how much faster than nn.Linear a plan is; "" where it is known."""
         if plan.speedup is not None:
             return ""
-        if plan.source in ("heuristic", "neighbor", "override"):
+        if plan.source in ("heuristic", "neighbor", "override", "forced"):
             return SOURCES[plan.source]
         if self.frozen:
             return "the weight is frozen: there is no nn.Linear to compare with"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
@@ -15,31 +17,55 @@ from torch import Tensor, nn
 
 from fastlinear.layer import linear
 from fastlinear.layer.module import watching
-from fastlinear.plan import measuring
+from fastlinear.plan import decide, measuring
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _log = logging.getLogger("fastlinear")
 
 
-def tune(model: Model, example: Any, *, progress: bool | None = None) -> Model:
+def tune(model: Model, example: Any, *, again: bool = False, progress: bool | None = None) -> Model:
     """Run `model` once without gradients, so that every fast layer chooses its kernels now, and return it.
 
     What first calls could not measure, because their seconds were spent or the machine was busy, is measured now.
 
     example: what to call the model with: a tensor, a tuple of arguments, or a mapping of keyword arguments. Each batch
         size is tuned for itself: call this once with every one that matters.
+    again: measure anew what is known already, too.
     progress: show a bar over the layers, which needs tqdm; None shows it on a terminal where tqdm is installed.
     """
     check_module("tune", model)
     check_example(example)
     if progress and importlib.util.find_spec("tqdm") is None:
-        raise ImportError("tune(progress=True) needs the package tqdm, which is not installed")
-    run_to_tune(model, example, progress)
+        raise ImportError("tune(progress=True) needs tqdm, which is not installed: pip install fastlinear[progress]")
+    run_to_tune(model, example, progress, again)
     return model
 
 
-def run_to_tune(model: nn.Module, example: Any, progress: bool | None) -> None:
+def force(model: Model, name: str, kernel: str | None) -> Model:
+    """Have the fast layer called `name` run one kernel of `kernels()`, or "torch/linear", "torch/mkl", "torch/mkldnn",
+    for every batch size and dtype that it can; None goes back to what is measured. Returns the model.
+
+    Raises TypeError for anything but an nn.Module; ValueError for a name of no fast layer and for a kernel that this
+    CPU, or the layer's weight as it is packed, does not run on, with those that it does.
+    """
+    check_module("force", model)
+    layer = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if layer is None or not linear.is_fast(layer):
+        names = [each for each, module in model.named_modules() if linear.is_fast(module)]
+        near = get_close_matches(str(name), names, 3, 0.0)
+        raise ValueError(f"{type(model).__name__} has no fast layer {name!r}; the nearest are {near or 'none'}")
+    linear.force(layer, kernel)
+    return model
+
+
+def clear_cache() -> None:
+    """Forget all that was measured on this machine, in this process and on disk. Plans that layers have already stay:
+    `tune(model, example, again=True)` measures these anew."""
+    decide.cache().clear()
+
+
+def run_to_tune(model: nn.Module, example: Any, progress: bool | None, again: bool = False) -> None:
     pending = set(fast_layers(model))
     if not pending:
         warnings.warn(f"nothing to tune: {type(model).__name__} has no fast layer", stacklevel=3)
@@ -55,8 +81,10 @@ def run_to_tune(model: nn.Module, example: Any, progress: bool | None) -> None:
 
         for layer in tuple(pending):
             linear.settle(layer)
+        if again:
+            decide.cache().forget(key for layer in pending for key in layer.problem_keys())
         for layer in tuple(pending):
-            layer.ask_again()
+            layer.ask_again(again)
         stack.enter_context(measuring.process.thorough())
         stack.enter_context(watching(done))
         stack.enter_context(torch.no_grad())
@@ -86,12 +114,30 @@ def check_module(function: str, model: object) -> None:
         raise TypeError(f"{function}() takes an nn.Module, but was given {type(model).__name__}")
 
 
-def call(model: nn.Module, example: Any) -> None:
+def call(model: nn.Module, example: Any) -> Any:
     """Runs the model on what `check_example` has nothing against."""
     if isinstance(example, Mapping):
-        model(**example)
-    else:
-        model(*example) if isinstance(example, tuple) else model(example)
+        if (reason := _why_not_keywords(model, example)) is not None:
+            raise TypeError(reason)
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _why_not_keywords(model: nn.Module, example: Mapping[Any, Any]) -> str | None:
+    """Why a mapping cannot be the model's keyword arguments, where it would be its one argument (as the features of
+    sentence-transformers are)."""
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind(**example)
+    except ValueError:
+        return None  # it tells no signature
+    except TypeError as error:
+        name = type(model).__name__
+        return (
+            f"a mapping is taken for keyword arguments, which {name}.forward does not have ({error}); where it is the "
+            "one argument, as with sentence-transformers, give it in a tuple: (features,)"
+        )
+    return None
 
 
 def check_example(example: object) -> None:

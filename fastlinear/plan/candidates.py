@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     name: str  # a kernel of the table, or "torch/linear", "torch/mkl", "torch/mkldnn"
     plan_threads: int
     k_slices: int
-    source: str  # "tuned", "equal" (to one that was), "cache", "neighbor" (in batch size), "heuristic", "override"
+    source: str  # "tuned", "equal" (to one that was), "cache", "neighbor" (in M), "heuristic", "override" or "forced"
     table: tuple[tuple[str, float], ...] = ()  # what was measured: candidate, milliseconds; best first
     speedup: float | None = None  # time of torch/linear on the parameter over that of this, where measured
     refused: str = ""  # the format of the pack, where something on the parameter's own was faster and may run

@@ -78,12 +78,12 @@ class Operands(NamedTuple):
         return None if self.spare is None else Operands(self.weight, self.bias, self.spare)
 
 
-def decide(problem: Problem, operands: Operands, *, measure: bool) -> Plan:
-    """What to run: what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if `measure` and
-    FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
-    name = override()
-    if name is not None and _applies(name, problem, operands):
-        return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source="override"), problem)
+def decide(problem: Problem, operands: Operands, *, measure: bool, kernel: str | None = None) -> Plan:
+    """What to run: `kernel`, or what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if
+    `measure` and FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
+    for name, source in ((kernel, "forced"), (override(), "override")):
+        if name is not None and _applies(name, problem, operands):
+            return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source=source), problem)
     if not measure or _kernels.forked() or not environment.measures():
         return heuristic(problem)
     known = _remembered(problem)

@@ -19,7 +19,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,11 +141,28 @@ class TuningCache:
         """Entries in the file as it is now, and those it refused."""
         return len(self._read() | self._own)
 
-    def learn(self, entries: Mapping[str, object]) -> None:
-        """Takes what another file says of this machine, in memory alone; what is known already stays."""
+    def learn(self, entries: Mapping[str, object]) -> int:
+        """Takes what another file says of this machine, in memory alone, and tells how much of it is believed; what is
+        known already stays."""
         if self._found is None:
             self._found = self._read()
-        self._found = self._believed(entries) | self._found
+        believed = self._believed(entries)
+        self._found = believed | self._found
+        return len(believed)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """As if these had never been put, for this process; on disk until they are put anew."""
+        if self._found is None:
+            self._found = self._read()
+        for key in keys:
+            for held in (self._own, self._held, self._found):
+                held.pop(key, None)
+
+    def entries(self) -> dict[str, Remembered]:
+        """All that is known, by key."""
+        if self._found is None:
+            self._found = self._read()
+        return self._found | self._held | self._own
 
     def hold(self, key: str, value: Remembered) -> None:
         """Remembers it for this process alone: `get` gives it, no file will."""

@@ -138,6 +138,9 @@ def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = N
     if accumulate not in sums:
         raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
     if quantize is not None and not isinstance(quantize, Scheme):
+        if isinstance(quantize, type) and issubclass(quantize, Scheme):
+            name = quantize.__name__
+            raise TypeError(f"quantize must be a scheme, such as {name}(...), but is the class {name} itself")
         kinds = ", ".join(each.__name__ for each in Scheme.__subclasses__())
         raise TypeError(f"quantize must be None or one of fastlinear's {kinds}, but is {quantize!r}")
     if quantize is not None and dtype is not None:

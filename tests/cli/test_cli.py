@@ -147,6 +147,19 @@ def test_tune_reports_the_users_model(user_folder: Path, capsys: pytest.CaptureF
     assert "24x40" in report and "relu" in report and "untuned" not in report
 
 
+def test_tune_for_batches_into_a_file(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--batch repeats the example's rows, --out writes plans, --html a page; --show lists, --clear forgets."""
+    files = ["--out", "plans.json", "--html", "report.html"]
+    assert cli.main(["tune", "users_model:make", "--clear", "--batch", "1,6", *files, "--show"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r" 24x40 .* relu +1 ", text) and re.search(r"^ +6 fp32 ", text, re.MULTILINE)
+    assert re.search(r"^\d plans in plans.json$", text, re.MULTILINE)
+    assert re.search(r"/n40/k24/bias/relu/t1/m1$", text, re.MULTILINE)
+    assert fastlinear.load_plans("plans.json") >= 1 and "users_model" not in Path("report.html").read_text()
+    assert cli.main(["tune", "--clear", "--show"]) == 0
+    assert re.search(r"^0 plans in ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     """Every runnable kernel on all that it reads, and every activation of its ISA, is listed and within its bound."""
     assert cli.main(["check"]) == 0
@@ -192,6 +205,9 @@ def test_check_sees_a_wrong_kernel(
         (["bench", "--dtype", "float64"], "'float64'"),
         (["bench", "--quantize", "int3"], "'int3'"),
         (["tune", "users_model"], "'users_model'"),
+        (["tune"], "--show or --clear"),
+        (["tune", "users_model:make", "--batch", "1,x"], "'x'"),
+        (["tune", "users_model:make", "--out", "no/such/folder"], "no/such/folder"),
         (["tune", "no_such_module:make"], "'no_such_module'"),
         (["tune", "users_model:mke"], "'mke'"),
         (["tune", "users_model:no_model"], "users_model:no_model"),
