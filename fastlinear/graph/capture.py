@@ -68,6 +68,8 @@ def changes(node: fx.Node) -> bool:
         return _is_in_place(str(node.target))
     if node.op != "call_function" or node.target in _MODES:
         return True
+    if node.target is getattr:  # x.mT, x.shape
+        return False
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)

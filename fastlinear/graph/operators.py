@@ -104,17 +104,18 @@ def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]:
-    """linear(x, weight, bias): the product; and its layers, `first` for the parameters that the graph was made with."""
+    """linear(x, weight, bias, *operands): the product; and its layers, `first` for the parameters that the graph was
+    made with."""
     layers: Layers = {id(_held(first)): first}
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
         layer = layers.get(id(weight))  # which holds the weight, so that nothing else has its id
         if layer is None:
             layer = _adopt(layers, spec, weight, bias)
             if layer is None:
-                return _in_torch(spec, x, weight, bias)
+                return _in_torch(spec, x, weight, bias, operands)
         layer._parameters["bias"] = bias  # type: ignore[assignment]
-        y: Tensor = layer._engine.forward(layer, x)
+        y: Tensor = layer._engine.forward(layer, x, operands)
         return y
 
     return linear, layers
@@ -138,10 +139,10 @@ def _remember(known: Layers, weight: Tensor, value: Any) -> Any:
     return value
 
 
-def _in_torch(spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _in_torch(spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None, operands: tuple[Tensor, ...]) -> Tensor:
     if spec.form is not None:
-        return spec.form.reference().floats(x, weight, bias)
-    return programs.linear(x, weight.t() if spec.transposed else weight, bias, spec.activation)
+        return spec.form.reference()._replace(activation=spec.activation).floats(x, weight, bias, operands)
+    return programs.linear(x, weight.t() if spec.transposed else weight, bias, spec.activation, operands)
 
 
 def group(spec: Spec, layers: Sequence[Operator]) -> tuple[Callable[..., tuple[Tensor, ...]], Layers]:

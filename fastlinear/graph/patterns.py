@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
+import fastlinear._kernels as _kernels
 from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
 from fastlinear.layer.operator import Form
+from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
+from fastlinear.spec.programs import Step
 
 _COMMUTATIVE = {"add", "mul"}
 
@@ -153,7 +156,8 @@ def _is_same(a: Any, b: Any) -> bool:
 class Product:
     """One linear layer of the graph and what it has absorbed: `root` is the node whose value it computes.
 
-    form: that of the op fastlinear::linear, where the model was converted; None where it is torch's own linear.
+    activation: the whole epilogue program, of which `operands` are the tensors. form: that of the op
+    fastlinear::linear, where the model was converted; None where it is torch's own linear.
     """
 
     root: fx.Node
@@ -164,9 +168,18 @@ class Product:
     activation: Activation | None = None
     form: Form | None = None
     nodes: list[fx.Node] = field(default_factory=list)  # all that it stands for, the root last
+    operands: tuple[fx.Node, ...] = ()
 
-    def absorbed(self, node: fx.Node, activation: Activation) -> Product:
-        return replace(self, root=node, activation=activation, nodes=[*self.nodes, node])
+    def absorbed(self, node: fx.Node, step: Step, operand: fx.Node | None = None) -> Product | None:
+        """The product with one step more, whose operand is the value of a node; None where a program has no room, or
+        ends in integers."""
+        steps = () if self.activation is None else programs.steps_of(self.activation)
+        if len(steps) == programs.MAX_STEPS or (self.form is not None and self.form.out is not None):
+            return None
+        more = () if operand is None else (operand,)
+        step = step if operand is None else step._replace(operand=len(self.operands))
+        program, operands = programs.spelled([*steps, step]), (*self.operands, *more)
+        return replace(self, root=node, activation=program, operands=operands, nodes=[*self.nodes, node])
 
 
 def product_at(node: fx.Node) -> Product | None:
@@ -200,7 +213,8 @@ def _addmm(node: fx.Node) -> Product | None:
 def _converted(node: fx.Node) -> Product | None:
     x, weight, bias, *rest = _any(node.args)
     form = Form(*rest)
-    return _checked(Product(node, x, weight, bias, form.transposed, form.fused(), form, [node]))
+    operands, form = form.operands, form._replace(tensors=None)
+    return _checked(Product(node, x, weight, bias, form.transposed, form.fused(), form, [node], _any(operands)))
 
 
 def _any(args: Any) -> Any:
@@ -230,7 +244,53 @@ class Absorption(NamedTuple):
 
 def _activation(capture: Capture, product: Product, node: fx.Node) -> Product | None:
     found = activation_of(node) if node.args[:1] == (product.root,) else None
-    return None if found is None or product.activation is not None else product.absorbed(node, found)
+    return None if found is None else product.absorbed(node, Step(*found))
 
 
-ABSORPTIONS = (Absorption("activation", _activation),)
+# Of two tensors, or of a tensor and a number.
+_BINARY = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "minimum": "min", "maximum": "max"}
+
+
+def _binary(capture: Capture, product: Product, node: fx.Node) -> Product | None:
+    """A residual, a mask, a scale: what makes a tensor of the dtype and shape of the product's, so that the other
+    operand is broadcast to it and casts nothing."""
+    name, y, z = _BINARY.get(op_of(node), ""), example(product.root), example(node)
+    if not name or node.kwargs or len(node.args) != 2 or y is None or z is None:
+        return None
+    if y.dtype is not z.dtype or not same_shape(y.shape, z.shape):
+        return None
+    others = [arg for arg in node.args if arg is not product.root]
+    if len(others) != 1 or (name in ("sub", "div") and node.args[0] is not product.root):
+        return None
+    (other,) = others
+    if isinstance(other, (int, float)) and not isinstance(other, bool):
+        # Siblings are one product without programs, which is worth more than a number.
+        return None if _has_sibling(product) else product.absorbed(node, Step(name, (float(other),)))
+    beside = example(other)
+    fit = beside is not None and beside.dtype in _kernels.FORMATS and beside.device.type == "cpu" and _is_dense(beside)
+    return product.absorbed(node, Step(name), _any(other)) if fit else None
+
+
+_BOUNDS = "min", "max"
+
+
+def _clamp(capture: Capture, product: Product, node: fx.Node) -> Product | None:
+    if op_of(node) not in ("clamp", "clip") or node.args[:1] != (product.root,):
+        return None
+    low, high = (node.kwargs.get(name, arg) for name, arg in zip(_BOUNDS, (*node.args[1:], None, None), strict=False))
+    try:
+        program = programs.resolve((("clamp", low, high),))
+    except ValueError:  # of tensors, or of bounds that have changed places
+        return None
+    return None if program is None else product.absorbed(node, Step(*program))
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_nested
+
+
+def _has_sibling(product: Product) -> bool:
+    return any(product_at(user) is not None for user in product.x.users if user is not product.nodes[0])
+
+
+ABSORPTIONS = (Absorption("activation", _activation), Absorption("binary", _binary), Absorption("clamp", _clamp))

@@ -32,6 +32,7 @@ class Rewriter:
     def __init__(self, capture: Capture, options: Options, story: Story) -> None:
         self.capture, self.options, self.story = capture, options, story
         self.graph = capture.graph
+        self._absorbed: set[fx.Node] = set()  # by some product
         self._moved: dict[fx.Node, fx.Node] = {}  # a node that is gone -> what has its value
 
     def run(self) -> list[operators.Layers]:
@@ -50,6 +51,7 @@ class Rewriter:
                     self.story.tell(node, "torch", found)
                 else:
                     taken.append(found)
+                    self._absorbed.update(found[0].nodes)
         groups = self._siblings(taken) if self.options.fuse else []
         together = {id(each) for members in groups for each in members}
         layers = [self._place_group(members) for members in groups]
@@ -140,11 +142,13 @@ class Rewriter:
         while True:
             users = list(product.root.users)
             for user in users:
+                if user in self._absorbed:
+                    continue
                 takes = (row.take(self.capture, product, user) for row in ABSORPTIONS)
                 grown = next((each for each in takes if each is not None), None)
                 if grown is None:
-                    if activation_of(user) is not None and product.activation is not None:
-                        self.story.tell(user, "torch", "the product before it has an activation already")
+                    if activation_of(user) is not None:
+                        self.story.tell(user, "torch", "the product before it has steps enough already")
                     continue
                 others = [each.name for each in users if each is not user]
                 if others:
@@ -186,9 +190,12 @@ class Rewriter:
     def _place(self, product: Product, spec: Spec, layer: Operator) -> operators.Layers:
         function, layers = operators.product(spec, layer)
         with self.graph.inserting_before(product.root):
-            node = self.graph.call_function(function, (self._now(product.x), product.weight, product.bias))
+            node = self.graph.call_function(function, self._arguments(product))
         self._finish(product, node, f"FastLinear {_text(spec)}")
         return layers
+
+    def _arguments(self, product: Product) -> tuple[Any, ...]:
+        return self._now(product.x), product.weight, product.bias, *map(self._now, product.operands)
 
     def _now(self, node: fx.Node) -> fx.Node:
         return self._moved.get(node, node)

@@ -136,18 +136,95 @@ def _residual_in_place(m: Any, x: Tensor) -> Tensor:
     return alias.clone()
 
 
+def _residual_written(m: Any, x: Tensor) -> Tensor:
+    residual = x.clone()
+    y = m.a(x)
+    residual.mul_(2)
+    return y + residual
+
+
+def _alias_written(m: Any, x: Tensor) -> Tensor:
+    residual = x.clone()
+    alias, y = residual.view(-1), m.a(x)
+    alias[0] = 7.0
+    return y + residual
+
+
+def _nine_steps(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    for _ in range(4):
+        y = y.sigmoid() * x
+    return y.tanh()
+
+
+# name -> a chain that becomes one call, and its program
+CHAINS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a residual": (lambda m, x: x + m.a(x), "add@0"),
+    "relu of a residual": (lambda m, x: (m.a(x) + x).relu(), "add@0+relu"),
+    "a mask and a residual": (lambda m, x: m.a(x) * (x > 0).float() + x, "mul@0+add@1"),
+    "a row": (lambda m, x: m.a(x) * m.weight, "mul@0"),
+    "a column": (lambda m, x: m.a(x) - x.mean(-1, keepdim=True), "sub@0"),
+    "a number": (lambda m, x: m.a(x).div(4).minimum(x), "div+min@0"),
+    "one of 16 bits": (lambda m, x: torch.maximum(m.a(x), x.bfloat16()), "max@0"),
+    "a transposed one": (lambda m, x: m.a(x) + x.mT.contiguous().mT, "add@0"),
+    "two activations": (lambda m, x: m.a(x).relu().tanh(), "relu+tanh"),
+    "bounds": (lambda m, x: torch.clamp(m.a(x), max=0.25), "hardtanh"),
+    "another product": (lambda m, x: m.a(x) + m.b(x.flip(0)), "add@0"),
+    "two products that wait for another": (lambda m, x: m.b(m.a(x) + x) + x, "add@0"),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_are_one_call(name: str) -> None:
+    """Each chain goes whole into the product before it, in both orders of operands that commute."""
+    function, program = CHAINS[name]
+    fast = check(model := Net(function))
+    with torch.no_grad():
+        x = torch.randn(7, 3, 8)  # of dynamic sizes
+        torch.testing.assert_close(fast(x), Net.forward(model, x), rtol=1e-5, atol=1e-5)
+    found = [layer.activation for graph in fastlinear.report(fast).graphs for layer, _ in graph.layers]
+    assert program in [None if each is None else each.name for each in found], found
+    told = [node for node in nodes(fast) if node.op in ("add", "sub", "mul", "div", "minimum", "maximum", "clamp")]
+    assert all(node.outcome == "fused" for node in told), told
+
+
+def test_chains_of_converted_models() -> None:
+    """A layer that was converted, frozen or built with operands absorbs what follows it."""
+    net = Net(lambda m, x: m.a(x) + x)
+    for prepare in (fastlinear.convert, lambda m: fastlinear.convert(m, freeze=True)):
+        fast = check(prepare(copy.deepcopy(net)))
+        assert outcomes(fast, "add") == {"fused"}
+    net.a = fastlinear.FastLinear.from_linear(nn.Linear(8, 8), epilogue=("mul", "relu")).eval()
+    net.function = lambda m, x: m.a(x, x) + m.weight
+    fast = check(net)
+    assert outcomes(fast, "add") == {"fused"}
+
+
 # name -> the model, the op that stays torch's, and a part of the reason
 ALONE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "second use": (lambda: Net(lambda m, x: (y := m.a(x)).relu() + y), "relu", "read by add, too"),
     "an output": (lambda: Net(lambda m, x: ((y := m.a(x)), y.relu())), "relu", "read by output, too"),
     "a view": (lambda: Net(lambda m, x: (y := m.a(x)).relu().flatten() * y.view(-1)), "relu", "too"),
     "a view read later": (lambda: Net(_read_later), "relu_", "read by"),
-    "a hook's output": (lambda: _hooked(lambda m, i, o: o * 2), "relu", ""),
+    "a hook's output": (lambda: _hooked(lambda m, i, o: o.flip(0)), "relu", ""),
     "a hook that adds a reader": (lambda: _hooked(lambda m, i, o: (o, o.mean())[0] + 0 * o.mean()), "relu", ""),
     "x is written to": (lambda: Net(_written_between), "relu", "writes to a tensor"),
     "y is written to": (lambda: Net(_written_before), "relu", "too"),
     "a residual in place": (lambda: Net(_residual_in_place), "iadd", ""),
-    "two activations": (lambda: Net(lambda m, x: m.a(x).relu().tanh()), "tanh", "has an activation already"),
+    "nine steps": (lambda: Net(_nine_steps), "tanh", "has steps enough already"),
+    "a second use of y": (lambda: Net(lambda m, x: (y := m.a(x)) + x + y), "add", ""),
+    "y twice": (lambda: Net(lambda m, x: (y := m.a(x)) * y), "mul", ""),
+    "a residual written to": (lambda: Net(_residual_written), "add", "writes to a tensor"),
+    "a residual's alias written to": (lambda: Net(_alias_written), "add", "writes to a tensor"),
+    "x - y": (lambda: Net(lambda m, x: x - m.a(x)), "sub", ""),
+    "x / y": (lambda: Net(lambda m, x: x / m.a(x)), "div", ""),
+    "a larger operand": (lambda: Net(lambda m, x: m.a(x) + x.new_ones(3, 1, 1, 1)), "add", ""),
+    "a wider operand": (lambda: Net(lambda m, x: m.a(x) + x.new_ones(8, dtype=torch.float64)), "add", ""),
+    "integers": (lambda: Net(lambda m, x: m.a(x) + torch.arange(8)), "add", ""),
+    "alpha": (lambda: Net(lambda m, x: torch.add(m.a(x), x, alpha=2)), "add", ""),
+    "floor": (lambda: Net(lambda m, x: torch.div(m.a(x), x, rounding_mode="floor")), "div", ""),
+    "bounds that are tensors": (lambda: Net(lambda m, x: m.a(x).clamp(min=x)), "clamp", ""),
+    "a sibling scaled": (lambda: Net(lambda m, x: (m.a(x) * 0.5) @ m.b(x).mT), "mul", ""),
     "a function unknown to the kernels": (lambda: Net(lambda m, x: F.celu(m.a(x))), "celu", ""),
 }  # fmt: skip
 
