@@ -307,13 +307,18 @@ def test_an_unknown_isa_is_told() -> None:
     assert out == f"FASTLINEAR_MAX_ISA is 'mmx'; it may be one of {allowed}\n"
 
 
-WAYS = [(k["name"], native.DTYPES[k["format"]], k["id"]) for k in native.RUNNABLE if k["format"] in FORMATS]
-WAYS += [(name, torch.float32, name) for name in rivals.NAMES]
+WAYS = [
+    (k["name"], native.DTYPES[k["format"]], k["accumulate"], k["id"]) for k in native.RUNNABLE if k["format"] in FORMATS
+]
+WAYS += [(name, torch.float32, "fp32", name) for name in rivals.NAMES]
+FP16_SUMS = {"atol": 0.01, "rtol": 0.01}  # of 64 products
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
-@pytest.mark.parametrize(("kernel", "dtype"), [way[:2] for way in WAYS], ids=[way[2] for way in WAYS])
-def test_kernel_override(kernel: str, dtype: torch.dtype, conv1d: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "dtype", "accumulate"), [way[:3] for way in WAYS], ids=[way[3] for way in WAYS])
+def test_kernel_override(
+    kernel: str, dtype: torch.dtype, accumulate: str, conv1d: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FASTLINEAR_KERNEL is what runs, in every batch size, for Linear and Conv1D, and nothing is measured."""
     if kernel == "torch/mkl" and not torch.backends.mkl.is_available():
         pytest.skip("this torch is built without MKL")
@@ -322,7 +327,8 @@ def test_kernel_override(kernel: str, dtype: torch.dtype, conv1d: bool, monkeypa
     layer = layer_of(48, 64, "lazy", conv1d, dtype)
     for shape in ((1, 64), (2, 3, 64), (50, 64), (64,), (0, 64)):
         x = torch.randn(shape).to(dtype)
-        torch.testing.assert_close(layer(x), expected(layer, x))
+        within = FP16_SUMS if accumulate == "fp16" else {}
+        torch.testing.assert_close(layer(x), expected(layer, x), **within)
     assert {(chosen.name, chosen.source) for chosen in layer.plans} == {(kernel, "override")}
 
 
