@@ -16,7 +16,7 @@ from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._environment as environment
-from fastlinear._calls cimport Tickets, leads_to, quiet
+from fastlinear._calls cimport Tickets, leads_to, put_in_slot, quiet, stock_call
 from fastlinear._kernels cimport (
     FP32, MAX_OPERANDS, MEETS, MISSES, STATIC, Bias, COperand, Epilogue, Format, Matrix, Meeting, Packed, Plan,
     RowQuantizer, Segment, View, answers, as_rows, columns_of, compute, element_bytes, format_of_x, is_float, look_at,
@@ -28,9 +28,20 @@ cdef extern from "fastlinear/weight/sample.hpp" namespace "fastlinear" nogil:
         void take(const char*, ptrdiff_t, const int64_t*, const int64_t*)
         cbool holds(const char*)
 
+cdef extern from "fastlinear/host/dispatch.hpp" namespace "fastlinear" nogil:
+    cppclass Dispatch:
+        cbool attach(const char*, const char*)
+        cbool attached()
+        cbool plain()
+        void learn()
+        cbool gradients()
+        int64_t function_modes()
+
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
     PyObject* PyWeakref_GetObject(object)
+    Py_ssize_t PyTuple_GET_SIZE(object)
+    PyObject* PyTuple_GET_ITEM(object, Py_ssize_t)
 
 # time.monotonic()
 cdef double monotonic() noexcept nogil:
@@ -80,8 +91,8 @@ cdef object Tensor = torch.Tensor
 cdef object Parameter = torch.nn.Parameter
 cdef object is_grad_enabled = torch.is_grad_enabled
 cdef object is_autocast_enabled = torch._C._is_any_autocast_enabled
-cdef object forward_ad_module = forward_ad
-cdef object profiler_module = profiler
+cdef dict forward_ad_state = vars(forward_ad)
+cdef dict profiler_state = vars(profiler)
 cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
     torch._C._functorch.peek_interpreter_stack,
     torch._C._len_torch_dispatch_stack,
@@ -91,6 +102,11 @@ cdef object function_modes = torch._C._len_torch_function_stack
 cdef object function_mode = torch._C._get_function_stack_at
 cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of looking it up
 cdef object set_grad_enabled = torch._C._set_grad_enabled
+
+cdef Dispatch dispatch
+cdef str libraries = os.path.join(os.path.dirname(torch.__file__), "lib")
+dispatch.attach(os.fsencode(os.path.join(libraries, "libc10.so")),
+                os.fsencode(os.path.join(libraries, "libtorch_cpu.so")))
 
 # What os.environ keeps its bytes in, where a look costs 15 ns; os.environ itself costs a small product.
 cdef dict variables = getattr(os.environ, "_data", {})
@@ -102,16 +118,35 @@ cdef bint disabled() except -1:
     return variables.get(DISABLE) is not None and is_disabled()
 
 
-cpdef bint watched() except -1:
+# UNFIT while a mode of torch's sees or rewrites what is called; else PROFILED or AUTOCAST where that is on, or None.
+cdef object mode_of_call():
+    cdef bint autocast = False
+    if not dispatch.plain():
+        for mode in modes:
+            level = mode()
+            if level is not None and level is not False and level != 0:
+                return UNFIT
+        autocast = is_autocast_enabled()
+        if not autocast:
+            dispatch.learn()
+    if not dispatch.attached() or dispatch.function_modes() > 0:
+        for i in range(<int> function_modes()):
+            if type(function_mode(i)) is not DeviceContext:  # a default device changes nothing but factories
+                return UNFIT
+    if <int> forward_ad_state["_current_level"] >= 0:
+        return UNFIT
+    if profiler_state["_is_profiler_enabled"]:
+        return PROFILED
+    return AUTOCAST if autocast else None
+
+
+def watched():
     """True while a mode of torch's sees or rewrites what is called."""
-    for mode in modes:
-        level = mode()
-        if level is not None and level is not False and level != 0:
-            return True
-    for i in range(<int> function_modes()):
-        if type(function_mode(i)) is not DeviceContext:  # a default device changes nothing but factories
-            return True
-    return forward_ad_module._current_level >= 0
+    return mode_of_call() is UNFIT
+
+
+cdef inline bint gradients() except -1:
+    return dispatch.gradients() if dispatch.attached() else is_grad_enabled()
 
 
 # The dicts that nn.Module.__call__ looks at before it calls forward.
@@ -322,10 +357,9 @@ cdef class Engine:
             return self.weight is None and self.packed is not None
         return self.packed is not None and weight is self.weight and self.fingerprint.holds(weight)
 
-    def __call__(self, module, x, tuple operands=()):
-        """`module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward,
-        module.compile(), an x that is no plain tensor."""
-        cdef dict state = <dict> PyObject_GenericGetDict(module, NULL)
+    # `module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile(),
+    # an x that is no plain tensor.
+    cdef object called(self, object module, dict state, object x, tuple operands):
         if not is_plain(x) or not quiet(state):
             return None
         for hooks in global_hooks:
@@ -343,19 +377,19 @@ cdef class Engine:
     def forward(self, module, x, tuple operands=()):
         """`module.forward(x, *operands)`."""
         cdef Engine engine = self if self.elsewhere is None else self.elsewhere
+        quicken(type(module))
         return engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x, operands)
 
     cdef object guarded(self, module, dict state, x, tuple operands):
-        if not is_plain(x) or watched():
-            return module._slow(x, UNFIT, self.bare, operands)
-        if profiler_module._is_profiler_enabled:
-            return module._slow(x, PROFILED, self.bare, operands)
-        if is_autocast_enabled():
-            return module._slow(x, AUTOCAST, self.bare, operands)
-        y = self.answer(state, x, operands)
-        if y is GRADIENT and self.attach is not None:
-            y = self.differentiable(state, x, operands)
-        return module._slow(x, y, self.bare, operands) if type(y) is str else y
+        why = mode_of_call() if is_plain(x) else UNFIT
+        if why is None:
+            y = self.answer(state, x, operands)
+            if y is GRADIENT and self.attach is not None:
+                y = self.differentiable(state, x, operands)
+            if type(y) is not str:
+                return y
+            why = y
+        return module._slow(x, why, self.bare, operands)
 
     # The output, which autograd can go back from, or why there is none.
     cdef object differentiable(self, dict state, x, tuple operands):
@@ -393,7 +427,7 @@ cdef class Engine:
             return UNFIT  # a parametrization or a hook computes it
         if state["training"] is True:
             return UNFIT
-        if is_grad_enabled() and (
+        if gradients() and (
                 x.requires_grad or weight is not None and weight.requires_grad
                 or bias is not None and bias.requires_grad or wants_grad(operands)):
             return GRADIENT
@@ -502,6 +536,31 @@ cdef bint wants_grad(tuple operands) except -1:
         if operand.requires_grad:
             return True
     return False
+
+
+# ---- module(x) ----
+
+cdef object module_call = vars(torch.nn.Module)["__call__"]
+
+
+# nn.Module.__call__ costs as much as a small product. What the engine does not answer goes on as that of any module
+# does: hooks, tracers, a `__call__` that somebody has patched.
+cdef object quick_call(object module, object args, PyObject* options):
+    if options == NULL and PyTuple_GET_SIZE(args) == 1:
+        state = <dict> PyObject_GenericGetDict(module, NULL)
+        engine = (<dict> state).get("_engine")
+        if type(engine) is Engine:
+            y = (<Engine> engine).called(module, <dict> state, <object> PyTuple_GET_ITEM(args, 0), ())
+            if y is not None:
+                return y
+    return stock_call(module, args, options)
+
+
+def quicken(kind: type):
+    """Has calls of modules of this class go to their engines, where it says `_is_quick` and nobody has patched
+    nn.Module.__call__."""
+    if kind._is_quick:
+        put_in_slot(kind, quick_call, module_call)
 
 
 # A subclass may mean another thing than its memory says.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlinear.layer.module import FastModule, label
 from fastlinear.spec import programs
@@ -18,13 +18,6 @@ class TakesOperands(FastModule):
     """Mixed in before the class of a layer whose epilogue program has operands."""
 
     _operands: int  # of a call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling() and len(args) == 1 + self._operands and not kwargs:
-            y = self._engine(self, args[0], self._tensors(args[1:]))
-            if y is not None:
-                return y
-        return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, input: Tensor, *operands: Any) -> Tensor:
         return self._run(input, self._tensors(operands))

@@ -98,6 +98,7 @@ class FastModule(Freezable):
     _casting: dict[str, Engine]  # engines for autocast, by the formats of their packs, bare ones as "bare bf16"
     _torch_packs: rivals.Packs  # of the weight as it is now
     _elsewhere: dict[str, int]  # calls that the kernels did not answer, by reason
+    _is_quick = False  # calls go to the engine without nn.Module.__call__
     _absorbed: Any = None  # the marker where the activation stood that this layer applies for it
     _tune: str
     _kernel: str | None = None  # what `linear.force` told it to run
@@ -134,16 +135,8 @@ class FastModule(Freezable):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):  # a user's own forward is to be called
-            cls.__call__ = nn.Module.__call__  # type: ignore[method-assign]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # nn.Module.__call__ costs as much as a small product; it is needed for hooks and for whoever traces or patches.
-        if not _is_dynamo_compiling() and len(args) == 1 and not kwargs:
-            y = self._engine(self, args[0])
-            if y is not None:
-                return y
-        return super().__call__(*args, **kwargs)
+        cls._is_quick = cls.forward is FastModule.forward  # a user's own forward is to be called
+        _engine.quicken(cls)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._forward(input)

@@ -32,8 +32,6 @@ from fastlinear.spec.activations import Activation, has_hooks, recognize
 # Reading these of a layer says nothing about its output: nn.TransformerEncoderLayer reads linear1.weight, T5 wo.weight.
 _HARMLESS = {"weight", "bias", "in_features", "out_features"}
 
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-
 
 class Pair(NamedTuple):
     """A linear layer, where it stands, and the slot (attribute name) of `holder` with the activation of its output."""
@@ -44,6 +42,7 @@ class Pair(NamedTuple):
     activation: Activation
 
 
+@_calls.redeeming
 class Absorbed(nn.Module):
     """Stands where an activation stood that a linear layer may apply for it, and is that activation to all others.
 
@@ -62,8 +61,6 @@ class Absorbed(nn.Module):
         vars(self).update(original=original, _settings=_settings(original), _tickets=_calls.Tickets(), _linear=None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _is_dynamo_compiling() and len(args) == 1 and self._tickets.redeem(args[0]):
-            return args[0]
         if (kwargs or len(args) != 1) and not isinstance(self.original, nn.Module):
             return self.original(*args, **kwargs)  # F.gelu(y, approximate="tanh")
         return super().__call__(*args, **kwargs)

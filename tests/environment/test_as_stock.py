@@ -38,9 +38,9 @@ def reasons(layer: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     why: list[str] = []
     slow = type(layer)._slow
 
-    def note(self: Any, x: torch.Tensor, reason: str, bare: bool = False) -> torch.Tensor:
+    def note(self: Any, x: torch.Tensor, reason: str, *rest: Any) -> torch.Tensor:
         why.append(reason)
-        return slow(self, x, reason, bare)
+        return slow(self, x, reason, *rest)
 
     monkeypatch.setattr(type(layer), "_slow", note)
     return why

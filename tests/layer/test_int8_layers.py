@@ -594,19 +594,27 @@ def middles(model: nn.Module, x: Tensor) -> list[torch.dtype]:
 
 
 def returned(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What the fast layers return."""
+    """What the fast layers of sequences return, as the loop over them sees it; hooks would change what they see."""
+    loop = nn.Sequential.forward.__code__
     seen: list[Tensor] = []
 
-    def note(frame: types.FrameType, event: str, value: Any) -> None:
-        if event == "return" and frame.f_code is FastModule.__call__.__code__:
-            seen.append(value)
+    def note(frame: types.FrameType, event: str, value: Any) -> Any:
+        if frame.f_code is not loop:
+            return None
+        state = frame.f_locals
+        new = state["input"] is not before.get(id(frame))
+        if new and event in ("line", "return") and isinstance(state.get("module"), FastModule):
+            seen.append(state["input"])
+        before[id(frame)] = state["input"]
+        return note
 
-    sys.setprofile(note)
+    before: dict[int, Tensor] = {}
+    sys.settrace(note)
     try:
         with torch.no_grad():
             model(x)
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
     return seen
 
 
