@@ -10,7 +10,7 @@ CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
 COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
-.PHONY: demo test exhaustive sanitize bench lint clean
+.PHONY: demo test exhaustive sanitize bench lint docs links chromium clean
 
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
@@ -40,6 +40,22 @@ lint: .venv/ready
 	  for unit in $(UNITS) $(PROGRAMS); do $$cxx $(WARN) $$unit; done; \
 	  for header in $(wildcard $(addprefix include/fastlinear/,$(addsuffix /*.hpp,contract host formats weight driver))); do $$cxx $(WARN) -include $$header -x c++ /dev/null; done; \
 	done
+
+# The site of docs/ and of the docstrings, in build/docs; a link that leads nowhere, within it, is an error.
+docs: .venv/built .venv/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
+# The links that leave it, too; needs the network.
+links: .venv/built .venv/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b linkcheck docs build/links
+
+# What the tests of the report's page draw it with; without it they are skipped.
+chromium:
+	apt-get install -y chromium
+
+.venv/docs: .venv/ready docs/requirements.txt
+	$(BIN)/pip install -q -r docs/requirements.txt
+	touch $@
 
 .venv/ready: requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -131,6 +131,14 @@ def test_every_reason_is_explained() -> None:
     assert sorted(text for text in known if text not in page) == []
 
 
+def test_the_reference_is_whole() -> None:
+    """docs/api.md has every public name, and the site's contents every page."""
+    reference = (ROOT / "docs/api.md").read_text()
+    assert [name for name in fastlinear.__all__ if not re.search(rf":: {name}$", reference, re.MULTILINE)] == []
+    listed = set(re.findall(r"^([\w-]+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE))
+    assert listed == {page.stem for page in ROOT.glob("docs/*.md")} - {"index"}
+
+
 def test_every_exit_is_explained() -> None:
     """docs/architecture.md has a row for each reason for which the engine leaves a call to its module."""
     exits = {name for name, value in vars(_engine).items() if name.isupper() and value == name.lower()}
