@@ -67,8 +67,8 @@ def convert(
         `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
     products: torch.bfloat16 or torch.float16 multiplies in 16 bits what may be fp32 before and after: weights are
         packed so, rows of x are rounded once, to nearest, and sums, biases and activations are fp32. As lossy as
-        `dtype`, and with the same exceptions; with `Int8WeightOnly` it rounds x alone. None does what torch was told when this is
-        called: bf16 in layers of fp32 after torch.set_float32_matmul_precision("medium") or
+        `dtype`, and with the same exceptions; with `Int8WeightOnly` it rounds x alone. None does what torch was told
+        when this is called: bf16 in layers of fp32 after torch.set_float32_matmul_precision("medium") or
         torch.backends.mkldnn.matmul.fp32_precision = "bf16", unless another of these wishes is given; torch.float32
         does not round.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in

@@ -52,7 +52,7 @@ def test_one_file_holds_several_machines(
         assert fastlinear.load_plans(path) == 0
     assert "plans of 1 machines, none like this one: the nearest differs in cpu" in caplog.text
     assert fastlinear.save_plans(fast, path) == 2
-    assert [each["machine"]["cpu"] for each in json.loads(path.read_text())["machines"]][0] == "another"
+    assert json.loads(path.read_text())["machines"][0]["machine"]["cpu"] == "another"
     assert fastlinear.load_plans(path) == 2
     assert [each.name for each in tmp_path.iterdir()] == ["plans.json"]
 

@@ -59,7 +59,7 @@ def test_kernels_round_rows_once(kernel: dict[str, Any], products: str) -> None:
         x[3], x[4, 0], x[5, 0] = 1 + UNIT[NARROW[products]], torch.inf, torch.nan
         got, want = torch.empty(19, 40), torch.empty(19, 40)
         if kernel["rows"] not in (FP32, products):
-            with pytest.raises(ValueError, match="does not take x of .* with rounded rows"):
+            with pytest.raises(ValueError, match=r"does not take x of .* with rounded rows"):
                 _kernels.run(packed, plan, _kernels.Epilogue(), x, None, got, rows)
             continue
         _kernels.run(packed, plan, _kernels.Epilogue(), x, None, got, rows)
@@ -210,7 +210,7 @@ def test_bad_wishes(wish: dict[str, Any], error: type[Exception], message: str) 
     with pytest.raises(error, match=message):
         fastlinear.convert(model, inplace=True, **wish)
     assert not linear.is_fast(model[0])
-    with pytest.raises(ValueError, match="rows are rounded to .*, not torch"):
+    with pytest.raises(ValueError, match=r"rows are rounded to .*, not torch"):
         _kernels.RowQuantizer.rounding(torch.int8)
 
 
