@@ -7,6 +7,7 @@ from fastlinear._moved import keep_old_names
 from fastlinear.file.plans import load_plans, save_plans
 from fastlinear.file.safetensors import FormatError
 from fastlinear.file.saving import load, save
+from fastlinear.layer.gated import FastGatedLinear
 from fastlinear.layer.group import FastLinearGroup
 from fastlinear.layer.linear import FastLinear
 from fastlinear.model.calibration import calibrate
@@ -21,6 +22,7 @@ from fastlinear.spec.schemes import Calibration, Int8Dynamic, Int8Static, Int8We
 
 __all__ = [
     "Calibration",
+    "FastGatedLinear",
     "FastLinear",
     "FastLinearGroup",
     "FormatError",

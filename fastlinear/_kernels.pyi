@@ -1,5 +1,5 @@
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ def forked() -> bool: ...
 def packed_nbytes(layout: str, n: int, k: int) -> int: ...
 def dot_limit(zeros: bool = False) -> int: ...
 
+_P = TypeVar("_P", bound=Packed)
+
 class Packed:
     n: int
     k: int
@@ -38,8 +40,8 @@ class Packed:
     def __init__(
         self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None
     ) -> None: ...
-    @staticmethod
-    def over(data: Any, layout: str, n: int, k: int) -> Packed: ...
+    @classmethod
+    def over(cls: type[_P], data: Any, layout: str, n: int, k: int) -> _P: ...
     def head(self, n: int) -> Packed: ...
     def unpack(self) -> Tensor: ...
 

@@ -110,15 +110,15 @@ cdef class Packed:
             self.zeros_known = True
         return &self.weight
 
-    @staticmethod
-    def over(data, str layout not None, ptrdiff_t n, ptrdiff_t k):
+    @classmethod
+    def over(cls, data, str layout not None, ptrdiff_t n, ptrdiff_t k):
         """The weight [n, k] whose panels `data` holds, a file's mapping, say: any buffer (PEP 3118) of exactly
         `packed_nbytes(layout, n, k)` bytes at a multiple of 64, which stay where they are as long as it lives. It is
         kept alive, not copied and never written.
 
         Raises ValueError where it is not of that form.
         """
-        cdef Packed packed = Packed.__new__(Packed)
+        cdef Packed packed = cls.__new__(cls)
         cdef Py_ssize_t nbytes = packed_nbytes(layout, n, k)
         cdef Py_buffer found
         packed.memory = memoryview(data)

@@ -190,6 +190,8 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
         if len(activation) != 2 or not isinstance(activation[0], str) or not isinstance(activation[1], list):
             raise ValueError(f"{who} has no activation of the form [name, parameters]: {shown(activation)}")
         activation = programs.parsed(activation[0], activation[1])
+    if programs.is_gated(activation) and layer.n % 2:
+        raise ValueError(f"{who} is gated, but has {layer.n} channels")
     return layer._replace(activation=activation, quantized=quantized)
 
 
@@ -245,7 +247,8 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
             )
         _check_smoothing(who, layer.quantized, layer.k, contents)
         smooth = None if layer.quantized is None else layer.quantized.smooth
-        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth)
+        gated = programs.is_gated(layer.activation)
+        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth, gated)
         if packs.setdefault(layer.panels, pack) != pack:
             raise ValueError(f"{who} shares {shown(layer.panels)} with a layer of another form")
         bias = plain.get(member(layer.name, "bias"))

@@ -114,5 +114,5 @@ def _weight_shape(module: Any) -> tuple[int, ...]:
     """Unread, where it is frozen."""
     if not is_frozen(module):
         return tuple(module.weight.shape)
-    shape = module.in_features, module.out_features
+    shape = module.in_features, module._channels
     return shape if module._transposed else shape[::-1]

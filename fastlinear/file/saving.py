@@ -28,6 +28,7 @@ from fastlinear.plan.memory import Remembered
 from fastlinear.plan.problem import FROZEN
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.precision import Precision
+from fastlinear.spec.programs import is_gated
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -120,16 +121,16 @@ def _blob(layer: Any) -> tuple[Blob, Hashable]:
         return Blob(data.nbytes, lambda: data), id(frozen)
     weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
     layout = table.layout(precision.packed)
-    nbytes = _kernels.packed_nbytes(layout, layer.out_features, layer.in_features)
-    key = _identity(weight), precision.packed, transposed, id(precision.smooth)
-    return Blob(nbytes, lambda: packs.pack(weight, precision, transposed).data), key
+    nbytes = _kernels.packed_nbytes(layout, layer._channels, layer.in_features)
+    key = _identity(weight), precision.packed, transposed, layer._gated, id(precision.smooth)
+    return Blob(nbytes, lambda: packs.pack(weight, precision, transposed, gated=layer._gated).data), key
 
 
 def _record(layer: Any, name: str, panels: str) -> Layer:
     frozen, packed = record_of(layer), layer.packed_as
     return Layer(
         name=name,
-        n=layer.out_features,
+        n=layer._channels,
         k=layer.in_features,
         held=_kernels.FORMATS[dtype_of(layer)],
         packed=packed,
@@ -210,7 +211,8 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
     for record in said.layers:
         if record.panels not in frozen:
             data = mapped.blob(record.panels, _kernels.packed_nbytes(record.layout, record.n, record.k))
-            packed, origin = _kernels.Packed.over(data, record.layout, record.n, record.k), ""
+            kind = packs.kind_of(is_gated(record.activation))
+            packed, origin = kind.over(data, record.layout, record.n, record.k), ""
             check_channels(f"the layer {shown(record.name)}", packed)
             smooth = record.quantized and record.quantized.smooth
             if layouts[record.packed] != record.layout:

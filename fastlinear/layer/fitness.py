@@ -116,12 +116,12 @@ def is_transposed(module: Any) -> bool:
     return bool(getattr(module, "_transposed", not isinstance(module, nn.Linear)))
 
 
-def taken_over(module: Any, asked: Wanted) -> Frozen | None:
+def taken_over(module: Any, asked: Wanted, gated: bool = False) -> Frozen | None:
     """What stands for the weight of a module that was quantized elsewhere; None where its weight is its own."""
     integers = _foreign_weight(module, asked)
     if asked.scheme is None or not isinstance(integers, Quantized):
         return None
-    return Frozen(pack_quantized(integers, asked.scheme.packed), module.weight.dtype)
+    return Frozen(pack_quantized(integers, asked.scheme.packed, gated), module.weight.dtype)
 
 
 def _foreign_weight(module: Any, asked: Wanted) -> Quantized | str | None:

@@ -30,8 +30,10 @@ from fastlinear._engine import Engine
 from fastlinear.layer import operator
 from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
+from fastlinear.layer.packs import GatedPacked, kind_of
 from fastlinear.plan import table
 from fastlinear.plan.candidates import Plan
+from fastlinear.spec import gates
 from fastlinear.spec.precision import Precision
 
 _log = logging.getLogger("fastlinear")
@@ -64,10 +66,13 @@ class Frozen:
         self._lent: weakref.ref[Lent] | None = None
         # What the op takes, where Dynamo finds it: it does not look into extension types.
         self.panels, self.form = packed.data, (packed.layout, packed.n, packed.k)
+        self.gated = isinstance(packed, GatedPacked)
 
     def unpack(self, transposed: bool) -> Tensor:
         """The weight as the Parameter had it: [n, k], or [k, n] if transposed."""
-        weight = operator.unpack(self.panels, *self.form, self.smooth).to(self.dtype)
+        weight = operator.unpack(self.panels, *self.form)
+        weight = gates.separate(weight, self.form[0]) if self.gated else weight
+        weight = (weight if self.smooth is None else weight * self.smooth).to(self.dtype)
         return weight.t().contiguous() if transposed else weight
 
     @property
@@ -94,7 +99,7 @@ class Frozen:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         packed = self.packed
         contents = packed.unpack(), packed.scale, packed.zero
-        rest = self.dtype, self.requires_grad, self.smooth
+        rest = self.dtype, self.requires_grad, self.smooth, self.gated
         if protocol > 2:
             return _packed_from_bytes, (packed.format, *map(_bytes_of, contents), *rest)
         # torch.save's protocol, to which bytes are text. What goes to another process has a later one: torch sends
@@ -130,8 +135,9 @@ def _packed_again(
     dtype: torch.dtype,
     requires_grad: bool,
     smooth: Tensor | None,
+    gated: bool = False,
 ) -> Frozen:
-    packed = _kernels.Packed(weight, table.layout(packed_as), scale, zero)
+    packed = kind_of(gated)(weight, table.layout(packed_as), scale, zero)
     return Frozen(packed, dtype, requires_grad, smooth=smooth)
 
 
@@ -227,7 +233,7 @@ def hold(layer: Any, frozen: Frozen) -> None:
 
     Raises ValueError where the shapes differ.
     """
-    if (frozen.packed.n, frozen.packed.k) != (layer.out_features, layer.in_features):
+    if (frozen.packed.n, frozen.packed.k) != (layer._channels, layer.in_features):
         raise ValueError(
             f"a layer of {layer.in_features} in and {layer.out_features} out features cannot hold a weight of "
             f"{frozen.packed.n} x {frozen.packed.k}"

@@ -200,16 +200,13 @@ def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Ten
     reference = by.reference
     if packed is None:
         return g @ reference.weight(weight).to(g.dtype)
-    gated = is_gated(reference.activation)
     if not of_weight:
-        g = gates.interleave(g.mT, packed.layout).mT if gated else g
         return transpose_of(packed).product(g.contiguous(), by.measure)
     # An int8 weight costs more to quantize again than to unpack.
     scale = packed.scale
     if scale is None:
         return g @ reference.weight(weight).to(g.dtype)
     w = dequantize(Quantized(packed.unpack(), scale, packed.zero))
-    w = gates.separate(w, packed.layout) if gated else w
     return g @ w.to(g.dtype)
 
 

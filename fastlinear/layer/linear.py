@@ -62,10 +62,18 @@ class FastLinear(FastModule, nn.Linear):
         accumulate: str = "fp32",
         products: torch.dtype | None = None,
     ) -> None:
-        resolved = _program(activation, epilogue)
+        resolved = self._resolve(activation, epilogue)
         asked = wanted(None, accumulate, products=products)
         super().__init__(in_features, out_features, bias, device, dtype)
         _become_fast(self, resolved, "lazy", "", asked.of("", self.weight.dtype))
+
+    @staticmethod
+    def _resolve(activation: object, epilogue: object) -> Activation | None:
+        if epilogue == ():
+            return activations.resolve(activation)
+        if activation is not None:
+            raise ValueError(f"activation={activation!r} and epilogue={epilogue!r} are two answers: make it a step")
+        return programs.resolve(epilogue)
 
     @classmethod
     def from_linear(
@@ -88,12 +96,12 @@ class FastLinear(FastModule, nn.Linear):
         """
         asked = wanted(dtype, accumulate, quantize, products)
         resolved, reason = (
-            _program(activation, epilogue),
+            cls._resolve(activation, epilogue),
             "it is frozen" if is_frozen(linear) else why_not(linear, asked),
         )
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
-        over = taken_over(linear, asked)
+        over = taken_over(linear, asked, programs.is_gated(resolved))
         fast = cls.__new__(cls)
         state = vars(linear).items()
         vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
@@ -123,7 +131,7 @@ class FastLinear(FastModule, nn.Linear):
         dtype: of `layer.weight`, and of the Parameter that `unfreeze` makes.
         Raises TypeError or ValueError for tensors that are not so, and where `quantize` cannot have them.
         """
-        asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), _program(activation, epilogue)
+        asked, resolved = wanted(None, quantize=quantize or Int8Dynamic()), cls._resolve(activation, epilogue)
         weight = foreign.quantized(values, scale, zero)
         n, k = weight.values.shape
         if bias is not None and bias.shape != (n,):
@@ -131,14 +139,15 @@ class FastLinear(FastModule, nn.Linear):
         reason = asked.why_not("", k, weight)
         if reason is not None or asked.scheme is None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
-        fast = cls(k, n, bias is not None, "meta", dtype)
+        fast: Any = FastLinear(k, n, bias is not None, "meta", dtype)
         if bias is not None:
             fast.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        _turn_into(fast, cls)
         _become_fast(fast, resolved, "lazy", "", asked.of("", dtype))
-        hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed), dtype))
+        hold(fast, Frozen(pack_quantized(weight, asked.scheme.packed, programs.is_gated(resolved)), dtype))
         if (reason := why_unread(fast)) is not None:
             raise ValueError(f"an int8 weight of {n} x {k} cannot become a FastLinear: {reason}")
-        return fast
+        return fast  # type: ignore[no-any-return]
 
 
 class FusedLinear(TakesOperands, FastLinear):
@@ -193,14 +202,17 @@ def set_precision(module: Any, precision: Precision) -> None:
     module._reset()
 
 
-def release(module: nn.Module) -> None:
+def release(module: Any) -> None:
     """Turns a fast layer back into what it was, thawed; its activation is no longer applied."""
     thaw_layer(module)
+    out_features = module._channels if module._gated else None
     stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, Freezable))
     operator.forget(module)
     for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
         vars(module).pop(key, None)
     _turn_into(module, stock)
+    if out_features is not None:
+        vars(module)["out_features"] = out_features
 
 
 def freeze_layer(layer: Any, *tied: Any) -> None:
@@ -215,7 +227,7 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
             raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
         weight = layer._parameters["weight"]
         # It may have changed in a way that torch does not count.
-        packed = pack(weight, layer.precision, layer._transposed, compare=True)
+        packed = pack(weight, layer.precision, layer._transposed, compare=True, gated=layer._gated)
         note(layer, packed, for_good=True)
         frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
         for twin in (layer, *tied):
@@ -293,15 +305,12 @@ _OWN = (
 _CONV_OWN = ("in_features", "out_features")
 
 
-def _program(activation: object, epilogue: object) -> Activation | None:
-    if epilogue == ():
-        return activations.resolve(activation)
-    if activation is not None:
-        raise ValueError(f"activation={activation!r} and epilogue={epilogue!r} are two answers: make it a step")
-    return programs.resolve(epilogue)
-
-
 def _become_fast(module: Any, activation: Activation | None, tune: str, name: str, precision: Precision) -> None:
+    weight = module._parameters.get("weight")
+    if programs.is_gated(activation) and weight is not None:
+        if weight.shape[0] % 2:
+            raise ValueError(f"a gated layer has two channels for each output, but the weight has {weight.shape[0]}")
+        vars(module)["out_features"] = weight.shape[0] // 2
     if (operands := programs.count_operands(activation)) > 0:
         if type(module) is not FastLinear and not isinstance(module, FusedLinear):
             raise TypeError(f"{type(module).__name__} takes no operands: derive it from FusedLinear to have them")

@@ -122,6 +122,15 @@ class FastModule(Freezable):
         return self._precision._replace(packed=self.packed_as)
 
     @property
+    def _gated(self) -> bool:
+        return programs.is_gated(self.activation)
+
+    @property
+    def _channels(self) -> int:
+        """Rows of the weight."""
+        return 2 * self.out_features if self._gated else self.out_features
+
+    @property
     def dtypes(self) -> str:
         """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"; and what x is
         rounded to: "float32 as bfloat16 products"."""
@@ -359,7 +368,7 @@ class FastModule(Freezable):
                 if frozen is None and not engine.ready(weight) and not rounded:
                     return False
                 fingerprint = _engine.Fingerprint(weight)
-                packed = pack(weight, precision, self._transposed, fingerprint=fingerprint)
+                packed = pack(weight, precision, self._transposed, fingerprint=fingerprint, gated=self._gated)
                 if frozen is not None:
                     engine.hold(packed)
                 elif not engine.take(weight, fingerprint, packed):
@@ -427,7 +436,7 @@ class FastModule(Freezable):
         problem = self.problem(engine, packed, m, name_of(x), threads)
         spare = None
         if weight is not None and problem.fallback:
-            spare = pack(weight, Precision(problem.held), self._transposed)
+            spare = pack(weight, Precision(problem.held), self._transposed, gated=self._gated)
         return problem, decide.Operands(
             weight=None if weight is None else weight.detach(),
             bias=None if bias is None else bias.detach(),
@@ -564,4 +573,5 @@ def _is_autocast(x: Tensor) -> bool:
 
 def _spell(program: Activation) -> str:
     steps = tuple((step.name, *step.params) if step.params else step.name for step in programs.steps_of(program))
-    return f"activation={steps[0]!r}" if program.name in activations.names() else f"epilogue={steps!r}"
+    alone = program.name in (*activations.names(), *programs.GATES)
+    return f"activation={steps[0]!r}" if alone else f"epilogue={steps!r}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear.plan import table
+from fastlinear.spec import gates
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.int8 import Quantized, quantize_weight
 from fastlinear.spec.precision import Precision, is_same
@@ -21,12 +22,41 @@ from fastlinear.spec.precision import Precision, is_same
 _packs: dict[tuple[Any, ...], tuple[_engine.Fingerprint, weakref.ref[_kernels.Packed]]] = {}
 
 
+class GatedPacked(_kernels.Packed):
+    """A gated weight [2 N, K], whose channels take turns in the panels (spec/gates.py). Whoever asks for the weight,
+    its scales and zero points has them in the order of the Parameter."""
+
+    def __init__(self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
+        turns = (t if t is None else gates.interleave(t, layout) for t in (scale, zero))
+        super().__init__(gates.interleave(weight, layout), layout, *turns)
+
+    def unpack(self) -> Tensor:
+        return gates.separate(super().unpack(), self.layout)
+
+    @property
+    def scale(self) -> Tensor | None:  # type: ignore[override]
+        return self._in_order(super().scale)
+
+    @property
+    def zero(self) -> Tensor | None:  # type: ignore[override]
+        return self._in_order(super().zero)
+
+    def _in_order(self, channels: Tensor | None) -> Tensor | None:
+        return None if channels is None else gates.separate(channels[:, None], self.layout)[:, 0].contiguous()
+
+
+def kind_of(gated: bool) -> type[_kernels.Packed]:
+    """The class of the packs of gated weights, or of others."""
+    return GatedPacked if gated else _kernels.Packed
+
+
 def pack(
     weight: Tensor,
     precision: Precision,
     transposed: bool = False,
     compare: bool = False,
     fingerprint: _engine.Fingerprint | None = None,
+    gated: bool = False,
 ) -> _kernels.Packed:
     """The weight [n, k], or [k, n] if transposed, in the format `precision.packed` and the layout of this machine.
 
@@ -38,14 +68,14 @@ def pack(
     layout, smooth = table.layout(precision.packed), precision.smooth
     # Before the contents are read: what is written meanwhile is then seen at the next call.
     fingerprint = fingerprint or _engine.Fingerprint(weight)
-    key = (fingerprint.memory, transposed, layout, None if smooth is None else smooth.numpy().tobytes())
+    key = (fingerprint.memory, transposed, gated, layout, None if smooth is None else smooth.numpy().tobytes())
     known, shared = _packs.get(key, (None, None))
     packed = shared() if shared is not None and known is not None and known.fits(weight) else None
     if packed is None or compare:
         dense = weight.detach().t() if transposed else weight.detach()
         contents = _contents(dense, precision.packed, smooth)
         if packed is None or not _holds(packed, *contents):
-            packed = _kernels.Packed(contents[0], layout, *contents[1:])
+            packed = kind_of(gated)(contents[0], layout, *contents[1:])
         reference = weakref.ref(packed, functools.partial(_forget, key))
         _packs[key] = fingerprint, reference
     return packed
@@ -68,14 +98,14 @@ def _holds(packed: _kernels.Packed, values: Tensor, scale: Tensor | None = None,
     return torch.equal(packed.unpack(), values) and is_same(packed.scale, scale) and is_same(packed.zero, zero)
 
 
-def pack_quantized(quantized: Quantized, packed_as: str) -> _kernels.Packed:
+def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) -> _kernels.Packed:
     """An int8 weight in an integer format and the layout of this machine; ValueError where it has too many columns."""
-    return _kernels.Packed(quantized.values, table.layout(packed_as), quantized.scale, quantized.zero)
+    return kind_of(gated)(quantized.values, table.layout(packed_as), quantized.scale, quantized.zero)
 
 
 def repack(packed: _kernels.Packed, layout: str) -> _kernels.Packed:
     """The same weight in another layout of its format, bit for bit."""
-    return _kernels.Packed(packed.unpack(), layout, packed.scale, packed.zero)
+    return type(packed)(packed.unpack(), layout, packed.scale, packed.zero)
 
 
 def forget_pack(weight: Tensor) -> None:

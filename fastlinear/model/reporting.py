@@ -189,7 +189,7 @@ def _spot(layer: Any, plan: Plan) -> Spot | None:
     packed = held if plan.refused or name == plan.name else layer.packed_as
     roof = roofline.measure(plan.x, packed, plan.plan_threads if name != plan.name else plan.threads)
     n, k = plan.measured[1], layer.in_features
-    itemsize = DTYPES[packed].itemsize if packed in DTYPES else layer._engine.packed.nbytes / (layer.out_features * k)
+    itemsize = DTYPES[packed].itemsize if packed in DTYPES else layer._engine.packed.nbytes / (layer._channels * k)
     return None if roof is None else roof.spot(plan, k, milliseconds, itemsize * n * k)
 
 
