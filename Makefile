@@ -10,7 +10,7 @@ CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
 COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
-.PHONY: demo test exhaustive sanitize bench lint docs links chromium clean
+.PHONY: demo test exhaustive sanitize floors bench lint docs links chromium clean
 
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
@@ -27,6 +27,15 @@ exhaustive: .venv/built
 sanitize: .venv/ready
 	$(BIN)/python tests/sanitize/run.py address $(SHORT)
 	$(BIN)/python tests/sanitize/run.py thread $(SHORT)
+
+# As on lesser CPUs: what the suite is for each ISA below a limit, and a smoke test on older CPUs that QEMU imitates
+# (Debian: qemu-user), where an instruction too many is fatal.
+SMOKE := tests/kernel/test_exact.py tests/layer/test_linear.py tests/spec
+floors: .venv/built
+	set -e; for isa in scalar avx2; do \
+	  FASTLINEAR_MAX_ISA=$$isa $(BIN)/python tests/floors.py; FASTLINEAR_MAX_ISA=$$isa $(BIN)/pytest -q -n 2 $(SMOKE); \
+	done
+	set -e; for cpu in Haswell Nehalem; do qemu-x86_64 -cpu $$cpu $(BIN)/python tests/floors.py; done
 
 bench: .venv/built
 	$(BIN)/python benchmarks/bench.py

@@ -97,7 +97,8 @@ def slug(cpu: str) -> str:
 def isas(form: str) -> tuple[str, str | None]:
     """The ISA whose multiply-adds are the roofline: the best for quantized weights, else that of the fp32 FMA; and the
     one that multiplies this format itself and sums up in fp32, if it runs here."""
-    rows = [row for row in fastlinear.kernels() if row["runnable"]]  # best first
+    # Best first; those of vectors, since the roofline has no probe for tiles: `fastlinear bench` has their ceiling.
+    rows = [row for row in fastlinear.kernels() if row["runnable"] and row["row_step"] == 1]
     ours = (row["isa"] for row in rows if row["format"] == (form if form in peers.SCHEMES else FP32))
     own = (row["isa"] for row in rows if row["rows"] == form != FP32 and row["accumulate"] == FP32)
     return next(ours), next(own, None)

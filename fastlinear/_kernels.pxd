@@ -196,6 +196,23 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
 cdef enum:
     MAX_DIMS = 8
 
+cdef extern from "fastlinear/driver/cut.hpp" namespace "fastlinear" nogil:
+    ctypedef struct Range:
+        ptrdiff_t begin
+        ptrdiff_t end
+    ctypedef struct Piece:
+        ptrdiff_t part
+        ptrdiff_t thread
+        Range rows
+        Range columns
+        Range k
+    vector[Piece] cut "fastlinear::cut"(const Problem&, const CPlan&) except +
+
+cdef extern from "fastlinear/driver/ceiling.hpp" namespace "fastlinear::ceiling" nogil:
+    double operations(const CPlan&) except +
+    double bandwidth(const char*, ptrdiff_t, ptrdiff_t, int, ptrdiff_t) except +
+    double clock()
+
 cdef extern from *:
     int STATIC "int(fastlinear::RowKind::fixed)"
     int ROUNDED "int(fastlinear::RowKind::rounded)"

@@ -571,3 +571,45 @@ def run_all(Plan plan not None, calls):
              tuple(call.get("operands", ())), call.get("x_index"), call.get("y_index"))
     if count > 0:
         answer(problems.data(), count, plan.plan)
+
+
+def pieces(Plan plan not None, str layout not None, x, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k):
+    """Who computes what of x [m, k], of a dtype, times a weight [n, k] in a layout that the plan's kernel reads, by the
+    code that cuts products; nothing is computed. Of each unit (part, thread, rows, columns, range of k), ranges as
+    pairs: threads have them in this order, but those that are done take others'; parts follow one another."""
+    cdef Problem p
+    p.m, p.n, p.k = m, n, k
+    p.x.data, p.x.stride, p.x.format = <const char*> NULL, k, <Format> format_of_x(x)
+    p.weight.layout = kernel_of_layout(layout).layout
+    cdef vector[Piece] found = cut(p, plan.plan)
+    cdef size_t i
+    return [(found[i].part, found[i].thread, (found[i].rows.begin, found[i].rows.end),
+             (found[i].columns.begin, found[i].columns.end), (found[i].k.begin, found[i].k.end))
+            for i in range(found.size())]
+
+
+# ---- ceilings ----
+
+def peak(Plan plan not None):
+    """Operations a second, two a multiply-add, that the plan's kernel does on its threads with its rows in L1 and its
+    panels in L2."""
+    cdef double found
+    with nogil:
+        found = operations(plan.plan)
+    return found
+
+
+def read_rate(memory, ptrdiff_t threads=1, int passes=1, ptrdiff_t ahead=0):
+    """Bytes a second that so many threads read of a contiguous CPU tensor, each its share, `passes` times, with lines
+    prefetched `ahead` bytes before they are read (0: as the hardware does)."""
+    cdef ptrdiff_t nbytes = memory.numel() * memory.element_size()
+    cdef const char* data = <const char*> <size_t> memory.data_ptr()
+    cdef double found
+    with nogil:
+        found = bandwidth(data, nbytes, threads, passes, ahead)
+    return found
+
+
+def clock_rate():
+    """Cycles a second that this thread gets now."""
+    return clock()

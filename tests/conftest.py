@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusal import refuse_tiles
 
 # Before fastlinear is imported by a test module. FASTLINEAR_MAX_ISA stays: it runs the suite as a smaller CPU would.
 for name in [name for name in os.environ if name.startswith("FASTLINEAR_") and name != "FASTLINEAR_MAX_ISA"]:
@@ -85,6 +86,12 @@ def parts_of(text: str) -> tuple[int, int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", type=parts_of, metavar="I/N", help="run every Nth test, from the Ith on")
+    parser.addoption("--without-tiles", action="store_true", help="AMX is emulated also where the CPU has it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.without_tiles:  # before anything asks for them, in each worker of pytest-xdist too
+        refuse_tiles()
 
 
 @pytest.hookimpl(wrapper=True)  # around the choice by markers

@@ -26,11 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes")
     command.add_argument("--shapes", type=to_shapes, default=SHAPES, help="MxKxN,...: rows x inputs x outputs")
-    add_threads(command)
+    command.add_argument("--threads", type=to_batches, help="numbers of threads, as 1,2 (default: torch's own choice)")
+    command.add_argument("--isa", type=bench.isa_of, metavar="NAME", help="only kernels of this instruction set")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and inputs: %(choices)s")
     add_quantize(command)
     allowed = ("none", *activations.names())
     command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
+    command.add_argument("--json", metavar="FILE", help="where the figures go as well")
     command.set_defaults(run=bench.bench)
 
     command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
@@ -56,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(getattr(options, "threads", None) or before)
+        threads = getattr(options, "threads", None)
+        torch.set_num_threads(threads if isinstance(threads, int) else before)
         code = int(options.run(options))
         sys.stdout.flush()
         return code

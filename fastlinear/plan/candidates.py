@@ -19,6 +19,7 @@ _COARSE = {*DTYPES} - {FP32}  # sums of these have to be asked for
 # pays. In between both are candidates.
 _SERIAL_WORK, _PARALLEL_WORK = 100e3, 4e6
 _MIN_SLICE_K = 256
+_FAIR = 1.1  # what a thread may have to do at most, over the mean
 
 
 class Plan(NamedTuple):
@@ -83,9 +84,18 @@ def _way(row: Row) -> tuple[str, str, bool]:
 
 
 def _slices(problem: Problem, row: Row, threads: int) -> list[int]:
+    """One, and, where whole tiles give some threads nothing or others more than their share, a number that does better:
+    the least that leaves no thread more than a tenth above the mean, else the best of those that K is enough for."""
     tiles = -(-max(problem.m, 1) // row["mr"]) * -(-max(problem.n, 1) // row["columns"])
-    slices = -(-threads // tiles)
-    return [1, slices] if slices > 1 and problem.k // slices >= _MIN_SLICE_K else [1]
+    allowed = range(1, min(-(-4 * threads // tiles), problem.k // _MIN_SLICE_K) + 1)
+
+    def excess(slices: int) -> float:
+        step = max(row["k_step"], row["kr"])
+        longest = -(-problem.k // (slices * step)) * step
+        return float(-(-tiles * slices // threads) * longest * threads / (tiles * problem.k))
+
+    fair = next((s for s in allowed if excess(s) <= _FAIR), None) or min(allowed, key=excess, default=1)
+    return [1, fair] if fair > 1 else [1]
 
 
 def heuristic(problem: Problem) -> Plan:

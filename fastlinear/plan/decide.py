@@ -40,7 +40,10 @@ _log = logging.getLogger("fastlinear")
 # larger problem is tuned on its first rows and columns: the kernels see the same K, panels and row tiles, and each
 # thread has at least one group of panels of the widest kernels.
 _PROXY_WORK, _PROXY_CACHES = 20e6, 2
-_PROXY_ROWS, _PROXY_COLUMNS = 48, 64
+_PROXY_ROWS = 48
+# Tiles multiply several times as fast, and what surrounds them counts from more rows on.
+_PROXY_TILE_WORK, _PROXY_TILE_ROWS = 100e6, 256
+_PROXY_COLUMNS = max(row["columns"] for row in _kernels.rows())
 
 # No CPU is faster than this, a thread: 1024 multiply-adds of AMX int8, or reading 128 bytes of L1, in each of 6 billion
 # cycles a second. What seems so was not measured.
@@ -311,13 +314,15 @@ def _beside(problem: Problem) -> list[Tensor]:
 
 def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """The problem to measure instead of `problem`, and its tensors."""
-    area = _PROXY_WORK * problem.threads / max(problem.k, 1)  # rows x columns
+    tiles = any(row["row_step"] > 1 for row in able(problem))
+    work, rows = (_PROXY_TILE_WORK, _PROXY_TILE_ROWS) if tiles else (_PROXY_WORK, _PROXY_ROWS)
+    area = work * problem.threads / max(problem.k, 1)  # rows x columns
     row_bytes = operands.packed.dtype.itemsize * max(problem.k, 1)
     nbytes = _PROXY_CACHES * (_kernels.cpu_info()["l2"] or 1 << 20) * problem.threads
     least = _PROXY_COLUMNS * max(2, problem.threads)
     m, n = problem.m, min(problem.n, max(least, nbytes // row_bytes))
     if m * max(n, 1) > area:
-        m = min(m, max(_PROXY_ROWS, int(area / max(n, 1))))
+        m = min(m, max(rows, int(area / max(n, 1))))
         n = min(n, max(least, int(area / m)))
     head = operands.head(n, problem.transposed)
     return problem._replace(m=m, n=head.packed.n), head

@@ -245,7 +245,8 @@ def test_the_proxy_has_work_for_all_threads(threads: int, m: int, k: int) -> Non
     small, operands = decide._proxy(problem, decide.Operands(None, None, packed))
     assert small.m <= m and small.n <= n and small.n == operands.packed.n and small.k == k
     assert small.n >= 64 * threads
-    assert small.m * small.n * k <= max(decide._PROXY_WORK * threads + 48 * 32 * k, 48 * 64 * max(2, threads) * k)
+    least = decide._PROXY_COLUMNS * max(2, threads)
+    assert small.m * small.n * k <= max(decide._PROXY_WORK * threads + 48 * 32 * k, 48 * least * k)
 
 
 @pytest.mark.parametrize("part", ["model", "family", "number", "stepping", "l1d", "l2", "l3"])

@@ -17,6 +17,9 @@ struct Conversion {
   void (*widen)(const void* in, float* out, std::ptrdiff_t n);   // exact
   void (*narrow)(const float* in, void* out, std::ptrdiff_t n);  // to nearest, ties to even; NaN stays NaN
   ConvertPanel panel_to[3];                                      // fp32, bf16, fp16
+  // `narrow` of `rows` rows, ld_in and ld_out elements apart.
+  void (*narrow_rows)(const float* in, std::ptrdiff_t ld_in, void* out, std::ptrdiff_t ld_out, std::ptrdiff_t rows,
+                      std::ptrdiff_t n);
 };
 
 }  // namespace fastlinear

@@ -64,6 +64,22 @@ inline void store_row(const Job& job, const float* row, std::ptrdiff_t n, Format
 
 }  // namespace finish_detail
 
+// Brings the lines of y that a tile will be stored to, while its sums are made: rows of y are far apart, and each line
+// that is not there would be waited for. Where y is not one matrix it is left alone.
+inline void expect_y(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
+  constexpr std::ptrdiff_t kLine = 64;
+  const Problem& p = job.p;
+  if (p.y.size() > 1 || p.y_index != nullptr) return;
+  const Segment& y = p.y[0];
+  const Range rows = job.grid.rows_of(row_tile);
+  const std::ptrdiff_t columns = job.plan.kernel->columns(), column = group * columns,
+                       element = element_bytes(y.format);
+  const std::ptrdiff_t bytes = std::min(columns, p.n - column) * element;
+  const char* row = y.data + ((job.part.begin + rows.begin) * y.stride + column) * element;
+  for (std::ptrdiff_t r = 0; r < rows.size(); ++r, row += y.stride * element)
+    for (std::ptrdiff_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at, 1);
+}
+
 // Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
 // then row by row what each segment has of it. A gate makes one column of y of two of the tile.
 inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
@@ -118,6 +134,9 @@ inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile
     s.cols = cols;
   }
   if (at_once) return;
+  if (one_segment && p.y_index == nullptr && is_float(p.y[first].format))  // of 16 bits then
+    return job.plan.vectors->conversions[static_cast<std::size_t>(p.y[first].format)].narrow_rows(
+        numbers, columns, y_at(p.y[first], 0, column), p.y[first].stride, s.rows, cols);
   for (std::size_t g = first; g < p.y.size() && p.y[g].first < column + cols; ++g) {
     const std::ptrdiff_t begin = std::max(column, p.y[g].first);
     const std::ptrdiff_t end = std::min(column + cols, g + 1 < p.y.size() ? p.y[g + 1].first : p.n / halves);

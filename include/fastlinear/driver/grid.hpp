@@ -40,6 +40,7 @@ class Grid {
     const std::ptrdiff_t wanted = plan.threads > 1 ? plan.threads * units_per_thread : 1;
     row_blocks_ = ceil_div(row_tiles, std::max(one, plan.blocks.rows / row_tile_bytes));
     row_blocks_ = std::min(row_tiles, std::max(row_blocks_, ceil_div(wanted, groups * plan.k_slices)));
+    if (plan.threads > 1) row_blocks_ = balanced(row_blocks_, plan.threads, plan.k_slices);
     units = plan.k_slices * row_blocks_ * groups;
   }
 
@@ -67,6 +68,20 @@ class Grid {
   // Enough that a thread the scheduler holds back leaves its share to the others.
   static constexpr std::ptrdiff_t units_per_thread = 4;
   static constexpr std::ptrdiff_t one = 1;
+
+  // At least `least` blocks of rows: so few that the thread with the most to do has at most a tenth more than the mean;
+  // or those with which it has least.
+  std::ptrdiff_t balanced(std::ptrdiff_t least, std::ptrdiff_t threads, std::ptrdiff_t slices) const {
+    constexpr std::ptrdiff_t kTries = 32;
+    const std::ptrdiff_t tiles = row_tiles * groups * slices;
+    std::ptrdiff_t best = least, best_most = 0;
+    for (std::ptrdiff_t blocks = least; blocks <= std::min(row_tiles, least + kTries); ++blocks) {
+      const std::ptrdiff_t most = ceil_div(blocks * groups * slices, threads) * ceil_div(row_tiles, blocks);
+      if (best_most == 0 || most < best_most) best = blocks, best_most = most;
+      if (10 * most * threads <= 11 * tiles) break;
+    }
+    return best;
+  }
 
   static std::ptrdiff_t part(std::ptrdiff_t total, std::ptrdiff_t i, std::ptrdiff_t parts) { return total * i / parts; }
 

@@ -28,7 +28,8 @@ class Worker {
     const Unit u = job.grid.unit(i - job.first_unit);
     const Range tiles = job.grid.row_tiles_of(u);
     const bool sliced = job.partial != nullptr, keep = sliced || !job.grid.one_k_block();
-    std::byte* memory = sliced ? job.partial_tiles(u) : tiles_.bytes((keep ? tiles.size() : 1) * job.tile_bytes());
+    std::byte* memory =
+        sliced ? job.partial_tiles(u) : tiles_.bytes((keep ? tiles.size() : kPlaces) * job.tile_bytes());
     sum(job, u, tiles, memory, keep);
   }
 
@@ -37,8 +38,12 @@ class Worker {
   // fetch a third. Otherwise a single tile only streams, and the hardware's own prefetcher does that better.
   static constexpr std::ptrdiff_t kStreamingRows = 6;
 
-  // The sums of a unit, tile by tile in `memory`: one after the other if `keep`, else all in the same place, since with
-  // one K block a tile is finished before the next is begun.
+  // With one K block, tiles take turns in so many places: one is finished while the sums of the next are under way.
+  static constexpr std::ptrdiff_t kPlaces = 2;
+
+  // The sums of a unit, tile by tile in `memory`: one after the other if `keep`, else in turns. A tile is finished when
+  // the next has been begun, not before: the end of a tile waits for its last sums, and by then there are others to go
+  // on with, for which the tile unit of AMX is free.
   void sum(const Job& job, const Unit& u, const Range& tiles, std::byte* memory, bool keep) {
     const Problem& p = job.p;
     const Kernel& kernel = *job.plan.kernel;
@@ -49,6 +54,10 @@ class Worker {
     const bool slow = info(packed.format).bits <= 8 && job.plan.form == nullptr;
     const bool prefetches = tiles.size() > 1 || job.part.size() > kStreamingRows || slow;
 
+    const bool finishes = job.partial == nullptr;
+    const auto place = [&](std::ptrdiff_t t) {
+      return memory + (keep ? t - tiles.begin : (t - tiles.begin) % kPlaces) * job.tile_bytes();
+    };
     TileArgs a{};
     a.lda = job.x.rows.stride;
     a.panels = std::min(kernel.panels, ceil_div(p.n, packed.nr) - panel);
@@ -66,14 +75,16 @@ class Worker {
       a.prefetch_stride = prefetches ? job.group_bytes / tiles.size() : 0;
       for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t) {
         const Range rows = job.grid.rows_of(t);
-        std::byte* tile = memory + (keep ? t - tiles.begin : 0) * job.tile_bytes();
+        std::byte* const tile = place(t);
         a.rows = rows.size();
         a.a = job.x.rows.at(rows.begin, block.begin);
         a.tile = tile;
         a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
+        if (last && finishes) expect_y(job, t, u.group);
         kernel.run(a);
-        if (last && job.partial == nullptr) finish_tile(job, tile, t, u.group);
+        if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), t - 1, u.group);
       }
+      if (last && finishes) finish_tile(job, place(tiles.end - 1), tiles.end - 1, u.group);
       if (last) break;
     }
   }

@@ -35,6 +35,12 @@ void narrow(const float* in, void* out, std::ptrdiff_t n) {
   convert_n<V>(in, static_cast<Element*>(out), n);
 }
 
+template <class V, class Element>
+void narrow_rows(const float* in, std::ptrdiff_t ld_in, void* out, std::ptrdiff_t ld_out, std::ptrdiff_t rows,
+                 std::ptrdiff_t n) {
+  for (std::ptrdiff_t r = 0; r < rows; ++r) convert_n<V>(in + r * ld_in, static_cast<Element*>(out) + r * ld_out, n);
+}
+
 // nr is a multiple of every vector's width.
 template <class V, class Element>
 void widen_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
@@ -94,10 +100,10 @@ inline constexpr ConvertPanel pairing = [] {
 // In the order of enum Format.
 template <class V>
 inline constexpr Conversion conversions[] = {
-    {nullptr, nullptr, {}},
-    {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}},
-    {widen<V, Fp16>, narrow<V, Fp16>, {widen_panel<V, Fp16>, nullptr, pair_halves<V>}},
-    {nullptr, nullptr, {widen_panel<V, Int8>, pairing<V>}},
+    {nullptr, nullptr, {}, nullptr},
+    {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}, narrow_rows<V, Bf16>},
+    {widen<V, Fp16>, narrow<V, Fp16>, {widen_panel<V, Fp16>, nullptr, pair_halves<V>}, narrow_rows<V, Fp16>},
+    {nullptr, nullptr, {widen_panel<V, Int8>, pairing<V>}, nullptr},
 };
 
 }  // namespace fastlinear

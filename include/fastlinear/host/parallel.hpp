@@ -81,6 +81,11 @@ inline ThreadPool& thread_pool() {
   return pool;
 }
 
+// Where the share of worker w of n things begins.
+constexpr std::ptrdiff_t share_begin(std::ptrdiff_t n, std::ptrdiff_t w, std::ptrdiff_t workers) {
+  return n * w / workers;
+}
+
 // Gives each thread a share of n things in a row, so that it prefetches what it will use itself and meets the same
 // panels in its L2 at the next call; whoever is done with its own share takes from the others'. make() is called once a
 // thread and gives what does one thing. False, or std::bad_alloc, when memory ran out.
@@ -99,8 +104,8 @@ bool share_out(std::ptrdiff_t n, std::ptrdiff_t threads, const Make& make) {
   std::atomic<bool> failed{false};
   std::vector<Share> shares(static_cast<std::size_t>(workers));
   for (std::ptrdiff_t w = 0; w < workers; ++w) {
-    shares[static_cast<std::size_t>(w)].next = n * w / workers;
-    shares[static_cast<std::size_t>(w)].end = n * (w + 1) / workers;
+    shares[static_cast<std::size_t>(w)].next = share_begin(n, w, workers);
+    shares[static_cast<std::size_t>(w)].end = share_begin(n, w + 1, workers);
   }
   thread_pool().run(workers, [&](std::ptrdiff_t me) {
     try {

@@ -8,8 +8,9 @@
 //   16x64    4        1      3       (8)      5 for 4; bound by the weights' bytes, as few rows always are
 //
 // A product takes the unit 16 cycles, a load the ports 8: with four of each, loads have half of the time to spare, as
-// long as their lines are in L1. Steps of B are fetched one ahead, since from L2 a step comes just as fast as it is
-// used. Loads stand between products, which never wait for the one before: the four sums are apart.
+// long as their lines are in L1. From L2 a step comes just as fast as it is used, and early enough by itself:
+// prefetching it took more of the ports than it gave. What comes next is brought from beyond L2, each line once. Loads
+// stand between products, which never wait for the one before: the four sums are apart.
 //
 // All tiles keep their full shape, so that one configuration serves a whole call: rows come in sixteens (`row_step`)
 // and steps of K are whole (`k_step`), filled up with zeros by the driver; the last groups of a panel are copied beside
@@ -104,11 +105,13 @@ struct Block {
                                          std::integer_sequence<int, I...>) {
     constexpr std::ptrdiff_t P = C / 2, element = Op::row_bytes, k_step = kBytes / element;
     auto* const tile = static_cast<float*>(t.tile);
-    const std::ptrdiff_t lda = t.lda * element, steps = t.k / k_step, prefetch_stride = t.prefetch_stride;
+    const std::ptrdiff_t lda = t.lda * element, steps = t.k / k_step;
     const char* rows = static_cast<const char*>(t.a);
     const char* panels[P];
     for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] = static_cast<const char*>(t.panel) + p * t.panel_stride;
     const char* prefetch = t.prefetch;
+    const std::ptrdiff_t ahead = kGroups * t.prefetch_stride, lines = (ahead + kBytes - 1) / kBytes;
+    const std::ptrdiff_t line_stride = lines > 0 ? ahead / lines : 0;
 
     if (t.accumulate)
       (load<I>(at(tile, tile_stride, I), tile_stride), ...);
@@ -118,14 +121,9 @@ struct Block {
       (product<I>(rows, lda, panels), ...);
       rows += kBytes;
       for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] += kGroups * kGroupBytes;
-      for (std::ptrdiff_t g = 0; g < kGroups; ++g) {
-        for (std::ptrdiff_t p = 0; p < P; ++p) {
-          _mm_prefetch(panels[p] + g * kGroupBytes, _MM_HINT_T0);
-          _mm_prefetch(panels[p] + g * kGroupBytes + kBytes, _MM_HINT_T0);
-        }
-        if (R > 1) _mm_prefetch(prefetch, _MM_HINT_T1);
-        prefetch += prefetch_stride;
-      }
+      if (R > 1)
+        for (std::ptrdiff_t line = 0; line < lines; ++line, prefetch += line_stride)
+          _mm_prefetch(prefetch, _MM_HINT_T1);
     }
     if (const std::ptrdiff_t rest = t.k % k_step; rest > 0) {
       alignas(64) char last[P][kGroups * kGroupBytes];

@@ -1,0 +1,63 @@
+"""The package on a CPU with less than this one has: import, every kernel that may run, and whole layers.
+
+    python tests/floors.py            here, as FASTLINEAR_MAX_ISA allows
+    make floors                       below limits, and on older CPUs that QEMU imitates
+
+A process of its own, since an instruction that the CPU lacks ends it.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("FASTLINEAR_AUTOTUNE", "0")
+
+import torch
+from torch import nn
+
+import fastlinear
+import fastlinear._kernels as _kernels
+
+SHAPES = [(1, 64, 48), (7, 33, 70)]  # M, K, N
+
+
+def layers() -> int:
+    """Layers in every precision against torch in double; how many."""
+    schemes = (None, fastlinear.Int8WeightOnly(), fastlinear.Int8Dynamic())
+    count = 0
+    for dtype in _kernels.FORMATS:
+        for scheme in schemes:
+            for m, k, n in SHAPES:
+                stock = nn.Sequential(nn.Linear(k, n), nn.GELU(), nn.Linear(n, k)).to(dtype).eval()
+                fast, x = fastlinear.convert(stock, quantize=scheme), torch.randn(m, k).to(dtype)
+                with torch.inference_mode():
+                    y = fast(x)
+                    expected = stock.double()(x.double())
+                    error = (y - expected).abs().max() / expected.abs().max()
+                assert error < 0.05, (dtype, scheme, m, k, n, error)
+                count += 1
+    return count
+
+
+def kernels() -> int:
+    """Every kernel that runs on every layout that it reads, compared with the sums in double; how many products."""
+    count = 0
+    for row in (row for row in _kernels.kernels() if row["runnable"]):
+        integers = row["accumulate"] == "int32"
+        for layout in row["reads"]:
+            dtype = _kernels.PACKED[layout.split("/")[0]]
+            x = torch.randn(5, 40).to({name: d for d, name in _kernels.FORMATS.items()}.get(row["rows"], torch.float32))
+            w = torch.randint(-127, 128, (70, 40)).to(dtype) if dtype is torch.int8 else torch.randn(70, 40).to(dtype)
+            scale = torch.ones(70) if dtype is torch.int8 else None
+            out = torch.empty(5, 70)
+            rows = _kernels.RowQuantizer("symmetric") if integers else None
+            plan = _kernels.Plan(row["name"])
+            _kernels.run(_kernels.Packed(w, layout, scale), plan, _kernels.Epilogue(), x, None, out, rows)
+            bound = x.double().abs() @ w.double().abs().T
+            assert ((out - x.double() @ w.double().T).abs() <= 0.02 * bound).all(), (row["name"], layout)
+            count += 1
+    return count
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(f"{' '.join(fastlinear.cpu_info()['isas'])}: {kernels()} products, {layers()} models", file=sys.stderr)
