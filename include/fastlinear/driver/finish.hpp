@@ -72,10 +72,10 @@ inline void expect_y(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t gro
   if (p.y.size() > 1 || p.y_index != nullptr) return;
   const Segment& y = p.y[0];
   const Range rows = job.grid.rows_of(row_tile);
-  const std::ptrdiff_t columns = job.plan.kernel->columns(), column = group * columns,
-                       element = element_bytes(y.format);
-  const std::ptrdiff_t bytes = std::min(columns, p.n - column) * element;
-  const char* row = y.data + ((job.part.begin + rows.begin) * y.stride + column) * element;
+  const std::ptrdiff_t columns = job.plan.kernel->columns(), first_sum = group * columns;
+  const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1, element = element_bytes(y.format);
+  const std::ptrdiff_t bytes = std::min(columns, p.n - first_sum) / halves * element;
+  const char* row = y.data + ((job.part.begin + rows.begin) * y.stride + first_sum / halves) * element;
   for (std::ptrdiff_t r = 0; r < rows.size(); ++r, row += y.stride * element)
     for (std::ptrdiff_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at, 1);
 }
