@@ -24,16 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="as data, for programs")
     command.set_defaults(run=info.info)
 
-    command = commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes")
-    command.add_argument("--shapes", type=to_shapes, default=SHAPES, help="MxKxN,...: rows x inputs x outputs")
-    command.add_argument("--threads", type=to_batches, help="numbers of threads, as 1,2 (default: torch's own choice)")
-    command.add_argument("--isa", type=bench.isa_of, metavar="NAME", help="only kernels of this instruction set")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and inputs: %(choices)s")
-    add_quantize(command)
-    allowed = ("none", *activations.names())
-    command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
-    command.add_argument("--json", metavar="FILE", help="where the figures go as well")
-    command.set_defaults(run=bench.bench)
+    _add_bench(commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes"))
 
     command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
     command.add_argument(
@@ -71,3 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     finally:
         torch.set_num_threads(before)
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shapes", type=to_shapes, default=SHAPES, help="MxKxN,...: rows x inputs x outputs")
+    command.add_argument("--threads", type=to_batches, help="numbers of threads, as 1,2 (default: torch's own choice)")
+    command.add_argument("--isa", type=bench.isa_of, metavar="NAME", help="only kernels of this instruction set")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and inputs: %(choices)s")
+    add_quantize(command)
+    allowed = ("none", *activations.names())
+    command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
+    command.add_argument("--json", metavar="FILE", help="where the figures go as well")
+    command.set_defaults(run=bench.bench)
