@@ -130,7 +130,7 @@ def test_one_layer_for_both() -> None:
         (lambda: FastGatedLinear(4, 4, activation="tanh"), "takes one of sigmoid, relu, gelu, gelu_tanh, silu as its"),
         (lambda: FastGatedLinear.from_linear(nn.Linear(4, 5)), "two channels for each output, but the weight has 5"),
         (lambda: FastGatedLinear.from_linears(nn.Linear(4, 5), nn.Linear(4, 6)), "alike, but are 4 x 5 .* and 4 x 6"),
-        (lambda: FastGatedLinear.from_linears(nn.Linear(4, 5), nn.Linear(4, 5, bias=False)), "with bias and .* without"),
+        (lambda: FastGatedLinear.from_linears(nn.Linear(4, 5), nn.Linear(4, 5, bias=False)), "bias and .* without"),
         (lambda: FastGatedLinear.from_linears(nn.Linear(4, 5), nn.ReLU()), "modules, but was given ReLU"),
     ],
 )  # fmt: skip
