@@ -126,31 +126,77 @@ def _forward(
     key_padding_mask: Any = None,
     need_weights: bool = True,
     attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-    **_: Any,
 ) -> Any:
-    """Self-attention of x [L, B, E]; masks are bool, true where nothing is to be looked at, or are added."""
-    size = embed_dim_to_check // num_heads
-    heads = F.linear(query, in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, size))
-    q, k, v = (heads.select(2, i).permute(1, 2, 0, 3) for i in range(3))  # [B, H, L, D]
+    """Attention of x [L, B, E], or [L, E], to [S, B, ...]; masks are bool, true where nothing is to be looked at, or
+    are added."""
+    size, alone = embed_dim_to_check // num_heads, _dim(query) == 2
+    own = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
+    inputs = _same_again((query, key, value))
+    if alone:
+        with_batch = {x.node: x.unsqueeze(1) for x in inputs}
+        inputs = [with_batch[x.node] for x in inputs]
+    q, k, v = _projected(inputs, in_proj_weight, in_proj_bias, own)
+    further = 0
+    if bias_k is not None:
+        k, v = torch.cat([k, bias_k.expand_as(k[:1])]), torch.cat([v, bias_v.expand_as(v[:1])])
+        further += 1
+    q, k, v = (x.unflatten(-1, (num_heads, size)).permute(1, 2, 0, 3) for x in (q, k, v))  # [B, H, L, D]
+    if add_zero_attn:
+        k, v = (torch.cat([x, torch.zeros_like(x[:, :, :1])], 2) for x in (k, v))
+        further += 1
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = None
     if attn_mask is not None and not causal:
         mask = _added(attn_mask, query)
-        deep = example(attn_mask.node)
-        mask = mask.unflatten(0, (-1, num_heads)) if deep is not None and deep.dim() == 3 else mask
+        mask = mask.unflatten(0, (-1, num_heads)) if _dim(attn_mask) == 3 else mask
     if key_padding_mask is not None:
-        padding = _added(key_padding_mask, query).unsqueeze(1).unsqueeze(1)
+        padding = _added(key_padding_mask, query)
+        padding = padding if alone else padding.unsqueeze(1).unsqueeze(1)
         mask = padding if mask is None else mask + padding
+    mask = F.pad(mask, (0, further)) if mask is not None and further else mask
     if need_weights:
         scores = (q * (1 / math.sqrt(size))) @ k.transpose(-2, -1)
         weights = torch.softmax(scores if mask is None else scores + mask, -1)
         y = weights @ v
         weights = weights.mean(1) if average_attn_weights else weights
+        weights = weights.squeeze(0) if alone else weights
     else:
         y, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
-    return F.linear(y.permute(2, 0, 1, 3).flatten(-2), out_proj_weight, out_proj_bias), weights
+    y = F.linear(y.permute(2, 0, 1, 3).flatten(-2), out_proj_weight, out_proj_bias)
+    return y.squeeze(1) if alone else y, weights
+
+
+def _same_again(inputs: tuple[Any, ...]) -> list[Any]:
+    """The inputs, one object for each node, so that what is the same looks the same."""
+    first = {x.node: x for x in reversed(inputs)}
+    return [first[x.node] for x in inputs]
+
+
+def _projected(inputs: list[Any], weight: Any, bias: Any, own: tuple[Any, ...] | None) -> list[Any]:
+    """Query, key and value [L, B, E]: by one product where they are of one x and have one weight; where each has one,
+    the parts of the bias are added behind, since a product takes whole parameters."""
+    if own is not None:
+        ys = [F.linear(x, w) for x, w in zip(inputs, own, strict=True)]
+        return ys if bias is None else [y + bias.chunk(3)[i] for i, y in enumerate(ys)]
+    if len({x.node for x in inputs}) == 1:
+        y = F.linear(inputs[0], weight, bias).chunk(3, -1)
+        return [y[i] for i in range(3)]
+    weights, biases = weight.chunk(3), None if bias is None else bias.chunk(3)
+    return [F.linear(x, weights[i], None if biases is None else biases[i]) for i, x in enumerate(inputs)]
+
+
+def _dim(x: Any) -> int:
+    known = example(x.node)
+    assert known is not None
+    return known.dim()
 
 
 def _added(mask: Any, x: Any) -> Any:
@@ -165,15 +211,18 @@ def _added(mask: Any, x: Any) -> Any:
 def _why_not_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> str | None:
     given = dict(zip(_FORWARD[3:], args, strict=False)) | kwargs
     masks = (given.get("attn_mask"), given.get("key_padding_mask"))
-    if query is not key or query is not value:
-        return "its query, key and value are not one tensor"
     if given.get("training") is not False and given["dropout_p"] != 0:
         return "the model is in training mode"
-    if any(given.get(name) is not None for name in ("bias_k", "bias_v", "static_k", "static_v", "q_proj_weight")):
-        return "it has biases or projections of its own for key and value"
-    if given["add_zero_attn"] or any(mask is not None and example(mask) is None for mask in masks):
-        return "it attends to a zero, or by a mask that is no tensor"
-    return _why_not_dense(query)
+    if any(given.get(name) is not None for name in ("static_k", "static_v")):
+        return "its key and value are given as heads"
+    if any(mask is not None and example(mask) is None for mask in masks):
+        return "it attends by a mask that is no tensor"
+    known = [example(x) for x in (query, key, value)]
+    if any(x is None or x.is_nested or x.dim() not in (2, 3) for x in known):
+        return "its input is no dense tensor [L, B, E] or [L, E]"
+    if any(isinstance(size, int) and size == 0 for x in known if x is not None for size in x.shape):
+        return "its input is empty"
+    return None
 
 
 _FORWARD = list(inspect.signature(F.multi_head_attention_forward).parameters)

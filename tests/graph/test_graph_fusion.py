@@ -350,13 +350,43 @@ def test_attention_is_spelled_out(name: str, batch_first: bool) -> None:
     assert outcomes(fast, "multi_head_attention_forward") == {"dropped"}
 
 
-def test_cross_attention_stays() -> None:
-    """Attention to something else is torch's own, and the report says why."""
-    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    model = Net(lambda m, x: attention(x, x + 1, x + 1, need_weights=False)[0])
+# How an attention is made, how it is called, how many of its projections are fast: those by parts of a weight are not.
+ATTENTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "to another": ({}, {}, 1),
+    "to another, masked": ({}, {"attn_mask": torch.rand(4, 5, 7) > 0.7, "key_padding_mask": torch.rand(2, 7) > 0.7}, 1),
+    "to another, added": ({}, {"attn_mask": torch.randn(5, 7), "need_weights": True}, 1),
+    "of other widths": ({"kdim": 6, "vdim": 10}, {"need_weights": True}, 4),
+    "of other widths, masked": ({"kdim": 6, "vdim": 10}, {"attn_mask": torch.randn(4, 5, 7)}, 4),
+    "of other widths, no bias": ({"kdim": 6, "vdim": 10, "bias": False}, {"key_padding_mask": torch.randn(2, 7)}, 4),
+    "biases, itself": ({"add_bias_kv": True}, {"attn_mask": torch.randn(5, 5)}, 2),
+    "a zero, itself": ({"add_zero_attn": True}, {"key_padding_mask": torch.rand(2, 5) > 0.7, "need_weights": True}, 2),
+    "all": (
+        {"add_bias_kv": True, "add_zero_attn": True, "kdim": 6, "vdim": 10},
+        {"attn_mask": torch.randn(5, 7), "key_padding_mask": torch.randn(2, 7), "average_attn_weights": False},
+        4,
+    ),
+    "one, itself": ({}, {"attn_mask": torch.rand(2, 5, 5) > 0.7}, 2),
+    "one, to another": ({"kdim": 6, "vdim": 10}, {"key_padding_mask": torch.rand(7) > 0.7, "need_weights": True}, 4),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_attention_is_spelled_out(name: str) -> None:
+    """Whatever attention attends to, and however it is made: stock's numbers, and projections by whole weights fast."""
+    how, given, fast_ones = ATTENTIONS[name]
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, **how).eval()
+    for bias in (attention.in_proj_bias, attention.out_proj.bias):
+        if bias is not None:
+            nn.init.normal_(bias)
+    shape = (7,) if name.startswith("one") else (2, 7)
+    k, v = torch.randn(*shape, attention.kdim), torch.randn(*shape, attention.vdim)
+    given = {"need_weights": False} | given
+    itself = name.endswith("itself")
+    model = Net(lambda m, x: attention(x, x if itself else k, x if itself else v, **given))
     model.attention = attention
-    (told,) = [node for node in nodes(check(model)) if node.op == "multi_head_attention_forward"]
-    assert told.outcome == "torch" and "query, key and value are not one tensor" in told.why
+    fast = check(model, torch.randn(*shape[:-1], 5, 8))
+    assert outcomes(fast, "multi_head_attention_forward") == {"dropped"}
+    assert [node.outcome for node in nodes(fast) if node.op == "linear"].count("fast") == fast_ones
 
 
 @pytest.mark.parametrize("masked", [False, True])
