@@ -47,7 +47,7 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(decide, "Waits", Idle)
     if request.path.name != "test_roofline.py":  # reports need one, and measuring it takes some time
         monkeypatch.setattr(
-            roofline, "_measured", lambda x, packed, threads: roofline.Roofline(packed, threads, 1e11, 5e10, 1e10)
+            roofline, "_measured", lambda x, packed, threads: roofline.Roofline(packed, threads, 1e11, 5e10, 2e10, 1e10)
         )
     if request.path.parent.name != "plan":  # where the race's own tests are
         monkeypatch.setattr(race, "UNBELIEVED", math.inf)

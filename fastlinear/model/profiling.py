@@ -18,7 +18,7 @@ from fastlinear.layer.module import timing
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.fusion import Absorbed
 from fastlinear.model.selection import linear_layers
-from fastlinear.model.tuning import call, check_example, check_module
+from fastlinear.model.tuning import call, check_example, check_module, fast_layers
 from fastlinear.plan import measuring, roofline
 from fastlinear.spec.formats import name_of
 
@@ -119,8 +119,9 @@ def profile(model: nn.Module, inputs: Any, *, seconds: float = 2.0) -> Profile:
                 of_layers[which].append(dict(times))
         operations = _operations(model, inputs)
     fast, before = (_quartiles(of_layers[which]) for which in ("fast", "stock"))
+    working_set = sum(layer.pack_nbytes for layer in fast_layers(model))  # read in every pass
     layers = [
-        _layer(layer, name, rows[name], before.get(name, 0.0), fast.get(name, before.get(name, 0.0)))
+        _layer(layer, name, rows[name], before.get(name, 0.0), fast.get(name, before.get(name, 0.0)), working_set)
         for layer, name in names.items()
         if name in rows
     ]
@@ -188,14 +189,14 @@ def _hooks(name: str, times: Times, rows: dict[str, int]) -> tuple[Callable[[nn.
 def _operations(model: nn.Module, inputs: Any) -> tuple[tuple[str, float], ...]:
     """The largest of torch's own operations in a pass, with the seconds that the profiler saw in each."""
     for _ in range(2):  # the first has what is made once
-        with torch.autograd.profiler.profile(use_kineto=False) as profiler:  # the other writes to stderr
+        with torch.autograd.profiler.profile(use_kineto=False) as profiler:
             call(model, inputs)
     own = [each for each in profiler.key_averages() if not each.key.startswith("fastlinear::")]
     largest = sorted(own, key=lambda each: -each.self_cpu_time_total)[:_OPERATIONS]
     return tuple((each.key, 1e-6 * each.self_cpu_time_total) for each in largest)
 
 
-def _layer(layer: Any, name: str, rows: int, stock: float, fast: float) -> LayerTime:
+def _layer(layer: Any, name: str, rows: int, stock: float, fast: float, working_set: int) -> LayerTime:
     k, n = (
         getattr(layer, f) for f in (("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf"))
     )
@@ -204,7 +205,7 @@ def _layer(layer: Any, name: str, rows: int, stock: float, fast: float) -> Layer
         packed = layer._engine.packed
         x = layer.plans[0].x if layer.plans else name_of(torch.float32)
         roof = roofline.measure(x, packed.format, _kernels.num_threads())
-        limit = None if roof is None else roof.seconds(rows, n, k, packed.nbytes)
+        limit = None if roof is None else roof.seconds(rows, n, k, packed.nbytes, working_set)
     return LayerTime(name, k, n, rows, stock, fast, limit)
 
 

@@ -106,7 +106,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
         counted, those of attention and experts included, and the report tells what share of them runs fast.
 
     Where plans were measured, their part of the roofline is told, which the first report of a process measures in some
-    50 ms a format, unless others have the CPUs. Raises TypeError for anything but an nn.Module.
+    0.2 s a format, unless others have the CPUs. Raises TypeError for anything but an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")

@@ -25,31 +25,39 @@ from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS
 
 _ROWS, _COLUMNS, _K = 192, 256, 512  # a thread's share: operands of 0.6 MB in fp32, which a second-level cache holds
 _LONG, _CACHED, _BEYOND = 1024, 256, 4096  # K, and columns a thread: 1 MB in fp32, and 16 MB that are evicted first
-_CALLS, _COLD_CALLS = 5, 3  # of each candidate, of which the fastest counts
-_SECONDS = 0.2  # at most, for all candidates
+_CALLS, _COLD_CALLS = 20, 2  # of each candidate, of which the fastest counts
+_SECONDS = 0.1  # at most, for all candidates
 _STOLEN = 0.1  # of the time, in which threads waited for others: what was measured is not believed
 
 
 class Roofline(NamedTuple):
-    """operations: a second, two a multiply-add, on weights of one format; cached, memory: bytes a second."""
+    """operations: a second, two a multiply-add, on weights of one format; bytes a second of weights that lie in the
+    second-level caches (cached), in a larger one (shared, as memory where there is none), and in memory."""
 
     packed: str
     threads: int
     operations: float
     cached: float
+    shared: float
     memory: float
 
-    def seconds(self, m: int, n: int, k: int, weight_bytes: float, *, cold: bool = True) -> float:
-        """The least time of x [m, k] times a weight [n, k] of so many bytes that come from memory, or from caches."""
-        bandwidth = self.memory if cold else self.cached
+    def bandwidth(self, working_set: float) -> float:
+        """Bytes a second of what lies where so many bytes lie that are read again and again."""
+        info = _kernels.cpu_info()
+        if working_set <= (info["l2"] or 1 << 20) * self.threads:
+            return self.cached
+        return self.shared if working_set <= info["l3"] else self.memory
+
+    def seconds(self, m: int, n: int, k: int, weight_bytes: float, working_set: float = math.inf) -> float:
+        """The least time of x [m, k] times a weight [n, k] of so many bytes, which lies where `working_set` does."""
+        bandwidth = self.bandwidth(working_set)
         return max(2 * m * n * k / self.operations, (weight_bytes + 4 * m * (n + k)) / bandwidth)
 
     def spot(self, plan: Plan, k: int, milliseconds: float, weight_bytes: float) -> Spot:
         """Where a plan's candidate of K = k stands below it. Its time, which the tuner measured, is the geometric mean
-        of a call whose weight comes from memory and of one whose weight lies in the caches, if it fits there."""
+        of a call whose weight comes from memory and of one whose weight lies where it did after that."""
         m, n = plan.measured
-        fits = weight_bytes <= (_kernels.cpu_info()["l2"] or 1 << 20) * self.threads
-        least = (self.seconds(m, n, k, weight_bytes, cold=cold) for cold in (True, not fits))
+        least = (self.seconds(m, n, k, weight_bytes, working_set) for working_set in (math.inf, weight_bytes))
         seconds, work = milliseconds * 1e-3, 2 * m * n * k
         return Spot(
             math.sqrt(math.prod(least)) / seconds, work / seconds, work / (weight_bytes + 4 * m * (n + k)), self
@@ -71,7 +79,7 @@ _known: dict[tuple[str, str, int], Roofline] = {}
 
 def measure(x: str, packed: str, threads: int) -> Roofline | None:
     """The roofline of rows and weights in these formats on that many of torch's threads; None while others have the
-    CPUs. Measured once in a process, in some 50 ms.
+    CPUs. Measured once in a process, in some 0.2 s.
 
     Formats that kernels widen, but have no products of their own for, are under the roof of fp32.
     """
@@ -91,11 +99,11 @@ def _measured(x: str, packed: str, threads: int) -> Roofline:
     """The fastest product, and the bytes that one row of x reads a second, from the caches and from memory."""
     with measuring.process.thorough(), measuring.process.turn("roofline"), torch.inference_mode():
         seconds = _fastest(x, packed, threads, _ROWS, _COLUMNS * threads, _K)
-        hot = _fastest(FP32, FP32, threads, 1, _CACHED * threads, _LONG)
-        cold = _fastest(FP32, FP32, threads, 1, _BEYOND * threads, _LONG, cold=True)
-    operations = 2 * _ROWS * _COLUMNS * threads * _K / seconds
-    cached, memory = (4 * columns * threads * _LONG / s for columns, s in ((_CACHED, hot), (_BEYOND, cold)))
-    return Roofline(packed, threads, operations, cached, memory)
+        cached, shared, memory = (
+            4 * columns * threads * _LONG / _fastest(FP32, FP32, threads, 1, columns * threads, _LONG, cold=cold)
+            for columns, cold in ((_CACHED, False), (_BEYOND, False), (_BEYOND, True))
+        )
+    return Roofline(packed, threads, 2 * _ROWS * _COLUMNS * threads * _K / seconds, cached, shared, memory)
 
 
 def _fastest(of_x: str, packed: str, threads: int, m: int, n: int, k: int, *, cold: bool = False) -> float:

@@ -17,7 +17,7 @@ from fastlinear.plan.roofline import Roofline, Spot
 
 CHROMIUM = shutil.which("chromium")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: make chromium installs Debian's")
-SPOT = Spot(0.7, 6e10, 12.5, Roofline("fp32", 1, 1e11, 5e10, 1e10))
+SPOT = Spot(0.7, 6e10, 12.5, Roofline("fp32", 1, 1e11, 5e10, 2e10, 1e10))
 
 
 def large(layers: int = 300) -> Report:

@@ -206,7 +206,7 @@ def test_empty_and_lone() -> None:
 
 def test_report_as_data() -> None:
     """to_dict is what JSON can hold, with plan, speed-up, spread, roofline, memory, quality and calls elsewhere."""
-    spot = Spot(0.5, 5e10, 3.0, Roofline("fp32", 1, 1e11, 5e10, 1e10))
+    spot = Spot(0.5, 5e10, 3.0, Roofline("fp32", 1, 1e11, 5e10, 2e10, 1e10))
     plan = answer(8, "fp32/avx512/6x64", "equal", 1.25, spread=0.03, table=(("fp32/avx512/6x64 t1", 0.2),))
     row = entry("a", plan, roofline=(spot,), quality=Quality(40.0, 30.0), elsewhere={"training": 2}, weight_mib=4.5)
     said = json.loads(json.dumps(Report([row]).to_dict()))

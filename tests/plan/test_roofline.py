@@ -42,7 +42,9 @@ def test_every_format_has_a_roof(packed: str) -> None:
     """Its numbers are positive, it is measured once, and formats that are only widened are under that of fp32."""
     x = packed if packed in DTYPES else "fp32"
     roof = roofline.measure(x, packed, 1)
-    assert roof is not None and min(roof.operations, roof.cached, roof.memory) > 0 and roof.packed == packed
+    assert (
+        roof is not None and min(roof.operations, roof.cached, roof.shared, roof.memory) > 0 and roof.packed == packed
+    )
     assert roofline.measure(x, packed, 1) is roof
     assert roofline.measure("fp32", "int8wo", 1) == roofline.measure("fp32", "fp32", 1)
 
@@ -57,12 +59,12 @@ def test_a_busy_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products_stand_below_it() -> None:
     """Arithmetic bounds many rows and bandwidth few; a call as fast as the roof has a share of 1."""
-    roof = roofline.Roofline("fp32", 1, operations=1e11, cached=5e10, memory=1e10)
+    roof = roofline.Roofline("fp32", 1, operations=1e11, cached=5e10, shared=2e10, memory=1e10)
     assert roof.seconds(1000, 100, 100, 4e4) == pytest.approx(2e7 / 1e11)
     assert roof.seconds(1, 1000, 1000, 4e6) == pytest.approx((4e6 + 8e3) / 1e10)
-    assert roof.seconds(1, 1000, 1000, 4e6, cold=False) == pytest.approx((4e6 + 8e3) / 5e10)
+    assert roof.seconds(1, 1000, 1000, 4e6, 4096) == pytest.approx((4e6 + 8e3) / 5e10)
     plan = Plan(1000, 1, "fp32", "fp32/avx512/6x64", 1, 1, "tuned", measured=(1000, 100))
-    least = math.sqrt(roof.seconds(1000, 100, 100, 4e4) * roof.seconds(1000, 100, 100, 4e4, cold=False))
+    least = math.sqrt(roof.seconds(1000, 100, 100, 4e4) * roof.seconds(1000, 100, 100, 4e4, 4e4))
     spot = roof.spot(plan, 100, 1e3 * least, 4e4)
     assert spot.share == pytest.approx(1) and spot.operations == pytest.approx(2e7 / least)
     assert spot.intensity == pytest.approx(2e7 / (4e4 + 4 * 1000 * 200))
