@@ -8,7 +8,6 @@ makes its own at its first call, or has the pack of a frozen layer from the star
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import getmembers
@@ -62,31 +61,6 @@ def watching(done: Callable[[Any], object]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(done)
-
-
-@contextmanager
-def timing(done: Callable[[Any, float], object]) -> Iterator[None]:
-    """Calls done(layer, seconds) after every call of a fast layer, of whatever thread.
-
-    Unlike a hook, it changes nothing of the calls: this is FastModule.__call__ with a clock, in a frame of its own as
-    that is, from whose caller a layer with an absorbed activation proves where its output goes.
-    """
-
-    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        began, y = time.perf_counter(), None
-        if not _is_dynamo_compiling() and len(args) == 1 and not kwargs:
-            y = self._engine(self, args[0])
-        if y is None:
-            y = nn.Module.__call__(self, *args, **kwargs)
-        done(self, time.perf_counter() - began)
-        return y
-
-    plain = FastModule.__call__
-    FastModule.__call__ = timed  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        FastModule.__call__ = plain  # type: ignore[method-assign]
 
 
 class FastModule(Freezable):
