@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
+from fastlinear.cli import plotting
+from fastlinear.cli.loading import shapes_of
 from fastlinear.cli.options import DTYPES, SCHEMES, UsageError, check_override
 from fastlinear.cli.roofline import Ceiling, Roofline
 from fastlinear.layer import linear
-from fastlinear.plan import measuring
+from fastlinear.plan import measuring, rivals
 from fastlinear.plan.table import runnable
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
@@ -26,6 +30,10 @@ from fastlinear.spec.schemes import Scheme
 
 _SECONDS = 0.3  # a shape
 _SAMPLE = 200e-6  # of calls between two looks at the clock
+_MOST_OTHER = 512 << 20  # bytes that are read to make weights cold
+_RIVALS = {"torch": rivals.BASELINE, "mkl": "torch/mkl", "onednn": "torch/mkldnn", "inductor": ""}
+
+_log = logging.getLogger("fastlinear")
 
 
 class Result(NamedTuple):
@@ -40,12 +48,14 @@ class Result(NamedTuple):
     us: float
     runs_on: str
     ceiling: Ceiling
+    against: dict[str, float | None]  # microseconds of each rival, None where it cannot do it
 
     def record(self) -> dict[str, Any]:
         """For --json."""
         seconds = self.us / 1e6
         return {
             **{name: getattr(self, name) for name in ("m", "k", "n", "threads", "torch_us", "us", "runs_on")},
+            "against_us": self.against,
             "speedup": self.torch_us / self.us,
             "gflops": 2e-9 * self.m * self.n * self.k / seconds,
             "read_gbs": 1e-9 * self.ceiling.nbytes / seconds,
@@ -58,30 +68,57 @@ def bench(options: argparse.Namespace) -> int:
     check_override()
     activation = None if options.activation == "none" else activations.resolve(options.activation)
     scheme, results = SCHEMES.get(options.quantize), []
+    shapes = shapes_of(options.like) if options.like else options.shapes
+    if options.plot:
+        plotting.check()
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
     roofline = Roofline(scheme.packed if scheme else _kernels.FORMATS[DTYPES[options.dtype]], options.isa)
     counts = options.threads or [_kernels.num_threads()]
     threads = ", ".join(map(str, counts))
     print(f"{_kernels.cpu_info()['model']}, {threads} thread(s), {form}, activation {options.activation}")
-    print(f"Microseconds of a whole call, weights warm. Roofline: {roofline.says()}\n")
+    state = "from memory" if options.cold else "warm"
+    print(f"Microseconds of a whole call, weights {state}. Roofline: {roofline.says()}\n")
     calculated = "calculated" if roofline.tiles else ""
     print(
         f"{'M x K x N':<18}{'threads':>7}{'nn.Linear':>11}{'FastLinear':>12}{'speed-up':>10}{'GFLOP/s':>10}{'GB/s':>8}"
-        f"{'roofline':>10}{calculated:>12}  runs on"
+        f"{'roofline':>10}{calculated:>12}{''.join(f'{name:>10}' for name in options.against)}  runs on"
     )
-    for count in counts:
-        torch.set_num_threads(count)
-        for m, k, n in options.shapes:
-            result = _measure(m, k, n, DTYPES[options.dtype], scheme, activation, roofline)
+    todo = [(count, shape) for count in counts for shape in shapes]
+    interrupted = False
+    try:
+        for done, (count, (m, k, n)) in enumerate(todo):
+            _progress(f"{m}x{k}x{n}, {done + 1} of {len(todo)}")
+            torch.set_num_threads(count)
+            result = _measure(m, k, n, DTYPES[options.dtype], scheme, activation, roofline, options)
             results.append(result.record())
+            _progress("")
             print(_line(result), flush=True)
+    except KeyboardInterrupt:
+        _progress("")
+        interrupted = True
+        print(f"interrupted: {len(results)} of {len(todo)} are done")
     if options.json:
         _write(options, results)
-    return 0
+    if options.plot:
+        plotting.draw(options.plot, results)
+    return 130 if interrupted else 0
+
+
+def _progress(text: str) -> None:
+    """On a terminal, in a line of its own that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _measure(
-    m: int, k: int, n: int, dtype: torch.dtype, scheme: Scheme | None, activation: Activation | None, roofline: Roofline
+    m: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    scheme: Scheme | None,
+    activation: Activation | None,
+    roofline: Roofline,
+    options: argparse.Namespace,
 ) -> Result:
     stock, x = nn.Linear(k, n, dtype=dtype, device="cpu").eval(), torch.randn(m, k, dtype=dtype, device="cpu")
     calls: list[Callable[[Tensor], object]] = [functools.partial(_stock, stock, activation)]
@@ -93,10 +130,66 @@ def _measure(
                 fast(x)
             calls.append(fast)
             names.append(" ".join(plan.name for plan in fast.plans) or "torch/linear")
+        native = len(calls)
+        others = {name: _rival(name, stock, activation, x) for name in options.against}
+        calls += [call for call in others.values() if call is not None]
         ceiling = roofline.measure(m, k, n, x.itemsize)
-        times = _alternate(calls, x)
-    best = min(range(1, len(calls)), key=times.__getitem__)
-    return Result(m, k, n, torch.get_num_threads(), times[0], times[best], names[best], ceiling)
+        times = _alternate(calls, x, _evict if options.cold else None)
+    best = min(range(1, native), key=times.__getitem__)
+    left = iter(times[native:])
+    against = {name: None if call is None else next(left) for name, call in others.items()}
+    return Result(m, k, n, torch.get_num_threads(), times[0], times[best], names[best], ceiling, against)
+
+
+def _rival(name: str, stock: nn.Linear, activation: Activation | None, x: Tensor) -> Callable[[Tensor], object] | None:
+    """A call of another way to compute the same; None where that refuses the dtype or the shape."""
+    try:
+        if name == "inductor":
+            module = nn.Sequential(stock) if activation is None else _Activated(stock, activation)
+            call = torch.compile(module.eval(), options={"max_autotune": True, "freezing": True})
+            call(x)
+            return call
+        run = rivals.make(_RIVALS[name], stock.weight, False, activation, {}).run
+        rival = functools.partial(_run_rival, run, stock)
+        rival(x)
+        return rival
+    except Exception as error:  # whatever a compiler raises where there is none
+        _log.debug("%s is left out: %s", name, error)
+        return None
+
+
+class _Activated(nn.Module):
+    def __init__(self, linear: nn.Linear, activation: Activation) -> None:
+        super().__init__()
+        self.linear, self._activation = linear, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activations.apply(self._activation, self.linear(x))
+
+
+def _run_rival(run: Callable[..., Tensor], stock: nn.Linear, x: Tensor) -> Tensor:
+    return run(x, stock.weight, stock.bias)
+
+
+def rivals_of(text: str) -> list[str]:
+    """Names of ways to compare with."""
+    names = text.split(",")
+    for name in names:
+        if name not in _RIVALS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(_RIVALS)}")
+    return names
+
+
+def _evict() -> None:
+    """Takes everything out of the caches, by reading more than they hold."""
+    torch.sum(_other_data())
+
+
+@functools.cache
+def _other_data() -> Tensor:
+    info = _kernels.cpu_info()
+    nbytes = min(2 * max(info["l3"], info["l2"], 1 << 24), _MOST_OTHER)
+    return torch.ones(nbytes // 4, device="cpu")
 
 
 @contextmanager
@@ -117,10 +210,11 @@ def _only(kernel: str) -> Iterator[None]:
 def _line(result: Result) -> str:
     record = result.record()
     calculated = f"{record['calculated']:>12.0%}" if "calculated" in record else ""
+    others = "".join("         -" if us is None else f"{us:>10.1f}" for us in result.against.values())
     return (
         f"{f'{result.m}x{result.k}x{result.n}':<18}{result.threads:>7}{result.torch_us:>11.1f}{result.us:>12.1f}"
         f"{record['speedup']:>9.2f}x{record['gflops']:>10.1f}{record['read_gbs']:>8.1f}{record['roofline']:>10.0%}"
-        f"{calculated}  {result.runs_on}"
+        f"{calculated}{others}  {result.runs_on}"
     )
 
 
@@ -149,15 +243,21 @@ def _stock(layer: nn.Linear, activation: Activation | None, x: Tensor) -> Tensor
     return activations.apply(activation, layer(x))
 
 
-def _alternate(calls: Sequence[Callable[[Any], object]], x: Tensor) -> list[float]:
-    """Microseconds of each call: lower quartile of rounds in which all take turns."""
+def _alternate(
+    calls: Sequence[Callable[[Any], object]], x: Tensor, evict: Callable[[], object] | None = None
+) -> list[float]:
+    """Microseconds of each call: lower quartile of rounds in which all take turns; evict: what makes each one cold."""
     counts = [max(1, int(_SAMPLE / min(_seconds(call, x, 1) for _ in range(3)))) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
     stop = time.perf_counter() + _SECONDS
     while time.perf_counter() < stop or len(times[0]) < 5:
         for call, count, of_call in zip(calls, counts, times, strict=True):
-            _seconds(call, x, 1)  # what the other one left in the caches is not what a warm call starts from
-            of_call.append(_seconds(call, x, count))
+            if evict is None:
+                _seconds(call, x, 1)  # what the other one left in the caches is not what a warm call starts from
+                of_call.append(_seconds(call, x, count))
+            else:
+                evict()
+                of_call.append(_seconds(call, x, 1))
     return [1e6 * sorted(of_call)[len(of_call) // 4] for of_call in times]
 
 

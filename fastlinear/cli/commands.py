@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,21 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("info", help="what runs here: to be pasted into an issue")
     command.add_argument("--json", action="store_true", help="as data, for programs")
     command.set_defaults(run=info.info)
-
-    _add_bench(commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes"))
-
-    command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
-    command.add_argument(
-        "model", metavar="module:function", nargs="?", help="function() returns (model, example_inputs)"
-    )
-    add_threads(command)
-    add_quantize(command)
-    command.add_argument("--batch", type=to_batches, default=[], help="1,8,32: rows to repeat the example to")
-    command.add_argument("--out", metavar="FILE", help="write the plans there, for fastlinear.load_plans; it may grow")
-    command.add_argument("--html", metavar="FILE", help="write the report there, as a page")
-    command.add_argument("--show", action="store_true", help="list what is known already, of all models")
-    command.add_argument("--clear", action="store_true", help="first forget all that is known")
-    command.set_defaults(run=tune.tune)
+    _add_bench(commands)
+    _add_tune(commands)
 
     command = commands.add_parser("inspect", help="what a frozen file holds, and whether this CPU runs it as it is")
     command.add_argument("file", help="a file that fastlinear.save wrote")
@@ -64,8 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(before)
 
 
-def _add_bench(command: argparse.ArgumentParser) -> None:
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser("bench", help="FastLinear against nn.Linear and the activation, on a few shapes")
     command.add_argument("--shapes", type=to_shapes, default=SHAPES, help="MxKxN,...: rows x inputs x outputs")
+    command.add_argument("--like", metavar="module:function", help="the shapes of a run of (model, example_inputs)")
+    command.add_argument("--cold", action="store_true", help="weights come from memory, as in a large model")
+    command.add_argument(
+        "--against",
+        type=bench.rivals_of,
+        default=[],
+        metavar="NAMES",
+        help="further columns: torch,mkl,onednn,inductor",
+    )
+    command.add_argument("--plot", metavar="FILE", help="a picture of the shares of the roofline; needs matplotlib")
     command.add_argument("--threads", type=to_batches, help="numbers of threads, as 1,2 (default: torch's own choice)")
     command.add_argument("--isa", type=bench.isa_of, metavar="NAME", help="only kernels of this instruction set")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and inputs: %(choices)s")
@@ -74,3 +73,18 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))
     command.add_argument("--json", metavar="FILE", help="where the figures go as well")
     command.set_defaults(run=bench.bench)
+
+
+def _add_tune(commands: Any) -> None:
+    command = commands.add_parser("tune", help="choose the kernels of a model, so that later processes find them")
+    command.add_argument(
+        "model", metavar="module:function", nargs="?", help="function() returns (model, example_inputs)"
+    )
+    add_threads(command)
+    add_quantize(command)
+    command.add_argument("--batch", type=to_batches, default=[], help="1,8,32: rows to repeat the example to")
+    command.add_argument("--out", metavar="FILE", help="write the plans there, for fastlinear.load_plans; it may grow")
+    command.add_argument("--html", metavar="FILE", help="write the report there, as a page")
+    command.add_argument("--show", action="store_true", help="list what is known already, of all models")
+    command.add_argument("--clear", action="store_true", help="first forget all that is known")
+    command.set_defaults(run=tune.tune)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlinear.cli import tables
+from fastlinear.cli.loading import load_model
 from fastlinear.cli.options import SCHEMES, UsageError, check_override
 from fastlinear.file.plans import save_plans
 from fastlinear.file.safetensors import FormatError
@@ -37,7 +35,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    model, example = _load(options.model)
+    model, example = load_model(options.model)
     fast = convert(model, quantize=SCHEMES.get(options.quantize))
     for batch in options.batch or [None]:
         tuning.tune(fast, example if batch is None else _of_batch(example, batch))
@@ -84,22 +82,3 @@ def _show() -> None:
     rows = [(plan.name, "" if plan.speedup is None else f"{plan.speedup:.2f}x", key) for key, plan in entries.items()]
     tables.show(("runs on", "speed-up", "for"), sorted(rows, key=lambda row: row[2]))
     print(f"{len(rows)} plans in {decide.cache().path or 'memory'}")
-
-
-def _load(spec: str) -> tuple[nn.Module, Any]:
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise UsageError(f"the model is given as module:function, not {spec!r}")
-    if os.getcwd() not in sys.path:  # as `python -m` has it
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"module {module_name!r} cannot be imported from {os.getcwd()}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UsageError(f"module {module_name!r} has no function {function_name!r}")
-    made = function()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise UsageError(f"{spec} must return (model, example_inputs), an nn.Module first, not {type(made).__name__}")
-    return made

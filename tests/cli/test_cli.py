@@ -14,7 +14,7 @@ from library import ROOT
 from torch import Tensor
 
 import fastlinear
-from fastlinear.cli import check, info, limits
+from fastlinear.cli import bench, check, info, limits
 from fastlinear.cli import commands as cli
 
 MODEL = """
@@ -142,6 +142,35 @@ def test_bench_of_one_isa(isa: str, form: str, tmp_path: Path, capsys: pytest.Ca
     assert ("calculated" in capsys.readouterr().out) == (isa == "amx")
 
 
+def test_bench_like_a_model(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--like measures the shapes of a run, --against adds a column each, --cold says so, --plot draws, in JSON too."""
+    files = ["--json", "figures.json", "--plot", "figures.png"]
+    assert cli.main(["bench", "--like", "users_model:make", "--cold", "--against", "torch,mkl,onednn", *files]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^3x24x40 ", text, re.MULTILINE) and "weights from memory" in text and " onednn " in text
+    (result,) = json.loads(Path("figures.json").read_text())["results"]
+    assert set(result["against_us"]) == {"torch", "mkl", "onednn"} and result["against_us"]["torch"] > 0
+    assert Path("figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_bench_keeps_what_is_done(
+    user_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends it with the rows so far, in the file too, and no traceback."""
+    measure, done = bench._measure, []
+
+    def once(*arguments: object) -> object:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(bench, "_measure", once)
+    assert cli.main(["bench", "--shapes", "1x8x8,2x8x8", "--json", "figures.json"]) == 130
+    assert "interrupted: 1 of 2 are done" in capsys.readouterr().out
+    assert len(json.loads(Path("figures.json").read_text())["results"]) == 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_bench_in_16_bits(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     """--dtype is that of weights and inputs, and the head of the table says so."""
@@ -220,6 +249,8 @@ def test_check_sees_a_wrong_kernel(
     ("arguments", "named"),
     [
         (["bench", "--shapes", "2x3"], "'2x3'"),
+        (["bench", "--against", "torch,numpy"], "'numpy' is none of torch, mkl, onednn, inductor"),
+        (["bench", "--like", "users_model:no_model"], "users_model:no_model"),
         (["bench", "--shapes", "2x3x0"], "'0'"),
         (["bench", "--threads", "none"], "'none'"),
         (["bench", "--activation", "swish"], "'swish'"),

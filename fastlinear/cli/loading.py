@@ -1,0 +1,60 @@
+"""The user's model, which a command is given as module:function, and the shapes of its linear layers."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear.cli.options import UsageError
+from fastlinear.model.selection import linear_layers
+from fastlinear.model.tuning import call, check_example
+
+
+def load_model(spec: str) -> tuple[nn.Module, Any]:
+    """(model, example_inputs), as the function returns them."""
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name:
+        raise UsageError(f"the model is given as module:function, not {spec!r}")
+    if os.getcwd() not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"module {module_name!r} cannot be imported from {os.getcwd()}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UsageError(f"module {module_name!r} has no function {function_name!r}")
+    made = function()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise UsageError(f"{spec} must return (model, example_inputs), an nn.Module first, not {type(made).__name__}")
+    return made
+
+
+def shapes_of(spec: str) -> list[tuple[int, ...]]:
+    """(M, K, N) of every call of a linear layer in a run of the model, each once, in order."""
+    model, example = load_model(spec)
+    found: dict[tuple[int, ...], None] = {}
+
+    def note(layer: Any, arguments: tuple[Any, ...], y: Any) -> None:
+        if arguments and isinstance(arguments[0], Tensor) and isinstance(y, Tensor) and y.numel():
+            k, n = arguments[0].shape[-1], y.shape[-1]
+            found[arguments[0].numel() // k, k, n] = None
+
+    with ExitStack() as stack:
+        for layer in linear_layers(model):
+            stack.callback(layer.register_forward_hook(note).remove)
+        stack.enter_context(torch.no_grad())
+        try:
+            check_example(example)
+            call(model, example)
+        except TypeError as error:
+            raise UsageError(str(error)) from None
+    if not found:
+        raise UsageError(f"no linear layer is called in a run of what {spec} returns")
+    return [*found]
