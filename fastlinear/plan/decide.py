@@ -295,7 +295,7 @@ def _stock(problem: Problem, operands: Operands, x: Tensor) -> race.Candidate | 
         return None
     bias = operands.bias if operands.bias is None else operands.bias.to(x.dtype)
     run = rivals.make(rivals.BASELINE, weight, problem.transposed, problem.activation, {}).run
-    return race.Candidate(rivals.BASELINE, functools.partial(run, x, weight, bias))
+    return race.Candidate(rivals.BASELINE, functools.partial(run, x, weight, bias, *_beside(problem)))
 
 
 def _input(problem: Problem) -> Tensor:
