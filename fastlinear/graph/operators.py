@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
-from fastlinear.layer import fitness
+from fastlinear.layer import fitness, packs
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.operator import Form
@@ -33,13 +33,14 @@ class Operator(FastModule, nn.Module):
         super().__init__()
         form = spec.form or Form("", [], spec.transposed)
         n, k = (form.n, form.k) if form.layout else reversed(weight.shape) if spec.transposed else weight.shape
-        vars(self).update(in_features=k, out_features=n, activation=spec.activation, _transposed=spec.transposed)
+        columns = n // 2 if programs.is_gated(spec.activation) else n
+        vars(self).update(in_features=k, out_features=columns, activation=spec.activation, _transposed=spec.transposed)
         vars(self).update(_precision=spec.precision, _tune=spec.tune, _name=spec.name, training=False)
         own: dict[str, Any] = {"weight": None if form.layout else weight, "bias": bias}
         self._parameters.update(own)
         self._reset()
         if form.layout:
-            packed = _kernels.Packed.over(weight.numpy(), form.layout, n, k)
+            packed = packs.kind_of(self._gated).over(weight.numpy(), form.layout, n, k)
             frozen = Frozen(packed, spec.dtype_of(packed), smooth=form.smooth)
             frozen.panels = weight
             hold(self, frozen)

@@ -293,4 +293,35 @@ def _has_sibling(product: Product) -> bool:
     return any(product_at(user) is not None for user in product.x.users if user is not product.nodes[0])
 
 
-ABSORPTIONS = (Absorption("activation", _activation), Absorption("binary", _binary), Absorption("clamp", _clamp))
+_GATES = {activation: gate for gate, activation in programs.GATES.items()}
+
+
+def _gate(capture: Capture, product: Product, node: fx.Node) -> Product | None:
+    """gate, up = y.chunk(2, -1); activation(gate) * up, each read there alone."""
+    y = example(product.root)
+    given: dict[str, Any] = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | node.kwargs
+    if op_of(node) != "chunk" or product.activation is not None or y is None or product.transposed:
+        return None
+    if given.get("chunks") != 2 or given.get("dim", 0) not in (-1, y.dim() - 1) or not same_size(y.shape[-1] % 2, 0):
+        return None
+    halves: dict[Any, fx.Node] = {half.args[1]: half for half in node.users if op_of(half) == "getitem"}
+    if len(node.users) != 2 or {*halves} != {0, 1} or any(len(half.users) != 1 for half in halves.values()):
+        return None
+    (opened,) = halves[0].users
+    activation = activation_of(opened) if opened.args[:1] == (halves[0],) else None
+    (last,) = opened.users if len(opened.users) == 1 else (None,)
+    if activation not in _GATES or last is None or op_of(last) != "mul" or last.kwargs:
+        return None
+    if {*last.args} != {opened, halves[1]} or (product.form is not None and product.form.layout):
+        return None  # a frozen weight has its channels in another order
+    between = [node, halves[0], halves[1], opened]
+    grown = product.absorbed(last, Step(_GATES[activation]))
+    return None if grown is None else replace(grown, nodes=[*product.nodes, *between, last])
+
+
+ABSORPTIONS = (
+    Absorption("activation", _activation),
+    Absorption("binary", _binary),
+    Absorption("clamp", _clamp),
+    Absorption("gate", _gate),
+)

@@ -153,7 +153,7 @@ class Rewriter:
                 others = [each.name for each in users if each is not user]
                 if others:
                     self.story.tell(user, "torch", f"what it reads is read by {', '.join(others)}, too")
-                elif not self._is_calm(product.root, user):
+                elif not self._is_calm(product.root, grown.root):
                     self.story.tell(user, "torch", "a node between it and its product writes to a tensor")
                 else:
                     break

@@ -188,6 +188,43 @@ def test_chains_are_one_call(name: str) -> None:
     assert all(node.outcome == "fused" for node in told), told
 
 
+def _gated(m: Any, x: Tensor) -> Tensor:
+    gate, up = m.c(x).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def test_gates_are_one_call() -> None:
+    """One layer, cut in two: all of it is one product, of a converted model, too; a gated layer absorbs what follows."""
+    net = Net(_gated)
+    for model in (net, Net(lambda m, x: _gated(m, x) + x.mean()), fastlinear.convert(copy.deepcopy(net))):
+        fast = check(model)
+        assert outcomes(fast, "chunk") == outcomes(fast, "mul") == {"fused"}
+    check(fastlinear.convert(copy.deepcopy(net), freeze=True))
+    net.c = fastlinear.FastGatedLinear.from_linear(net.c).eval()
+    net.function = lambda m, x: m.c(x) * 2
+    for _ in range(2):
+        check(net)
+        fastlinear.freeze(net)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[1]) * c[0],
+        lambda m, x: F.silu((c := m.c(x).chunk(2, -2))[0]) * c[1][:, :2],
+        lambda m, x: F.silu((c := m.c(x).chunk(3, -1))[0]) * c[1],
+        lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[0]) + c[1],
+        lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[0]) * c[1] + c[1],
+        lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[0]) * (s := c[1]) * s,
+        lambda m, x: torch.tanh((c := m.c(x).chunk(2, -1))[0]) * c[1],
+    ],
+)
+def test_what_is_no_gate(function: Any) -> None:
+    """The other half first, other dimensions, sums, second uses, other functions."""
+    fast = check(Net(function), torch.randn(2, 4, 8))
+    assert outcomes(fast, "chunk") == {"torch"}
+
+
 def test_chains_of_converted_models() -> None:
     """A layer that was converted, frozen or built with operands absorbs what follows it."""
     net = Net(lambda m, x: m.a(x) + x)
