@@ -194,7 +194,7 @@ def _gated(m: Any, x: Tensor) -> Tensor:
 
 
 def test_gates_are_one_call() -> None:
-    """One layer, cut in two: all of it is one product, of a converted model, too; a gated layer absorbs what follows."""
+    """One layer cut in two is one product, of a converted model, too; a gated layer absorbs what follows."""
     net = Net(_gated)
     for model in (net, Net(lambda m, x: _gated(m, x) + x.mean()), fastlinear.convert(copy.deepcopy(net))):
         fast = check(model)
