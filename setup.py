@@ -33,6 +33,7 @@ extensions = [
     ),
     Extension("fastlinear._calls", ["fastlinear/_calls.pyx"], **common),
     Extension("fastlinear._engine", ["fastlinear/_engine.pyx"], **common),
+    Extension("fastlinear._rows", ["fastlinear/_rows.pyx"], **common),
 ]
 
 

@@ -15,6 +15,7 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/avx2/vec.hpp"
 #include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/avx2/fp32.hpp"
@@ -34,7 +35,7 @@ namespace avx2 {
 
 constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "avx2",

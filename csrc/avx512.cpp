@@ -15,6 +15,7 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/avx512/vec.hpp"
 #include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/avx512/fp32.hpp"
@@ -38,7 +39,7 @@ namespace avx512 {
 constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "avx512",

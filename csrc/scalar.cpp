@@ -13,6 +13,7 @@
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/scalar/vec.hpp"
 #include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/scalar/kernels.hpp"
@@ -23,7 +24,7 @@ namespace fastlinear {
 namespace scalar {
 
 constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "scalar",

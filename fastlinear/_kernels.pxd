@@ -30,6 +30,9 @@ cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
         const char* name
         const Isa* base
         cbool tiles
+        const Vectors* vectors
+    ctypedef struct Vectors:
+        pass
     const Isa* isa_at(size_t)
     const char* refusal(const CpuSource&, const Isa&)
     cbool within(const Isa&, const Isa&)
@@ -238,6 +241,8 @@ cdef struct Matrix:
     ptrdiff_t stride
 
 cdef ptrdiff_t pool_size() noexcept
+cdef const Vectors* best_vectors() noexcept
+cdef const Vectors* runnable_vectors(str isa) except NULL
 cdef int format_of_x(object dtype) except -1
 cdef bint look_at(object tensor, View* v)
 cdef bint as_rows(View* v, Matrix* rows) noexcept

@@ -116,7 +116,7 @@ ANSWERS = {
 def pretend(machine):
     """From now on `cpu_info`, and with it what may run here, is that of a machine described as for `detect`, or of this
     one again if that is None. For tests, which bring what carries out the instructions that this CPU lacks."""
-    global pretended, refusals, asked
+    global pretended, refusals, asked, own_vectors
     cdef dict reasons = refusals_of(source_of(machine))
     highest = os.environ.get("FASTLINEAR_MAX_ISA")
     if highest is not None:
@@ -124,10 +124,14 @@ def pretend(machine):
             if not within(isa_named(highest)[0], isa_named(name)[0]):
                 reasons[name] = reasons[name] or f"FASTLINEAR_MAX_ISA is {highest}"
     pretended, refusals, asked = machine, reasons, False
+    for name, refused in reasons.items():
+        if not refused and isa_named(name).vectors != NULL:
+            own_vectors = isa_named(name).vectors
     cdef dict found = describe_cpu(source_of(machine))
     own_caches.l1d, own_caches.l2, own_caches.l3 = found["l1d"], found["l2"], found["l3"]
 
 
+cdef const Vectors* own_vectors = NULL  # of the best ISA that may run
 pretend(None)
 
 
@@ -148,6 +152,18 @@ cdef dict settled_refusals():
 
 cdef bint may_run(const Isa* isa):
     return not (settled_refusals() if isa.tiles else refusals)[isa.name.decode()]
+
+
+# Rows are worked on with vectors that the system need not be asked for.
+cdef const Vectors* best_vectors() noexcept:
+    return own_vectors
+
+
+cdef const Vectors* runnable_vectors(str isa) except NULL:
+    may = [name for name in isas() if isa_named(name).vectors != NULL and not refusals[name]]
+    if isa not in may:
+        raise ValueError(f"isa is one of {', '.join(may)} here, not {isa!r}")
+    return isa_named(isa).vectors
 
 
 cdef dict info_of(const CpuSource& source, dict reasons):

@@ -113,10 +113,27 @@ def is_idle(node: fx.Node) -> bool:
     if name == "dropout":
         return node.target is F.dropout and _argument(node, "training") is False
     x, y = example(node.args[0]), example(node)
-    if name not in ("to", "float", "half", "bfloat16") or x is None or y is None:
+    if x is None or y is None or x.dtype is not y.dtype or x.device != y.device:
         return False
-    copies = node.kwargs.get("copy") or node.kwargs.get("memory_format") or any(arg is True for arg in node.args[2:])
-    return not copies and x.dtype is y.dtype and x.device == y.device
+    if name in ("to", "float", "half", "bfloat16", "type_as"):
+        copies = node.kwargs.get("copy") or node.kwargs.get("memory_format")
+        return not (copies or any(arg is True for arg in node.args[2:]))
+    if name == "contiguous":
+        return len(node.args) == 1 and not node.kwargs and is_contiguous(x)
+    if name in ("view", "reshape", "expand"):  # an alias of the same sizes, of which nobody may ask whether it is x
+        return same_shape(x.shape, y.shape) and all(user.op != "output" for user in node.users)
+    return False
+
+
+def is_contiguous(x: Tensor) -> bool:
+    """Whether a fake tensor is, for every input that the graph is run on."""
+    expected: Any = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not same_size(size, 1):
+            if not same_size(stride, expected):
+                return False
+            expected = expected * size
+    return True
 
 
 def example(node: Any) -> Tensor | None:

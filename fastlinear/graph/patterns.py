@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 import fastlinear._kernels as _kernels
 from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
+from fastlinear.graph.norms import offset_rms_norm
 from fastlinear.layer.operator import Form
 from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
@@ -49,6 +50,10 @@ def _rms_norm(x: fx.Node, weight: fx.Node, eps: float, dtype: Any = None) -> Cal
     return torch.rms_norm, (x, shape, weight, eps), {}
 
 
+def _offset_rms_norm(x: fx.Node, weight: fx.Node, eps: float, dtype: Any = None) -> Call:
+    return offset_rms_norm, _rms_norm(x, weight, eps)[1], {}
+
+
 def _rms(x: Any, weight: Any, eps: Any) -> Any:
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
@@ -60,6 +65,20 @@ def _rms_of_16_bits(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
 
 def _rms_of_16_bits_late(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
     return weight * (x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)).to(dtype)
+
+
+def _rms_of_16_bits_last(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+    wide = x.to(torch.float32)
+    return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(dtype)
+
+
+def _offset_rms(x: Any, weight: Any, eps: Any) -> Any:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight)
+
+
+def _offset_rms_of_16_bits(x: Any, weight: Any, eps: Any, dtype: Any) -> Any:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight.float())).type_as(x)
 
 
 _TANH, _ROOT = math.sqrt(2 / math.pi), math.sqrt(2)
@@ -78,9 +97,12 @@ COMPOSITES = (
     ),
     Composite("silu", lambda x: x * torch.sigmoid(x), _one(F.silu)),
     Composite("mish", lambda x: x * torch.tanh(F.softplus(x)), _one(F.mish)),
-    Composite("rms_norm", _rms, _rms_norm),
+    Composite("rms_norm", _offset_rms, _offset_rms_norm),
+    Composite("rms_norm", _offset_rms_of_16_bits, _offset_rms_norm),
+    Composite("rms_norm", _rms, _rms_norm),  # after those whose weight is a sum
     Composite("rms_norm", _rms_of_16_bits, _rms_norm),
     Composite("rms_norm", _rms_of_16_bits_late, _rms_norm),
+    Composite("rms_norm", _rms_of_16_bits_last, _rms_norm),
 )
 
 

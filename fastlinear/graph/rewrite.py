@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
 from fastlinear.graph.expansions import expand
@@ -34,6 +35,7 @@ class Rewriter:
         self.graph = capture.graph
         self._absorbed: set[fx.Node] = set()  # by some product
         self._moved: dict[fx.Node, fx.Node] = {}  # a node that is gone -> what has its value
+        self._made: set[fx.Node] = set()  # nodes that make a tensor of their own: the values of fast products
 
     def run(self) -> list[operators.Layers]:
         """Rewrites the graph, and returns the fast layers of each product that it then runs."""
@@ -56,6 +58,9 @@ class Rewriter:
         together = {id(each) for members in groups for each in members}
         layers = [self._place_group(members) for members in groups]
         layers += [self._place(*each) for each in taken if id(each) not in together]
+        if self.options.fuse:
+            self._number()
+            norms.absorb(self.graph, self.story, self._is_calm, self._is_fresh)
         self.graph.lint()
         return layers
 
@@ -86,8 +91,10 @@ class Rewriter:
 
     def _join_composites(self) -> None:
         self._number()
-        for root in list(self.graph.nodes):
-            for row, match in composites(root) if root.op in ("call_function", "call_method") else ():
+        gone: set[fx.Node] = set()
+        for root in reversed(list(self.graph.nodes)):  # so that the longest is found first
+            calls = root.op in ("call_function", "call_method") and root not in gone
+            for row, match in composites(root) if calls else ():
                 inside = {*match.inner, root}
                 first = min(inside, key=self._order.__getitem__)
                 if all(user in inside for node in match.inner for user in node.users) and self._is_calm(first, root):
@@ -102,6 +109,7 @@ class Rewriter:
                     root.replace_all_uses_with(node)
                     for each in sorted(inside, key=self._order.__getitem__, reverse=True):
                         self.graph.erase_node(each)
+                    gone |= inside
                     break
 
     def _take(self, product: Product) -> tuple[Product, Spec, Operator] | str:
@@ -197,12 +205,16 @@ class Rewriter:
     def _arguments(self, product: Product) -> tuple[Any, ...]:
         return self._now(product.x), product.weight, product.bias, *map(self._now, product.operands)
 
+    def _is_fresh(self, node: fx.Node) -> bool:
+        return node in self._made
+
     def _now(self, node: fx.Node) -> fx.Node:
         return self._moved.get(node, node)
 
     def _finish(self, product: Product, node: fx.Node, what: str) -> None:
         """Puts `node` in the place of a product."""
         node.meta = dict(product.root.meta)
+        self._made.add(node)
         self._moved[product.root] = node
         root, first = product.root, product.nodes[0]
         self.story.tell(first, "fast", what)

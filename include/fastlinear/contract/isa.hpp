@@ -9,6 +9,7 @@
 #include "fastlinear/contract/conversion.hpp"
 #include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/contract/norm.hpp"
 #include "fastlinear/contract/quantization.hpp"
 #include "fastlinear/host/cpu.hpp"
 
@@ -19,6 +20,7 @@ struct Vectors {
   const Step* steps;              // one an epilogue function, in the order of epilogues/all.hpp
   const Conversion* conversions;  // in the order of enum Format
   const Quantization* quantization;
+  Norm norm;
 };
 
 struct Isa {

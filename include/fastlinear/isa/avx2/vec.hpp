@@ -87,6 +87,11 @@ inline F32 scale(F32 x, F32 n) {
 
 inline F32 rounded(F32 a) { return a; }
 
+inline float total(F32 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline float least(F32 a) {
   const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));

@@ -86,6 +86,13 @@ template <int Which>
 inline __m256i half(__m512i v) {
   return _mm512_maskz_extracti64x4_epi64(0xf, v, Which);
 }
+inline float total(F32 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m256 eight = _mm256_add_ps(_mm256_castsi256_ps(half<0>(bits)), _mm256_castsi256_ps(half<1>(bits)));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline float least(F32 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m256 eight = _mm256_min_ps(_mm256_castsi256_ps(half<0>(bits)), _mm256_castsi256_ps(half<1>(bits)));

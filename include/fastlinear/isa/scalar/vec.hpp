@@ -12,6 +12,7 @@
 //   round          to the nearest integer, ties to even
 //   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
 //   rounded        as fp32 holds it
+//   total          the sum of the lanes
 //   least, greatest, all_zero   of the lanes, none of them NaN for the first two
 // and of I32, `width` int32, which wrap around:
 //   max_magnitude  the larger of them and of the bits of |x|
@@ -69,6 +70,7 @@ inline F32 scale(F32 x, F32 n) {
 }
 
 inline F32 rounded(F32 a) { return {static_cast<float>(a.v)}; }
+inline float total(F32 a) { return static_cast<float>(a.v); }
 inline float least(F32 a) { return static_cast<float>(a.v); }
 inline float greatest(F32 a) { return static_cast<float>(a.v); }
 inline bool all_zero(F32 a) { return a.v == 0.0; }

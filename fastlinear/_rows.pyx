@@ -1,0 +1,143 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# distutils: language = c++
+"""Operations on the rows of a tensor: norms. A call on a few rows takes about 1 us beside its outputs."""
+
+import torch
+
+from libcpp cimport bool as cbool
+
+from fastlinear._kernels cimport (
+    Bias, Format, Matrix, Rows, Vectors, View, as_rows, best_vectors, is_float, look_at, pool_size, runnable_vectors
+)
+
+cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
+    ctypedef struct OutRows:
+        char* data
+        ptrdiff_t stride
+        Format format
+    ctypedef struct NormProblem:
+        ptrdiff_t m
+        ptrdiff_t n
+        Rows x
+        Rows residual
+        OutRows sum
+        OutRows y
+        Bias weight
+        Bias bias
+        float offset
+        float eps
+        cbool centered
+    cbool normalize(const NormProblem&, const Vectors&, ptrdiff_t)
+
+cdef object Tensor = torch.Tensor
+cdef object Parameter = torch.nn.Parameter
+cdef object is_neg = torch.Tensor.is_neg
+cdef object empty_like = torch.empty_like
+
+# Elements from which on the GIL is released: about 20 us.
+cdef enum:
+    LARGE = 1 << 17
+
+
+# The memory of a tensor that means what its memory says.
+cdef bint plain(object tensor, View* v) except -1:
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        return False
+    return look_at(tensor, v) and is_float(v.format) and not is_neg(tensor)
+
+
+# The rows of `tensor`, [..., n]; where they are not a constant stride apart, those of a copy, which is returned.
+cdef object rows_of(object tensor, View* v, Matrix* rows):
+    if as_rows(v, rows):
+        return tensor
+    tensor = tensor.contiguous()
+    return tensor if plain(tensor, v) and as_rows(v, rows) else None
+
+
+cdef bint channels(object tensor, ptrdiff_t n, Bias* to) except -1:
+    cdef View v
+    to.data = NULL
+    if tensor is None:
+        return True
+    if not plain(tensor, &v) or v.ndim != 1 or v.shape[0] != n or (v.stride[0] != 1 and n > 1):
+        return False
+    to.data, to.format = v.data, v.format
+    return True
+
+
+def norm(
+    x, weight, bias, double eps, double offset=0.0, bint centered=True, residual=None, bint keep=False,
+    bint over=False, str isa=None
+):
+    """y = norm(x + residual), as fastlinear/spec/norms.py says; (y, x + residual) with `keep`. None for tensors that it
+    does not take: all are dense fp32, bf16 or fp16 CPU tensors.
+
+    x: [..., n]; residual: of its shape, or None; weight, bias: [n] or None. Outputs have the shape and dtype of x.
+    over: the sum, if it is kept, or else y is x itself, whose memory the caller gives; of a dense x only.
+    isa: whose vectors to use, by name; else the best that may run. ValueError for one that may not, MemoryError where
+    scratch memory ran out. Gradients are the caller's business.
+    """
+    cdef View v, w
+    cdef Matrix rows, others
+    cdef NormProblem p
+    cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
+    cdef ptrdiff_t threads
+    cdef int i
+    cdef cbool done
+    cdef bint keep_sum
+    if not plain(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] == 0:
+        return None
+    x = rows_of(x, &v, &rows)
+    if x is None:
+        return None
+    p.m, p.n = rows.m, v.shape[v.ndim - 1]
+    p.x.data, p.x.stride, p.x.format = rows.data, rows.stride, rows.format
+    p.residual.data = p.sum.data = NULL
+    if residual is not None:
+        if not plain(residual, &w) or w.ndim != v.ndim:
+            return None
+        for i in range(v.ndim):
+            if w.shape[i] != v.shape[i]:
+                return None
+        residual = rows_of(residual, &w, &others)
+        if residual is None:
+            return None
+        p.residual.data, p.residual.stride, p.residual.format = others.data, others.stride, others.format
+    if not channels(weight, p.n, &p.weight) or not channels(bias, p.n, &p.bias):
+        return None
+    p.eps, p.offset, p.centered = eps, offset, centered
+    over = over and is_dense(&v)
+    keep_sum = keep and residual is not None
+    y = x if over and not keep_sum else empty_like(x) if is_dense(&v) else x.new_empty(x.shape)
+    out(y, &p.y)
+    total = x
+    if keep_sum:
+        total = x if over else empty_like(y)
+        out(total, &p.sum)
+    if p.m > 0:
+        threads = pool_size()
+        if p.m * p.n < LARGE:
+            done = normalize(p, vectors[0], threads)
+        else:
+            with nogil:
+                done = normalize(p, vectors[0], threads)
+        if not done:
+            raise MemoryError(f"no memory for the scratch rows of a norm of {p.n} channels")
+    return (y, total) if keep else y
+
+
+cdef void out(object tensor, OutRows* rows) noexcept:
+    cdef View v
+    look_at(tensor, &v)
+    rows.data, rows.format, rows.stride = v.data, v.format, v.shape[v.ndim - 1]
+
+
+# Whether the rows lie one behind the other.
+cdef bint is_dense(View* v) noexcept:
+    cdef ptrdiff_t expected = 1
+    cdef int i
+    for i in range(v.ndim - 1, -1, -1):
+        if v.shape[i] != 1 and v.stride[i] != expected:
+            return False
+        expected *= v.shape[i]
+    return True
