@@ -75,7 +75,10 @@ def changes(node: fx.Node) -> bool:
         return bool(target._schema.is_mutable)
     if getattr(target, "__module__", "") == "_operator":
         return target in _IN_PLACE
-    if not str(getattr(target, "__module__", None) or "torch").startswith("torch"):
+    module = str(getattr(target, "__module__", None) or "torch")
+    if module.startswith("fastlinear.graph."):
+        return False  # ours write to what nobody else reads
+    if not module.startswith("torch"):
         return True  # nobody knows
     return _is_in_place(target.__name__) or node.kwargs.get("out") is not None or _argument(node, "inplace") is True
 

@@ -23,10 +23,10 @@ from fastlinear.spec.norms import Norm
 
 
 class Found(NamedTuple):
-    """A node that is a norm over the last axis."""
+    """A node that is a norm over the last axis. x: a node, too."""
 
     node: fx.Node
-    x: fx.Node
+    x: Any
     weight: fx.Node | None
     bias: fx.Node | None
     how: Norm
@@ -117,7 +117,7 @@ def _place(
         made = graph.call_function(function(how, kept, bool(own)), (first, weight, bias, *rest))
         parts = [graph.call_function(operator.getitem, (made, i)) for i in range(2)] if kept else [made]
     for part, old in zip(parts, (node, total), strict=False):
-        part.meta = dict(old.meta)
+        part.meta = dict(old.meta) if old is not None else {}
     place = f", in the memory of {first.name}" if own else ""
     story.tell(node, "fast", f"{what} of our own{place}")
     node.replace_all_uses_with(parts[0])
