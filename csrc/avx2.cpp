@@ -1,10 +1,12 @@
 // The avx2 row of the library: kernels, epilogue steps, conversions and quantization.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
@@ -14,6 +16,7 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/avx2/vec.hpp"
+#include "fastlinear/isa/avx2/codes.hpp"
 #include "fastlinear/generic/convert.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
@@ -33,9 +36,10 @@ extern const Isa kIsa;
 
 namespace avx2 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels,   kBf16Kernels, kFp16Kernels,
+                                                kInt8woKernels, kInt8Kernels, kInt4Kernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "avx2",

@@ -1,10 +1,12 @@
 // The avx512 row of the library: kernels, epilogue steps, conversions and quantization.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
@@ -14,6 +16,7 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/avx512/vec.hpp"
+#include "fastlinear/isa/avx512/codes.hpp"
 #include "fastlinear/generic/convert.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
@@ -36,10 +39,11 @@ extern const Isa kIsa;
 
 namespace avx512 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels,   kBf16Kernels, kFp16Kernels,
+                                                kInt8woKernels, kInt8Kernels, kInt4Kernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "avx512",

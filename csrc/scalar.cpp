@@ -1,10 +1,12 @@
 // The scalar row of the library: kernels, epilogue steps, conversions and quantization.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
@@ -12,6 +14,7 @@
 
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/scalar/vec.hpp"
+#include "fastlinear/isa/scalar/codes.hpp"
 #include "fastlinear/generic/convert.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
@@ -23,8 +26,9 @@ namespace fastlinear {
 
 namespace scalar {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels, kInt8Kernels};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32>, &quantization<F32, I32>, norm<F32>};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels,   kBf16Kernels, kFp16Kernels,
+                                                kInt8woKernels, kInt8Kernels, kInt4Kernels};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "scalar",

@@ -18,7 +18,7 @@ from fastlinear.model.profiling import profile
 from fastlinear.model.reporting import report
 from fastlinear.model.sensing import sensitivity
 from fastlinear.model.tuning import clear_cache, force, tune
-from fastlinear.spec.schemes import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.spec.schemes import Calibration, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 
 __all__ = [
     "Calibration",
@@ -26,6 +26,7 @@ __all__ = [
     "FastLinear",
     "FastLinearGroup",
     "FormatError",
+    "Int4WeightOnly",
     "Int8Dynamic",
     "Int8Static",
     "Int8WeightOnly",

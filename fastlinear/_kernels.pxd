@@ -39,13 +39,19 @@ cdef extern from "fastlinear/contract/isa.hpp" namespace "fastlinear" nogil:
 
 cdef extern from "fastlinear/formats/all.hpp" namespace "fastlinear" nogil:
     ctypedef int Format "fastlinear::Format"
+    ctypedef struct Groups:
+        ptrdiff_t size
+        Format scales
+        cbool offsets
     ctypedef struct Layout:
         Format format
         ptrdiff_t nr
         ptrdiff_t kr
+        Groups groups
     ctypedef struct FormatInfo:
         const char* name
         cbool floating
+        cbool grouped
         void* pack
     const FormatInfo* format_at(size_t)
     cbool is_float(Format)
@@ -101,9 +107,16 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
         ptrdiff_t k
         ptrdiff_t stride_n
         ptrdiff_t stride_k
+    ctypedef struct ScaledGroups:
+        const char* scales
+        const char* offsets
+        ptrdiff_t panel_stride
+        const float* table
     ctypedef struct Weight:
         const char* panels
         Layout layout
+        ScaledGroups groups
+        const float* totals
         const float* scales
         const int32_t* sums
         const int32_t* zeros
@@ -113,6 +126,7 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     Weight weight_at(const Layout&, ptrdiff_t, ptrdiff_t, const char*)
     void pack_weight(const Layout&, const WeightView&, void*)
     void pack_channels(const Layout&, const WeightView&, const float*, const int32_t*, char*)
+    void pack_groups(const Layout&, const WeightView&, const void*, const void*, const float*, char*)
     void unpack_weight(const Layout&, const void*, const WeightView&)
 
 cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
@@ -260,10 +274,13 @@ cdef class Packed:
     cdef Layout shape
     cdef Weight weight
     cdef bint zeros_known  # weight.zeros is null where there are none
+    cdef readonly bint grouped
     cdef object __weakref__
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1
+    cdef int pack_codes(self, WeightView codes, object scale, object zero, object table, object offset) except -1
     cdef int find(self, const char* panels, bint zeros) except -1
     cdef Weight* read(self) noexcept
+    cdef object of_groups(self, const char* values)
     cdef object channels(self, const void* values, object dtype)
 
 cdef class Plan:

@@ -8,7 +8,9 @@ from fastlinear._cpu import evict as evict
 
 pool_attached: bool
 FORMATS: dict[torch.dtype, str]  # of floating x, biases, parameters
-PACKED: dict[str, torch.dtype]  # of weights, by the names of their formats
+PACKED: dict[str, torch.dtype]  # of weights, by the names of their formats, but for those in groups
+GROUPED: tuple[str, ...]  # formats of weights in groups
+GROUP_SIZES: tuple[int, ...]
 ROW_KINDS: tuple[str, ...]
 
 def cpu_info() -> dict[str, Any]: ...
@@ -35,10 +37,19 @@ class Packed:
     dtype: torch.dtype
     data: Tensor
     nbytes: int
+    grouped: bool
     scale: Tensor | None
     zero: Tensor | None
+    table: Tensor | None
+    offset: Tensor | None
     def __init__(
-        self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None
+        self,
+        weight: Tensor,
+        layout: str,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        table: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> None: ...
     @classmethod
     def over(cls: type[_P], data: Any, layout: str, n: int, k: int) -> _P: ...

@@ -226,7 +226,7 @@ cdef tuple kernel_rows():
             "format": format_name(<size_t> k.layout.format), "rows": format_name(<size_t> k.rows),
             "layout": reads(k)[0], "nr": k.layout.nr, "kr": k.layout.kr, "mr": k.mr, "panels": k.panels,
             "columns": k.columns(), "accumulate": format_name(<size_t> k.accumulate), "reads": reads(k),
-            "row_step": k.row_step, "k_step": k.k_step,
+            "row_step": k.row_step, "k_step": k.k_step, "grouped": format_at(<size_t> k.layout.format).grouped,
         })
         i += 1
         k = kernel_at(i)
@@ -274,15 +274,33 @@ cdef const Kernel* runnable_kernel(str name) except NULL:
     return kernel
 
 
-cdef const Kernel* kernel_of_layout(str layout) except NULL:
+# Of "bf16/32x2", or "int4/32x8:32:fp16", which says how a weight is scaled: the size of a group and the format of its
+# scales, and with ":offsets" behind them that there are offsets.
+cdef Layout parse_layout(str layout) except *:
     cdef size_t i = 0
     cdef const Kernel* k = kernel_at(0)
-    while k != NULL:
-        if layout_name(k.layout) == layout and reads_layout(k[0], k.layout):
-            return k
+    base, _, scaled = layout.partition(":")
+    while k != NULL and not (layout_name(k.layout) == base and reads_layout(k[0], k.layout)):
         i += 1
         k = kernel_at(i)
-    raise ValueError(f"no kernel reads layout {layout!r}; there are {sorted({row['layout'] for row in kernels()})}")
+    if k == NULL:
+        raise ValueError(f"no kernel reads layout {layout!r}; there are {sorted({row['layout'] for row in kernels()})}")
+    cdef Layout shape = k.layout
+    if format_at(<size_t> shape.format).grouped:
+        offsets = scaled.endswith(":offsets")
+        size, _, scales = scaled.removesuffix(":offsets").partition(":")
+        if size not in map(str, GROUP_SIZES) or scales not in FORMATS.values():
+            raise ValueError(f"layout {layout!r} must tell how it is scaled, as {base + ':32:fp16'!r} does: a group of "
+                             f"16 to 2^40, a power of two, and a format of {', '.join(FORMATS.values())}")
+        names = all_formats()
+        at = names.index(scales)
+        shape.groups.size, shape.groups.scales, shape.groups.offsets = int(size), <Format> <int> at, offsets
+    elif scaled:
+        raise ValueError(f"layout {layout!r} has no groups: {base!r}")
+    return shape
+
+
+GROUP_SIZES = tuple(1 << i for i in range(4, 41))
 
 
 include "_tensors.pxi"
@@ -596,7 +614,7 @@ def pieces(Plan plan not None, str layout not None, x, ptrdiff_t m, ptrdiff_t n,
     cdef Problem p
     p.m, p.n, p.k = m, n, k
     p.x.data, p.x.stride, p.x.format = <const char*> NULL, k, <Format> format_of_x(x)
-    p.weight.layout = kernel_of_layout(layout).layout
+    p.weight.layout = parse_layout(layout)
     cdef vector[Piece] found = cut(p, plan.plan)
     cdef size_t i
     return [(found[i].part, found[i].thread, (found[i].rows.begin, found[i].rows.end),

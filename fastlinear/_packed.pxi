@@ -19,7 +19,7 @@ cdef class Block:
 
 def packed_nbytes(str layout not None, ptrdiff_t n, ptrdiff_t k):
     """Bytes of a weight [n, k] in the panels of `layout`; ValueError for a size that no memory holds."""
-    cdef Layout shape = kernel_of_layout(layout).layout
+    cdef Layout shape = parse_layout(layout)
     if n < 0 or k < 0 or n >= 1 << 40 or k >= 1 << 40 or int(n + shape.nr) * int(k + shape.kr) >= 1 << 60:
         raise ValueError(f"a weight of {n} x {k} has no packed form")
     check_dot_limit(shape, k, False)
@@ -50,6 +50,8 @@ cdef class Packed:
 
     weight: CPU tensor of shape [n, k] and of the layout's format, any strides. An int8 one means scale * (weight -
     zero), with the fp32 [n] `scale` and the int32 [n] `zero`, or None for 0, which alone a weight-only layout takes.
+    Where the layout is of groups ("int4/32x8:32:fp16"), the weight is uint8 codes and stands for scale * table[code] +
+    offset: `table` fp32 [16], `scale` and `offset`, or None for 0, [n, groups] in the layout's format.
     Raises TypeError or ValueError where the weight or the layout is not one the kernels read, MemoryError for want of
     memory.
 
@@ -57,7 +59,7 @@ cdef class Packed:
     may outlive the pack, and whose memory may move without harm; `scale` and `zero` are copies.
     """
 
-    def __init__(self, weight, str layout not None, scale=None, zero=None):
+    def __init__(self, weight, str layout not None, scale=None, zero=None, table=None, offset=None):
         cdef View w = need(weight, "weight", integers=True)
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
@@ -65,6 +67,11 @@ cdef class Packed:
         if dtypes[<size_t> w.format] is not self.dtype:
             raise TypeError(f"layout {layout!r} holds {self.dtype}, the weight is {weight.dtype}")
         cdef ptrdiff_t arrays = channel_arrays(self.shape.format)
+        if self.grouped:
+            self.pack_codes(as_weight(&w), scale, zero, table, offset)
+            return
+        if table is not None or offset is not None:
+            raise ValueError(f"layout {layout!r} holds no groups")
         if arrays > 0:
             scale = need_vector(scale, torch.float32, self.n, "scale")
             zero = None if zero is None or not zero.any() else need_vector(zero, torch.int32, self.n, "zero")
@@ -84,9 +91,32 @@ cdef class Packed:
                 pack_channels(self.shape, source, scales, zeros, panels)
 
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1:
-        self.shape = kernel_of_layout(layout).layout
+        self.shape = parse_layout(layout)
         self.dtype, self.format = dtypes[<size_t> self.shape.format], format_name(<size_t> self.shape.format)
+        self.grouped = format_at(<size_t> self.shape.format).grouped
         self.layout, self.n, self.k = layout, n, k
+        return 0
+
+    cdef int pack_codes(self, WeightView codes, scale, zero, table, offset) except -1:
+        cdef Groups groups = self.shape.groups
+        cdef tuple shape = (self.n, (self.k + groups.size - 1) // groups.size)
+        if zero is not None:
+            raise ValueError(f"layout {self.layout!r} holds offsets, not zero points")
+        if (offset is None) == groups.offsets:
+            raise ValueError(f"layout {self.layout!r} holds {'' if groups.offsets else 'no '}offsets")
+        scale = need_groups(scale, dtypes[<size_t> groups.scales], shape, "scale")
+        offset = None if offset is None else need_groups(offset, scale.dtype, shape, "offset")
+        table = need_vector(table, torch.float32, 16, "table")
+        cdef Block block = Block(packed_nbytes(self.layout, self.n, self.k))
+        self.memory = block
+        self.find(block.data, False)
+        cdef char* panels = <char*> self.weight.panels
+        cdef const void* scales = <const void*> <size_t> scale.data_ptr()
+        cdef const void* offsets = <const void*> <size_t> (0 if offset is None else offset.data_ptr())
+        cdef const float* numbers = <const float*> <size_t> table.data_ptr()
+        with nogil:
+            pack_weight(self.shape, codes, panels)
+            pack_groups(self.shape, codes, scales, offsets, numbers, panels)
         return 0
 
     cdef int find(self, const char* panels, bint zeros) except -1:
@@ -165,10 +195,37 @@ cdef class Packed:
         memcpy(<void*> <size_t> copy.data_ptr(), values, 4 * self.n)
         return copy
 
+    # [n, groups], from where panels have them as [group][nr].
+    cdef object of_groups(self, const char* values):
+        cdef ptrdiff_t nr = self.shape.nr, panels = (self.n + nr - 1) // nr
+        cdef ptrdiff_t nbytes = panels * self.weight.groups.panel_stride
+        dtype = dtypes[<size_t> self.shape.groups.scales]
+        cdef ptrdiff_t groups = (self.k + self.shape.groups.size - 1) // self.shape.groups.size
+        copy = torch.empty(panels, groups, nr, dtype=dtype, device="cpu")
+        if nbytes > 0:
+            memcpy(<void*> <size_t> copy.data_ptr(), values, <size_t> nbytes)
+        return copy.transpose(1, 2).reshape(panels * nr, groups)[:self.n].contiguous()
+
     @property
     def scale(self):
-        """The scales [n] of an int8 weight, fp32; None for another."""
+        """The scales [n] of an int8 weight, fp32, or [n, groups] of one in groups; None for another."""
+        if self.grouped:
+            return self.of_groups(self.weight.groups.scales)
         return self.channels(self.weight.scales, torch.float32)
+
+    @property
+    def offset(self):
+        """The offsets [n, groups] of a weight in groups; None where there are none."""
+        return self.of_groups(self.weight.groups.offsets) if self.shape.groups.offsets else None
+
+    @property
+    def table(self):
+        """What the codes of a weight in groups stand for, fp32 [16]; None for another."""
+        if not self.grouped:
+            return None
+        copy = torch.empty(16, dtype=torch.float32, device="cpu")
+        memcpy(<void*> <size_t> copy.data_ptr(), self.weight.groups.table, 64)
+        return copy
 
     @property
     def zero(self):

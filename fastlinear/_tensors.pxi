@@ -3,7 +3,7 @@
 cdef object Tensor = torch.Tensor
 cdef dict dtype_of_format = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8wo": torch.int8, "int8": torch.int8,
-    "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32,
+    "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int4": torch.uint8,
 }
 
 
@@ -20,7 +20,9 @@ cdef list all_formats():
 
 cdef tuple dtypes = tuple(dtype_of_format[name] for name in all_formats())  # by Format
 FORMATS = {dtypes[i]: format_name(i) for i in range(len(dtypes)) if format_at(i).floating}
-PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes)) if format_at(i).pack != NULL}
+PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes))
+          if format_at(i).pack != NULL and not format_at(i).grouped}
+GROUPED = tuple(format_name(i) for i in range(len(dtypes)) if format_at(i).grouped)
 cdef dict formats_of_x = {dtypes[i]: i for i in range(len(dtypes)) if format_at(i).floating} | {
     torch.int8: INT8, torch.uint8: UINT8
 }
@@ -133,6 +135,14 @@ cdef object need_vector(object values, object dtype, ptrdiff_t n, str what):
     fit = isinstance(values, Tensor) and values.dtype is dtype and values.shape == (n,) and values.device.type == "cpu"
     if not fit:
         raise ValueError(f"{what} must be a {dtype} CPU tensor of shape ({n},), not {describe(values)}")
+    return values.detach().contiguous()
+
+
+# Scales and the like of a weight in groups.
+cdef object need_groups(object values, object dtype, tuple shape, str what):
+    fit = isinstance(values, Tensor) and values.dtype is dtype and values.shape == shape and values.device.type == "cpu"
+    if not fit:
+        raise ValueError(f"{what} must be a {dtype} CPU tensor of shape {shape}, not {describe(values)}")
     return values.detach().contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
-from fastlinear.spec import activations, int8
+from fastlinear.spec import activations, int4, int8
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
 from fastlinear.spec.int8 import Quantized, Rows
@@ -28,6 +29,7 @@ def results() -> Iterator[tuple[str, str, float]]:
         for layout in row["reads"]:
             form = layout.split("/")[0]
             worst = _worst_product if row["rows"] in INTEGER_ROWS else _worst_sum
+            worst = _worst_coded if form in _kernels.GROUPED else worst
             yield row["name"], "sums" if form == row["format"] else f"sums of {form}", worst(row, layout)
     for isa, row in {row["isa"]: row for row in reversed(rows) if row["format"] in DTYPES}.items():
         for name in activations.names():
@@ -55,6 +57,22 @@ def _worst_sum(row: dict[str, Any], layout: str) -> float:
                 spacing = torch.finfo(of_y).eps * (want.abs() + bound).clamp_min(torch.finfo(of_y).tiny)
                 error = (_run(row, layout, x, weight, bias, of_y) - want).abs()
                 worst = max(worst, _largest(error / (bound + (of_y is not torch.float32) * spacing / 2)))
+    return worst
+
+
+def _worst_coded(row: dict[str, Any], layout: str) -> float:
+    """`_worst_sum` of a weight in groups, with and without offsets, as what its codes stand for; each of its numbers is
+    rounded twice, and once more where the kernel multiplies 16 bits."""
+    worst, of_x = 0.0, DTYPES[row["rows"]]
+    for offsets, (m, k, n) in itertools.product((False, True), _SHAPES):
+        coding = int4.Coding(16, offsets=offsets)
+        coded = int4.quantize_weight(torch.randn(n, k, device="cpu") + offsets, coding)
+        packed = _kernels.Packed(coded.codes, coding.layout(layout), coded.scale, None, coded.table, coded.offset)
+        x, out = torch.randn(m, k, device="cpu").to(of_x), torch.empty(m, n, device="cpu")
+        _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(), x, None, out)
+        weight, size = int4.dequantize(coded).to(of_x).double(), int4.magnitudes(coded).double()
+        bound = _gamma(k + 6, torch.float32) * (x.double().abs() @ size.T)
+        worst = max(worst, _largest((out - x.double() @ weight.T).abs() / bound))
     return worst
 
 

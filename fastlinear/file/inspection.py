@@ -71,7 +71,7 @@ def _summary(path: AnyPath, said: Manifest, contents: Contents) -> Iterator[str]
 
 
 def _is_mapped(layer: Layer) -> bool:
-    return table.layout(layer.packed) == layer.layout
+    return table.layout(layer.packed) == table.base(layer.layout)
 
 
 def _plain(text: str) -> str:

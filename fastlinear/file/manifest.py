@@ -30,9 +30,11 @@ import torch
 import fastlinear._kernels as _kernels
 from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
+from fastlinear.plan import table
 from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
+from fastlinear.spec.int4 import is_table
 from fastlinear.spec.int8 import BYTES, Requantize, Rows, is_scale, is_zero
 from fastlinear.spec.precision import epilogue, wanted
 
@@ -172,9 +174,14 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     _check_fields("a layer", raw, kinds)
     layer = Layer(**raw)
     who = f"the layer {shown(layer.name)}"
-    if layer.layout not in layouts:
+    base = table.base(layer.layout)
+    if base not in layouts:
         raise ValueError(f"{who} is packed as {shown(layer.layout)}, which is none of {', '.join(layouts)}")
-    if layouts[layer.layout] != layer.packed or layer.held not in DTYPES:
+    try:
+        _kernels.packed_nbytes(layer.layout, 0, 0)
+    except ValueError as error:
+        raise ValueError(f"{who} is packed as {shown(layer.layout)}: {error}") from error
+    if layouts[base] != layer.packed or layer.held not in DTYPES:
         raise ValueError(f"{who} is said to be {shown(layer.held)} packed in {shown(layer.packed)} as {layer.layout!r}")
     if layer.bias not in (None, _kernels.FORMATS[torch.float32], layer.held):
         raise ValueError(f"{who} cannot have a bias in {shown(layer.bias)}")
@@ -300,6 +307,10 @@ def _check_smoothing(who: str, scheme: StoredScheme | None, k: int, contents: Co
 
 def check_channels(who: str, packed: _kernels.Packed) -> None:
     """ValueError where the scales or zero points of a weight are none."""
+    if packed.table is not None:  # the scales may be as odd as the numbers of a weight in floats
+        if not is_table(tuple(packed.table.tolist())):
+            raise ValueError(f"{who} has codes that stand for no numbers")
+        return
     scale, zero = packed.scale, packed.zero
     if scale is not None and not is_scale(scale):
         raise ValueError(f"{who} has scales that are negative or not finite")

@@ -27,6 +27,7 @@ from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.memory import Remembered
 from fastlinear.plan.problem import FROZEN
 from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.int4 import coding_of
 from fastlinear.spec.precision import Precision
 from fastlinear.spec.programs import is_gated
 
@@ -120,9 +121,9 @@ def _blob(layer: Any) -> tuple[Blob, Hashable]:
         data = frozen.packed.data
         return Blob(data.nbytes, lambda: data), id(frozen)
     weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
-    layout = table.layout(precision.packed)
+    layout = packs.layout_of(precision)
     nbytes = _kernels.packed_nbytes(layout, layer._channels, layer.in_features)
-    key = _identity(weight), precision.packed, transposed, layer._gated, id(precision.smooth)
+    key = _identity(weight), precision.packed, precision.coding, transposed, layer._gated, id(precision.smooth)
     return Blob(nbytes, lambda: packs.pack(weight, precision, transposed, gated=layer._gated).data), key
 
 
@@ -134,7 +135,7 @@ def _record(layer: Any, name: str, panels: str) -> Layer:
         k=layer.in_features,
         held=_kernels.FORMATS[dtype_of(layer)],
         packed=packed,
-        layout=table.layout(packed) if frozen is None else frozen.packed.layout,
+        layout=packs.layout_of(layer.precision) if frozen is None else frozen.packed.layout,
         panels=panels,
         bias=None if layer.bias is None else _kernels.FORMATS[layer.bias.dtype],
         activation=layer.activation,
@@ -215,7 +216,7 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
             packed, origin = kind.over(data, record.layout, record.n, record.k), ""
             check_channels(f"the layer {shown(record.name)}", packed)
             smooth = record.quantized and record.quantized.smooth
-            if layouts[record.packed] != record.layout:
+            if layouts[record.packed] != table.base(record.layout):
                 packed, origin = packs.repack(packed, layouts[record.packed]), f"repacked from {record.layout}"
             frozen[record.panels] = Frozen(
                 packed, DTYPES[record.held], origin=origin, smooth=mapped.tensor(smooth) if smooth else None
@@ -237,7 +238,8 @@ def _assign(match: Match, said: Manifest, mapped: Mapped) -> None:
 def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -> None:
     """Makes a layer fast, and frozen unless its weight is stored plain, too; it then has that and its pack."""
     packed = None if record.packed == record.held else record.packed
-    precision = Precision(packed, record.accumulate, products=record.products)
+    coding = coding_of(frozen.packed)
+    precision = Precision(packed, record.accumulate, products=record.products, coding=coding)
     if record.quantized is not None:
         rows = record.quantized.rows._replace(smooth=frozen.smooth)
         precision = precision._replace(rows=rows, out=record.quantized.out)

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 import fastlinear._kernels as _kernels
 from fastlinear.layer.frozen import Freezable, Frozen, record_of
 from fastlinear.layer.packs import pack_quantized
+from fastlinear.layer.quality import coded_snr
 from fastlinear.spec.foreign import foreign
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import ANYHOW, Wanted
@@ -68,6 +69,11 @@ def _why_unpacked(layer: Any, asked: Wanted, name: str) -> str | None:
     reason = asked.why_not(name, weight.shape[0 if is_transposed(layer) else 1])
     if reason is None and weight.numel() > 0 and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
         reason = "its weight has infinities or NaN, which no integers stand for"
+    coding, least = asked.scheme.coding(), asked.scheme.least
+    if reason is None and coding is not None and least is not None and weight.numel() > 0:
+        kept = coded_snr(weight.t() if is_transposed(layer) else weight, coding)
+        if kept < least:
+            reason = f"4 bits keep {kept:.1f} dB of its weight, less than the {least:g} that were asked for"
     return reason
 
 

@@ -30,7 +30,7 @@ from fastlinear._engine import Engine
 from fastlinear.layer import operator
 from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
-from fastlinear.layer.packs import GatedPacked, kind_of
+from fastlinear.layer.packs import GatedPacked, kind_of, repack
 from fastlinear.plan import table
 from fastlinear.plan.candidates import Plan
 from fastlinear.spec import gates
@@ -98,8 +98,11 @@ class Frozen:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         packed = self.packed
-        contents = packed.unpack(), packed.scale, packed.zero
         rest = self.dtype, self.requires_grad, self.smooth, self.gated
+        if packed.grouped:  # whose layout is the same on every machine
+            data = _bytes_of(packed.data) if protocol > 2 else packed.data
+            return _of_groups_again, (data, packed.layout, packed.n, packed.k, *rest)
+        contents = packed.unpack(), packed.scale, packed.zero
         if protocol > 2:
             return _packed_from_bytes, (packed.format, *map(_bytes_of, contents), *rest)
         # torch.save's protocol, to which bytes are text. What goes to another process has a later one: torch sends
@@ -139,6 +142,15 @@ def _packed_again(
 ) -> Frozen:
     packed = kind_of(gated)(weight, table.layout(packed_as), scale, zero)
     return Frozen(packed, dtype, requires_grad, smooth=smooth)
+
+
+def _of_groups_again(
+    data: Any, layout: str, n: int, k: int, dtype: torch.dtype, requires_grad: bool, smooth: Tensor | None, gated: bool
+) -> Frozen:
+    tensor = data if isinstance(data, Tensor) else _tensor_of(data)
+    assert tensor is not None
+    aligned = kind_of(gated).over(tensor.clone().numpy(), layout, n, k)
+    return Frozen(repack(aligned, layout), dtype, requires_grad, smooth=smooth)
 
 
 def record_of(module: nn.Module) -> Frozen | None:

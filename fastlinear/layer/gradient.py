@@ -33,7 +33,8 @@ from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import gates, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import FP32, name_of
-from fastlinear.spec.int8 import Quantized, dequantize, handed_on
+from fastlinear.spec.int8 import handed_on
+from fastlinear.spec.packed import numbers
 from fastlinear.spec.programs import is_gated
 from fastlinear.spec.reference import Reference, width
 
@@ -44,11 +45,14 @@ _SUMS = _kernels.Epilogue()
 
 class Transpose:
     """W^ of a pack, [N, K], in panels of [K, N] and the narrowest floats that hold it exactly: integers below 2^8 are
-    bf16, and their scales multiply g. Its plans are kept like those of a layer."""
+    bf16, and their scales multiply g; codes of 4 bits are fp32. Its plans are kept like those of a layer."""
 
     def __init__(self, packed: _kernels.Packed) -> None:
-        values, zero, self.scale = packed.unpack(), packed.zero, packed.scale
-        if self.scale is not None:
+        self.scale = None if packed.grouped else packed.scale
+        if self.scale is None:
+            values = numbers(packed)
+        else:
+            values, zero = packed.unpack(), packed.zero
             centered = values if zero is None else values.short() - zero.short()[:, None]
             values = centered.to(torch.bfloat16)
         self.packed = _kernels.Packed(values.t(), table.layout(name_of(values.dtype)))
@@ -203,10 +207,9 @@ def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Ten
     if not of_weight:
         return transpose_of(packed).product(g.contiguous(), by.measure)
     # An int8 weight costs more to quantize again than to unpack.
-    scale = packed.scale
-    if scale is None:
+    if packed.scale is None:
         return g @ reference.weight(weight).to(g.dtype)
-    w = dequantize(Quantized(packed.unpack(), scale, packed.zero))
+    w = numbers(packed)
     return g @ w.to(g.dtype)
 
 

@@ -33,7 +33,9 @@ from fastlinear.layer import gradient
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, name_of
-from fastlinear.spec.int8 import Quantized, Requantize, Rows, dequantize
+from fastlinear.spec.int4 import spelling
+from fastlinear.spec.int8 import Requantize, Rows
+from fastlinear.spec.packed import numbers
 from fastlinear.spec.precision import Precision
 from fastlinear.spec.programs import is_gated
 from fastlinear.spec.reference import Reference
@@ -44,7 +46,7 @@ SCHEMA = (
     "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
     "str packed='', str accumulate='fp32', str layout='', int n=0, int k=0, "
     "str rows='', float scale=0.0, int zero=0, Tensor? smooth=None, ScalarType? out=None, float out_scale=0.0, "
-    "int out_zero=0, str products='fp32', Tensor[]? operands=None) -> Tensor"
+    "int out_zero=0, str products='fp32', str coding='', Tensor[]? operands=None) -> Tensor"
 )
 Key: TypeAlias = tuple[Any, ...]
 
@@ -68,6 +70,7 @@ class Form(NamedTuple):
     out_scale: float = 0.0
     out_zero: int = 0
     products: str = FP32
+    coding: str = ""
     tensors: Sequence[Tensor] | None = None  # the operands
 
     @property
@@ -78,7 +81,8 @@ class Form(NamedTuple):
         """What the op may round to."""
         rows = Rows(self.rows, self.scale, self.zero, self.smooth) if self.rows else None
         out = None if self.out is None else Requantize(self.out, self.out_scale, self.out_zero)
-        return Precision(self.packed or None, self.accumulate, rows, out, products=self.products)
+        coding = spelling(self.coding) if self.coding else None
+        return Precision(self.packed or None, self.accumulate, rows, out, products=self.products, coding=coding)
 
     def fused(self) -> Activation | None:
         """The activation as a layer has it."""
@@ -100,14 +104,15 @@ def arguments(
     """What a layer tells the op. panels: layout, n and k of a frozen one, else "", 0 and 0."""
     name, params = activation or IDENTITY
     rows, out = precision.rows or Rows(""), precision.out or (None, 0.0, 0)
-    rest: tuple[Any, ...] = (*panels, *rows, *out, precision.products, [*operands] or None)
+    coding = "" if precision.coding is None else precision.coding.spelled()
+    rest: tuple[Any, ...] = (*panels, *rows, *out, precision.products, coding, [*operands] or None)
     return Form(name, list(params), transposed, packed, precision.accumulate, *rest)
 
 
 def key_of(address: int | None, activation: Activation | None, transposed: bool, precision: Precision) -> Key:
     """Equal for what one layer may answer, whatever it is packed in."""
     rows, smooth = (precision.rows or Rows(""))._replace(smooth=None), address_of(precision.smooth)
-    floats = precision.accumulate, precision.products
+    floats = precision.accumulate, precision.products, precision.coding
     return address, activation, transposed, floats, rows, smooth, precision.out
 
 
@@ -216,6 +221,7 @@ _FORM = tuple[
     int | None,
     float,
     int,
+    str,
     str,
     list[Tensor] | None,
 ]
@@ -329,8 +335,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 
 def _unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
     packed = _kernels.Packed.over(panels.numpy(), layout, n, k)
-    values, scale = packed.unpack(), packed.scale
-    return values if scale is None else dequantize(Quantized(values, scale, packed.zero))
+    return numbers(packed)
 
 
 def _fake_weight(panels: Tensor, layout: str, n: int, k: int) -> Tensor:

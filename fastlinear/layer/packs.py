@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear.plan import table
-from fastlinear.spec import gates
+from fastlinear.spec import gates, int4
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.int8 import Quantized, quantize_weight
 from fastlinear.spec.precision import Precision, is_same
@@ -26,9 +26,17 @@ class GatedPacked(_kernels.Packed):
     """A gated weight [2 N, K], whose channels take turns in the panels (spec/gates.py). Whoever asks for the weight,
     its scales and zero points has them in the order of the Parameter."""
 
-    def __init__(self, weight: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
-        turns = (t if t is None else gates.interleave(t, layout) for t in (scale, zero))
-        super().__init__(gates.interleave(weight, layout), layout, *turns)
+    def __init__(
+        self,
+        weight: Tensor,
+        layout: str,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        table: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
+        scale, zero, offset = (t if t is None else gates.interleave(t, layout) for t in (scale, zero, offset))
+        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, offset)
 
     def unpack(self) -> Tensor:
         return gates.separate(super().unpack(), self.layout)
@@ -41,8 +49,14 @@ class GatedPacked(_kernels.Packed):
     def zero(self) -> Tensor | None:  # type: ignore[override]
         return self._in_order(super().zero)
 
+    @property
+    def offset(self) -> Tensor | None:  # type: ignore[override]
+        return self._in_order(super().offset)
+
     def _in_order(self, channels: Tensor | None) -> Tensor | None:
-        return None if channels is None else gates.separate(channels[:, None], self.layout)[:, 0].contiguous()
+        if channels is None:
+            return None
+        return gates.separate(channels.reshape(len(channels), -1), self.layout).reshape(channels.shape).contiguous()
 
 
 def kind_of(gated: bool) -> type[_kernels.Packed]:
@@ -64,16 +78,15 @@ def pack(
     weight, if the caller took one before. Raises ValueError where the format is of integers and the weight has
     infinities or NaN, or too many columns.
     """
-    assert precision.packed is not None
-    layout, smooth = table.layout(precision.packed), precision.smooth
+    layout, smooth, coding = layout_of(precision), precision.smooth, precision.coding
     # Before the contents are read: what is written meanwhile is then seen at the next call.
     fingerprint = fingerprint or _engine.Fingerprint(weight)
-    key = (fingerprint.memory, transposed, gated, layout, None if smooth is None else smooth.numpy().tobytes())
+    key = (fingerprint.memory, transposed, gated, layout, coding, None if smooth is None else smooth.numpy().tobytes())
     known, shared = _packs.get(key, (None, None))
     packed = shared() if shared is not None and known is not None and known.fits(weight) else None
     if packed is None or compare:
         dense = weight.detach().t() if transposed else weight.detach()
-        contents = _contents(dense, precision.packed, smooth)
+        contents = _contents(dense, precision)
         if packed is None or not _holds(packed, *contents):
             packed = kind_of(gated)(contents[0], layout, *contents[1:])
         reference = weakref.ref(packed, functools.partial(_forget, key))
@@ -86,16 +99,33 @@ def _forget(key: tuple[Any, ...], reference: weakref.ref[_kernels.Packed]) -> No
         del _packs[key]
 
 
-def _contents(dense: Tensor, packed_as: str, smooth: Tensor | None) -> tuple[Any, ...]:
-    """The weight [n, k] in a format: as Packed takes it, with scales where the format is of integers."""
-    if packed_as in DTYPES:
-        return (dense.to(DTYPES[packed_as]),)
-    quantized = quantize_weight(dense, smooth)
+def layout_of(precision: Precision) -> str:
+    """In which a weight is packed on this machine."""
+    assert precision.packed is not None
+    base = table.layout(precision.packed)
+    return base if precision.coding is None else precision.coding.layout(base)
+
+
+def _contents(dense: Tensor, precision: Precision) -> tuple[Any, ...]:
+    """The weight [n, k] as Packed takes it, with scales and the like where its format is of integers or codes."""
+    assert precision.packed is not None
+    if precision.packed in DTYPES:
+        return (dense.to(DTYPES[precision.packed]),)
+    if precision.coding is not None:
+        coded = int4.quantize_weight(dense, precision.coding)
+        return coded.codes, coded.scale, None, coded.table, coded.offset
+    quantized = quantize_weight(dense, precision.smooth)
     return quantized.values, quantized.scale, quantized.zero
 
 
-def _holds(packed: _kernels.Packed, values: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> bool:
-    return torch.equal(packed.unpack(), values) and is_same(packed.scale, scale) and is_same(packed.zero, zero)
+def contents_of(packed: _kernels.Packed) -> tuple[Tensor | None, ...]:
+    """What a pack was made of: values or codes, scale, zero, table and offset."""
+    return packed.unpack(), packed.scale, packed.zero, packed.table, packed.offset
+
+
+def _holds(packed: _kernels.Packed, *contents: Tensor | None) -> bool:
+    padded = (*contents, *(None,) * 4)
+    return all(is_same(had, has) for had, has in zip(contents_of(packed), padded, strict=False))
 
 
 def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) -> _kernels.Packed:
@@ -105,7 +135,9 @@ def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) ->
 
 def repack(packed: _kernels.Packed, layout: str) -> _kernels.Packed:
     """The same weight in another layout of its format, bit for bit."""
-    return type(packed)(packed.unpack(), layout, packed.scale, packed.zero)
+    values, *beside = contents_of(packed)
+    assert values is not None
+    return type(packed)(values, layout, *beside)
 
 
 def forget_pack(weight: Tensor) -> None:

@@ -6,9 +6,13 @@ import weakref
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 import fastlinear._kernels as _kernels
 from fastlinear.layer.frozen import record_of
-from fastlinear.spec.int8 import Quantized, output_snr, weight_snr
+from fastlinear.spec import int4
+from fastlinear.spec.int8 import Quantized, output_snr, signal_to_noise, weight_snr
+from fastlinear.spec.packed import numbers
 
 _ELEMENTS = 1 << 20  # of a larger weight every second, third ... channel is looked at
 
@@ -38,6 +42,12 @@ def quality_of(layer: Any) -> Quality:
     return _noted(layer, packed)
 
 
+def coded_snr(weight: Tensor, coding: int4.Coding) -> float:
+    """Signal to noise in dB that a weight [n, k], or of a large one every second, third ... channel, keeps as codes."""
+    part = weight.detach()[:: max(1, weight.numel() // _ELEMENTS)]
+    return signal_to_noise(part, int4.dequantize(int4.quantize_weight(part, coding)))
+
+
 def note(layer: Any, packed: _kernels.Packed, for_good: bool = False) -> None:
     """Remembers it of a pack of the weight that a layer still has; for_good: and is about to lose."""
     if packed.scale is None:
@@ -56,6 +66,8 @@ def _noted(owner: Any, packed: _kernels.Packed) -> Quality:
 def _measured(layer: Any, packed: _kernels.Packed) -> Quality:
     every, precision = max(1, packed.n * packed.k // _ELEMENTS), layer.precision
     weight = (layer.weight.t() if layer._transposed else layer.weight).detach()[::every]
+    if packed.grouped:
+        return Quality(signal_to_noise(weight, numbers(packed)[::every]))
     scale, zero = packed.scale, packed.zero
     assert scale is not None
     quantized = Quantized(packed.unpack()[::every], scale[::every], None if zero is None else zero[::every])

@@ -10,7 +10,7 @@ import functools
 from typing import NamedTuple
 
 from fastlinear.plan.problem import Problem
-from fastlinear.plan.table import Row, runnable
+from fastlinear.plan.table import Row, base, runnable
 from fastlinear.spec.formats import DTYPES, FP32, INTEGER_ROWS
 
 _COARSE = {*DTYPES} - {FP32}  # sums of these have to be asked for
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 def able(problem: Problem) -> tuple[Row, ...]:
     """The kernels that can compute it: they read its panels, and its rows as they are or widened."""
-    return _able(problem.panels, problem.rows)
+    return _able(base(problem.panels), problem.rows)
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def native_candidates(problem: Problem) -> list[Plan]:
 
     Without further row tiles to share a widened panel, widening it is work in vain.
     """
-    work, panels = problem.m * problem.n * problem.k, problem.panels
+    work, panels = problem.m * problem.n * problem.k, base(problem.panels)
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Plan(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")

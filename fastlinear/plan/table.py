@@ -37,6 +37,11 @@ def layout(packed: str) -> str:
     return _layout(packed, override())
 
 
+def base(layout: str) -> str:
+    """The layout of the panels alone, as the kernels' rows have it, of one that says how its groups are scaled, too."""
+    return layout.partition(":")[0]
+
+
 @functools.cache
 def _layout(packed: str, name: str | None) -> str:
     read = [layout for row in runnable() if row["name"] == name for layout in row["reads"]]

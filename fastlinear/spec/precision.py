@@ -10,6 +10,7 @@ from torch import Tensor
 import fastlinear._kernels as _kernels
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
+from fastlinear.spec.int4 import Coding
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.programs import steps_of
 from fastlinear.spec.schemes import Scheme
@@ -22,7 +23,7 @@ class Precision(NamedTuple):
     floats that are welcome; rows: how x is quantized, None where it is not; out: what y is quantized to for the layer
     that reads it; fallback: whether the parameter's own format may run where it is faster; sample: inputs [m, k] to
     tell the error of such a layer by; products: the format that x of floats is rounded to before it is multiplied, fp32
-    where it is not.
+    where it is not; coding: how the weight becomes codes of 4 bits, None where it does not.
     """
 
     packed: str | None = None
@@ -32,6 +33,7 @@ class Precision(NamedTuple):
     fallback: bool = False
     sample: Tensor | None = None
     products: str = FP32
+    coding: Coding | None = None
 
     @property
     def smooth(self) -> Tensor | None:
@@ -100,6 +102,7 @@ class Wanted(NamedTuple):
             packed=self.scheme.packed,
             rows=self.scheme.rows(name),
             fallback=self.scheme.fallback,
+            coding=self.scheme.coding(),
             sample=None if observed is None else observed.inputs,
         )
 
@@ -111,6 +114,8 @@ class Wanted(NamedTuple):
         reason = None if self.scheme is None else self.scheme.why_not(name)
         if self.scheme is None or reason is not None:
             return reason
+        if theirs is not None and self.scheme.coding() is not None:
+            return "its weight is quantized already, to 8 bits"
         rows, zeros = self.scheme.rows(name), theirs is not None and theirs.zero is not None
         if rows is None:
             return f"{type(self.scheme).__name__} has no zero points, which its weight has" if zeros else None

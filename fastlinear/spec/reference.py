@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastlinear._kernels as _kernels
-from fastlinear.spec import gates, programs
+from fastlinear.spec import gates, int4, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32
 from fastlinear.spec.int8 import BYTES, dequantize_rows, handed_on, quantize_channels, quantize_rows, requantize
@@ -91,6 +91,11 @@ class Reference(NamedTuple):
         if packed in DTYPES:
             rounded = w.detach().to(DTYPES[packed])
             return w if w.dtype is rounded.dtype else _straight_through(_as(rounded, wide), _as(w, wide))
+        if (coding := self.precision.coding) is not None:
+            codes, of_groups, *offset = int4.quantize_channels(w.detach(), coding)
+            table = int4.table_of(coding, w)
+            stands_for = int4.dequantize(int4.Coded(codes, of_groups, table, coding.group, *offset))
+            return _straight_through(_as(stands_for, wide), _as(w, wide))
         if packed not in _kernels.PACKED:  # it is used as it is held
             return w
         values, scale = quantize_channels(w.detach(), smooth)

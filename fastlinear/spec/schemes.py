@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import fastlinear._kernels as _kernels
+from fastlinear.spec.int4 import TABLES, Coding
 from fastlinear.spec.int8 import Rows
 
 
@@ -51,6 +54,7 @@ class Scheme:
     calibration: Calibration | None = None
     fallback: bool = False
     chain: bool = False
+    least: float | None = None  # dB that the weight of a layer must keep, or it is left alone
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]
@@ -67,6 +71,10 @@ class Scheme:
 
     def rows(self, name: str) -> Rows | None:
         """How the layer of this name quantizes its input; None where it does not."""
+        return None
+
+    def coding(self) -> Coding | None:
+        """How weights become codes of 4 bits; None where they do not."""
         return None
 
     def why_not(self, name: str) -> str | None:
@@ -99,6 +107,48 @@ class Int8WeightOnly(Scheme):
     """int8 weights, multiplied by inputs in floating point: a quarter of the memory, and of the time to read it."""
 
     packed = "int8wo"
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(Scheme):
+    """4-bit weights, in groups of inputs that share a scale, multiplied by inputs in floating point: an eighth of the
+    memory of fp32, and of the time to read it.
+
+    group: inputs that share a scale, a power of two from 16 on; one from the number of inputs on has a scale a channel.
+    table: what the 16 codes stand for: "int4" (-8 to 7), "nf4", "fp4" (E2M1, that of MXFP4) or "iq4_nl".
+    offsets: whether each group has an offset, too, which serves weights that are not centered around 0.
+    scales: the dtype of scales and offsets: torch.float16, torch.bfloat16 or torch.float32.
+    least: decibels of signal to noise that the weight of a layer must keep. A layer that does not is left as it is, and
+        `report` says so.
+    Raises TypeError or ValueError for others.
+    """
+
+    group: int = 32
+    table: str = "int4"
+    offsets: bool = False
+    scales: torch.dtype = torch.float16
+    least: float | None = None
+
+    packed = "int4"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if isinstance(self.group, bool) or not isinstance(self.group, int):
+            raise TypeError(f"{name}(group=...) must be an int, but is {self.group!r}")
+        if self.group not in _kernels.GROUP_SIZES:
+            raise ValueError(f"{name}(group=...) must be a power of two from 16 on, but is {self.group}")
+        if self.table not in TABLES:
+            raise ValueError(f"{name}(table=...) must be {', '.join(map(repr, TABLES))}, but is {self.table!r}")
+        if not isinstance(self.offsets, bool):
+            raise TypeError(f"{name}(offsets=...) must be True or False, but is {self.offsets!r}")
+        if self.scales not in _kernels.FORMATS:
+            allowed = ", ".join(map(str, _kernels.FORMATS))
+            raise ValueError(f"{name}(scales=...) must be one of {allowed}, but is {self.scales!r}")
+        if self.least is not None and (isinstance(self.least, bool) or not isinstance(self.least, (int, float))):
+            raise TypeError(f"{name}(least=...) must be a number of decibels or None, but is {self.least!r}")
+
+    def coding(self) -> Coding:
+        return Coding(self.group, TABLES[self.table], self.scales, self.offsets)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ DOORS: dict[str, Callable[[Any, Path], nn.Module]] = {
     "bf16": lambda model, path: _convert(model, dtype=torch.bfloat16, freeze=True),
     "Int8Dynamic": lambda model, path: _convert(model, quantize=fastlinear.Int8Dynamic(), freeze=True),
     "Int8WeightOnly": lambda model, path: _convert(model, quantize=fastlinear.Int8WeightOnly(), freeze=True),
+    "Int4WeightOnly": lambda model, path: _convert(model, quantize=fastlinear.Int4WeightOnly(), freeze=True),
     "calibrate": _calibrated,
     "from_quantized": _quantized,
     "save and load": _loaded,

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import Int8Dynamic, Int8Static, Int8WeightOnly
-from fastlinear.spec import activations
+from fastlinear import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.spec import activations, int4
 from fastlinear.spec.int8 import (
     TINY,
     dequantize,
@@ -43,6 +43,7 @@ SCHEMES: dict[str, Callable[[nn.Module, Tensor], dict[str, Any]]] = {
     "static": lambda model, x: {"quantize": Int8Static(fastlinear.calibrate(model, [x]))},
     "static, smoothed": lambda model, x: {"quantize": Int8Static(fastlinear.calibrate(model, [x], smooth=0.5))},
     "weight-only": lambda model, x: {"quantize": Int8WeightOnly()},
+    "4 bits": lambda model, x: {"quantize": Int4WeightOnly(16, offsets=True)},
 }
 KINDS: dict[str, Callable[[], nn.Module]] = {"linear": lambda: nn.Linear(K, N), "conv1d": lambda: Conv1D(N, K)}
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -173,6 +174,8 @@ def numbers(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = (layer.weight.t() if layer._transposed else layer.weight).detach()
     if precision.packed is None:
         pass
+    elif precision.coding is not None:
+        weight = int4.dequantize(int4.quantize_weight(weight, precision.coding))
     elif precision.packed.startswith("int8"):
         weight = dequantize(quantize_weight(weight, precision.smooth))
     else:

@@ -38,6 +38,7 @@ KINDS: dict[str, Any] = {
     "bf16": lambda: {"dtype": torch.bfloat16},
     "Int8Dynamic": lambda: {"quantize": fastlinear.Int8Dynamic()},
     "Int8WeightOnly": lambda: {"quantize": fastlinear.Int8WeightOnly()},
+    "Int4WeightOnly": lambda: {"quantize": fastlinear.Int4WeightOnly(table="nf4")},
     "Int8Static": lambda: {"quantize": _static()},
     "Int8Static, smoothed": lambda: {"quantize": _static(smooth=0.5)},
 }

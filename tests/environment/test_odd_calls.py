@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-from fastlinear import Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from fastlinear.spec.int8 import signal_to_noise
 
 K, N = 24, 20
@@ -24,6 +24,7 @@ SCHEMES: dict[str, Callable[[nn.Module, Tensor], dict[str, Any]]] = {
     "dynamic": lambda model, x: {"quantize": Int8Dynamic()},
     "asymmetric": lambda model, x: {"quantize": Int8Dynamic(asymmetric=True)},
     "weight-only": lambda model, x: {"quantize": Int8WeightOnly()},
+    "4 bits": lambda model, x: {"quantize": Int4WeightOnly(16, offsets=True)},
     "static": lambda model, x: {"quantize": Int8Static(fastlinear.calibrate(model, [x]))},
 }
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)

@@ -46,6 +46,14 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def coded(tmp_path: Path) -> Path:
+    """A small file with weights of 4 bits."""
+    path = tmp_path / "coded.safetensors"
+    fastlinear.save(OFF(Small().eval(), quantize=fastlinear.Int4WeightOnly(16, offsets=True), include="*"), path)
+    return path
+
+
 def in_child(work: Callable[[], Any], seconds: int) -> Any:
     """The result of work(), from a forked child with limits; fails with what went wrong there."""
     readable, writable = os.pipe()
@@ -258,6 +266,12 @@ def test_random_mutations(path: Path) -> None:
     """Bytes and values of the header replaced at random: refused, or loaded whole, and the model then runs."""
     outcomes = mutations(path, 500)
     assert outcomes.total() == 500 and outcomes["refused"] > 250 and outcomes["loaded"] > 10
+
+
+def test_random_mutations_of_codes(coded: Path) -> None:
+    """A file of weights in groups is refused or loaded whole as any other is."""
+    outcomes = mutations(coded, 200)
+    assert outcomes.total() == 200 and outcomes["refused"] > 100 and outcomes["loaded"] > 4
 
 
 @pytest.mark.exhaustive

@@ -7,9 +7,17 @@
 
 namespace fastlinear {
 
-// The first k steps of a packed panel, whose block of the first one begins at `panel` -> the same in a floating format:
-// [k][nr] in fp32, [(k + 1) / 2][nr][2] in bf16 and fp16. Exact, but for what scales inside the panel make of codes.
-using ConvertPanel = void (*)(const void* panel, const Layout& layout, std::ptrdiff_t k, void* out);
+// The first k steps of `channels` channels of a packed panel, which are all of it but where panels have groups -> the
+// same in a floating format: [k][channels] in fp32, [(k + 1) / 2][channels][2] in bf16 and fp16. Exact, but for weights
+// that are scaled in groups, which bf16 rounds to nearest even.
+struct ConvertArgs {
+  const void* panel;  // where the group of the first k begins
+  const Layout& layout;
+  std::ptrdiff_t first, channels, k;
+  void* out;
+  const ScaledGroups* groups;
+};
+using ConvertPanel = void (*)(const ConvertArgs&);
 
 // The functions of one ISA and one format; null where there is nothing to do (fp32) or no use for it. `n` elements at
 // any address, side by side.

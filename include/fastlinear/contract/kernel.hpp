@@ -23,6 +23,7 @@ struct TileArgs {
   std::ptrdiff_t panels;
   std::ptrdiff_t k;                // elements; only the last block of K may end within a group of kr, which integer
                                    // rows fill up with anything, since the panel has zeros there, or within a k_step
+  const ScaledGroups* groups;      // of weights that are scaled in groups, from the first panel and k on
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by

@@ -23,13 +23,13 @@ struct Unit {
 
 class Grid {
  public:
-  // K is cut between blocks of the packed weight, groups of the kernel and its steps, whichever are longest.
+  // K is cut between groups of the packed weight, groups of the kernel and its steps, whichever are longest.
   Grid(const Plan& plan, const Layout& packed, std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t k)
       : m_(m), k_(k), row_step_(plan.kernel->row_step), row_steps_(ceil_div(m, row_step_)) {
     const Kernel& kernel = *plan.kernel;
     const std::ptrdiff_t row_tile_bytes = kernel.mr * std::max(k, one) * element_bytes(kernel.rows);
     const std::ptrdiff_t group_bytes = kernel.panels * panel_offset(kernel.layout, 1);  // of kr consecutive k
-    const std::ptrdiff_t step = std::max({block_k(packed), kernel.layout.kr, kernel.k_step});
+    const std::ptrdiff_t step = std::max({fastlinear::k_step(packed), kernel.layout.kr, kernel.k_step});
     groups = ceil_div(ceil_div(n, kernel.layout.nr), kernel.panels);
     row_tiles = ceil_div(row_steps_, kernel.mr / row_step_);
 

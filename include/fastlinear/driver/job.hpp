@@ -31,8 +31,8 @@ struct Job {
         grid(how, problem.weight.layout, rows.size(), problem.n, problem.k),
         prologue(problem, how, rows),
         panel_bytes(panel_offset(problem.weight.layout, problem.k)),
-        group_bytes(block_bytes(problem.weight.layout) * how.kernel->layout.kr / block_k(problem.weight.layout) *
-                    how.kernel->panels),
+        group_bytes(fastlinear::group_bytes(problem.weight.layout) * how.kernel->layout.kr / problem.weight.layout.kr *
+                    how.kernel->columns() / problem.weight.layout.nr),
         converted(problem.weight.layout != how.kernel->layout) {}
 
   // Sums are fp32 or int32.

@@ -11,14 +11,17 @@
 namespace fastlinear {
 
 // Whether a kernel runs on a weight in this layout: its own, or one that the driver turns into it panel by panel. That
-// is for kernels that multiply elements as they are; those that widen weights themselves have nothing to gain. Weights
-// are not packed in pairs of fp16, which but one ISA reads.
+// is for kernels that multiply elements as they are; those that widen weights themselves have nothing to gain. Panels
+// of groups have one width on every ISA, and may be turned into narrower ones. Weights are not packed in pairs of fp16,
+// which but one ISA reads.
 constexpr bool reads(const Kernel& kernel, const Layout& packed) {
   const Layout pairs{Format::fp16, kernel.layout.nr, 2}, plain{Format::fp16, kernel.layout.nr, 1};
   if (kernel.layout == pairs) return packed == plain;
   if (packed == pairs) return false;
-  const bool converted = kernel.rows == kernel.layout.format && packed.nr == kernel.layout.nr &&
-                         (info(packed.format).converts_to & bit(kernel.layout.format)) != 0;
+  const FormatInfo& from = info(packed.format);
+  const bool fits = from.grouped ? kernel.columns() % packed.nr == 0 : packed.nr == kernel.layout.nr;
+  const bool converted =
+      kernel.rows == kernel.layout.format && fits && (from.converts_to & bit(kernel.layout.format)) != 0;
   return packed == kernel.layout || converted;
 }
 

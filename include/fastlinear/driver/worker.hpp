@@ -48,7 +48,7 @@ class Worker {
     const Problem& p = job.p;
     const Kernel& kernel = *job.plan.kernel;
     const Layout& packed = p.weight.layout;
-    const std::ptrdiff_t panel = u.group * kernel.panels;
+    const std::ptrdiff_t channel = u.group * kernel.columns(), panel = channel / packed.nr;
     const char* weights = p.weight.panels + panel * job.panel_bytes;
     const Range slice = job.grid.slice_of(u);
     const bool slow = info(packed.format).bits <= 8 && job.plan.form == nullptr;
@@ -60,17 +60,20 @@ class Worker {
     };
     TileArgs a{};
     a.lda = job.x.rows.stride;
-    a.panels = std::min(kernel.panels, ceil_div(p.n, packed.nr) - panel);
+    a.panels = std::min(kernel.panels, ceil_div(p.n - channel, kernel.layout.nr));
     for (Range block = job.grid.block_at(slice, slice.begin);; block = job.grid.block_at(slice, block.end)) {
       a.k = block.size();
       a.accumulate = block.begin > slice.begin;
       a.panel = weights + panel_offset(packed, block.begin);
       a.panel_stride = job.panel_bytes;
-      if (job.converted) convert_panels(job, a);
+      const ScaledGroups groups_here = p.weight.groups.at(packed, panel, block.begin);
+      a.groups = &groups_here;
+      if (job.converted) convert_panels(job, channel, a);
       // Each row tile brings its share of what comes next into L2: the next K block, or the next group.
       const bool last = block.end == slice.end;
-      const char* next = last ? weights + kernel.panels * job.panel_bytes + panel_offset(packed, slice.begin)
-                              : weights + panel_offset(packed, block.end);
+      const char* next =
+          last ? weights + kernel.columns() / packed.nr * job.panel_bytes + panel_offset(packed, slice.begin)
+               : weights + panel_offset(packed, block.end);
       const std::ptrdiff_t groups = round_up(a.k, kernel.layout.kr) / kernel.layout.kr;
       a.prefetch_stride = prefetches ? job.group_bytes / tiles.size() : 0;
       for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t) {
@@ -91,15 +94,18 @@ class Worker {
 
   // Panels in the format that the kernel reads, where they are packed in another. It costs one load, one instruction
   // and one store a vector, once for all row tiles, and the copy stays in L2.
-  void convert_panels(const Job& job, TileArgs& a) {
+  void convert_panels(const Job& job, std::ptrdiff_t channel, TileArgs& a) {
     const Layout &layout = job.p.weight.layout, &read = job.plan.kernel->layout;
     const Conversion& from = job.plan.vectors->conversions[static_cast<std::size_t>(layout.format)];
     const ConvertPanel convert = from.panel_to[static_cast<std::size_t>(read.format)];
     const auto* const packed = static_cast<const char*>(a.panel);
     const std::ptrdiff_t bytes = panel_offset(read, a.k);
     std::byte* const copies = wide_.bytes(a.panels * bytes);
-    for (std::ptrdiff_t i = 0; i < a.panels; ++i)
-      convert(packed + i * job.panel_bytes, layout, a.k, copies + i * bytes);
+    for (std::ptrdiff_t i = 0; i < a.panels; ++i) {
+      const std::ptrdiff_t first = channel % layout.nr + i * read.nr, panel = first / layout.nr;
+      const ScaledGroups groups = a.groups->at(layout, panel, 0);
+      convert({packed + panel * job.panel_bytes, layout, first % layout.nr, read.nr, a.k, copies + i * bytes, &groups});
+    }
     a.panel = copies;
     a.panel_stride = bytes;
   }

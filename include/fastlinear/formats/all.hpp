@@ -2,11 +2,13 @@
 // this one (its elements, how they are packed), a name in the enum, a row here.
 #pragma once
 
+#include <algorithm>
 #include <iterator>
 
 #include "fastlinear/contract/arith.hpp"
 #include "fastlinear/contract/format.hpp"
 #include "fastlinear/formats/elements.hpp"
+#include "fastlinear/formats/int4.hpp"
 
 namespace fastlinear {
 
@@ -20,6 +22,7 @@ inline constexpr FormatInfo kFormats[] = {
     {Format::uint8, "uint8", 8, false, nullptr, nullptr},
     {Format::int16, "int16", 16, false, nullptr, nullptr},
     {Format::int32, "int32", 32, false, nullptr, nullptr},
+    {Format::int4, "int4", 4, false, pack_nibbles, unpack_nibbles, bit(Format::fp32) | bit(Format::bf16), 1, 0, true},
 };
 
 static_assert([] {
@@ -36,19 +39,26 @@ constexpr const FormatInfo* format_at(std::size_t i) { return i < std::size(kFor
 constexpr const FormatInfo& info(Format format) { return kFormats[static_cast<std::size_t>(format)]; }
 
 constexpr bool is_float(Format format) { return info(format).floating; }
-// Of numbers that stand side by side, in x, a bias, y: packed ones have blocks.
+// Of numbers that stand side by side, in x, a bias, y.
 constexpr std::ptrdiff_t element_bytes(Format format) { return info(format).bits / 8; }
 
-// K may be cut between blocks only.
-constexpr std::ptrdiff_t block_k(const Layout& layout) {
-  return info(layout.format).k_block > 0 ? info(layout.format).k_block : layout.kr;
+// K may be cut between those only.
+constexpr std::ptrdiff_t k_step(const Layout& layout) { return std::max(layout.kr, layout.groups.size); }
+constexpr std::ptrdiff_t group_bytes(const Layout& layout) {
+  return layout.nr * layout.kr * info(layout.format).bits / 8;
 }
-constexpr std::ptrdiff_t block_bytes(const Layout& layout) {
-  return layout.nr * (block_k(layout) * info(layout.format).bits / 8 + info(layout.format).side_bytes);
-}
-// Where in a panel the block of k begins, if one does; where the panel ends, of the last k.
+// Where in a panel the group of k begins, if one does; where the panel ends, of the last k.
 constexpr std::ptrdiff_t panel_offset(const Layout& layout, std::ptrdiff_t k) {
-  return k == 0 ? 0 : ceil_div(k, block_k(layout)) * block_bytes(layout);
+  return ceil_div(k, layout.kr) * group_bytes(layout);
+}
+
+inline ScaledGroups ScaledGroups::at(const Layout& layout, std::ptrdiff_t panel, std::ptrdiff_t k) const {
+  if (size == 0) return *this;
+  const std::ptrdiff_t bytes = panel * panel_stride + k / size * layout.nr * element_bytes(format);
+  ScaledGroups there = *this;
+  there.scales += bytes;
+  if (offsets != nullptr) there.offsets += bytes;
+  return there;
 }
 
 }  // namespace fastlinear

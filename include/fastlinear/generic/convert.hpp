@@ -8,6 +8,7 @@
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
 #include "fastlinear/formats/int8.hpp"
+#include "fastlinear/generic/groups.hpp"
 
 namespace fastlinear {
 
@@ -43,8 +44,10 @@ void narrow_rows(const float* in, std::ptrdiff_t ld_in, void* out, std::ptrdiff_
 
 // nr is a multiple of every vector's width.
 template <class V, class Element>
-void widen_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
-  const std::ptrdiff_t nr = layout.nr;
+void widen_panel(const ConvertArgs& args) {
+  const std::ptrdiff_t nr = args.layout.nr, k = args.k;
+  const void* const panel = args.panel;
+  void* const to = args.out;
   const auto* in = static_cast<const Element*>(panel);
   auto* out = static_cast<float*>(to);
   if constexpr (Element::kr == 1) {
@@ -61,8 +64,10 @@ void widen_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void
 }
 
 template <class V>
-void pair_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
-  const std::ptrdiff_t nr = layout.nr;
+void pair_panel(const ConvertArgs& args) {
+  const std::ptrdiff_t nr = args.layout.nr, k = args.k;
+  const void* const panel = args.panel;
+  void* const to = args.out;
   const auto* in = static_cast<const Int8*>(panel);
   auto* out = static_cast<Bf16*>(to);
   for (std::ptrdiff_t g = 0; g < k; g += 2)
@@ -74,8 +79,10 @@ void pair_panel(const void* panel, const Layout& layout, std::ptrdiff_t k, void*
 
 // Two rows of halves -> pairs; sixteen at a time, so that compilers see vectors.
 template <class V>
-void pair_halves(const void* panel, const Layout& layout, std::ptrdiff_t k, void* to) {
-  const std::ptrdiff_t nr = layout.nr;
+void pair_halves(const ConvertArgs& args) {
+  const std::ptrdiff_t nr = args.layout.nr, k = args.k;
+  const void* const panel = args.panel;
+  void* const to = args.out;
   constexpr std::ptrdiff_t width = 16;
   for (std::ptrdiff_t g = 0; g < k; g += 2)
     for (std::ptrdiff_t j = 0; j < nr; j += width) {
@@ -97,13 +104,18 @@ inline constexpr ConvertPanel pairing = [] {
     return nullptr;
 }();
 
-// In the order of enum Format.
-template <class V>
+// In the order of enum Format. Codes: as generic/groups.hpp wants them.
+template <class V, class Codes>
 inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, {}, nullptr},
     {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}, narrow_rows<V, Bf16>},
     {widen<V, Fp16>, narrow<V, Fp16>, {widen_panel<V, Fp16>, nullptr, pair_halves<V>}, narrow_rows<V, Fp16>},
     {nullptr, nullptr, {widen_panel<V, Int8>, pairing<V>}, nullptr},
+    {nullptr, nullptr, {}, nullptr},
+    {nullptr, nullptr, {}, nullptr},
+    {nullptr, nullptr, {}, nullptr},
+    {nullptr, nullptr, {}, nullptr},
+    {nullptr, nullptr, {groups::widen_panel<V, Codes>, groups::pairing<V, Codes>}, nullptr},
 };
 
 }  // namespace fastlinear

@@ -1,7 +1,13 @@
 // A packed weight: where its panels lie, and what stands behind them.
 //
 // Behind the panels of formats that have them stand arrays of four bytes a channel, for as many channels as the panels
-// have: the scales, and for integer products the sums of the channels' weights and their zero points.
+// have: the scales, and for integer products the sums of the channels' weights and their zero points. Behind panels
+// that are scaled in groups of K stand
+//
+//   the scales [panel][group][nr], the offsets likewise if there are any, what each channel sums up to (an array as
+//   above), and the 16 numbers that codes stand for
+//
+// apart from the codes, since a kernel needs them once a group, and what is read one after another is fetched ahead.
 #pragma once
 
 #include <cstddef>
@@ -18,9 +24,23 @@ inline std::ptrdiff_t panels_bytes(const Layout& layout, std::ptrdiff_t n, std::
 
 constexpr std::ptrdiff_t channel_arrays(Format format) { return info(format).arrays; }
 
+inline constexpr std::ptrdiff_t kTableBytes = Int4::codes * 4;
+
+// Of the scales, which is that of the offsets, of one panel.
+inline std::ptrdiff_t scales_stride(const Layout& layout, std::ptrdiff_t k) {
+  return layout.groups.size == 0 ? 0
+                                 : ceil_div(k, layout.groups.size) * layout.nr * element_bytes(layout.groups.scales);
+}
+
+inline std::ptrdiff_t scales_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
+  return ceil_div(n, layout.nr) * scales_stride(layout, k);
+}
+
 inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
   const std::ptrdiff_t channels = ceil_div(n, layout.nr) * layout.nr;
-  return panels_bytes(layout, n, k) + channel_arrays(layout.format) * channels * 4;
+  const std::ptrdiff_t scales = scales_bytes(layout, n, k) * (layout.groups.offsets ? 2 : 1);
+  const std::ptrdiff_t table = info(layout.format).grouped ? kTableBytes : 0;
+  return panels_bytes(layout, n, k) + scales + channel_arrays(layout.format) * channels * 4 + table;
 }
 
 // A packed weight, as the driver reads it; the arrays are null where the layout has none.
@@ -30,12 +50,26 @@ struct Weight {
   const float* scales;
   const std::int32_t* sums;
   const std::int32_t* zeros;
+  ScaledGroups groups{};
+  const float* totals = nullptr;  // of weights in groups: what each channel sums up to
 };
 
 inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k, const char* data) {
-  Weight w{data, layout, nullptr, nullptr, nullptr};
+  Weight w{.panels = data, .layout = layout, .scales = nullptr, .sums = nullptr, .zeros = nullptr};
   const std::ptrdiff_t arrays = channel_arrays(layout.format), channels = ceil_div(n, layout.nr) * layout.nr;
-  const char* const behind = data + panels_bytes(layout, n, k);
+  const char* behind = data + panels_bytes(layout, n, k);
+  if (info(layout.format).grouped) {
+    const std::ptrdiff_t bytes = scales_bytes(layout, n, k);
+    w.groups = {layout.groups.size, behind, nullptr, layout.groups.scales, scales_stride(layout, k), nullptr};
+    behind += bytes;
+    if (layout.groups.offsets) {
+      w.groups.offsets = behind;
+      behind += bytes;
+    }
+    w.totals = reinterpret_cast<const float*>(behind);
+    w.groups.table = w.totals + channels;
+    return w;
+  }
   if (arrays > 0) w.scales = reinterpret_cast<const float*>(behind);
   if (arrays == 3) {
     w.sums = reinterpret_cast<const std::int32_t*>(behind) + channels;

@@ -82,6 +82,15 @@ inline F32 round(F32 a) { return {_mm512_maskz_roundscale_ps(kAll, a.v, _MM_FROU
 inline F32 scale(F32 x, F32 n) { return {_mm512_maskz_scalef_ps(kAll, x.v, n.v)}; }
 
 inline F32 rounded(F32 a) { return a; }
+// As formats/bf16.hpp rounds, in fp32.
+inline F32 nearest_bf16(F32 x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i all = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest);
+  return {_mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 template <int Which>
 inline __m256i half(__m512i v) {
   return _mm512_maskz_extracti64x4_epi64(0xf, v, Which);

@@ -1,0 +1,240 @@
+"""What 4 bits mean here, in plain torch: the specification that packs and kernels follow.
+
+A weight [N, K] is codes of 4 bits, a table of 16 numbers, and for each channel and group of consecutive k a scale and
+perhaps an offset:
+
+    W[n, k] = scale[n, g] * table[code[n, k]] + offset[n, g],    g = k // group
+
+in fp32, the product and the sum each rounded. The last group ends where K does. Products are those of x and W; where
+they are of bf16, W is rounded to that first.
+
+The scale of a group is searched for: the codes that each of some scales rounds to, with the scale, and the offset if
+there are any, of least squares for those codes; the best of all is kept, and never one that is worse than plain
+rounding. Nothing here is meant for speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastlinear._kernels as _kernels
+
+# nf4: Dettmers et al. 2023, arXiv:2305.14314, appendix E; fp4: Open Compute Project, Microscaling Formats (MX) v1.0,
+# section 5.3.3; iq4_nl: ggml's kvalues_iq4nl.
+TABLES: dict[str, tuple[float, ...]] = {
+    "int4": tuple(map(float, range(-8, 8))),
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+    "iq4_nl": tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))),
+}
+_SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
+_BLOCK = 1 << 17  # so many numbers are quantized at a time
+
+
+class Coding(NamedTuple):
+    """How a weight becomes codes. group: k that share a scale, a power of two from 16 on; table: 16 numbers; scales:
+    the dtype of scales and offsets; offsets: whether there are any."""
+
+    group: int = 32
+    table: tuple[float, ...] = TABLES["int4"]
+    scales: torch.dtype = torch.float16
+    offsets: bool = False
+
+    @property
+    def is_even(self) -> bool:
+        """Whether rounding finds the nearest number of the table: neighbors are 1 apart."""
+        return all(number == self.table[0] + i for i, number in enumerate(self.table))
+
+    def layout(self, base: str) -> str:
+        """The layout of such a weight in panels of `base`."""
+        return f"{base}:{self.group}:{_kernels.FORMATS[self.scales]}" + ":offsets" * self.offsets
+
+    def spelled(self) -> str:
+        """One string for it, which `spelling` reads."""
+        return " ".join([self.layout(""), *(float(number).hex() for number in self.table)])
+
+
+def spelling(spelled: str) -> Coding:
+    """What `Coding.spelled` wrote."""
+    layout, *table = spelled.split(" ")
+    return _of_layout(layout, tuple(map(float.fromhex, table)))
+
+
+def coding_of(packed: _kernels.Packed) -> Coding | None:
+    """That of a packed weight; None for one that is not in groups."""
+    return _of_layout(packed.layout, tuple(packed.table.tolist())) if packed.table is not None else None
+
+
+def _of_layout(layout: str, table: tuple[float, ...]) -> Coding:
+    _, group, scales, *offsets = layout.split(":")
+    dtype = next(dtype for dtype, name in _kernels.FORMATS.items() if name == scales)
+    return Coding(int(group), table, dtype, bool(offsets))
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """codes: uint8 [N, K], from 0 to 15; scale: floating [N, groups]; table: fp32 [16]; group: k that share a scale;
+    offset: like scale, or None for 0."""
+
+    codes: Tensor
+    scale: Tensor
+    table: Tensor
+    group: int
+    offset: Tensor | None = None
+
+
+def dequantize(weight: Coded) -> Tensor:
+    """The weight [N, K] that this stands for, in fp32."""
+    k = weight.codes.shape[-1]
+    scaled = _spread(weight.scale, weight.group, k) * weight.table[weight.codes.long()]
+    return scaled if weight.offset is None else scaled + _spread(weight.offset, weight.group, k)
+
+
+def magnitudes(weight: Coded) -> Tensor:
+    """|scale * table[code]| + |offset| of each of its numbers, [N, K], in fp32: what sums made by groups err by."""
+    offset = None if weight.offset is None else weight.offset.abs()
+    return dequantize(Coded(weight.codes, weight.scale.abs(), weight.table.abs(), weight.group, offset))
+
+
+def _spread(values: Tensor, group: int, k: int) -> Tensor:
+    """[..., groups] -> [..., K], in fp32."""
+    return values.float()[..., torch.arange(k, device=values.device) // group]
+
+
+def quantize_weight(weight: Tensor, coding: Coding) -> Coded:
+    """A floating-point weight [N, K] as codes.
+
+    Raises ValueError for infinities and NaN, and for a weight so large that `coding.scales` does not hold its scales.
+    """
+    w = weight.detach()
+    with torch.autocast("cpu", enabled=False):
+        parts = [quantize_channels(part, coding) for part in w.split(max(1, _BLOCK // max(1, w.shape[1])))]
+        codes, scale, *offset = map(torch.cat, zip(*parts, strict=True))
+    if not all(bool(each.isfinite().all()) for each in (scale, *offset)):
+        odd = (~w.isfinite()).nonzero()
+        if len(odd):
+            row, column = odd[0].tolist()
+            raise ValueError(
+                f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantized to int4"
+            )
+        raise ValueError(f"a weight of up to {w.abs().max().item():g} has scales that {coding.scales} does not hold")
+    return Coded(codes, scale, torch.tensor(coding.table, device="cpu"), coding.group, *offset)
+
+
+def quantize_channels(weight: Tensor, coding: Coding) -> tuple[Tensor, ...]:
+    """The codes uint8 [..., N, K], scales [..., N, groups] and offsets, if there are any, of `quantize_weight`, but
+    unchecked and traceable."""
+    k, group = weight.shape[-1], coding.group
+    padding = -k % group
+    w = torch.nn.functional.pad(weight.float(), (0, padding)).unflatten(-1, (-1, group))
+    # Padding counts for nothing; without it there is nothing to leave out. A trace warns of every look at a shape.
+    whole = not torch.jit.is_tracing() and padding == 0  # type: ignore[attr-defined,no-untyped-call]
+    inside = None if whole else (torch.arange(k + padding, device=w.device).view(-1, group) < k).float()
+    table = table_of(coding, w)
+    plain, starts = _starts(w, inside, table, coding.offsets)
+    fitted = _fitted(w, inside, table, coding, starts)
+    first, second = (_rounded(w, inside, table, coding, *each) for each in (plain, fitted))
+    worse = second[0] < first[0]
+    codes = torch.where(worse[..., None], second[1], first[1]).flatten(-2)[..., :k].to(torch.uint8)
+    scale = torch.where(worse, second[2], first[2])
+    return (codes, scale, torch.where(worse, second[3], first[3])) if coding.offsets else (codes, scale)
+
+
+def table_of(coding: Coding, beside: Tensor) -> Tensor:
+    """The table, fp32 [16], where `beside` is; one by one, since a trace warns of torch.tensor."""
+    return torch.stack([beside.new_full((), number, dtype=torch.float32) for number in coding.table])
+
+
+Affine = tuple[Tensor, Tensor]  # scale and offset, [..., groups]
+
+
+def _starts(w: Tensor, inside: Tensor | None, table: Tensor, offsets: bool) -> tuple[Affine, list[Affine]]:
+    """What plain rounding takes, and what a search begins with."""
+    low, high = table.min(), table.max()
+    if offsets:
+        # The first of a group is inside.
+        held = w if inside is None else torch.where(inside > 0, w, w[..., :1])
+        least, most = held.amin(-1), held.amax(-1)
+        scale, middle, between = (most - least) / (high - low), (most + least) / 2, (high + low) / 2
+        return (scale, middle - scale * between), [(scale * f, middle - scale * f * between) for f in _SHRUNK]
+    # The largest magnitude goes to that end of the table which is the farther one, by a negative scale if need be.
+    most, least = w.amax(-1), w.amin(-1)
+    scale = torch.where(most >= -least, most, least) / torch.where(-low >= high, low, high)
+    zero = torch.zeros_like(scale)
+    return (scale, zero), [(scale * f, zero) for f in _SHRUNK]
+
+
+def _fitted(w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, starts: list[Affine]) -> Affine:
+    """Of the codes that each start rounds to, with the scale and offset of least squares, what errs least."""
+    count = w.shape[-1] if inside is None else inside.sum(-1)
+    mean_w = w.sum(-1) / count if coding.offsets else torch.zeros_like(w[..., 0])
+    best_gain = best = None
+    for scale, offset in starts:
+        t = _nearest(_steps(w, scale, offset), table, coding)
+        t = t if inside is None else t * inside
+        mean_t = t.sum(-1) / count if coding.offsets else mean_w
+        square = (t * t).sum(-1) - count * mean_t * mean_t
+        product = (t * w).sum(-1) - count * mean_t * mean_w
+        some = square > 0
+        found = torch.where(some, product / square, scale)
+        gain = torch.where(some, product * found, 0.0)  # by which the squared error is below that of the mean
+        fit = found, mean_w - found * mean_t
+        if best is None or best_gain is None:
+            best, best_gain = fit, gain
+        else:
+            more = gain > best_gain
+            best_gain = torch.where(more, gain, best_gain)
+            best = torch.where(more, fit[0], best[0]), torch.where(more, fit[1], best[1])
+    assert best is not None
+    return best
+
+
+def _rounded(
+    w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, scale: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squared error [..., groups], codes int32 [..., groups, group], and scale and offset as they are held."""
+    scale, offset = scale.to(coding.scales), offset.to(coding.scales)
+    codes = _codes(_steps(w, scale.float(), offset.float()), table, coding)
+    error = w - scale.float()[..., None] * _take(table, codes) - offset.float()[..., None]
+    return (error if inside is None else error * inside).square().sum(-1), codes, scale, offset
+
+
+def _steps(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """w in the units of the table; 0 where the scale is."""
+    return (w - offset[..., None]) * torch.where(scale == 0, 0.0, 1 / scale)[..., None]
+
+
+def _nearest(steps: Tensor, table: Tensor, coding: Coding) -> Tensor:
+    """The nearest numbers of the table."""
+    if coding.is_even:
+        return torch.round(steps).clamp(coding.table[0], coding.table[-1])
+    return _take(table, _codes(steps, table, coding))
+
+
+def _codes(steps: Tensor, table: Tensor, coding: Coding) -> Tensor:
+    """The codes, int32, of the numbers of the table that are nearest."""
+    if coding.is_even:
+        nearest = torch.round(steps.nan_to_num(0.0)).clamp(coding.table[0], coding.table[-1])
+        return (nearest - coding.table[0]).int()
+    order = table.argsort(stable=True)
+    ascending = table[order]
+    places = torch.bucketize(steps, (ascending[1:] + ascending[:-1]) / 2, out_int32=True)
+    return _take(order.int(), places)
+
+
+def _take(table: Tensor, codes: Tensor) -> Tensor:
+    return table.index_select(0, codes.flatten()).view(codes.shape)
+
+
+def is_table(numbers: tuple[float, ...]) -> bool:
+    """Whether codes can stand for these."""
+    finite = all(a == a and abs(a) < 1e30 for a in numbers)
+    return len(numbers) == 16 and finite and len({*numbers}) > 1

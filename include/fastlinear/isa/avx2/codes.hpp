@@ -1,0 +1,46 @@
+// int4 codes on AVX2: vpermps looks up the lower three bits of a code in either half of the table, and the fourth,
+// moved to where vblendvps looks, chooses between the two.
+//
+//   tile   accumulators  table  weights, codes  vector operations for 8 x rows products
+//   2x32   8             2      4               5 + 2
+//   1x64   8             2      4               5 + 1
+#pragma once
+
+#include "fastlinear/generic/groups.hpp"
+#include "fastlinear/generic/tile.hpp"
+#include "fastlinear/isa/avx2/vec.hpp"
+
+namespace fastlinear::avx2 {
+
+extern const Isa kIsa;
+
+struct Codes {
+  using Lanes = __m256i;
+  __m256 low, high;
+
+  explicit Codes(const float* numbers) : low(_mm256_loadu_ps(numbers)), high(_mm256_loadu_ps(numbers + 8)) {}
+  static Lanes load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m256i index = _mm256_srli_epi32(lanes, code_shift(i));
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28 - code_shift(i)));
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper)};
+  }
+  // As text, since GCC 12 writes sums elsewhere, keeps what it has broadcast, and spills the tile.
+  static __m256 multiply_add(const float* x, __m256 w, __m256 c) {
+    __m256 all;
+    asm("vbroadcastss %3, %1\n\tvfmadd231ps %2, %1, %0" : "+x"(c), "=&x"(all) : "x"(w), "m"(*x));
+    return c;
+  }
+  static __m256 add(const float* x, __m256 c) {
+    __m256 all;
+    asm("vbroadcastss %2, %1\n\tvaddps %1, %0, %0" : "+x"(c), "=&x"(all) : "m"(*x));
+    return c;
+  }
+};
+
+inline constexpr Kernel kInt4Kernels[] = {
+    kernels::row<groups::Tile<F32, Codes>, 2, 1>("int4/avx2/2x32", kIsa),
+    kernels::row<groups::Tile<F32, Codes>, 1, 2>("int4/avx2/1x64", kIsa),
+};
+
+}  // namespace fastlinear::avx2

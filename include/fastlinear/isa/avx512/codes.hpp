@@ -1,0 +1,46 @@
+// int4 codes on AVX-512: vpermps looks a code up in a table of one register, and sees no more of an index than its
+// lower four bits, so a shift and a look-up make 16 weights.
+//
+//   tile    accumulators  table  weights, codes  vector operations for 16 x rows products
+//   1x128   8             1      2               2 + 1; bound by the weights' bytes
+//   4x64    16            1      2               2 + 4
+//
+// With more rows, the driver's widening, once for all row tiles, is the better bargain.
+#pragma once
+
+#include "fastlinear/generic/groups.hpp"
+#include "fastlinear/generic/tile.hpp"
+#include "fastlinear/isa/avx512/vec.hpp"
+
+namespace fastlinear::avx512 {
+
+extern const Isa kIsa;
+
+struct Codes {
+  using Lanes = __m512i;
+  __m512 table;
+
+  explicit Codes(const float* numbers) : table(_mm512_loadu_ps(numbers)) {}
+  static Lanes load(const char* p) { return _mm512_loadu_si512(p); }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m512i index = _mm512_maskz_srli_epi32(kAll, lanes, static_cast<unsigned>(code_shift(i)));
+    return {_mm512_maskz_permutexvar_ps(kAll, index, table)};
+  }
+  // As text, since GCC 12 writes sums elsewhere and spills the tile, as it does when it looks up more than one vector
+  // at once, which "memory" forbids. The broadcast takes no port that an FMA wants.
+  static __m512 multiply_add(const float* x, __m512 w, __m512 c) {
+    asm volatile("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(w), "m"(*x) : "memory");
+    return c;
+  }
+  static __m512 add(const float* x, __m512 c) {
+    asm("vaddps %1%{1to16%}, %0, %0" : "+v"(c) : "m"(*x));
+    return c;
+  }
+};
+
+inline constexpr Kernel kInt4Kernels[] = {
+    kernels::row<groups::Tile<F32, Codes>, 4, 2>("int4/avx512/4x64", kIsa),
+    kernels::row<groups::Tile<F32, Codes>, 1, 4>("int4/avx512/1x128", kIsa),
+};
+
+}  // namespace fastlinear::avx512

@@ -1,0 +1,33 @@
+// int4 codes in plain C++.
+#pragma once
+
+#include <cstring>
+
+#include "fastlinear/generic/groups.hpp"
+#include "fastlinear/generic/tile.hpp"
+#include "fastlinear/isa/scalar/vec.hpp"
+
+namespace fastlinear::scalar {
+
+extern const Isa kIsa;
+
+struct Codes {
+  using Lanes = std::uint32_t;
+  const float* table;
+
+  explicit Codes(const float* numbers) : table(numbers) {}
+  static Lanes load(const char* p) {
+    Lanes lanes;
+    std::memcpy(&lanes, p, sizeof lanes);
+    return lanes;
+  }
+  static double multiply_add(const float* x, double w, double c) { return c + *x * w; }
+  static double add(const float* x, double c) { return c + *x; }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const { return F32::set(table[lanes >> code_shift(i) & 15]); }
+};
+
+inline constexpr Kernel kInt4Kernels[] = {
+    kernels::row<groups::Tile<F32, Codes>, 1, 1>("int4/scalar/1x32", kIsa),
+};
+
+}  // namespace fastlinear::scalar
