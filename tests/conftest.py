@@ -19,6 +19,9 @@ for name in [name for name in os.environ if name.startswith("FASTLINEAR_") and n
     del os.environ[name]
 _cache = tempfile.TemporaryDirectory(prefix="fastlinear-tests-")
 os.environ["FASTLINEAR_CACHE_DIR"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what is compiled for the tests, once for all workers
+    _build = tempfile.TemporaryDirectory(prefix="fastlinear-build-")
+    os.environ["TESTS_BUILD_FOLDER"] = _build.name
 
 
 class Idle:
@@ -57,7 +60,7 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(1)
 
 
-FEW = 24  # parameters of one test that `make test` runs in full
+FEW = 8  # parameters of one test that `make test` runs in full
 
 
 def sample(items: list[pytest.Item]) -> set[pytest.Item]:

@@ -7,13 +7,14 @@ A build of its sources with one of them changed makes the mutants.
 
 import ctypes
 import faulthandler
+import fcntl
 import mmap
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,21 +80,34 @@ def way(isa: str) -> str:
 # ---- the library, built here -----------------------------------------------------------------------------------------
 
 
+def system_headers(source: Path) -> list[str]:
+    """Those that all CPUs' code may include."""
+    return re.findall(r"^#include <(\w+|immintrin\.h)>$", source.read_text(), re.MULTILINE)
+
+
 class Build:
     """The sources compiled unit by unit in a folder, so that a mutant compiles what it touches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.units = [*sorted(ROOT.glob("csrc/*.cpp")), ROOT / "tests/kernel/product.cpp"]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self.objects = list(pool.map(lambda u: self.compile(u, ROOT, folder / f"{u.stem}.o"), self.units))
-        self.unchanged = self.link("unchanged", self.objects)
+        self.objects = [folder / f"{unit.stem}.o" for unit in self.units]
+        self.unchanged = folder / "unchanged.so"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist share the folder
+            if not self.unchanged.exists():
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    list(pool.map(lambda unit, to: self.compile(unit, ROOT, to), self.units, self.objects))
+                names = sorted({name for unit in ROOT.rglob("include/**/*.hpp") for name in system_headers(unit)})
+                (folder / "system.hpp").write_text("".join(f"#include <{name}>\n" for name in names))
+                self.compile(folder / "system.hpp", ROOT, folder / "system.hpp.gch", "-O0", "-x", "c++-header")
+                self.link("unchanged", self.objects)
 
     @staticmethod
-    def compile(unit: Path, tree: Path, target: Path) -> Path:
+    def compile(unit: Path, tree: Path, target: Path, *more: str | Path) -> Path:
         compiler = os.environ.get("CXX", "g++")
         options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{tree / 'include'}"]
-        subprocess.run([compiler, *options, "-c", unit, "-o", target], check=True)
+        subprocess.run([compiler, *options, *more, "-c", unit, "-o", target], check=True)
         return target
 
     def link(self, name: str, objects: list[Path]) -> Path:
@@ -111,20 +125,18 @@ class Build:
         text = (tree / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}: mutant is stale"
         (tree / file).write_text(text.replace(old, new))
+        soon = ("-O0", "-include", self.folder / "system.hpp")  # which is precompiled
         objects = [
-            self.compile(source, tree, tree / "changed.o") if source.stem == unit else unchanged
+            self.compile(source, tree, tree / "changed.o", *soon) if source.stem == unit else unchanged
             for source, unchanged in zip(self.units, self.objects, strict=True)
         ]
         return self.link(tree.name, objects)
 
 
-_folder = tempfile.TemporaryDirectory(prefix="fastlinear-build-")
-
-
 @cache
 def build() -> Build:
-    """The sources as they are, compiled when they are first asked for."""
-    return Build(Path(_folder.name))
+    """The sources as they are, compiled when a process of a run of the tests first asks for them."""
+    return Build(Path(os.environ["TESTS_BUILD_FOLDER"]))
 
 
 _caches: list[tuple[int, int, int]] = []

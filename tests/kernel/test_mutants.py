@@ -98,7 +98,7 @@ INTEGERS = [
         "(this->*make_)(r, to)",
         QUADS,
     ),
-    ("the bias is added twice", FINISH, "s.bias = nullptr;\n  }\n  for (;", "}\n  for (;", QUADS),
+    ("the bias is added twice", FINISH, "s.bias = nullptr;\n  }\n  if (", "}\n  if (", QUADS),
     ("s8 outputs are u8", FINISH, "if (to.flip != 0)", "if (false)", QUADS),
     ("scales of the first tile serve all", FINISH, "w.scales + column", "w.scales", QUADS),
     ("rows of the first tile serve all", FINISH, "job.x.scales + first_row", "job.x.scales", QUADS),
@@ -136,19 +136,19 @@ BROKEN = [
         "a.accumulate = block.begin > slice.begin",
         "a.accumulate = false",
     ),
-    Mutant("the bias is skipped", FINISH, "job.bias == nullptr ? nullptr : job.bias + column", "nullptr"),
+    Mutant("the bias is skipped", FINISH, "job.bias != nullptr && !p.epilogue.gated", "false"),
     Mutant("the bias is added in every step", FINISH, "function](s);\n    s.bias = nullptr;", "function](s);"),
     Mutant(
         "a column too many is stored",
         FINISH,
-        "cols = std::min(columns, p.n - column)",
-        "cols = std::min(columns, p.n - column + 1)",
+        "sums = std::min(columns, p.n - first_sum)",
+        "sums = std::min(columns, p.n - first_sum + 1)",
     ),
     Mutant(
         "a column too few is stored",
         FINISH,
-        "cols = std::min(columns, p.n - column)",
-        "cols = std::min(columns, p.n - column - 1)",
+        "sums = std::min(columns, p.n - first_sum)",
+        "sums = std::min(columns, p.n - first_sum - 1)",
     ),
     Mutant("the second K slice is lost", DRIVER, "slice = 1; slice < ", "slice = 2; slice < "),
     Mutant(
@@ -171,8 +171,8 @@ BROKEN = [
     Mutant(
         "widened rows are one k short",
         PROLOGUE,
-        "reinterpret_cast<float*>(to), p_.k)",
-        "reinterpret_cast<float*>(to), p_.k - 1)",
+        "(p_.x.at(row, 0), reinterpret_cast<float*>(to), p_.k)",
+        "(p_.x.at(row, 0), reinterpret_cast<float*>(to), p_.k - 1)",
         TALL_BF16,
     ),
     Mutant(
@@ -226,8 +226,8 @@ BROKEN = [
     Mutant(
         "outputs are narrowed one column too far",
         FINISH,
-        "return narrow(row, y, n)",
-        "return narrow(row, y, n + 1)",
+        "p.y[first].stride, s.rows, cols)",
+        "p.y[first].stride, s.rows, cols + 1)",
         TALL_BF16,
     ),
     Mutant(
@@ -347,10 +347,6 @@ def caught_by(path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> st
             assert "the child ended with -" in str(error) or "AssertionError" in str(error), error
             return name
     return None
-
-
-# In one worker of pytest-xdist, since the sources are compiled once a process, and each mutant beside them.
-pytestmark = pytest.mark.xdist_group("built")
 
 
 def built(m: Mutant) -> Path:
