@@ -137,6 +137,7 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
     ctypedef struct Blocks:
         ptrdiff_t panels
         ptrdiff_t rows
+        ptrdiff_t prepared
     ctypedef struct RowForm:
         pass
     ctypedef struct CPlan "fastlinear::Plan":

@@ -337,8 +337,8 @@ cdef class Plan:
 
     @property
     def blocks(self):
-        """Bytes of a K block of panels, and of a block of rows."""
-        return self.plan.blocks.panels, self.plan.blocks.rows
+        """Bytes of a K block of panels, of a block of rows, and of rows that are prepared at a time."""
+        return self.plan.blocks.panels, self.plan.blocks.rows, self.plan.blocks.prepared
 
     def __repr__(self):
         return f"Plan({self.kernel!r}, threads={self.plan.threads}, k_slices={self.plan.k_slices})"

@@ -183,13 +183,15 @@ CACHES = [
 
 
 def test_blocks_follow_the_caches() -> None:
-    """Half of L2 for panels, 1 MB if it is unknown; for rows an eighth of L3, at least L2 and at most 4 MB."""
+    """Half of L2 for panels and for rows, 1 MB if it is unknown; for prepared rows an eighth of L3, at least L2 and at
+    most 4 MB."""
     found = {}
     for caches in CACHES:
         with library.caches_of(*caches):
             found[caches[1]] = native.blocks()
     mb = 1 << 20
-    assert found == {mb // 4: (mb // 8, mb), mb // 2: (mb // 4, 2 * mb), 2 * mb: (mb, 4 * mb), 0: (mb // 2, 4 * mb)}
+    prepared = {mb // 4: mb, mb // 2: 2 * mb, 2 * mb: 4 * mb, 0: 4 * mb}
+    assert found == {l2: ((l2 or mb) // 2, (l2 or mb) // 2, most) for l2, most in prepared.items()}
 
 
 @pytest.mark.parametrize("caches", CACHES, ids=lambda caches: f"L2 {caches[1] >> 10} KB")
@@ -209,15 +211,16 @@ def test_other_machines(isa: str, caches: tuple[int, int, int]) -> None:
 @every_kernel
 def test_blocks_of_k_and_of_rows(kernel: Kernel, k_slices: int) -> None:
     """K so long that the driver cuts it into three blocks, M so large that it cuts the rows, with rows that collide."""
-    blocks_are_exact(kernel, k_slices)
+    with library.caches_of(32 << 10, 128 << 10, 1 << 20):
+        blocks_are_exact(kernel, k_slices)
 
 
 def blocks_are_exact(kernel: Kernel, k_slices: int) -> None:
-    panels, block_of_rows = native.blocks()
+    panels, block_of_rows, _ = native.blocks()
     row_bytes, weight_bytes = (native.DTYPES[kernel[form]].itemsize for form in ("rows", "own"))
     k_block = panels // (weight_bytes * kernel["columns"])
     k = (2 * k_block + 1024) * k_slices
-    rows_a_block = block_of_rows // (row_bytes * k)
+    rows_a_block = max(block_of_rows // (row_bytes * k), 128)
     m, n = 2 * rows_a_block + kernel["mr"] + 1, kernel["nr"] + 1
     for threads, dtypes in zip(THREADS, (kernel["dtypes"][0], kernel["dtypes"][-1]), strict=True):
         x, w, b = native.exact_case(kernel, m, n, k, dtypes)

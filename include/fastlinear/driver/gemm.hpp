@@ -126,8 +126,8 @@ inline bool multiply(std::span<Job> jobs) {
 // would be read more often.
 inline std::ptrdiff_t parts_of(const Job& whole) {
   const std::ptrdiff_t bytes = whole.prologue.rows() * whole.prologue.row_bytes();
-  if (bytes <= whole.plan.blocks.rows) return 1;
-  return ceil_div(whole.p.m, std::max(whole.plan.blocks.rows / whole.prologue.row_bytes(), whole.plan.kernel->mr));
+  if (bytes <= whole.plan.blocks.prepared) return 1;
+  return ceil_div(whole.p.m, std::max(whole.plan.blocks.prepared / whole.prologue.row_bytes(), whole.plan.kernel->mr));
 }
 
 inline Job part(const Job& whole, std::ptrdiff_t i, std::ptrdiff_t parts) {
@@ -170,7 +170,7 @@ inline bool gemm(std::span<const Problem> problems, const Plan& plan) try {
     for (std::ptrdiff_t i = 0; i < parts; ++i) {
       jobs.push_back(part(whole, i, parts));
       bytes += jobs.back().prologue.rows() * jobs.back().prologue.row_bytes();
-      if (bytes >= plan.blocks.rows && !flush()) return false;
+      if (bytes >= plan.blocks.prepared && !flush()) return false;
     }
   }
   return flush();

@@ -38,7 +38,7 @@ class Grid {
     block_k_ = round_up(ceil_div(slice_k_, k_blocks_), step);
 
     const std::ptrdiff_t wanted = plan.threads > 1 ? plan.threads * units_per_thread : 1;
-    row_blocks_ = ceil_div(row_tiles, std::max(one, plan.blocks.rows / row_tile_bytes));
+    row_blocks_ = ceil_div(row_tiles, std::max(ceil_div(least_rows, kernel.mr), plan.blocks.rows / row_tile_bytes));
     row_blocks_ = std::min(row_tiles, std::max(row_blocks_, ceil_div(wanted, groups * plan.k_slices)));
     if (plan.threads > 1) row_blocks_ = balanced(row_blocks_, plan.threads, plan.k_slices);
     units = plan.k_slices * row_blocks_ * groups;
@@ -67,6 +67,8 @@ class Grid {
  private:
   // Enough that a thread the scheduler holds back leaves its share to the others.
   static constexpr std::ptrdiff_t units_per_thread = 4;
+  // For each block of rows the whole weight is read: with so many rows, memory keeps up with the multiplications.
+  static constexpr std::ptrdiff_t least_rows = 128;
   static constexpr std::ptrdiff_t one = 1;
 
   // At least `least` blocks of rows: so few that the thread with the most to do has at most a tenth more than the mean;

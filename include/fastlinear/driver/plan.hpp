@@ -31,17 +31,19 @@ struct Caches {
 };
 
 struct Blocks {
-  std::ptrdiff_t panels;  // bytes of a K block of a group of panels
-  std::ptrdiff_t rows;    // bytes of a block of rows of A
+  std::ptrdiff_t panels;    // bytes of a K block of a group of panels
+  std::ptrdiff_t rows;      // bytes of a block of rows of A, over which a group passes
+  std::ptrdiff_t prepared;  // bytes of the rows that the prologue makes at a time
 };
 
-// Half of L2 for a K block, so that it stays there beside the rows. An eighth of L3, which all cores share, for a block
-// of rows, at least what L2 holds: with fewer rows the whole weight would be read more often, and 4 MB are enough.
+// Half of L2 for a K block and half for a block of rows, which every group reads again: from L3 that takes longer than
+// AMX multiplies it, and a tenth longer than fp32 does. An eighth of L3, which all cores share, for prepared rows, at
+// least what L2 holds and at most 4 MB.
 inline Blocks blocks_of(const Caches& caches) {
-  constexpr std::ptrdiff_t kUnknown = 1 << 20, kMostRows = 4 << 20;
+  constexpr std::ptrdiff_t kUnknown = 1 << 20, kMostPrepared = 4 << 20;
   const auto l2 = caches.l2 > 0 ? static_cast<std::ptrdiff_t>(caches.l2) : kUnknown;
-  const auto l3 = caches.l3 > 0 ? static_cast<std::ptrdiff_t>(caches.l3) : 8 * kMostRows;
-  return {l2 / 2, std::clamp(l3 / 8, std::min(l2, kMostRows), kMostRows)};
+  const auto l3 = caches.l3 > 0 ? static_cast<std::ptrdiff_t>(caches.l3) : 8 * kMostPrepared;
+  return {l2 / 2, l2 / 2, std::clamp(l3 / 8, std::min(l2, kMostPrepared), kMostPrepared)};
 }
 
 struct Plan {
