@@ -76,7 +76,7 @@ def multiply(tree: Path) -> library.Product:
 def grown_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/library.py gives formats and functions by their numbers, of which the copy has one more each."""
     monkeypatch.setattr(library, "FUNCTIONS", [*library.FUNCTIONS[:-1], "squared_relu", library.FUNCTIONS[-1]])
-    monkeypatch.setattr(library, "FORMATS", [*library.FORMATS, "int16", "int32", "fp8"])
+    monkeypatch.setattr(library, "FORMATS", [*library.FORMATS, "int16", "int32", "int4", "fp8"])
 
 
 def scalar() -> native.Kernel:
