@@ -235,7 +235,7 @@ cdef bint takes(object module, object out):
             and state["training"] is False)
 
 
-# No list: what torch.export finds of lists and dicts in a module it puts back as copies, of which the layer knows nothing.
+# No list: lists and dicts in a module torch.export puts back as copies, of which the layer knows nothing.
 cdef class Tickets:
     """The outputs that a layer has handed over to its marker, on their way."""
 

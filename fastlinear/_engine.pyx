@@ -357,7 +357,7 @@ cdef class Engine:
             return self.weight is None and self.packed is not None
         return self.packed is not None and weight is self.weight and self.fingerprint.holds(weight)
 
-    # `module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, module.compile(),
+    # `module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, compile(),
     # an x that is no plain tensor.
     cdef object called(self, object module, dict state, object x, tuple operands):
         if not is_plain(x) or not quiet(state):

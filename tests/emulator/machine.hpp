@@ -27,8 +27,8 @@ class Machine {
   std::int64_t general(unsigned number) const { return gregs_[kGeneral[number]]; }
   void set_general(unsigned number, std::int64_t value) { gregs_[kGeneral[number]] = value; }
 
-  // Tiles of this CPU, where it has them, are in the image: their configuration always, their data once the process asked
-  // Linux for them. False where there is no room for a component, and nothing is copied.
+  // Tiles of this CPU, where it has them, are in the image: their configuration always, their data once the process
+  // asked Linux for them. False where there is no room for a component, and nothing is copied.
   static constexpr unsigned kTileConfig = 17, kTileData = 18;
   bool get(unsigned component, void* to) const {
     if (!room(component)) return false;
