@@ -54,11 +54,11 @@ struct StepArgs {
   const float* params;   // kMaxParams of them
   const float* operand;  // rows x cols, of which no more may be read, or one number a row
   std::ptrdiff_t ld_operand;
-  bool one_a_row;
+  bool one_a_row = false;
   // Of a gate: so many columns of sums to apply its function to lie before as many that go through them, which have a
   // bias of their own; `bias` and this are in the order of y.
-  std::ptrdiff_t gate;
-  const float* bias_through;
+  std::ptrdiff_t gate = 0;
+  const float* bias_through = nullptr;
 };
 
 using Step = void (*)(const StepArgs&);
