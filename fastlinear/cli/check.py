@@ -67,9 +67,8 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
     for offsets, (m, k, n) in itertools.product((False, True), _SHAPES):
         coding = int4.Coding(16, offsets=offsets)
         coded = int4.quantize_weight(torch.randn(n, k, device="cpu") + offsets, coding)
-        packed = _kernels.Packed(coded.codes, coding.layout(layout), coded.scale, None, coded.table, coded.offset)
-        x, out = torch.randn(m, k, device="cpu").to(of_x), torch.empty(m, n, device="cpu")
-        _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(), x, None, out)
+        x, bias = torch.randn(m, k, device="cpu").to(of_x), torch.zeros(n, device="cpu")
+        out = _run(row, coding.layout(layout), x, coded, bias, torch.float32)
         weight, size = int4.dequantize(coded).to(of_x).double(), int4.magnitudes(coded).double()
         bound = _gamma(k + 6, torch.float32) * (x.double().abs() @ size.T)
         worst = max(worst, _largest((out - x.double() @ weight.T).abs() / bound))
@@ -124,7 +123,7 @@ def _run(
     row: dict[str, Any],
     layout: str,
     x: Tensor,
-    weight: Tensor | Quantized,
+    weight: Tensor | Quantized | int4.Coded,
     bias: Tensor,
     dtype: torch.dtype,
     *steps: Activation,
@@ -132,7 +131,11 @@ def _run(
 ) -> Tensor:
     if isinstance(weight, Tensor) and weight.dtype is torch.int8:
         weight = Quantized(weight, torch.ones(len(weight), device="cpu"))
-    parts = (weight,) if isinstance(weight, Tensor) else (weight.values, weight.scale, weight.zero)
+    parts: tuple[Any, ...] = (weight,)
+    if isinstance(weight, Quantized):
+        parts = weight.values, weight.scale, weight.zero
+    elif isinstance(weight, int4.Coded):
+        parts = weight.codes, weight.scale, None, weight.table, weight.offset
     packed, out = (
         _kernels.Packed(parts[0], layout, *parts[1:]),
         torch.full((len(x), len(bias)), torch.nan, dtype=dtype, device="cpu"),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch.nn.parameter import is_lazy
+
 from fastlinear.layer.frozen import record_of
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.selection import linear_layers
@@ -55,14 +57,14 @@ def _weights(model: nn.Module, fast: set[str]) -> Share:
     for layer, names in linear_layers(model).items():
         frozen = record_of(layer)
         held: Any = layer._parameters.get("weight") if frozen is None else frozen
-        if held is None or id(held) in seen:
+        if held is None or is_lazy(held) or id(held) in seen:
             continue
         seen.add(id(held))
         size = held.numel() if isinstance(held, Tensor) else held.packed.n * held.packed.k
         sizes[names[0] in fast] += size
         slow += [] if names[0] in fast else [(names[0], size)]
     for name, parameter in model.named_parameters():
-        if id(parameter) not in seen | looked_up and parameter.dim() > 1:
+        if id(parameter) not in seen | looked_up and not is_lazy(parameter) and parameter.dim() > 1:
             sizes[False] += parameter.numel()
             slow.append((name, parameter.numel()))
     largest = sorted(slow, key=lambda each: -each[1])[:_LARGEST]

@@ -123,6 +123,9 @@ def is_gated(program: Activation | None) -> bool:
 
 def parsed(name: str, params: Sequence[float]) -> Activation:
     """A program as `spelled` makes it, from a file; ValueError for what it does not make."""
+    odd = sorted({type(p).__name__ for p in params if not isinstance(p, float)})
+    if odd:
+        raise ValueError(f"the epilogue program {name!r} has no such parameters: {', '.join(odd)} for a float")
     program = Activation(name, tuple(params))
     steps = steps_of(program)
     gates = [step for step in steps[1:] if step.name in GATES]
@@ -130,7 +133,7 @@ def parsed(name: str, params: Sequence[float]) -> Activation:
     if gates or len(steps) > MAX_STEPS or places != list(range(len(places))):
         raise ValueError(f"{name!r} is no epilogue program")
     checked = spelled(step if step.name in BINARY | GATES else _activation(step.name, step.params) for step in steps)
-    if checked != program or not all(isinstance(p, float) for p in params):
+    if checked != program:
         raise ValueError(f"the epilogue program {name!r} has no such parameters: {params!r}")
     return program
 

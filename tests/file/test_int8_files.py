@@ -1,6 +1,7 @@
 """save, load and inspect of int8 models: the same bits on every machine, and no lie is believed."""
 
 from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def saved(path: Path, scheme: str, kind: str = "linear", **options: Any) -> Any:
     return fast
 
 
+def shown(layer: nn.Module) -> str:
+    """All but the kernel, which a layer that has not been called since has yet to choose."""
+    return re.sub("kernel=[^,]*", "", repr(layer))
+
+
 @every_scheme
 @every_kind
 @pytest.mark.parametrize("freeze", [False, True])
@@ -75,7 +81,7 @@ def test_the_model_comes_back(path: Path, scheme: str, kind: str, freeze: bool, 
     }
     loaded = fastlinear.load(path, model[target]())
     assert torch.equal(answers(loaded, x), want) and is_frozen(loaded[0])
-    assert loaded[0].precision.is_as(fast[0].precision) and repr(loaded[0]) == repr(fastlinear.freeze(fast)[0])
+    assert loaded[0].precision.is_as(fast[0].precision) and shown(loaded[0]) == shown(fastlinear.freeze(fast)[0])
     assert same_tensors(loaded.state_dict(), fast.state_dict())
     if scheme in STATIC:
         u = torch.randint(0, 256, (5, K), dtype=torch.uint8)

@@ -440,10 +440,10 @@ def test_save_holds_one_pack_at_a_time(path: Path, monkeypatch: pytest.MonkeyPat
     alive: list[weakref.ref[Any]] = []
     real = packs.pack
 
-    def pack(*arguments: Any) -> Any:
+    def pack(*arguments: Any, **options: Any) -> Any:
         gc.collect()
         assert not any(ref() is not None for ref in alive)
-        packed = real(*arguments)
+        packed = real(*arguments, **options)
         alive.append(weakref.ref(packed))
         return packed
 
@@ -749,9 +749,9 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a bias of another dtype": (layer("fc", held="bf16", bias="bf16"), "another bias"),
         "a bias of no dtype": (layer("fc", bias="fp64"), "cannot have a bias"),
         "an unknown activation": (layer("fc", activation=["gelu2", []]), "'gelu2' is unknown"),
-        "an activation with parameters": (layer("fc", activation=["gelu", [1.0]]), "takes no parameters"),
+        "an activation with parameters": (layer("fc", activation=["gelu", [1.0]]), "takes 0 parameters"),
         "an activation that is code": (layer("fc", activation=["__import__", []]), "unknown"),
-        "an activation of lists": (layer("fc", activation=["gelu", [[]]]), "takes no parameters"),
+        "an activation of lists": (layer("fc", activation=["gelu", [[]]]), "no such parameters"),
         "an activation that is a name": (layer("fc", activation="gelu"), "as its activation"),
         "a huge parameter": (layer("fc", activation=["leaky_relu", [10**400]]), "cannot be loaded"),
         "no activation, but fused": (layer("fc", activation=None), "'fc', named among its fused"),

@@ -159,10 +159,12 @@ def test_the_table_pairs_the_formats() -> None:
         assert integers == (kernel["accumulate"] == "int32")
         widens = {layout.split("/")[0] for layout in kernel["reads"][1:]}
         pairs = kernel["format"] == kernel["rows"] == "bf16"
-        assert widens == (set(formats[1:-1]) if kernel["format"] == "fp32" else {"int8wo"} if pairs else set())
+        others = set(formats[1:-1]) if kernel["format"] == "fp32" else {"int8wo"} if pairs else set()
+        assert widens - {"int4"} == others
+        assert ("int4" in widens) == (bool(others) and kernel["columns"] % 32 == 0), kernel["name"]  # whole panels
     for isa in ("scalar", "avx2", "avx512"):
         own = [kernel for kernel in table if kernel["isa"] == isa]
-        assert {kernel["format"] for kernel in own} == set(formats)
+        assert {kernel["format"] for kernel in own} == {*formats, "int4"}
         floating = [kernel for kernel in own if kernel["format"] != "int8"]
         assert {kernel["rows"] for kernel in floating} == {kernel["accumulate"] for kernel in floating} == {"fp32"}
     met = {(dtypes.x, dtypes.weight) for kernel in native.ALL for dtypes in kernel["dtypes"]}

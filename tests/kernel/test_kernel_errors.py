@@ -209,7 +209,7 @@ UNKNOWN: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         r"'add' takes an operand, .* 0 to 7, not \(\)",
         lambda: Epilogue([("add", ())]),
     ),
-    "a fifth operand": (ValueError, r"'add' takes an operand, .* not \(4,\)", lambda: Epilogue([("add", (), 4)])),
+    "a ninth operand": (ValueError, r"'add' takes an operand, .* not \(8,\)", lambda: Epilogue([("add", (), 8)])),
     "an operand for relu": (ValueError, r"'relu' takes no operand, not \(0,\)", lambda: Epilogue([("relu", (), 0)])),
     "steps that are no pairs": (ValueError, "", lambda: Epilogue(["relu"])),
     "None for steps": (TypeError, "None", lambda: Epilogue(None)),

@@ -562,7 +562,7 @@ def test_bad_arguments() -> None:
     model = mlp(8, 8)
     for arguments, error, message in (
         ({"quantize": "int8"}, TypeError, "quantize must be None or one of fastlinear's Int8Dynamic, .* but is 'int8'"),
-        ({"quantize": Int8Dynamic}, TypeError, "quantize must be None or one of"),
+        ({"quantize": Int8Dynamic}, TypeError, "quantize must be a scheme, such as .* but is the class Int8Dynamic"),
         (
             {"quantize": Int8Dynamic(), "dtype": torch.half},
             ValueError,

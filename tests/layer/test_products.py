@@ -49,10 +49,13 @@ def test_kernels_round_rows_once(kernel: dict[str, Any], products: str) -> None:
     as for rows that torch rounded, infinities, NaN, ties and denormals included; the others refuse."""
     rows, plan = _kernels.RowQuantizer.rounding(NARROW[products]), _kernels.Plan(kernel["name"], 2)
     for layout, k in itertools.product(kernel["reads"], (1, 37, 96)):
-        dtype = _kernels.PACKED[layout.split("/")[0]]
+        dtype = _kernels.PACKED.get(layout.split("/")[0], torch.uint8)
         if dtype is torch.int8:
             scale = torch.ones(40)
             packed = _kernels.Packed(torch.randint(-127, 128, (40, k), dtype=dtype), layout, scale)
+        elif dtype is torch.uint8:
+            codes, scales = torch.randint(0, 16, (40, k), dtype=dtype), torch.ones(40, -(-k // 32)).half()
+            packed = _kernels.Packed(codes, f"{layout}:32:fp16", scales, None, torch.arange(-8.0, 8.0))
         else:
             packed = _kernels.Packed(torch.randn(40, k).to(dtype), layout)
         x = torch.randn(19, k) * torch.exp2(torch.randint(-140, 20, (19, 1)).float())

@@ -75,7 +75,7 @@ def test_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert totals == [2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     fastlinear.tune(fast, inputs())
-    with pytest.raises(ImportError, match="needs the package tqdm"):
+    with pytest.raises(ImportError, match="needs tqdm, which is not installed: pip install"):
         fastlinear.tune(fast, inputs(), progress=True)
 
 

@@ -47,14 +47,16 @@ struct F32 {
     const __m512i low = _mm512_maskz_srli_epi32(kAll, _mm512_castps_si512(even.v), 16);
     _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd.v)));
   }
-  // As formats/bf16.hpp rounds; vcvtneps2bf16 would flush denormals.
-  static void store(Bf16* p, F32 x) {
+  // With the bits of the nearest bf16 in its upper half, as formats/bf16.hpp rounds; vcvtneps2bf16 would flush denormals.
+  static __m512i nearest_bf16(F32 x) {
     const __m512i bits = _mm512_castps_si512(x.v);
     const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), _mm512_set1_epi32(1));
     const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    const __m512i rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest);
-    store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, _mm512_maskz_srli_epi32(kAll, rounded, 16)));
+    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest);
+  }
+  static void store(Bf16* p, F32 x) {
+    store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, _mm512_maskz_srli_epi32(kAll, nearest_bf16(x), 16)));
   }
 
   static F32 load(const Int8* p) {
@@ -84,12 +86,8 @@ inline F32 scale(F32 x, F32 n) { return {_mm512_maskz_scalef_ps(kAll, x.v, n.v)}
 inline F32 rounded(F32 a) { return a; }
 // As formats/bf16.hpp rounds, in fp32.
 inline F32 nearest_bf16(F32 x) {
-  const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), _mm512_set1_epi32(1));
-  const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i all = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), quiet, nearest);
-  return {_mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  const __m512i nearest = F32::nearest_bf16(x);
+  return {_mm512_castsi512_ps(_mm512_and_si512(nearest, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 template <int Which>
 inline __m256i half(__m512i v) {
