@@ -1,7 +1,7 @@
 """save, load and inspect of int8 models: the same bits on every machine, and no lie is believed."""
 
-from collections.abc import Callable
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

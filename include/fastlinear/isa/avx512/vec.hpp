@@ -47,7 +47,8 @@ struct F32 {
     const __m512i low = _mm512_maskz_srli_epi32(kAll, _mm512_castps_si512(even.v), 16);
     _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd.v)));
   }
-  // With the bits of the nearest bf16 in its upper half, as formats/bf16.hpp rounds; vcvtneps2bf16 would flush denormals.
+  // With the bits of the nearest bf16 in its upper half, as formats/bf16.hpp rounds; vcvtneps2bf16 would flush
+  // denormals.
   static __m512i nearest_bf16(F32 x) {
     const __m512i bits = _mm512_castps_si512(x.v);
     const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), _mm512_set1_epi32(1));
