@@ -1,0 +1,151 @@
+"""The front door for transformers: `from_pretrained(..., quantization_config=FastLinearConfig(...))`.
+
+Import this module by its name; `import fastlinear` does not import transformers. What transformers calls quantized is
+here a model that is frozen: adapters can be trained on it, but not its weights, and `half()` and `float()` are refused.
+A model that keeps its parameters is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fastlinear.model.convert import convert, unconvert
+from fastlinear.spec.precision import wanted
+from fastlinear.spec.schemes import Scheme
+
+__all__ = ["FastLinearConfig"]
+
+_METHOD = "fastlinear"  # what `quant_method` is in a config.json
+_OLDEST = 5  # major version of transformers
+_log = logging.getLogger("fastlinear")
+
+
+def _why_not_here() -> str | None:
+    try:
+        there = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return "which is not installed"
+    return None if int(there.split(".")[0]) >= _OLDEST else f"but {there} is installed"
+
+
+if (_reason := _why_not_here()) is not None:
+    raise ImportError(f"fastlinear.hf needs transformers {_OLDEST}.0 or newer, {_reason}: pip install 'fastlinear[hf]'")
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
+from transformers.quantizers.base import HfQuantizer  # noqa: E402
+from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
+
+
+@register_quantization_config(_METHOD)
+class FastLinearConfig(QuantizationConfigMixin):
+    """What `from_pretrained` of transformers is to make of the linear layers of a model, as its `quantization_config`.
+
+    dtype, quantize, include, exclude: as `convert` takes them, but for types of modules in `include` and `exclude`,
+        which no config.json can tell.
+    freeze: each layer's weight goes as soon as it is packed, so that memory peaks at the model and one layer. Such a
+        model counts as quantized: Trainer trains adapters on it alone, `half()` and `float()` are refused, and
+        `model.dequantize()` gives a stock model with what `dtype` or `quantize` left of its weights.
+
+    `save_pretrained` writes stock weights and this config, so the folder loads with fast layers wherever this module
+    was imported, and with stock ones elsewhere. A folder's own config comes before one that is passed.
+
+    Raises TypeError or ValueError for arguments of a wrong kind.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype | str | None = None,
+        quantize: Scheme | dict[str, Any] | None = None,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        freeze: bool = True,
+        quant_method: str = _METHOD,
+    ) -> None:
+        if quant_method != _METHOD:
+            raise ValueError(f"quant_method of a FastLinearConfig is {_METHOD!r}, but was given as {quant_method!r}")
+        if not isinstance(freeze, bool):
+            raise TypeError(f"freeze must be True or False, but is {freeze!r}")
+        self.quant_method: Any = _METHOD
+        self.dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        self.quantize = _scheme(quantize) if isinstance(quantize, dict) else quantize
+        self.include, self.exclude = _names("include", include), _names("exclude", exclude)
+        self.freeze = freeze
+        wanted(self.dtype, quantize=self.quantize)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json has of it; a calibration is told by its size alone."""
+        scheme, dtype = self.quantize, self.dtype
+        return {
+            "quant_method": _METHOD,
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "quantize": None if scheme is None else {"scheme": type(scheme).__name__, **_fields(scheme)},
+            "include": self.include,
+            "exclude": self.exclude,
+            "freeze": self.freeze,
+        }
+
+
+def _fields(scheme: Any) -> dict[str, Any]:
+    told = asdict(scheme)
+    if scheme.calibration is not None:
+        told["calibration"] = repr(scheme.calibration)
+    return told
+
+
+def _scheme(told: dict[str, Any]) -> Scheme:
+    kinds = {kind.__name__: kind for kind in Scheme.__subclasses__()}
+    fields = dict(told)
+    kind = kinds.get(fields.pop("scheme", ""))
+    if kind is None:
+        raise ValueError(f"quantize of a FastLinearConfig has a scheme of {', '.join(kinds)}, but is {told!r}")
+    return kind(**fields)
+
+
+def _names(argument: str, patterns: Any) -> list[str] | None:
+    if patterns is None:
+        return None
+    names: list[Any] = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else [*patterns]
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} of a FastLinearConfig takes names and globs, but was given {name!r}")
+    return names
+
+
+@register_quantizer(_METHOD)
+class FastLinearQuantizer(HfQuantizer):
+    """What transformers calls around the loading of a model's weights."""
+
+    is_trainable = True  # adapters on frozen layers
+    is_compileable = True
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """False for a model that a calibration made, which no config.json can hold."""
+        asked: Any = self.quantization_config
+        scheme = asked.quantize
+        if scheme is None or scheme.calibration is None:
+            return True
+        _log.warning("a config.json cannot hold the calibration of %r: fastlinear.save can", scheme)
+        return False
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        asked: Any = self.quantization_config
+        convert(
+            model,
+            dtype=asked.dtype,
+            quantize=asked.quantize,
+            include=asked.include,
+            exclude=asked.exclude,
+            freeze=asked.freeze,
+            inplace=True,
+        )
+        model.is_quantized = asked.freeze
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return unconvert(model).to(dtype)

@@ -1,0 +1,196 @@
+"""fastlinear.hf: what transformers loads with a FastLinearConfig is what convert makes of the stock model."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import fast_names
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear.layer.frozen import is_frozen
+
+transformers = pytest.importorskip("transformers")
+from fastlinear.hf import FastLinearConfig  # noqa: E402
+
+TOKENS = torch.arange(10, device="cpu").view(2, 5)
+SCHEMES: list[dict[str, Any]] = [
+    {},
+    {"freeze": False},
+    {"dtype": torch.bfloat16},
+    {"quantize": fastlinear.Int8WeightOnly()},
+    {"quantize": fastlinear.Int8Dynamic(asymmetric=True), "include": "model.layers.0.*", "exclude": "*q_proj"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A language model of random weights as transformers saves it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS).logits
+    return result
+
+
+@pytest.mark.parametrize("how", SCHEMES, ids=str)
+def test_loading(folder: Path, how: dict[str, Any]) -> None:
+    """from_pretrained converts as convert does, saved it loads again with the same answers, and stock elsewhere."""
+    expected = fastlinear.convert(load(folder), **{"freeze": True, **how})
+    model = load(folder, quantization_config=FastLinearConfig(**how))
+    assert fast_names(model) == fast_names(expected) != set()
+    layers = [model.get_submodule(name) for name in fast_names(model)]
+    assert all(is_frozen(layer) is how.get("freeze", True) for layer in layers)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
+
+    model.save_pretrained(folder.parent / "saved")
+    again = load(folder.parent / "saved")
+    assert fast_names(again) == fast_names(model)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    assert again.config.quantization_config.to_dict() == FastLinearConfig(**how).to_dict()
+
+
+def test_a_saved_folder_is_a_stock_one_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this module is not imported, transformers knows no such method, and loads plain layers."""
+    model = load(folder, quantization_config=FastLinearConfig(freeze=False))
+    model.save_pretrained(folder)
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "fastlinear")
+    stock = load(folder)
+    assert fast_names(stock) == set()
+    torch.testing.assert_close(logits(stock), logits(model))
+
+
+def test_what_keeps_its_parameters_is_an_ordinary_model(folder: Path, tmp_path: Path) -> None:
+    """half(), to() and Trainer do what they do to a stock model."""
+    model = load(folder, quantization_config=FastLinearConfig(freeze=False))
+    names = fast_names(model)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    trainer(model, tmp_path).train()
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    assert logits(model.eval().half()).dtype is torch.float16
+    assert logits(model.to(torch.bfloat16)).dtype is torch.bfloat16
+    assert fast_names(model) == names
+
+
+def test_what_is_frozen_is_quantized_to_transformers(folder: Path, tmp_path: Path) -> None:
+    """half() and Trainer say so, to() and dequantize() give parameters again."""
+    model = load(folder, quantization_config=FastLinearConfig())
+    with pytest.raises(ValueError, match="not supported for quantized model"):
+        model.half()
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        trainer(model, tmp_path)
+    assert logits(model.to(torch.bfloat16)).dtype is torch.bfloat16
+    stock = load(folder, quantization_config=FastLinearConfig()).dequantize()
+    assert fast_names(stock) == set()
+    torch.testing.assert_close(logits(stock), logits(load(folder)))
+    assert logits(stock.half()).dtype is torch.float16
+
+
+def trainer(model: Any, folder: Path) -> Any:
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+def test_generate(folder: Path) -> None:
+    """Greedy tokens are those of the stock model."""
+    model = load(folder, quantization_config=FastLinearConfig())
+    tokens = [m.generate(TOKENS + 3, max_new_tokens=6, do_sample=False) for m in (load(folder), model)]
+    assert torch.equal(*tokens)
+
+
+def test_a_calibration_is_used_and_not_written(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Int8Static loads so; save_pretrained refuses, and the log names what can save it."""
+    calibration = fastlinear.calibrate(load(folder), [TOKENS])
+    config = FastLinearConfig(quantize=fastlinear.Int8Static(calibration))
+    model = load(folder, quantization_config=config)
+    assert fast_names(model)
+    json.dumps(config.to_dict())
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    assert "fastlinear.save can" in caplog.text
+
+
+def test_a_file_of_save_beside_the_config(folder: Path) -> None:
+    """A folder of config.json and one file that fastlinear.save wrote needs no other weights."""
+    model = load(folder, quantization_config=FastLinearConfig(quantize=fastlinear.Int8WeightOnly()))
+    fastlinear.save(model, folder / "fast.safetensors")
+    (folder / "model.safetensors").unlink()
+    with torch.device("meta"):
+        again = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    fastlinear.load(folder / "fast.safetensors", again.eval())
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ({"dtype": "float7"}, TypeError, "dtype must be"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be"),
+        ({"quantize": "int8"}, TypeError, "quantize must be"),
+        ({"quantize": {"scheme": "Int3"}}, ValueError, "a scheme of Int8Dynamic"),
+        ({"include": nn.Linear}, TypeError, "takes names and globs"),
+        ({"exclude": [3]}, TypeError, "takes names and globs"),
+        ({"freeze": "no"}, TypeError, "True or False"),
+        ({"quant_method": "awq"}, ValueError, "'awq'"),
+    ],
+)
+def test_arguments(how: dict[str, Any], error: type[Exception], words: str) -> None:
+    """Wrong ones are refused where they are given, before a model is loaded."""
+    with pytest.raises(error, match=words):
+        FastLinearConfig(**how)
+
+
+def test_transformers_missing_or_old() -> None:
+    """One line names the extra and the version, and `import fastlinear` needs neither."""
+    program = """
+import sys
+from importlib import metadata
+import fastlinear
+assert "transformers" not in sys.modules
+real = metadata.version
+def version(name):
+    if name == "transformers" and there is None:
+        raise metadata.PackageNotFoundError(name)
+    return there if name == "transformers" else real(name)
+metadata.version = version
+for there in (None, "4.57.1"):
+    try:
+        import fastlinear.hf
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    needs = "fastlinear.hf needs transformers 5.0 or newer"
+    remedy = "pip install 'fastlinear[hf]'"
+    assert run.stdout.splitlines() == [
+        f"{needs}, which is not installed: {remedy}",
+        f"{needs}, but 4.57.1 is installed: {remedy}",
+    ]
+
+
+def test_nothing_is_said_while_loading(folder: Path) -> None:
+    """No warning, neither of transformers nor of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, quantization_config=FastLinearConfig())
