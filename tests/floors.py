@@ -16,6 +16,7 @@ from torch import nn
 
 import fastlinear
 import fastlinear._kernels as _kernels
+from fastlinear.spec import int4
 
 SHAPES = [(1, 64, 48), (7, 33, 70)]  # M, K, N
 
@@ -44,14 +45,23 @@ def kernels() -> int:
     for row in (row for row in _kernels.kernels() if row["runnable"]):
         integers = row["accumulate"] == "int32"
         for layout in row["reads"]:
-            dtype = _kernels.PACKED[layout.split("/")[0]]
+            dtype = _kernels.PACKED.get(layout.split("/")[0])
             x = torch.randn(5, 40).to({name: d for d, name in _kernels.FORMATS.items()}.get(row["rows"], torch.float32))
-            w = torch.randint(-127, 128, (70, 40)).to(dtype) if dtype is torch.int8 else torch.randn(70, 40).to(dtype)
-            scale = torch.ones(70) if dtype is torch.int8 else None
+            if dtype is None:
+                coding = int4.Coding(16)
+                coded = int4.quantize_weight(torch.randn(70, 40), coding)
+                w = int4.dequantize(coded)
+                packed = _kernels.Packed(coded.codes, coding.layout(layout), coded.scale, None, coded.table, None)
+            elif dtype is torch.int8:
+                w = torch.randint(-127, 128, (70, 40)).to(dtype)
+                packed = _kernels.Packed(w, layout, torch.ones(70))
+            else:
+                w = torch.randn(70, 40).to(dtype)
+                packed = _kernels.Packed(w, layout)
             out = torch.empty(5, 70)
             rows = _kernels.RowQuantizer("symmetric") if integers else None
             plan = _kernels.Plan(row["name"])
-            _kernels.run(_kernels.Packed(w, layout, scale), plan, _kernels.Epilogue(), x, None, out, rows)
+            _kernels.run(packed, plan, _kernels.Epilogue(), x, None, out, rows)
             bound = x.double().abs() @ w.double().abs().T
             assert ((out - x.double() @ w.double().T).abs() <= 0.02 * bound).all(), (row["name"], layout)
             count += 1

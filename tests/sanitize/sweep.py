@@ -8,25 +8,25 @@ import torch
 
 import fastlinear._kernels as _kernels
 from fastlinear.cli import check
-from fastlinear.spec import activations
+from fastlinear.spec import activations, int4
 from fastlinear.spec.formats import INTEGER_ROWS
 from fastlinear.spec.int8 import Rows
 
 
 def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     m, k, n = (draw.choice((1, 2, 3, 5, 13, 14, 17, 31, 33, 64, 65, 130)) for _ in range(3))
-    dtype = _kernels.PACKED[layout.split("/")[0]]
     x, bias = torch.randn(m, k), torch.randn(n) if draw.random() < 0.7 else None
-    rows = None
-    weight = torch.randint(-128, 128, (n, k), dtype=dtype) if dtype is torch.int8 else torch.randn(n, k).to(dtype)
-    if row["rows"] in INTEGER_ROWS:
+    rows, format = None, layout.split("/")[0]
+    if format == "int4":
+        packed = coded(torch.randn(n, k), layout, draw)
+    elif row["rows"] in INTEGER_ROWS:
         rows = _kernels.RowQuantizer(*Rows(draw.choice(list(_kernels.ROW_KINDS)), 0.03, 100))
         zero = torch.randint(-128, 128, (n,)).int() if draw.random() < 0.5 else None
-        packed = _kernels.Packed(weight, layout, torch.rand(n), zero)
-    elif dtype is torch.int8:
-        packed = _kernels.Packed(weight, layout, torch.rand(n), None)
+        packed = _kernels.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), zero)
+    elif _kernels.PACKED[format] is torch.int8:
+        packed = _kernels.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), None)
     else:
-        packed = _kernels.Packed(weight, layout)
+        packed = _kernels.Packed(torch.randn(n, k).to(_kernels.PACKED[format]), layout)
     slices = draw.choice((1, 1, 2, 3))
     name, activation = draw.choice(activations.names()), []
     if draw.random() < 0.5:
@@ -37,6 +37,12 @@ def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     if row["rows"] not in INTEGER_ROWS:
         x = x.to(_kernels.PACKED[row["rows"]])
     _kernels.run(packed, plan, epilogue, x, bias, out, rows)
+
+
+def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _kernels.Packed:
+    coding = int4.Coding(draw.choice((16, 32, 128)), offsets=draw.random() < 0.5)
+    codes = int4.quantize_weight(weight, coding)
+    return _kernels.Packed(codes.codes, coding.layout(layout), codes.scale, None, codes.table, codes.offset)
 
 
 def main() -> None:
