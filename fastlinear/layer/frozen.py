@@ -183,9 +183,7 @@ class Freezable(nn.Module):
         if name == "weight":
             frozen = record_of(self)
             if frozen is not None:
-                # Whoever records or rewrites what is done with it gets plain ops.
-                plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
-                return frozen.unpack(self._transposed) if plain else frozen.read(self._transposed)
+                return _handed_out(frozen, self._transposed)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -209,8 +207,7 @@ class Freezable(nn.Module):
         frozen = record_of(self)
         if frozen is not None:
             # Averages of weights are written straight into a model's state dict.
-            plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
-            destination[prefix + "weight"] = frozen.unpack(self._transposed) if plain else frozen.read(self._transposed)
+            destination[prefix + "weight"] = _handed_out(frozen, self._transposed)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + PLACEHOLDER, None)
 
@@ -234,6 +231,12 @@ class Freezable(nn.Module):
                 thaw_layer(self)
         self._reset()  # to(), half(), share_memory() ...: the weight is about to be another one
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _handed_out(frozen: Frozen, transposed: bool) -> Tensor:
+    """The weight for others than the layer; whoever records or rewrites what is done with it gets plain ops."""
+    plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
+    return frozen.unpack(transposed) if plain else frozen.read(transposed)
 
 
 def is_frozen(layer: nn.Module) -> bool:
