@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from apart import Apart
 from peers import quantized
 from timing import settle
 from torch import Tensor, nn
@@ -41,30 +40,28 @@ def versions(python: Path) -> dict[str, str]:
     return {name: installed[name] for name in ("onnxruntime", "openvino")}
 
 
-class Remote:
+class Remote(Apart):
     """One rival: what peers.Candidate is for a call of this process."""
 
     def __init__(self, command: Sequence[str | Path], name: str, threads: int) -> None:
-        self.name = name
-        command = [*command, name, str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__([*command, name, str(threads)], name)
         self._folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:
-        with self._process:  # closes its stdin, which ends it
-            self._folder.cleanup()
+        super().close()
+        self._folder.cleanup()
 
     def layers(self, layer: nn.Linear, copies: int) -> None:
         """Hands over the layer, its weight quantized as FastLinear's is, to be built so many times."""
         self._copies = copies
         weight, scale = quantized(layer.weight)
         self._write(weight=weight, scale=scale, bias=layer.bias.float())
-        self._ask("layers", self._folder.name, copies)
+        self.ask("layers", self._folder.name, copies)
 
     def bind(self, x: Tensor, n: int) -> Remote:
         """Hands over the x of the next cell."""
         self._write(x=x.float(), y=torch.zeros(len(x), n))
-        self._ask("answer", self._folder.name)
+        self.ask("answer", self._folder.name)
         return self
 
     def answer(self) -> Tensor:
@@ -72,26 +69,17 @@ class Remote:
         return torch.from_numpy(np.load(Path(self._folder.name, "y.npy")))
 
     def rotation(self, hot: bool) -> Remote:
-        self.cost = float(self._ask("rotate", 1 if hot else self._copies))
+        self.cost = float(self.ask("rotate", 1 if hot else self._copies))
         return self
 
     def sample(self) -> float:
         """Seconds a call, once the threads of this process have gone to sleep."""
         settle()
-        return float(self._ask("sample"))
+        return float(self.ask("sample"))
 
     def _write(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             np.save(Path(self._folder.name, f"{name}.npy"), tensor.detach().numpy())
-
-    def _ask(self, *command: Any) -> Any:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin and stdout
-        print(json.dumps(command), file=stdin, flush=True)
-        line = stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended, asked for {command[0]}; its last words are above")
-        return json.loads(line)
 
 
 @contextlib.contextmanager

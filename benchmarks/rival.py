@@ -1,20 +1,18 @@
 """A rival in a process of its own, so that its pool of threads and torch's never meet: python rival.py NAME THREADS
 
-Commands come by stdin and answers go by stdout, a line of JSON each: [method of Rival, *arguments]. remote.py is the
-other end; it runs this with the interpreter of an environment that has neither torch nor fastlinear.
+remote.py is the other end; it runs this with the interpreter of an environment that has neither torch nor fastlinear.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from apart import serve
 from timing import Call, Rotation, settle
 
 Bind = Callable[[Any, Any], Call]  # from x [M, K] and y [M, N], both fp32, to a call that writes y
@@ -132,12 +130,7 @@ class Rival:
 
 
 def main(name: str, threads: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    rival = Rival(name, int(threads))
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        print(json.dumps(getattr(rival, method)(*arguments)), file=answers, flush=True)
+    serve(lambda: Rival(name, int(threads)))
 
 
 if __name__ == "__main__":

