@@ -24,6 +24,7 @@ from fastlinear.cli.roofline import Ceiling, Roofline
 from fastlinear.layer import linear
 from fastlinear.plan import measuring, rivals
 from fastlinear.plan.table import runnable
+from fastlinear.plan.waits import Waits
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.schemes import Scheme
@@ -31,14 +32,15 @@ from fastlinear.spec.schemes import Scheme
 _SECONDS = 0.3  # a shape
 _SAMPLE = 200e-6  # of calls between two looks at the clock
 _MOST_OTHER = 512 << 20  # bytes that are read to make weights cold
+_STOLEN = 0.05  # of the time, in which threads waited for CPUs that others had: figures are marked
 _RIVALS = {"torch": rivals.BASELINE, "mkl": "torch/mkl", "onednn": "torch/mkldnn", "inductor": ""}
 
 _log = logging.getLogger("fastlinear")
 
 
 class Result(NamedTuple):
-    """One shape on so many threads: microseconds of a whole call of nn.Linear and of FastLinear, what ran, and the
-    ceilings of the same seconds."""
+    """One shape on so many threads: microseconds of a whole call of nn.Linear and of FastLinear, what ran, the ceilings
+    of the same seconds, and the share of them in which threads waited for a CPU."""
 
     m: int
     k: int
@@ -49,6 +51,7 @@ class Result(NamedTuple):
     runs_on: str
     ceiling: Ceiling
     against: dict[str, float | None]  # microseconds of each rival, None where it cannot do it
+    waited: float
 
     def record(self) -> dict[str, Any]:
         """For --json."""
@@ -56,6 +59,7 @@ class Result(NamedTuple):
         return {
             **{name: getattr(self, name) for name in ("m", "k", "n", "threads", "torch_us", "us", "runs_on")},
             "against_us": self.against,
+            "waited": self.waited,
             "speedup": self.torch_us / self.us,
             "gflops": 2e-9 * self.m * self.n * self.k / seconds,
             "read_gbs": 1e-9 * self.ceiling.nbytes / seconds,
@@ -84,7 +88,7 @@ def bench(options: argparse.Namespace) -> int:
         f"{'roofline':>10}{calculated:>12}{''.join(f'{name:>10}' for name in options.against)}  runs on"
     )
     todo = [(count, shape) for count in counts for shape in shapes]
-    interrupted = False
+    interrupted = marked = False
     try:
         for done, (count, (m, k, n)) in enumerate(todo):
             _progress(f"{m}x{k}x{n}, {done + 1} of {len(todo)}")
@@ -93,10 +97,13 @@ def bench(options: argparse.Namespace) -> int:
             results.append(result.record())
             _progress("")
             print(_line(result), flush=True)
+            marked |= result.waited > _STOLEN
     except KeyboardInterrupt:
         _progress("")
         interrupted = True
         print(f"interrupted: {len(results)} of {len(todo)} are done")
+    if marked:
+        print(f"\n! others had the CPUs for more than {_STOLEN:.0%} of the time: measure again when they have gone")
     if options.json:
         _write(options, results)
     if options.plot:
@@ -133,12 +140,15 @@ def _measure(
         native = len(calls)
         others = {name: _rival(name, stock, activation, x) for name in options.against}
         calls += [call for call in others.values() if call is not None]
-        ceiling = roofline.measure(m, k, n, x.itemsize)
-        times = _alternate(calls, x, _evict if options.cold else None)
+        with Waits(_kernels.pool_threads()) as waiting:
+            began, before = time.perf_counter(), waiting()
+            ceiling = roofline.measure(m, k, n, x.itemsize)
+            times = _alternate(calls, x, _evict if options.cold else None)
+            waited = (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads()
     best = min(range(1, native), key=times.__getitem__)
     left = iter(times[native:])
     against = {name: None if call is None else next(left) for name, call in others.items()}
-    return Result(m, k, n, torch.get_num_threads(), times[0], times[best], names[best], ceiling, against)
+    return Result(m, k, n, torch.get_num_threads(), times[0], times[best], names[best], ceiling, against, waited)
 
 
 def _rival(name: str, stock: nn.Linear, activation: Activation | None, x: Tensor) -> Callable[[Tensor], object] | None:
@@ -214,7 +224,7 @@ def _line(result: Result) -> str:
     return (
         f"{f'{result.m}x{result.k}x{result.n}':<18}{result.threads:>7}{result.torch_us:>11.1f}{result.us:>12.1f}"
         f"{record['speedup']:>9.2f}x{record['gflops']:>10.1f}{record['read_gbs']:>8.1f}{record['roofline']:>10.0%}"
-        f"{calculated}{others}  {result.runs_on}"
+        f"{calculated}{others}  {result.runs_on}{' !' if result.waited > _STOLEN else ''}"
     )
 
 

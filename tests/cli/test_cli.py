@@ -114,7 +114,8 @@ def test_a_closed_pipe_ends_it_in_silence() -> None:
 def test_bench_prints_a_row_for_each_shape(activation: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both times, their ratio and what runs; torch's number of threads is left as it was."""
     assert cli.main(["bench", "--shapes", "1x16x24,3x8x8", "--threads", "2", "--activation", activation]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"\d+x\d+x\d+ ", line)]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.removesuffix(" !").split() for line in lines if re.match(r"\d+x\d+x\d+ ", line)]
     assert [row[0] for row in rows] == ["1x16x24", "3x8x8"]
     for _, threads, before, after, ratio, *_, name in rows:
         assert threads == "2"
@@ -151,6 +152,26 @@ def test_bench_like_a_model(user_folder: Path, capsys: pytest.CaptureFixture[str
     (result,) = json.loads(Path("figures.json").read_text())["results"]
     assert set(result["against_us"]) == {"torch", "mkl", "onednn"} and result["against_us"]["torch"] > 0
     assert Path("figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 100.0])
+def test_bench_marks_what_a_busy_machine_gave(
+    seconds: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose threads waited for a CPU stands apart, and the last line says why."""
+
+    class Waits(bench.Waits):
+        looks = 0
+
+        def __call__(self) -> float:
+            Waits.looks += 1
+            return seconds * Waits.looks
+
+    monkeypatch.setattr(bench, "Waits", Waits)
+    assert cli.main(["bench", "--shapes", "1x8x8"]) == 0
+    text = capsys.readouterr().out
+    assert (re.search(r"^1x8x8 .* !$", text, re.MULTILINE) is not None) == (seconds > 0)
+    assert ("others had the CPUs" in text) == (seconds > 0)
 
 
 def test_an_interrupted_bench_keeps_what_is_done(
