@@ -80,11 +80,13 @@ def bucket(ptrdiff_t m):
 
 # Why the engine does not answer a call.
 DISABLED = "disabled"    # FASTLINEAR_DISABLE says so
-UNFIT = "unfit"          # it must go through torch: training, a mode that watches, another dtype or device
+UNFIT = "unfit"          # it must go through torch: a mode that watches, another dtype or device
+TRAINING = "training"    # training mode, in which torch computes on the parameter itself
 GRADIENT = "gradient"    # the kernels may answer, but gradients are wanted of the answer
 AUTOCAST = "autocast"    # some autocast is on, and nothing else watches
 PROFILED = "profiled"    # it should show up in the profile
 STALE = "stale"          # the weight is not packed, or changed since
+CHANGING = "its weight keeps changing"  # in the report; the engine's word for it is STALE
 UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of threads, or one that is due
 
 cdef object Tensor = torch.Tensor
@@ -233,8 +235,8 @@ cdef class Engine:
     It holds no reference to its module. The weight is the module's parameter "weight": [n, k], or [k, n] if transposed.
     `packed` may hold it in another format; x is then as free as the format is: fp32 for fp32, any for narrower ones.
     `rows` quantizes x for integer products; x may be integers, too, where it is static. What the engine cannot answer
-    goes to `module._slow(x, why, bare, operands)`, why being UNFIT, GRADIENT, AUTOCAST, PROFILED, STALE, UNPLANNED
-    or DISABLED.
+    goes to `module._slow(x, why, bare, operands)`, why being one of the reasons above. Once the module has said how
+    (`plainly`), the engine itself calls torch while training and while the weight keeps changing.
 
     What an epilogue does that only some callers want, an activation that was absorbed or integers for the next layer,
     is left out by a `bare` engine. The other, joined to it, answers where the call proves that its output goes there.
@@ -248,8 +250,13 @@ cdef class Engine:
     cdef readonly Engine elsewhere  # bare; None where all calls are alike
     cdef object marker, out         # where the output of this one goes, see leads_to
     cdef Tickets tickets            # of the marker
-    cdef object weight        # the parameter that was packed, or waits to be; None for a frozen layer
+    cdef object weight        # the parameter that was packed; None for a frozen layer
     cdef Fingerprint fingerprint    # of it as it was then
+    cdef object candidate     # the parameter that waits to be packed
+    cdef Fingerprint last     # of it as it was at the last call
+    cdef object plain         # (x, weight, bias) -> y in torch's ops while training; None until the module has told
+    cdef object changing      # the same in the numbers of a pack, while the weight keeps changing; may be None
+    cdef dict counts          # calls that it answered, by the words of the report
     cdef object attach        # (x, weight, bias, y, (self, packed), operands) -> y with gradients; may be None
     cdef object bias          # the last one that was found fit
     cdef ptrdiff_t answered, waits  # calls by this pack, and those for which a weight has yet to stand still
@@ -278,6 +285,7 @@ cdef class Engine:
     def drop(self):
         """Forgets the packed weight and the plans."""
         self.packed = self.weight = self.fingerprint = self.attach = self.bias = self.planned_for = None
+        self.candidate = self.last = self.plain = self.changing = None
         self.plans = {}
         self.threads = self.answered = self.waits = 0
 
@@ -289,11 +297,18 @@ cdef class Engine:
             self.packed = None
         if self.waits == 0:
             return True
-        if weight is self.weight and self.fingerprint.holds(weight):
+        cdef Fingerprint last = self.last
+        if weight is self.candidate and last.holds(weight):
             self.waits -= 1
         else:
-            self.weight, self.fingerprint, self.waits = weight, Fingerprint(weight), TRIAL
+            last = Fingerprint(weight)
+            self.candidate, self.last, self.waits = weight, last, TRIAL
         return self.waits == 0
+
+    def plainly(self, training, changing, dict counts not None):
+        """Has training(x, weight, bias) answer in training mode, and changing(x, weight, bias), unless it is None,
+        while the weight keeps changing; `counts` is where such calls are counted."""
+        self.plain, self.changing, self.counts = training, changing, counts
 
     def settle(self):
         """Has the next call pack a weight that changed, however often it did."""
@@ -320,6 +335,7 @@ cdef class Engine:
         self.threads, self.answered, self.waits = 0, TRIAL if self.planned_for is None else 0, 0
         self.plans, self.planned_for = plans, planned_for
         self.weight, self.fingerprint = weight, fingerprint
+        self.candidate = self.last = None
         self.packed = packed
         return same
 
@@ -384,8 +400,10 @@ cdef class Engine:
         why = mode_of_call() if is_plain(x) else UNFIT
         if why is None:
             y = self.answer(state, x, operands)
-            if y is GRADIENT and self.attach is not None:
+            if y is GRADIENT:
                 y = self.differentiable(state, x, operands)
+            if y is TRAINING or y is STALE:
+                y = self.in_torch(state, x, operands, y)
             if type(y) is not str:
                 return y
             why = y
@@ -395,15 +413,36 @@ cdef class Engine:
     cdef object differentiable(self, dict state, x, tuple operands):
         cdef Packed packed = self.packed
         attach = self.attach
+        if attach is None or packed is None:
+            return GRADIENT if self.waits == 0 else STALE
         set_grad_enabled(False)
         try:
             y = self.answer(state, x, operands)
         finally:
             set_grad_enabled(True)
         if type(y) is str or packed is not self.packed:  # which another thread may have changed meanwhile
-            return GRADIENT
+            return y if y is STALE else GRADIENT
         params = <dict> state["_parameters"]
         return attach(x, params.get("weight"), params.get("bias"), y, (self, packed))
+
+    # Torch's answer in training mode or on a weight that keeps changing; `why` where it is for the module to find.
+    cdef object in_torch(self, dict state, object x, tuple operands, str why):
+        cdef View v, w
+        params = <dict> state["_parameters"]
+        weight = params.get("weight")
+        if self.plain is None or weight is None or not is_plain(weight) or not look_at(weight, &w) or w.ndim != 2:
+            return why
+        if len(operands) > 0 or not look_at(x, &v) or v.ndim == 0 or <int> v.format != <int> w.format:
+            return why  # operands are for the module to check
+        if v.shape[v.ndim - 1] != w.shape[0 if self.transposed else 1]:
+            return why
+        run, word = self.plain, TRAINING
+        if why is STALE:
+            if self.changing is None or self.ready(weight):
+                return why
+            run, word = self.changing, CHANGING
+        self.counts[word] = self.counts.get(word, 0) + 1
+        return run(x, weight, params.get("bias"))
 
     def attempt(self, module, x, tuple operands=()):
         """The output, or None where torch has to compute it; for callers that know that no mode watches."""
@@ -426,7 +465,7 @@ cdef class Engine:
         if bias is UNFIT or weight is None and (self.weight is not None or self.packed is None):
             return UNFIT  # a parametrization or a hook computes it
         if state["training"] is True:
-            return UNFIT
+            return TRAINING
         if gradients() and (
                 x.requires_grad or weight is not None and weight.requires_grad
                 or bias is not None and bias.requires_grad or wants_grad(operands)):

@@ -105,14 +105,14 @@ class Build:
 
     @staticmethod
     def compile(unit: Path, tree: Path, target: Path, *more: str | Path) -> Path:
-        compiler = os.environ.get("CXX", "g++")
+        compiler = os.environ.get("CXX", "g++").split()
         options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{tree / 'include'}"]
-        subprocess.run([compiler, *options, *more, "-c", unit, "-o", target], check=True)
+        subprocess.run([*compiler, *options, *more, "-c", unit, "-o", target], check=True)
         return target
 
     def link(self, name: str, objects: list[Path]) -> Path:
         library = self.folder / f"{name}.so"
-        subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", library, "-ldl"], check=True)
+        subprocess.run([*os.environ.get("CXX", "g++").split(), "-shared", *objects, "-o", library, "-ldl"], check=True)
         return library
 
     def changed(self, name: str, file: str, old: str, new: str, unit: str) -> Path:

@@ -68,7 +68,7 @@ def multiply(tree: Path) -> library.Product:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda unit: library.Build.compile(unit, tree, small / f"{unit.stem}.o"), units))
     made = small / "recipes.so"
-    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, "-o", made, "-ldl"], check=True)
+    subprocess.run([*os.environ.get("CXX", "g++").split(), "-shared", *objects, "-o", made, "-ldl"], check=True)
     return library.product_of(made)
 
 

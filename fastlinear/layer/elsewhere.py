@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
 from fastlinear.layer.fitness import dtype_of, why_unread
@@ -19,12 +20,12 @@ def why_elsewhere(layer: Any, x: Any, stale: bool) -> str:
     """The first of all reasons that there are for a call layer(x) not to be answered by the kernels. stale: whether the
     weight was not packed, or changed since."""
     reason = _why_switched_off(layer) or _why_watched() or _why_input(layer, x) or why_unread(layer)
-    return reason or ("its weight keeps changing" if stale else "the form of its tensors")
+    return reason or (_engine.CHANGING if stale else "the form of its tensors")
 
 
 def _why_switched_off(layer: Any) -> str | None:
     if layer.training:
-        return "training"
+        return _engine.TRAINING
     return "FASTLINEAR_DISABLE" if environment.disabled() else None
 
 

@@ -30,7 +30,7 @@ from fastlinear._engine import Engine, bucket
 from fastlinear.layer.lock import lock
 from fastlinear.plan import decide, table
 from fastlinear.plan.problem import FROZEN, Problem
-from fastlinear.spec import gates, programs
+from fastlinear.spec import activations, gates, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import FP32, name_of
 from fastlinear.spec.int8 import handed_on
@@ -41,6 +41,7 @@ from fastlinear.spec.reference import Reference, width
 # Activations with the same slope at y = activation(z) as at z; leaky_relu if it keeps the sign.
 _TOLD_BY_OUTPUT = {"relu", "relu6", "hardtanh", "leaky_relu"}
 _SUMS = _kernels.Epilogue()
+_SMALL = 2**16  # multiply-adds that torch has done before a product of ours is looked up, planned and called
 
 
 class Transpose:
@@ -105,7 +106,7 @@ class Attachment:
 
     def __init__(self, reference: Reference, weight: Tensor | None = None, measure: bool = False) -> None:
         self.reference, self.measure = reference, measure
-        self._weight, self._out = weight, reference.precision.out
+        self._weight, self._out, self.frozen = weight, reference.precision.out, weight is not None
         activation = reference.activation
         self.told = self._out is None and _is_told_by_output(activation)
         self.again = activation is not None and not self.told  # z is needed, and so all that it is made of
@@ -172,22 +173,22 @@ class _Product(torch.autograd.Function):
         reference: Reference = by.reference
         # Differentiated once more, traced or batched, all of it has to be of torch's ops.
         native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed(g) else native
-        wide, of_operands = g.to(width(g)), []
+        wide, of_operands = _as(g, width(g)), []
         if y is not None:
             wide, *_ = _through(reference.activation, y, wide)
         elif reference.activation is not None:
             z = None if native is None else _sums(native, x, bias, is_gated(reference.activation))
             z = reference.sums(x, weight, bias) if z is None else z
             wide, *of_operands = _through(reference.activation, z, wide, operands)
-        flat, smooth = wide.reshape(-1, wide.shape[-1]), reference.precision.smooth
+        flat, smooth = _flat(wide), reference.precision.smooth
         dx = dw = db = None
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if of_x:
             dx = _back(by, native and native[1], weight, flat, of_weight)
-            dx = dx.view(*wide.shape[:-1], dx.shape[-1])
+            dx = dx if wide.dim() == 2 else dx.view(*wide.shape[:-1], dx.shape[-1])
             dx = dx if smooth is None else dx * smooth
         if of_weight:
-            dw = flat.t() @ reference.rows(x).reshape(-1, x.shape[-1])
+            dw = flat.t() @ _flat(reference.rows(x))
             dw = dw if smooth is None else dw / smooth
             dw = dw.t() if reference.transposed else dw
         if of_bias:
@@ -202,15 +203,21 @@ _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Product).apply
 def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Tensor, of_weight: bool) -> Tensor:
     """g W^ [M, K]."""
     reference = by.reference
-    if packed is None:
-        return g @ reference.weight(weight).to(g.dtype)
-    if not of_weight:
+    rounded = packed is None or packed.scale is None  # to quantize a weight again costs more than to unpack it
+    small = rounded and not by.frozen and g.shape[0] * weight.numel() <= _SMALL
+    if not of_weight and not small and packed is not None:
         return transpose_of(packed).product(g.contiguous(), by.measure)
-    # An int8 weight costs more to quantize again than to unpack.
-    if packed.scale is None:
-        return g @ reference.weight(weight).to(g.dtype)
-    w = numbers(packed)
-    return g @ w.to(g.dtype)
+    if packed is not None and not rounded:
+        return g @ _as(numbers(packed), g.dtype)
+    return g @ _as(reference.weight(weight), g.dtype)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)  # even a to() that does nothing costs a call
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _is_told_by_output(activation: Activation | None) -> bool:
@@ -232,6 +239,10 @@ def _through(program: Activation | None, z: Tensor, g: Tensor, operands: Sequenc
     """The gradients of z and of the operands, of which g is that of program(z), themselves differentiable where
     gradients are on."""
     twice = torch.is_grad_enabled()
+    # Autograd within autograd costs several small products.
+    dz = None if twice or program is None else activations.slope(program, g, z.to(g.dtype))
+    if dz is not None:
+        return (dz,)
     z = z.to(g.dtype) if twice else z.detach().to(g.dtype)
     with torch.enable_grad():
         # Each as a node of its own: one operand may have been made of another.

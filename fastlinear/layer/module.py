@@ -33,7 +33,7 @@ from fastlinear.plan.decide import tell
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import FP32, dtype_of_rows, long_name, name_of
+from fastlinear.spec.formats import DTYPES, FP32, dtype_of_rows, long_name, name_of
 from fastlinear.spec.precision import AS_HELD, Precision, epilogue
 from fastlinear.spec.reference import Reference
 
@@ -47,6 +47,8 @@ _UNSAVED = (
     "_form",
     "__jit_ignored_attributes__",
 )
+
+_BY_TORCH = (_engine.UNFIT, _engine.TRAINING, _engine.DISABLED)
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -158,14 +160,24 @@ class FastModule(Freezable):
         if why == _engine.AUTOCAST:
             y = self._under_autocast(x, bare, operands)
         else:
-            y = None if why in (_engine.UNFIT, _engine.DISABLED) else self._answer(x, self.packed_as, bare, operands)
+            y = None if why in _BY_TORCH else self._answer(x, self.packed_as, bare, operands)
         if y is None:
             self._count(x, why)
             y = self._torch(x, bare, operands)
+            if why not in (_engine.UNFIT, _engine.DISABLED, _engine.AUTOCAST) and record_of(self) is None:
+                self._teach(self._engine_for(self.packed_as, bare), bare)
         return y
 
+    def _teach(self, engine: Engine, bare: bool) -> None:
+        """Tells the engine how torch answers in training mode and while the weight keeps changing."""
+        activation, precision = self.computes(bare)
+        plain = changing = rivals.make(rivals.BASELINE, self.weight, self._transposed, activation, {}).run
+        if precision.packed not in (None, name_of(self.weight.dtype)):
+            changing = Reference(activation, precision, self._transposed).floats
+        engine.plainly(plain, None if _is_quantized(precision) else changing, self._elsewhere)
+
     def _count(self, x: Tensor, why: str) -> None:
-        reason = why_elsewhere(self, x, why == _engine.STALE)
+        reason = why_elsewhere(self, x, why in (_engine.STALE, _engine.GRADIENT))
         count = self._elsewhere[reason] = self._elsewhere.get(reason, 0) + 1
         if count == 1:
             tell(f"{label(self)} goes round the kernels: {reason}")
@@ -337,9 +349,9 @@ class FastModule(Freezable):
                 if self._is_own(engine):
                     packed_as = self._precision.packed or name_of(weight.dtype)
                 precision = self._precision_in(engine, packed_as)
-                # What is rounded or quantized is the pack's numbers, whatever torch would be quicker with.
-                rounded = self._is_own(engine) and (precision.scheme or packed_as != name_of(weight.dtype))
-                if frozen is None and not engine.ready(weight) and not rounded:
+                # To quantize a weight takes as long for torch's ops as for a pack.
+                quantized = self._is_own(engine) and _is_quantized(precision)
+                if frozen is None and not engine.ready(weight) and not quantized:
                     return False
                 fingerprint = _engine.Fingerprint(weight)
                 packed = pack(weight, precision, self._transposed, fingerprint=fingerprint, gated=self._gated)
@@ -538,6 +550,10 @@ def label(module: nn.Module) -> str:
     """What messages call a layer: its class, and its name in the converted model if it has one."""
     name = vars(module).get("_name", "")
     return f"{type(module).__name__} {name!r}" if name else type(module).__name__
+
+
+def _is_quantized(precision: Precision) -> bool:
+    return bool(precision.scheme) or precision.packed not in (None, *DTYPES)
 
 
 def _is_autocast(x: Tensor) -> bool:

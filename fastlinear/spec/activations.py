@@ -59,6 +59,24 @@ _DEFINITIONS: dict[str, _Definition] = {
     "softplus": _Definition(F.softplus, (), _nn("Softplus"), {"beta": 1.0, "threshold": 20.0}),
     "mish": _Definition(F.mish, (), _nn("Mish") + _hf("MishActivation")),
 }
+_aten = torch.ops.aten
+# slope(g, y, *params): what torch's own backward makes of g, the gradient of function(y).
+_SLOPES: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda g, y: _aten.threshold_backward(g, y, 0.0),
+    "relu6": lambda g, y: _aten.hardtanh_backward(g, y, 0.0, 6.0),
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": functools.partial(_aten.gelu_backward, approximate="tanh"),
+    "silu": _aten.silu_backward,
+    "sigmoid": lambda g, y: _aten.sigmoid_backward(g, torch.sigmoid(y)),
+    "tanh": lambda g, y: _aten.tanh_backward(g, torch.tanh(y)),
+    "hardswish": _aten.hardswish_backward,
+    "hardsigmoid": _aten.hardsigmoid_backward,
+    "hardtanh": _aten.hardtanh_backward,
+    "leaky_relu": lambda g, y, negative_slope: _aten.leaky_relu_backward(g, y, negative_slope, False),
+    "elu": lambda g, y, alpha: _aten.elu_backward(g, alpha, 1.0, 1.0, False, y),
+    "softplus": _aten.softplus_backward,
+    "mish": _aten.mish_backward,
+}
 _NAME_OF_CLASS = {cls: name for name, definition in _DEFINITIONS.items() for cls in definition.modules}
 _NAME_OF_FUNCTION = {
     function: name
@@ -84,6 +102,13 @@ def apply(activation: Activation | None, y: Tensor) -> Tensor:
     if activation is None:
         return y
     return _DEFINITIONS[activation.name].function(y, *activation.params)
+
+
+def slope(activation: Activation, g: Tensor, y: Tensor) -> Tensor | None:
+    """The gradient of y where that of activation(y) is g, bit for bit as torch has it, but with no derivative of its
+    own; None for programs and the like, which torch has no backward of."""
+    known = _SLOPES.get(activation.name)
+    return None if known is None else known(g, y, *activation.params)
 
 
 def resolve(spec: object) -> Activation | None:

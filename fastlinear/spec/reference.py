@@ -89,8 +89,8 @@ class Reference(NamedTuple):
             return w
         wide = width(w)
         if packed in DTYPES:
-            rounded = w.detach().to(DTYPES[packed])
-            return w if w.dtype is rounded.dtype else _straight_through(_as(rounded, wide), _as(w, wide))
+            dtype = DTYPES[packed]
+            return w if w.dtype is dtype else _straight_through(_as(w.detach().to(dtype), wide), _as(w, wide))
         if (coding := self.precision.coding) is not None:
             codes, of_groups, *offset = int4.quantize_channels(w.detach(), coding)
             table = int4.table_of(coding, w)

@@ -28,7 +28,7 @@ def shared_object(source: Path, *options: str) -> ctypes.CDLL:
     """A C++ file of the tests, compiled and loaded."""
     target = Path(_folder.name) / f"{source.stem}.so"
     flags = ["-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", *options]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, source, "-o", target], check=True)
+    subprocess.run([*os.environ.get("CXX", "g++").split(), *flags, source, "-o", target], check=True)
     return ctypes.CDLL(str(target))
 
 

@@ -1,5 +1,6 @@
 """A packed weight is never stale: whoever changes the weight densely, by whatever means, the next call sees it."""
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from models import OFF
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 import fastlinear._engine as _engine
@@ -340,6 +342,49 @@ def test_a_weight_that_keeps_changing_is_left_to_torch(monkeypatch: pytest.Monke
         stock.weight.mul_(2)  # the pack has paid for itself: the next one is made at once
         torch.testing.assert_close(fast(x), stock(x))
         assert len(packs) == 4 and fast._engine.fresh(fast)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["changing", "training"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as held", "rounded"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_torch_is_called_at_once(train: bool, dtype: torch.dtype | None, kind: type[nn.Module]) -> None:
+    """Training, and while its weight keeps changing, a small layer costs what the stock one does: no Python of ours
+    runs but the activation's. Answers, gradients and the report's counts are what they were."""
+    stock = nn.Sequential(nn.Linear(K, N) if kind is nn.Linear else Conv1D(N, K), nn.ReLU()).eval()
+    fast, x = OFF(stock, dtype=dtype), torch.randn(5, K)
+    with torch.no_grad():
+        fast(x)
+    stock.train(train)
+    fast.train(train)
+    rounded = stock if dtype is None or train else copy.deepcopy(stock)
+    slow = type(fast[0])._slow
+    for i in range(20):
+        with torch.no_grad():
+            stock[0].weight.mul_(1.01)
+            if rounded is not stock:
+                rounded[0].weight.copy_(stock[0].weight.to(dtype))
+        vars(fast[0]).pop("_slow", None)
+        if i >= 3:
+            fast[0]._slow = None  # whoever calls it, raises
+        with torch.set_grad_enabled(i % 2 == 1):
+            y, expected = fast(x), rounded(x)
+        torch.testing.assert_close(y, expected)
+        if i % 2:
+            got, want = (
+                torch.autograd.grad(each.square().sum(), tuple(of.parameters()))
+                for each, of in ((y, fast), (expected, rounded))
+            )
+            torch.testing.assert_close(got, want)
+    del fast[0]._slow
+    assert type(fast[0])._slow is slow
+    word = _engine.TRAINING if train else _engine.CHANGING
+    assert fast[0]._elsewhere == {word: 20 if train else 19}
+    assert f"calls elsewhere: {word}" in " ".join(str(fastlinear.report(fast)).split())
+    fast.eval()
+    with torch.no_grad():
+        for _ in range(10):
+            fast(x)
+    assert fast[0]._engine.fresh(fast[0])
 
 
 def test_two_weights_in_turn() -> None:

@@ -332,6 +332,7 @@ def test_what_was_not_changed_runs_fused(make: str) -> None:
     """The proof holds where it should: in the model, in copies of it, and in parts that have both halves of a pair."""
     x = torch.randn(5, WIDTH)
     fast = OFF(made(make))
+    fast(x)  # FX patches nn.Module.__call__ for a while, after which the first call of all is an ordinary one
     assert absorbed(fast) and left_to_originals(fast, x) == 0
     assert left_to_originals(copy.deepcopy(fast), x) == left_to_originals(pickle.loads(pickle.dumps(fast)), x) == 0
     assert left_to_originals(fastlinear.freeze(fast), x) == 0

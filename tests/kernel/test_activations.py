@@ -124,8 +124,8 @@ def checker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/kernel/activations.cpp, compiled with the library's own sources."""
     binary = tmp_path_factory.mktemp("exhaustive") / "activations"
     sources = [ROOT / "tests/kernel/activations.cpp", *sorted((ROOT / "csrc").glob("*.cpp"))]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-std=c++20", "-O2", f"-I{ROOT / 'include'}", *sources, "-o", binary], check=True)
+    compiler = os.environ.get("CXX", "g++").split()
+    subprocess.run([*compiler, "-std=c++20", "-O2", f"-I{ROOT / 'include'}", *sources, "-o", binary], check=True)
     return binary
 
 

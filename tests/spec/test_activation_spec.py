@@ -139,3 +139,17 @@ def test_transformers_activations() -> None:
     assert {found[name] for name in tanh_forms} == {Activation("gelu_tanh")}
     assert {found[name] for name in ("gelu", "gelu_python")} == {Activation("gelu")}
     assert [found[name] for name in ("quick_gelu", "gelu_10", "relu2", "laplace", "linear", "prelu")] == [None] * 6
+
+
+@pytest.mark.parametrize("name", activations.names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_are_those_of_autograd(name: str, dtype: torch.dtype) -> None:
+    """Bit for bit, at the edges of the pieces, too."""
+    activation = activations.resolve(name)
+    assert activation is not None
+    y = torch.tensor([*range(-4, 8), *(0.1 * i for i in range(-50, 50)), -0.0, 20.0, 30.0, 80.0, -80.0], dtype=dtype)
+    g = torch.linspace(-2, 2, len(y), dtype=dtype)
+    y.requires_grad_()
+    (expected,) = torch.autograd.grad(activations.apply(activation, y), y, g)
+    found = activations.slope(activation, g, y.detach())
+    assert found is not None and torch.equal(found, expected)
