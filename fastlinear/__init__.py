@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from fastlinear._kernels import cpu_info, kernels
 from fastlinear._moved import keep_old_names
+from fastlinear.file.checkpoints import load_quantized
 from fastlinear.file.plans import load_plans, save_plans
 from fastlinear.file.safetensors import FormatError
 from fastlinear.file.saving import load, save
@@ -40,6 +41,7 @@ __all__ = [
     "kernels",
     "load",
     "load_plans",
+    "load_quantized",
     "profile",
     "refresh",
     "report",

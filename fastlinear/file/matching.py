@@ -59,18 +59,19 @@ def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
     missing = [name for name in needed if name not in given]
     unexpected = [name for name in given if name not in held and name not in said.transient]
     if missing or unexpected:
-        parts = [f"lacks {_listed(missing)} of this {type(model).__name__}"] if missing else []
-        parts += [f"has {_listed(unexpected)} that this {type(model).__name__} has not"] if unexpected else []
+        parts = [f"lacks {listed(missing)} of this {type(model).__name__}"] if missing else []
+        parts += [f"has {listed(unexpected)} that this {type(model).__name__} has not"] if unexpected else []
         raise ValueError(f"it {' and '.join(parts)}")
     plain = [held[name] for name in needed if name in stored]
     if other := [each.name for each in plain if tuple(each.tensor.shape) != stored[each.name].shape]:
-        raise ValueError(f"it has {_listed(other)} in other shapes than this {type(model).__name__}")
+        raise ValueError(f"it has {listed(other)} in other shapes than this {type(model).__name__}")
     modules, slots = dict(model.named_modules()), {fused.layer: fused for fused in said.fused}
     pairs = [_pair(modules, layer, slots.get(layer.name)) for layer in said.layers]
     return Match(modules, stored, plain, [pair for pair in pairs if pair is not None])
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """How many there are, and the first of them, for a message."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{len(names)} tensor{'s'[: len(names) > 1]} ({', '.join(map(_plainly, names[:_SHOWN]))}{more})"
 

@@ -239,7 +239,7 @@ def open_mapped(path: AnyPath) -> Mapped:
 @contextmanager
 def _opened(path: AnyPath) -> Iterator[tuple[int, int, Contents]]:
     """Descriptor, size and checked header."""
-    with faults_of(path), open(path, "rb", opener=_at_once) as file:
+    with faults_of(path), open(path, "rb", opener=at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no regular file")
@@ -251,7 +251,7 @@ def _opened(path: AnyPath) -> Iterator[tuple[int, int, Contents]]:
         yield file.fileno(), size, parse(file.read(length), LENGTH + length, size)
 
 
-def _at_once(path: str, flags: int) -> int:
+def at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a FIFO must not hang us
 
 

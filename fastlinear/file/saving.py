@@ -19,6 +19,7 @@ from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check
 from fastlinear.file.matching import Held, Match, tensors_of
 from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
 from fastlinear.layer import linear, packs
+from fastlinear.layer.embedding import is_packed
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.model import fusion
@@ -61,6 +62,8 @@ def save(model: nn.Module, path: AnyPath) -> None:
     for name, module in modules.items():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} has extra state beside its tensors")
+        if is_packed(module):
+            raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} looks up rows of another file")
     for held in tensors_of(model):
         if held.module in layers and held.attribute == "weight":
             continue

@@ -14,6 +14,7 @@ import fastlinear._kernels as _kernels
 from fastlinear.plan import table
 from fastlinear.spec import gates, int4
 from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.int4 import Coded, Coding
 from fastlinear.spec.int8 import Quantized, quantize_weight
 from fastlinear.spec.precision import Precision, is_same
 
@@ -131,6 +132,13 @@ def _holds(packed: _kernels.Packed, *contents: Tensor | None) -> bool:
 def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) -> _kernels.Packed:
     """An int8 weight in an integer format and the layout of this machine; ValueError where it has too many columns."""
     return kind_of(gated)(quantized.values, table.layout(packed_as), quantized.scale, quantized.zero)
+
+
+def pack_coded(coded: Coded) -> _kernels.Packed:
+    """A weight of 4-bit codes in the layout of this machine."""
+    coding = Coding(coded.group, tuple(coded.table.tolist()), coded.scale.dtype, coded.offset is not None)
+    layout = coding.layout(table.layout("int4"))
+    return _kernels.Packed(coded.codes, layout, coded.scale, None, coded.table, coded.offset)
 
 
 def repack(packed: _kernels.Packed, layout: str) -> _kernels.Packed:

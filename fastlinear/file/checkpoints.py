@@ -1,0 +1,85 @@
+"""load_quantized: checkpoints that others quantized, read without their packages."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastlinear.file import gguf
+from fastlinear.file.architectures import UNUSED, architecture_of, check_config
+from fastlinear.file.filling import Source, fill
+from fastlinear.file.gguf import Gguf
+from fastlinear.file.safetensors import AnyPath, faults_of, shown
+from fastlinear.model.encoders import forbid_bypasses
+from fastlinear.spec import ggml
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_quantized(path: AnyPath, model: Model) -> Model:
+    """Give `model` the weights of a checkpoint that others quantized, bit for bit, and return it.
+
+    path: a GGUF file of Llama, Mistral, Qwen 2 and 3 or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K,
+        Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32.
+    model: a causal language model of transformers, of the architecture in the file, on the meta device or with any
+        weights, which go unread. Its dtype is that of its activations; what the file has in floats is rounded to it
+        where it is narrower.
+
+    Linear layers become fast ones, frozen over their packed weights, which come straight from the file: no copy in 16
+    bits is ever made. What has no packed form of its own is unpacked to the model's dtype, and `report` says so.
+    Embeddings are not unpacked either: they look up rows of the mapped file. Parameters need no gradients.
+
+    Raises FormatError for a file that is damaged, of another model, or holds what is not supported, and names the
+    tensor; OSError as the system gives it. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_quantized() fills an nn.Module, but was given {type(model).__name__}")
+    mapped = gguf.open_mapped(path)
+    with faults_of(path):
+        fill(model, _sources(mapped, model))
+    forbid_bypasses(model)
+    return model
+
+
+def _sources(mapped: Gguf, model: Any) -> dict[str, Source]:
+    """The tensors of a GGUF file by their names in `model`."""
+    name, architecture = architecture_of(mapped.fields)
+    check_config(mapped.fields, name, getattr(model, "config", None))
+    whole = hasattr(model, "lm_head")  # else it is what lies within the causal model
+    sources: dict[str, Source] = {}
+    for stored, entry in mapped.entries.items():
+        if stored in UNUSED:
+            continue
+        target = architecture.name(stored)
+        if target is None:
+            raise ValueError(f"it has the tensor {shown(stored)}, which no {name} model has")
+        heads = architecture.heads(stored, mapped.fields, name)
+        shift = architecture.shift if architecture.is_norm(stored) else 0.0
+        target = target if whole else target.removeprefix("model.")
+        if target in sources:
+            raise ValueError(f"it has a second tensor {shown(stored)}")
+        sources[target] = _source(mapped, stored, entry, heads, shift)
+    embedded = sources.get("model.embed_tokens.weight")
+    if whole and embedded is not None:
+        sources.setdefault("lm_head.weight", embedded)
+    return sources
+
+
+def _source(mapped: Gguf, stored: str, entry: gguf.Entry, heads: int, shift: float) -> Source:
+    floating = ggml.is_floating(entry.kind)
+    if not heads and not shift:
+        rows = mapped.rows(stored)
+        return Source(entry.shape, entry.kind, lambda: ggml.unpack(entry.kind, rows), rows, floating)
+    if heads and entry.shape[0] % (2 * heads):
+        raise ValueError(f"its {shown(stored)} has {entry.shape[0]} rows, which {heads} heads do not share")
+
+    def read() -> ggml.Unpacked:
+        rows = mapped.rows(stored).reshape(entry.shape[0], -1)
+        if heads:
+            rows = rows[torch.arange(len(rows), device="cpu").view(heads, -1, 2).transpose(1, 2).flatten()]
+        unpacked = ggml.unpack(entry.kind, rows)
+        return ggml.numbers(unpacked) - shift if shift else unpacked
+
+    return Source(entry.shape, entry.kind, read, floating=floating)

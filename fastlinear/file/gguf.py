@@ -1,0 +1,195 @@
+"""GGUF files (as ggml specifies them), read with distrust, and mapped.
+
+    "GGUF" | version u32 | tensors u64 | fields u64 | fields: name, type u32, value ...
+    | tensors: name, dimensions u32, extents u64 ..., kind u32, offset u64 ... | padding | bytes of the tensors
+
+Numbers are little-endian, a string is its length u64 and its bytes. The first extent is the innermost. Of arrays, which
+are a tokenizer's words, only the length is kept; whatever the header claims is held against the size of the file
+before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlinear.file.safetensors import LIMIT, AnyPath, at_once, faults_of, shown
+from fastlinear.spec.ggml import KINDS
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+_MANY = 1 << 16  # fields, or tensors; the largest models have some thousands
+_LONG = 1 << 10  # bytes of a name
+_TEXT = 1 << 20  # bytes of a text that is kept
+_DIMS, _DEPTH = 4, 4  # of tensors, and of arrays in arrays
+_ALIGNMENT = 32
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # ids of types
+_STRING, _ARRAY = 8, 9
+_BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
+
+
+class Entry(NamedTuple):
+    """A tensor. shape: as torch has it, the innermost extent last."""
+
+    kind: str  # of spec.ggml.KINDS
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    nbytes: int
+
+
+class Gguf(NamedTuple):
+    """A file in memory: its fields, and tensors that are views of one private mapping, which lives as long as they."""
+
+    fields: dict[str, Any]  # numbers and texts; of an array its length
+    entries: dict[str, Entry]
+    memory: mmap.mmap
+
+    def rows(self, name: str) -> Tensor:
+        """The bytes of a tensor, uint8 [all rows, bytes of one]."""
+        entry = self.entries[name]
+        n = entry.nbytes // row_nbytes(entry.kind, entry.shape[-1]) if entry.nbytes else 0
+        if n == 0:
+            return torch.empty(0, row_nbytes(entry.kind, entry.shape[-1]), dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin).view(n, -1)
+
+
+def row_nbytes(kind: str, k: int) -> int:
+    """Bytes of k weights of a kind, of which they fill whole blocks."""
+    return k // KINDS[kind].size * KINDS[kind].nbytes
+
+
+def is_gguf(path: AnyPath) -> bool:
+    """Whether a file begins as one; OSError as the system gives it."""
+    with open(path, "rb", opener=at_once) as file:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(len(MAGIC)) == MAGIC
+
+
+def open_mapped(path: AnyPath) -> Gguf:
+    """The file, of which no more than the header is read; FormatError where that is not sound, OSError as the system
+    gives it."""
+    with faults_of(path), open(path, "rb", opener=at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size < len(MAGIC):
+            raise ValueError(f"it ends after {status.st_size} bytes, within its header")
+        memory = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
+        return Gguf(*_parse(_Cursor(memory)), memory)
+
+
+class _Cursor:
+    """Reads on in the header; ValueError where the file ends."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory, self.at, self.end = memory, 0, len(memory)
+
+    def skip(self, nbytes: int) -> int:
+        """Where the next `nbytes` begin, which must be there."""
+        if nbytes > self.end - self.at:
+            raise ValueError(f"it ends after {self.end} bytes, within its header")
+        begin, self.at = self.at, self.at + nbytes
+        return begin
+
+    def number(self, code: str) -> Any:
+        form = struct.Struct(f"<{code}")
+        return form.unpack_from(self.memory, self.skip(form.size))[0]
+
+    def text(self, what: str, most: int) -> str:
+        nbytes = self.number("Q")
+        begin = self.skip(nbytes)
+        if nbytes > most:
+            raise ValueError(f"{what} in its header has {nbytes} bytes, and {most} may be")
+        return self.memory[begin : begin + nbytes].decode()
+
+    def value(self, name: str, kind: int, depth: int = 0) -> Any:
+        """A field's value; of an array its length."""
+        if kind == _STRING:
+            return self.text(f"the field {shown(name)}", _TEXT)
+        if kind == _ARRAY:
+            kind, length = self.number("I"), self.number("Q")
+            if kind in _SCALARS:
+                self.skip(length * struct.calcsize(f"<{_SCALARS[kind]}"))
+            elif kind == _STRING:
+                for _ in range(length):
+                    self.skip(self.number("Q"))
+            elif kind == _ARRAY and depth < _DEPTH:
+                for _ in range(length):
+                    self.value(name, kind, depth + 1)
+            else:
+                raise ValueError(f"the field {shown(name)} in its header is an array of the unknown type {kind}")
+            return length
+        if kind not in _SCALARS:
+            raise ValueError(f"the field {shown(name)} in its header is of the unknown type {kind}")
+        return self.number(_SCALARS[kind])
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Entry]]:
+    if cursor.memory[cursor.skip(len(MAGIC)) : cursor.at] != MAGIC:
+        raise ValueError("it does not begin with 'GGUF'")
+    version, tensors, many = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in VERSIONS:
+        raise ValueError(f"it is of version {version}, and versions {' and '.join(map(str, VERSIONS))} are read")
+    if tensors > _MANY or many > _MANY:
+        raise ValueError(f"its header claims {tensors} tensors and {many} fields, and {_MANY} of each may be")
+    fields: dict[str, Any] = {}
+    for _ in range(many):
+        name = cursor.text("the name of a field", _LONG)
+        if name in fields:
+            raise ValueError(f"it has the field {shown(name)} twice")
+        fields[name] = cursor.value(name, cursor.number("I"))
+    alignment = fields.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise ValueError(f"its general.alignment is {shown(alignment)}, no power of two up to 2^20")
+    entries: dict[str, Entry] = {}
+    for _ in range(tensors):
+        name, entry = _entry(cursor, alignment)
+        if name in entries:
+            raise ValueError(f"it has the tensor {shown(name)} twice")
+        entries[name] = entry
+    return fields, _placed(entries, -(-cursor.at // alignment) * alignment, cursor.end)
+
+
+def _entry(cursor: _Cursor, alignment: int) -> tuple[str, Entry]:
+    """A tensor of the header, whose place is still told from where the tensors begin."""
+    name = cursor.text("the name of a tensor", _LONG)
+    who = f"the tensor {shown(name)}"
+    dims = cursor.number("I")
+    if not 1 <= dims <= _DIMS:
+        raise ValueError(f"{who} has {dims} dimensions, not 1 to {_DIMS}")
+    shape = tuple(cursor.number("Q") for _ in range(dims))[::-1]
+    number, offset = cursor.number("I"), cursor.number("Q")
+    elements = 1
+    for extent in shape:
+        elements *= max(extent, 1)
+        if elements >= LIMIT:
+            raise ValueError(f"{who} has the shape {shown(list(shape))}, which no memory holds")
+    kind = _BY_NUMBER.get(number)
+    if kind is None:
+        raise ValueError(f"{who} is of ggml's type {number}, and read are {', '.join(KINDS)}")
+    size = KINDS[kind].size
+    if shape[-1] % size:
+        raise ValueError(f"{who} has rows of {shape[-1]} weights, but blocks of {kind} have {size}")
+    if offset % alignment:
+        raise ValueError(f"{who} lies at byte {offset}, not at a multiple of {alignment}")
+    rows = 0 if 0 in shape else elements // shape[-1]
+    return name, Entry(kind, shape, offset, rows * row_nbytes(kind, shape[-1]))
+
+
+def _placed(entries: dict[str, Entry], begin: int, end: int) -> dict[str, Entry]:
+    """The same in places from the start of the file; ValueError where two share bytes, or the file ends before."""
+    placed = {name: entry._replace(begin=begin + entry.begin) for name, entry in entries.items()}
+    reached, before = begin, ""
+    for name, entry in sorted(placed.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if entry.begin < reached:
+            raise ValueError(f"the tensors {shown(before)} and {shown(name)} share bytes")
+        reached, before = entry.begin + entry.nbytes, name
+        if reached > end:
+            raise ValueError(f"the tensor {shown(name)} should end at byte {reached}, and the file has {end} bytes")
+    return placed
