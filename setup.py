@@ -23,17 +23,14 @@ optimize = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O2"]
 common = {
     "depends": glob("include/**/*.hpp", recursive=True),
     "include_dirs": ["include"],
+    "libraries": ["dl"],
     "language": "c++",
     "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimize],
 }
+modules = ("_calls", "_cpu", "_engine", "_kernels", "_plans", "_products", "_rows", "_tensors", "_weights")
+units = {"_kernels": sorted(glob("csrc/*.cpp"))}
 extensions = [
-    Extension("fastlinear._cpu", ["fastlinear/_cpu.pyx"], **common),
-    Extension(
-        "fastlinear._kernels", ["fastlinear/_kernels.pyx", *sorted(glob("csrc/*.cpp"))], libraries=["dl"], **common
-    ),
-    Extension("fastlinear._calls", ["fastlinear/_calls.pyx"], **common),
-    Extension("fastlinear._engine", ["fastlinear/_engine.pyx"], **common),
-    Extension("fastlinear._rows", ["fastlinear/_rows.pyx"], **common),
+    Extension(f"fastlinear.{name}", [f"fastlinear/{name}.pyx", *units.get(name, [])], **common) for name in modules
 ]
 
 

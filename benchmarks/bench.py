@@ -37,11 +37,11 @@ from roofline import Roofline
 from shapes import FP32
 
 import fastlinear
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 
 RESULTS = Path(__file__).with_name("results")
 STATES = ("hot", "cold")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _tensors.FORMATS}
 # --isa: what keeps this package and each rival from wider instructions; read when they are loaded.
 LIMITS = {
     "avx2": {
@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="where the plot goes (PNG)")
     options = parser.parse_args()
     options.dtype = DTYPES[options.dtype]
-    options.form = options.quantize or _kernels.FORMATS[options.dtype]
+    options.form = options.quantize or _tensors.FORMATS[options.dtype]
     if options.peers and (options.isa or options.form not in remote.RIVALS):
         parser.error("--peers stand beside --quantize, and know nothing of --isa")
     options.states = tuple(options.states.split(","))
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--states are {' and '.join(STATES)}, not {','.join(options.states)}")
     if not (options.quick or options.shapes or options.ms):
         limit = options.isa or os.environ.get("FASTLINEAR_MAX_ISA")
-        widened = _kernels.FORMATS[options.dtype] if options.quantize and options.dtype is not torch.float32 else None
+        widened = _tensors.FORMATS[options.dtype] if options.quantize and options.dtype is not torch.float32 else None
         name = "-".join(filter(None, (slug(fastlinear.cpu_info()["model"]), options.form, widened, limit)))
         default = RESULTS / f"{name}.json"
         options.json = options.json or default
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "format": 1,
         "about": about(python),
         "dtype": form,
-        "x": _kernels.FORMATS[options.dtype],
+        "x": _tensors.FORMATS[options.dtype],
         "isa": isa,
         "native_isa": roofline.native,
         "refused": refused | ({} if python else dict.fromkeys(remote.RIVALS.get(form, ()), "--peers asks for it")),

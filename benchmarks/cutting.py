@@ -26,11 +26,14 @@ import shapes
 import torch
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
 from fastlinear.plan.candidates import Plan, heuristic, native_candidates
 from fastlinear.plan.problem import Problem
 
 THREADS, FAIR = (8, 16, 64, 128), 1.1
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _tensors.FORMATS}
 ROWS = {row["name"]: row for row in _kernels.rows()}
 
 
@@ -52,11 +55,11 @@ def problem(m: int, n: int, k: int, threads: int, form: str) -> Problem:
 
 def cut(plan: Plan, of: Problem, dtype: torch.dtype) -> Cut:
     row, threads = ROWS[plan.name], plan.plan_threads
-    native = _kernels.Plan(plan.name, threads, plan.k_slices)
+    native = _plans.Plan(plan.name, threads, plan.k_slices)
     work: dict[tuple[int, int], int] = Counter()  # by part and thread, in sums of whole tiles
     panels: dict[tuple[int, int, int], set[int]] = {}  # by columns and K: who reads them
     tiles = 0
-    for part, thread, rows, columns, ks in _kernels.pieces(native, of.panels, dtype, of.m, of.n, of.k):
+    for part, thread, rows, columns, ks in _products.pieces(native, of.panels, dtype, of.m, of.n, of.k):
         row_tiles = -(-(rows[1] - rows[0]) // row["mr"])
         work[part, thread] += row_tiles * (ks[1] - ks[0])
         tiles += row_tiles
@@ -100,7 +103,7 @@ def main() -> None:
     for threads in options.threads:
         for k, n in shapes.GRID.shapes:
             for m in options.ms:
-                of = problem(m, n, k, threads, _kernels.FORMATS[dtype])
+                of = problem(m, n, k, threads, _tensors.FORMATS[dtype])
                 c = best(of, dtype)
                 print(
                     f"{threads:>7}  {f'{m} x {k} x {n}':<18}{c.busiest:>8.2f}{' ' if c.shareable else '*'}"

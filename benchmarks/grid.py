@@ -15,7 +15,7 @@ from shapes import FP32, OURS
 from timing import race
 
 import fastlinear
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 
 # Seconds, fewest and most rounds for one cell of the grid.
 FULL, QUICK = (1.2, 5, 40), (0.05, 3, 5)
@@ -46,7 +46,7 @@ def run_grid(
 def copies(options: argparse.Namespace, layer: torch.nn.Linear, form: str) -> list[torch.nn.Linear]:
     """As many as no cache holds once packed in this format, where cold weights are to be measured."""
     wanted = max(COLD_BYTES, COLD_CACHES * int(fastlinear.cpu_info()["l3"]))
-    enough = max(2, -(-wanted // (_kernels.PACKED[form].itemsize * layer.weight.numel())))
+    enough = max(2, -(-wanted // (_tensors.PACKED[form].itemsize * layer.weight.numel())))
     return peers.copies(layer, enough if "cold" in options.states else 1)
 
 
@@ -72,7 +72,7 @@ def run_cell(
     if options.inductor and "hot" in options.states:
         contestants["inductor"] = peers.Candidate(peers.inductor(layers, m), x)
     peers.check(contestants, options.form, layers[0], x)
-    of_weight = _kernels.PACKED[options.form].itemsize
+    of_weight = _tensors.PACKED[options.form].itemsize
     for state in options.states:
         hot = state == "hot"
         rotations = {

@@ -4,7 +4,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear._kernels import Epilogue, Packed, Plan, RowQuantizer
+from fastlinear._plans import Epilogue, Plan, RowQuantizer
+from fastlinear._weights import Packed
 
 DISABLED: str
 UNFIT: str

@@ -17,11 +17,15 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._environment as environment
 from fastlinear._calls cimport Tickets, leads_to, put_in_slot, quiet, stock_call
-from fastlinear._kernels cimport (
-    FP32, MAX_OPERANDS, MEETS, MISSES, STATIC, Bias, COperand, Epilogue, Format, Matrix, Meeting, Packed, Plan,
-    RowQuantizer, Segment, View, answers, as_rows, columns_of, compute, element_bytes, format_of_x, is_float, look_at,
-    meet, need, pool_size
+from fastlinear._plans cimport (
+    MAX_OPERANDS, MEETS, MISSES, STATIC, Bias, COperand, Epilogue, Meeting, Plan, RowQuantizer, Segment, answers,
+    columns_of, meet
 )
+from fastlinear._products cimport compute, pool_size
+from fastlinear._tensors cimport (
+    FP32, Format, Matrix, View, as_rows, element_bytes, format_of_x, is_float, look_at, need
+)
+from fastlinear._weights cimport Packed
 
 cdef extern from "fastlinear/weight/sample.hpp" namespace "fastlinear" nogil:
     cppclass Sample:

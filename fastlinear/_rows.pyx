@@ -6,28 +6,10 @@ import torch
 
 from libcpp cimport bool as cbool
 
-from fastlinear._kernels cimport (
-    Bias, Format, Matrix, Rows, Vectors, View, as_rows, best_vectors, is_float, look_at, pool_size, runnable_vectors
-)
-
-cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
-    ctypedef struct OutRows:
-        char* data
-        ptrdiff_t stride
-        Format format
-    ctypedef struct NormProblem:
-        ptrdiff_t m
-        ptrdiff_t n
-        Rows x
-        Rows residual
-        OutRows sum
-        OutRows y
-        Bias weight
-        Bias bias
-        float offset
-        float eps
-        cbool centered
-    cbool normalize(const NormProblem&, const Vectors&, ptrdiff_t)
+from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
+from fastlinear._plans cimport Bias
+from fastlinear._products cimport NormProblem, OutRows, make_norm, pool_size
+from fastlinear._tensors cimport Matrix, View, as_rows, is_float, look_at
 
 cdef object Tensor = torch.Tensor
 cdef object Parameter = torch.nn.Parameter
@@ -117,10 +99,10 @@ def norm(
     if p.m > 0:
         threads = pool_size()
         if p.m * p.n < LARGE:
-            done = normalize(p, vectors[0], threads)
+            done = make_norm(p, vectors[0], threads)
         else:
             with nogil:
-                done = normalize(p, vectors[0], threads)
+                done = make_norm(p, vectors[0], threads)
         if not done:
             raise MemoryError(f"no memory for the scratch rows of a norm of {p.n} channels")
     return (y, total) if keep else y

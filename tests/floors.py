@@ -16,6 +16,10 @@ from torch import nn
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.spec import int4
 
 SHAPES = [(1, 64, 48), (7, 33, 70)]  # M, K, N
@@ -25,7 +29,7 @@ def layers() -> int:
     """Layers in every precision against torch in double; how many."""
     schemes = (None, fastlinear.Int8WeightOnly(), fastlinear.Int8Dynamic())
     count = 0
-    for dtype in _kernels.FORMATS:
+    for dtype in _tensors.FORMATS:
         for scheme in schemes:
             for m, k, n in SHAPES:
                 stock = nn.Sequential(nn.Linear(k, n), nn.GELU(), nn.Linear(n, k)).to(dtype).eval()
@@ -45,23 +49,23 @@ def kernels() -> int:
     for row in (row for row in _kernels.kernels() if row["runnable"]):
         integers = row["accumulate"] == "int32"
         for layout in row["reads"]:
-            dtype = _kernels.PACKED.get(layout.split("/")[0])
-            x = torch.randn(5, 40).to({name: d for d, name in _kernels.FORMATS.items()}.get(row["rows"], torch.float32))
+            dtype = _tensors.PACKED.get(layout.split("/")[0])
+            x = torch.randn(5, 40).to({name: d for d, name in _tensors.FORMATS.items()}.get(row["rows"], torch.float32))
             if dtype is None:
                 coding = int4.Coding(16)
                 coded = int4.quantize_weight(torch.randn(70, 40), coding)
                 w = int4.dequantize(coded)
-                packed = _kernels.Packed(coded.codes, coding.layout(layout), coded.scale, None, coded.table, None)
+                packed = _weights.Packed(coded.codes, coding.layout(layout), coded.scale, None, coded.table, None)
             elif dtype is torch.int8:
                 w = torch.randint(-127, 128, (70, 40)).to(dtype)
-                packed = _kernels.Packed(w, layout, torch.ones(70))
+                packed = _weights.Packed(w, layout, torch.ones(70))
             else:
                 w = torch.randn(70, 40).to(dtype)
-                packed = _kernels.Packed(w, layout)
+                packed = _weights.Packed(w, layout)
             out = torch.empty(5, 70)
-            rows = _kernels.RowQuantizer("symmetric") if integers else None
-            plan = _kernels.Plan(row["name"])
-            _kernels.run(packed, plan, _kernels.Epilogue(), x, None, out, rows)
+            rows = _plans.RowQuantizer("symmetric") if integers else None
+            plan = _plans.Plan(row["name"])
+            _products.run(packed, plan, _plans.Epilogue(), x, None, out, rows)
             bound = x.double().abs() @ w.double().abs().T
             assert ((out - x.double() @ w.double().T).abs() <= 0.02 * bound).all(), (row["name"], layout)
             count += 1

@@ -26,11 +26,14 @@ import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 
 ROOT = Path(__file__).resolve().parent.parent
 Steps = Iterable[tuple[str, tuple[float, ...]]]
-FORMATS = [*_kernels.PACKED, "uint8"]  # in the order of enum Format
-OF_DTYPE = {**_kernels.FORMATS, torch.int8: "int8", torch.uint8: "uint8"}  # of x, biases and outputs
+FORMATS = [*_tensors.PACKED, "uint8"]  # in the order of enum Format
+OF_DTYPE = {**_tensors.FORMATS, torch.int8: "int8", torch.uint8: "uint8"}  # of x, biases and outputs
 FUNCTIONS = list(_kernels.functions())
 
 # ---- how an ISA is executed ------------------------------------------------------------------------------------------
@@ -220,11 +223,11 @@ def program(steps: Steps) -> Program:
     return Program(len(given), indices, params)
 
 
-def quantizer(rows: _kernels.RowQuantizer | None, smooth: Tensor) -> Quantizer:
+def quantizer(rows: _plans.RowQuantizer | None, smooth: Tensor) -> Quantizer:
     """`smooth`: that of the rows, padded."""
     if rows is None:
         return Quantizer()
-    kind = _kernels.ROW_KINDS.index(rows.kind)
+    kind = _plans.ROW_KINDS.index(rows.kind)
     return Quantizer(kind, rows.scale, rows.zero, None if rows.smooth is None else smooth.data_ptr())
 
 
@@ -245,14 +248,14 @@ def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels:
 
     def product(
         kernel: dict[str, object],
-        packed: _kernels.Packed,
+        packed: _weights.Packed,
         x: Tensor,
         b: Tensor | None,
         steps: Steps,
         threads: int,
         k_slices: int,
         out: Tensor,
-        rows: _kernels.RowQuantizer | None = None,
+        rows: _plans.RowQuantizer | None = None,
         integers: tuple[torch.dtype, float, int] | None = None,
     ) -> Tensor:
         assert packed.layout in kernel["reads"]

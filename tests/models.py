@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.layer import linear
 from fastlinear.plan import candidates
 
@@ -25,12 +25,12 @@ class Pairing(NamedTuple):
 
     @property
     def id(self) -> str:
-        x, held, packed = (_kernels.FORMATS[dtype] for dtype in self)
+        x, held, packed = (_tensors.FORMATS[dtype] for dtype in self)
         return f"{x} x {packed}" if held == packed else f"{x} x {held} as {packed}"
 
 
 # All that the kernels take: a weight packed in 16 bits, by x of any dtype; a weight in fp32, by x in fp32.
-_PAIRINGS = [Pairing(*dtypes) for dtypes in itertools.product(_kernels.FORMATS, repeat=3)]
+_PAIRINGS = [Pairing(*dtypes) for dtypes in itertools.product(_tensors.FORMATS, repeat=3)]
 _FP32 = Pairing(torch.float32, torch.float32, torch.float32)
 PAIRINGS = [pytest.param(p, id=p.id) for p in _PAIRINGS if p == _FP32 or p.packed != torch.float32]
 

@@ -21,13 +21,17 @@ from oracle import Dtypes, Result, Sums
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.spec.int8 import Quantized, Requantize, Rows
 
 Kernel = dict[str, Any]
 Note = Callable[[str], object]
 
-DTYPES = _kernels.PACKED  # of weights, by format
-FLOATS = list(_kernels.FORMATS)  # what x, biases and outputs may be
+DTYPES = _tensors.PACKED  # of weights, by format
+FLOATS = list(_tensors.FORMATS)  # what x, biases and outputs may be
 FP16_BLOCK = 64  # products that a kernel which accumulates in fp16 may add before it promotes the sum
 
 
@@ -67,7 +71,7 @@ ALL = [
     on(kernel, layout)
     for kernel in _kernels.kernels()
     for layout in kernel["reads"]
-    if layout.split("/")[0] not in _kernels.GROUPED
+    if layout.split("/")[0] not in _tensors.GROUPED
 ]
 INTEGER = [kernel for kernel in ALL if kernel["accumulate"] == "int32"]  # integer products; all others are floating
 FLOATING = [kernel for kernel in ALL if kernel not in INTEGER]
@@ -137,37 +141,37 @@ def integers(
         threads,
         k_slices,
         y,
-        _kernels.RowQuantizer(*rows),
+        _plans.RowQuantizer(*rows),
         requantize and tuple(requantize),
     )
 
 
-def pack(w: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None) -> _kernels.Packed:
+def pack(w: Tensor, layout: str, scale: Tensor | None = None, zero: Tensor | None = None) -> _weights.Packed:
     """w [N, K] in `layout`; int8 weights without a `scale` are integers."""
     if w.dtype == torch.int8 and scale is None:
         scale = torch.ones(len(w))
-    return _kernels.Packed(w, layout, scale, zero)
+    return _weights.Packed(w, layout, scale, zero)
 
 
 def product(
     kernel: Kernel,
-    packed: _kernels.Packed,
+    packed: _weights.Packed,
     x: Tensor,
     b: Tensor | None,
     steps: Steps,
     threads: int,
     k_slices: int,
     out: Tensor,
-    rows: _kernels.RowQuantizer | None = None,
+    rows: _plans.RowQuantizer | None = None,
     requantize: tuple[torch.dtype, float, int] | None = None,
 ) -> Tensor:
     """`run` or `integers` on a packed weight, into `out`."""
     with nullcontext() if kernel["runnable"] else emulator.running():
         plan, epilogue = (
-            _kernels.Plan(kernel["name"], threads, k_slices, library.caches()),
-            _kernels.Epilogue(steps, requantize),
+            _plans.Plan(kernel["name"], threads, k_slices, library.caches()),
+            _plans.Epilogue(steps, requantize),
         )
-        _kernels.run(packed, plan, epilogue, x, b, out, rows)
+        _products.run(packed, plan, epilogue, x, b, out, rows)
     return out
 
 
@@ -212,7 +216,7 @@ def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
 
 def blocks() -> tuple[int, int]:
     """Bytes of a K block of panels and of a block of rows, so that tests which cross a block know where it ends."""
-    return _kernels.Plan(RUNNABLE[0]["name"], 1, 1, library.caches()).blocks
+    return _plans.Plan(RUNNABLE[0]["name"], 1, 1, library.caches()).blocks
 
 
 def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -60,7 +60,7 @@ WANTED = {  # of the roofline of AVX-512 (with VNNI for int8) and AVX2, by M
 @pytest.mark.parametrize("dtype", shapes.TARGETS)
 def test_the_targets_are_those_of_the_issues(dtype: str) -> None:
     """The shares of the roofline by M and ISA, of every format a weight may have."""
-    assert shapes.TARGETS.keys() == fastlinear._kernels.PACKED.keys()
+    assert shapes.TARGETS.keys() == fastlinear._tensors.PACKED.keys()
     wide_isa = "avx512_vnni" if dtype == "int8" else "avx512"
     for m, (wide, narrow) in WANTED[dtype].items():
         (band,) = (band for band in shapes.TARGETS[dtype].bands if band.least <= m <= band.most)
@@ -133,17 +133,17 @@ def test_goals_without_a_rival_say_so() -> None:
 
 def test_peers_that_refuse_a_dtype_are_left_out() -> None:
     """MKL multiplies fp32 only; what refused is named with its own words, and each peer is one or the other."""
-    for dtype, form in fastlinear._kernels.FORMATS.items():
+    for dtype, form in fastlinear._tensors.FORMATS.items():
         makers, refused = peers.willing(form, dtype)
         assert makers.keys() | refused.keys() == peers.PEERS.keys() and not makers.keys() & refused.keys()
         assert "nn.Linear" in makers and all(refused.values())
         assert ("mkl" in makers) == ("mkl" in peers.PEERS and dtype is torch.float32)
 
 
-@pytest.mark.parametrize("dtype", fastlinear._kernels.FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", fastlinear._tensors.FORMATS, ids=str)
 def test_candidates_that_compute_something_else_are_found(dtype: torch.dtype) -> None:
     """The check lets rounding pass, in each dtype, and nothing that is wrong."""
-    form, x = fastlinear._kernels.FORMATS[dtype], torch.randn(3, 32).to(dtype)
+    form, x = fastlinear._tensors.FORMATS[dtype], torch.randn(3, 32).to(dtype)
     (layer,) = peers.copies(torch.nn.Linear(32, 16, dtype=dtype), 1)
     with torch.inference_mode():
         good = peers.Candidate(peers.eager([layer], 3), x)
@@ -536,7 +536,7 @@ def test_a_tiny_run_writes_figures_and_plot(
     assert "by geometric mean" in done.stdout and "roofline" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     document = json.loads(figures.read_text())
-    x = fastlinear._kernels.FORMATS[getattr(torch, dtype)]
+    x = fastlinear._tensors.FORMATS[getattr(torch, dtype)]
     form, isas = quantize or x, fastlinear.cpu_info()["isas"]
     widest = max({"avx2", "avx512", *({"avx_vnni", "avx512_vnni"} if form == "int8" else ())} & {*isas}, key=isas.index)
     assert (document["format"], document["dtype"], document["x"]) == (1, form, x)
@@ -548,7 +548,7 @@ def test_a_tiny_run_writes_figures_and_plot(
         *remote.RIVALS.get(form, ())
     }
     peers_here = peers.QUANTIZED.get(form, peers.PEERS).keys() - document["refused"].keys()
-    size, of_weight = getattr(torch, dtype).itemsize, fastlinear._kernels.PACKED[form].itemsize
+    size, of_weight = getattr(torch, dtype).itemsize, fastlinear._tensors.PACKED[form].itemsize
     for r in document["records"]:
         beside = {"fp32"} if form != "fp32" else set()
         assert r["us"].keys() == r["median_us"].keys() == peers_here | beside | {"fastlinear"}

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastlinear
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear.graph import backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +164,7 @@ def test_worked_bytes() -> None:
     assert len(examples) >= 2
 
     weight = torch.arange(n * k, dtype=torch.int16).view(n, k)  # bit patterns, all different
-    packed = _kernels.Packed(weight.view(torch.bfloat16), layout)
+    packed = _weights.Packed(weight.view(torch.bfloat16), layout)
     values = packed.data.numpy().view("int16")
     at = {(i, j): eval(formula, {"n": i, "k": j}) for i in range(n) for j in range(k)}
     assert all(values[place // 2] == weight[i, j] for (i, j), place in at.items())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ISAS = {path.stem for path in (ROOT / "csrc").glob("*.cpp")} - {"registry"}
 
 SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include", "csrc", "examples", "benchmarks"))]
-SUFFIXES = {".py", ".pyi", ".pyx", ".pxi", ".hpp", ".cpp"}
+SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".hpp", ".cpp"}
 
 FACTORIES = "empty|zeros|ones|full|rand|randn|randint|randperm|arange|linspace|eye|tensor|as_tensor|scalar_tensor"
 NESTED = r"(?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*"  # the rest of a call's arguments
@@ -26,6 +26,12 @@ FORBIDDEN = [
     (r"(import|from) (pickle|marshal|shelve|dill)\b|torch\.load\(", "fastlinear/", "reading a file must not run code"),
     (r"^\s*(import|from) torch\b", "setup.py", "the build needs no torch"),
     (r"#\s*include\s*[<\"](torch|ATen|c10|omp)\b", "", "no libtorch, no second OpenMP"),
+    (
+        r'extern from "fastlinear/(host/parallel|driver/(gemm|cut|ceiling))\.hpp"|\bnormalize\(const',
+        r"fastlinear/_(?!products\.pyx)",
+        "the pool of threads and their scratch memory are those of one shared library",
+    ),
+    (r"^\s*include \"", "fastlinear/_", "a module, not text that others paste"),
     (r"^\s*#\s*define\b", r"(?!include/fastlinear/host/target\.hpp)", "macros stand in target.hpp only"),
 ]
 

@@ -130,16 +130,16 @@ def test_a_format(multiply: library.Product) -> None:
 CHECK = """
 import torch, transformers, fastlinear
 from torch import nn
-from fastlinear import _kernels
+from fastlinear import _kernels, _plans, _products, _weights
 
 names = [row["name"] for row in fastlinear.kernels()]
 assert {"fp32/scalar/8x16", "fp32/toy/3x16", "fp8/scalar/4x16"} <= set(names) and "toy" in fastlinear.cpu_info()["isas"]
 assert "squared_relu" in _kernels.activations()
 
 w, x, y = torch.randint(-4, 5, (37, 11)), torch.randint(-4, 5, (7, 11)).float(), torch.empty(7, 37)
-packed = _kernels.Packed(w.to(torch.float8_e5m2), "fp8/16x1")
+packed = _weights.Packed(w.to(torch.float8_e5m2), "fp8/16x1")
 assert torch.equal(packed.unpack().float(), w.float())
-_kernels.run(packed, _kernels.Plan("fp8/scalar/4x16"), _kernels.Epilogue(), x, None, y)
+_products.run(packed, _plans.Plan("fp8/scalar/4x16"), _plans.Epilogue(), x, None, y)
 assert torch.equal(y, x @ w.float().T)
 
 model = nn.Sequential(nn.Linear(11, 37), transformers.activations.ReLUSquaredActivation()).eval()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
 from fastlinear.cli import plotting
 from fastlinear.cli.loading import shapes_of
 from fastlinear.cli.options import DTYPES, SCHEMES, UsageError, check_override
@@ -76,8 +78,8 @@ def bench(options: argparse.Namespace) -> int:
     if options.plot:
         plotting.check()
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
-    roofline = Roofline(scheme.packed if scheme else _kernels.FORMATS[DTYPES[options.dtype]], options.isa)
-    counts = options.threads or [_kernels.num_threads()]
+    roofline = Roofline(scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]], options.isa)
+    counts = options.threads or [_products.num_threads()]
     threads = ", ".join(map(str, counts))
     print(f"{_kernels.cpu_info()['model']}, {threads} thread(s), {form}, activation {options.activation}")
     state = "from memory" if options.cold else "warm"
@@ -140,7 +142,7 @@ def _measure(
         native = len(calls)
         others = {name: _rival(name, stock, activation, x) for name in options.against}
         calls += [call for call in others.values() if call is not None]
-        with Waits(_kernels.pool_threads()) as waiting:
+        with Waits(_products.pool_threads()) as waiting:
             began, before = time.perf_counter(), waiting()
             ceiling = roofline.measure(m, k, n, x.itemsize)
             times = _alternate(calls, x, _evict if options.cold else None)

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.spec import activations, int4, int8
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
@@ -29,7 +33,7 @@ def results() -> Iterator[tuple[str, str, float]]:
         for layout in row["reads"]:
             form = layout.split("/")[0]
             worst = _worst_product if row["rows"] in INTEGER_ROWS else _worst_sum
-            worst = _worst_coded if form in _kernels.GROUPED else worst
+            worst = _worst_coded if form in _tensors.GROUPED else worst
             yield row["name"], "sums" if form == row["format"] else f"sums of {form}", worst(row, layout)
     for isa, row in {row["isa"]: row for row in reversed(rows) if row["format"] in DTYPES}.items():
         for name in activations.names():
@@ -39,7 +43,7 @@ def results() -> Iterator[tuple[str, str, float]]:
 def _worst_sum(row: dict[str, Any], layout: str) -> float:
     """Largest error of x W^T + b, for all formats of x that the kernel takes, over what is allowed: Higham's bound for
     sums of K + 1 terms, gamma_{K+2} (|x| |W|^T + |b|), and half a spacing of the output's format."""
-    dtype, worst = _kernels.PACKED[layout.split("/")[0]], 0.0
+    dtype, worst = _tensors.PACKED[layout.split("/")[0]], 0.0
     free = row["rows"] == "fp32" and dtype is not torch.float32
     for of_x in DTYPES.values() if free else [DTYPES[row["rows"]]]:
         for m, k, n in _SHAPES:
@@ -77,7 +81,7 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
 
 def _worst_product(row: dict[str, Any], layout: str) -> float:
     """0 where all bits are those of the specification, for every kind of rows; infinite where one is not."""
-    for kind in _kernels.ROW_KINDS:
+    for kind in _plans.ROW_KINDS:
         rows = Rows(kind, 0.03, 100)
         for m, k, n in _SHAPES:
             weight = Quantized(
@@ -86,7 +90,7 @@ def _worst_product(row: dict[str, Any], layout: str) -> float:
                 torch.randint(-128, 128, (n,), device="cpu").int(),
             )
             x, bias = torch.randn(m, k, device="cpu"), torch.randn(n, device="cpu")
-            got = _run(row, layout, x, weight, bias, torch.float32, rows=_kernels.RowQuantizer(*rows))
+            got = _run(row, layout, x, weight, bias, torch.float32, rows=_plans.RowQuantizer(*rows))
             if not torch.equal(got, int8.linear(x, weight, rows, bias)):
                 return float("inf")
     return 0.0
@@ -127,7 +131,7 @@ def _run(
     bias: Tensor,
     dtype: torch.dtype,
     *steps: Activation,
-    rows: _kernels.RowQuantizer | None = None,
+    rows: _plans.RowQuantizer | None = None,
 ) -> Tensor:
     if isinstance(weight, Tensor) and weight.dtype is torch.int8:
         weight = Quantized(weight, torch.ones(len(weight), device="cpu"))
@@ -137,10 +141,10 @@ def _run(
     elif isinstance(weight, int4.Coded):
         parts = weight.codes, weight.scale, None, weight.table, weight.offset
     packed, out = (
-        _kernels.Packed(parts[0], layout, *parts[1:]),
+        _weights.Packed(parts[0], layout, *parts[1:]),
         torch.full((len(x), len(bias)), torch.nan, dtype=dtype, device="cpu"),
     )
-    _kernels.run(packed, _kernels.Plan(row["name"], 1), _kernels.Epilogue(steps), x, bias, out, rows)
+    _products.run(packed, _plans.Plan(row["name"], 1), _plans.Epilogue(steps), x, bias, out, rows)
     return out
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastlinear._kernels as _kernels
+import fastlinear._products as _products
 from fastlinear.cli import limits
 from fastlinear.plan import decide
 
@@ -46,12 +47,12 @@ def collect() -> dict[str, Any]:
         },
         "isas": {"used": [*cpu["isas"]], "refused": dict(cpu["refused"])},
         "threads": {
-            "used": _kernels.num_threads(),
+            "used": _products.num_threads(),
             "of torch": torch.get_num_threads(),
             "cpus": os.cpu_count(),
             "affinity": limits.affinity(),
             "quota": limits.cpu_quota(),
-            "pool": "torch's own" if _kernels.pool_attached else "none: torch's was not found",
+            "pool": "torch's own" if _products.pool_attached else "none: torch's was not found",
         },
         "memory": {"limit": limits.memory_limit()},
         "cache": {"file": None if cache.path is None else str(cache.path), "entries": len(cache)},

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.plan import table
 from fastlinear.spec.schemes import Int8Dynamic, Int8WeightOnly
 
 SCHEMES = {scheme.packed: scheme for scheme in (Int8Dynamic(), Int8WeightOnly())}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _kernels.FORMATS}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _tensors.FORMATS}
 
 
 class UsageError(Exception):

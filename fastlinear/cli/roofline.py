@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from fastlinear.cli.options import UsageError
 from fastlinear.plan.table import Row, runnable
 
@@ -76,14 +78,14 @@ class Roofline:
 
     def measure(self, m: int, k: int, n: int, itemsize: int) -> Ceiling:
         """Of x [m, k], of elements of so many bytes, times a weight [n, k]."""
-        row, threads = self._rows[0], _kernels.num_threads()
-        nbytes = _kernels.packed_nbytes(str(row["layout"]), n, k) + itemsize * m * k
-        flops = max(_kernels.peak(_kernels.Plan(name, count)) for name in self.kernels() for count in {1, threads})
+        row, threads = self._rows[0], _products.num_threads()
+        nbytes = _weights.packed_nbytes(str(row["layout"]), n, k) + itemsize * m * k
+        flops = max(_products.peak(_plans.Plan(name, count)) for name in self.kernels() for count in {1, threads})
         memory = torch.ones(-(-nbytes // 64) * 64, dtype=torch.uint8, device="cpu")
         passes = max(2, _LEAST_BYTES // memory.numel())
-        rate = max(_kernels.read_rate(memory, threads, passes, ahead) for ahead in _AHEAD)
+        rate = max(_products.read_rate(memory, threads, passes, ahead) for ahead in _AHEAD)
         cycles = _tile_cycles(row, m, k, n) / threads if self.tiles else None
-        return Ceiling(nbytes, 2 * m * n * k, flops, rate, cycles, _kernels.clock_rate())
+        return Ceiling(nbytes, 2 * m * n * k, flops, rate, cycles, _products.clock_rate())
 
 
 def _tile_cycles(row: Row, m: int, k: int, n: int) -> float:

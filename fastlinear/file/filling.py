@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.file.matching import Held, listed, tensors_of
 from fastlinear.layer import embedding, linear, packs
 from fastlinear.layer.fitness import dtype_of, why_no_twin
@@ -106,7 +106,7 @@ def _frozen(source: Source, held: torch.dtype) -> Frozen:
         return Frozen(packs.pack_coded(unpacked), held, origin=f"from {source.label}")
     floats = ggml.numbers(unpacked)
     wide = floats.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
-    floats = floats.to(held) if wide or floats.dtype not in _kernels.FORMATS else floats
+    floats = floats.to(held) if wide or floats.dtype not in _tensors.FORMATS else floats
     packed = packs.pack(floats, Precision(name_of(floats.dtype)))
     origin = f"from {source.label}" if source.floating else f"unpacked from {source.label} to {packed.format}"
     return Frozen(packed, held, origin=origin)

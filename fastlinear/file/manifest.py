@@ -28,6 +28,9 @@ from typing import Any, NamedTuple
 import torch
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
 from fastlinear.plan import table
@@ -178,12 +181,12 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     if base not in layouts:
         raise ValueError(f"{who} is packed as {shown(layer.layout)}, which is none of {', '.join(layouts)}")
     try:
-        _kernels.packed_nbytes(layer.layout, 0, 0)
+        _weights.packed_nbytes(layer.layout, 0, 0)
     except ValueError as error:
         raise ValueError(f"{who} is packed as {shown(layer.layout)}: {error}") from error
     if layouts[base] != layer.packed or layer.held not in DTYPES:
         raise ValueError(f"{who} is said to be {shown(layer.held)} packed in {shown(layer.packed)} as {layer.layout!r}")
-    if layer.bias not in (None, _kernels.FORMATS[torch.float32], layer.held):
+    if layer.bias not in (None, _tensors.FORMATS[torch.float32], layer.held):
         raise ValueError(f"{who} cannot have a bias in {shown(layer.bias)}")
     if not (0 <= layer.n < LIMIT and 0 <= layer.k < LIMIT):
         raise ValueError(f"{who} cannot be of {layer.n} x {layer.k}")
@@ -246,7 +249,7 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
     for layer in manifest.layers:
         who = f"the layer {shown(layer.name)}"
         entry = contents.entries[layer.panels]
-        nbytes = _kernels.packed_nbytes(layer.layout, layer.n, layer.k)
+        nbytes = _weights.packed_nbytes(layer.layout, layer.n, layer.k)
         if (entry.dtype, entry.shape) != (torch.uint8, (-(-nbytes // PAGE) * PAGE,)) or entry.begin % PAGE:
             raise ValueError(
                 f"{who}, {layer.n} x {layer.k} as {layer.layout}, takes {nbytes} bytes of U8 in whole pages, "
@@ -287,12 +290,12 @@ def _parse_scheme(who: str, raw: Any, packed: str, k: int) -> StoredScheme | Non
             raise ValueError(f"{who} cannot quantize its output to {shown(name)}, but to {' or '.join(dtypes)}")
         out = Requantize(dtypes[name], *affine)
     try:
-        _kernels.RowQuantizer(*rows)
+        _plans.RowQuantizer(*rows)
         epilogue(None, out)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{who} cannot be quantized as it says: {error}") from error
-    if k > _kernels.dot_limit():
-        raise ValueError(f"{who} has {k} columns, more than the {_kernels.dot_limit()} that a sum of integers holds")
+    if k > _weights.dot_limit():
+        raise ValueError(f"{who} has {k} columns, more than the {_weights.dot_limit()} that a sum of integers holds")
     return StoredScheme(rows, out, raw["smooth"])
 
 
@@ -305,7 +308,7 @@ def _check_smoothing(who: str, scheme: StoredScheme | None, k: int, contents: Co
         raise ValueError(f"{who} is smoothed by {shown(scheme.smooth)}, which is no F32 of {k} numbers in this file")
 
 
-def check_channels(who: str, packed: _kernels.Packed) -> None:
+def check_channels(who: str, packed: _weights.Packed) -> None:
     """ValueError where the scales or zero points of a weight are none."""
     if packed.table is not None:  # the scales may be as odd as the numbers of a weight in floats
         if not is_table(tuple(packed.table.tolist())):
@@ -316,7 +319,7 @@ def check_channels(who: str, packed: _kernels.Packed) -> None:
         raise ValueError(f"{who} has scales that are negative or not finite")
     if zero is not None and not is_zero(zero):
         raise ValueError(f"{who} has zero points beyond int8")
-    if zero is not None and packed.k > _kernels.dot_limit(True):
+    if zero is not None and packed.k > _weights.dot_limit(True):
         raise ValueError(f"{who} has {packed.k} columns, more than a sum of integers with zero points holds")
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.file import manifest, matching, safetensors
 from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check_channels, member
 from fastlinear.file.matching import Held, Match, tensors_of
@@ -125,7 +126,7 @@ def _blob(layer: Any) -> tuple[Blob, Hashable]:
         return Blob(data.nbytes, lambda: data), id(frozen)
     weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
     layout = packs.layout_of(precision)
-    nbytes = _kernels.packed_nbytes(layout, layer._channels, layer.in_features)
+    nbytes = _weights.packed_nbytes(layout, layer._channels, layer.in_features)
     key = _identity(weight), precision.packed, precision.coding, transposed, layer._gated, id(precision.smooth)
     return Blob(nbytes, lambda: packs.pack(weight, precision, transposed, gated=layer._gated).data), key
 
@@ -136,11 +137,11 @@ def _record(layer: Any, name: str, panels: str) -> Layer:
         name=name,
         n=layer._channels,
         k=layer.in_features,
-        held=_kernels.FORMATS[dtype_of(layer)],
+        held=_tensors.FORMATS[dtype_of(layer)],
         packed=packed,
         layout=packs.layout_of(layer.precision) if frozen is None else frozen.packed.layout,
         panels=panels,
-        bias=None if layer.bias is None else _kernels.FORMATS[layer.bias.dtype],
+        bias=None if layer.bias is None else _tensors.FORMATS[layer.bias.dtype],
         activation=layer.activation,
         transposed=layer._transposed,
         accumulate=layer._precision.accumulate,
@@ -214,7 +215,7 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
     layouts = {packed: table.layout(packed) for packed in {record.packed for record in said.layers}}
     for record in said.layers:
         if record.panels not in frozen:
-            data = mapped.blob(record.panels, _kernels.packed_nbytes(record.layout, record.n, record.k))
+            data = mapped.blob(record.panels, _weights.packed_nbytes(record.layout, record.n, record.k))
             kind = packs.kind_of(is_gated(record.activation))
             packed, origin = kind.over(data, record.layout, record.n, record.k), ""
             check_channels(f"the layer {shown(record.name)}", packed)

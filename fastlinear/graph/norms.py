@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-import fastlinear._kernels as _kernels
 import fastlinear._rows as _rows
+import fastlinear._tensors as _tensors
 import fastlinear.spec.norms as spec
 from fastlinear._engine import watched
 from fastlinear.graph.capture import example, op_of, same_shape
@@ -53,7 +53,7 @@ def norm_at(node: fx.Node) -> Found | str | None:
     x, size = (given.get(argument) for argument in _ARGUMENTS[name][:2])
     weight, bias = given.get("weight"), given.get("bias")
     tensor = example(x)
-    if tensor is None or tensor.dtype not in _kernels.FORMATS or tensor.device.type != "cpu":
+    if tensor is None or tensor.dtype not in _tensors.FORMATS or tensor.device.type != "cpu":
         return "its input is no fp32, bf16 or fp16 tensor on the CPU"
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 1:
         return "it is over more than the last axis"
@@ -63,7 +63,7 @@ def norm_at(node: fx.Node) -> Found | str | None:
         return "its eps is no number"
     for each in (weight, bias):
         channels = example(each)
-        if each is not None and (channels is None or channels.dim() != 1 or channels.dtype not in _kernels.FORMATS):
+        if each is not None and (channels is None or channels.dim() != 1 or channels.dtype not in _tensors.FORMATS):
             return "its weight or bias is no fp32, bf16 or fp16 vector"
     return Found(node, x, weight, bias, Norm(name == "layer_norm", eps, float(name == "offset_rms_norm")))
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.layer import fitness, packs
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.module import FastModule
@@ -57,8 +58,8 @@ class Spec(NamedTuple):
     asked: Wanted
     form: Form | None = None
 
-    def dtype_of(self, packed: _kernels.Packed) -> Any:
-        return packed.dtype if packed.dtype in _kernels.FORMATS else next(iter(_kernels.FORMATS))
+    def dtype_of(self, packed: _weights.Packed) -> Any:
+        return packed.dtype if packed.dtype in _tensors.FORMATS else next(iter(_tensors.FORMATS))
 
     def key(self) -> tuple[Any, ...]:
         """Equal for what one layer may answer."""

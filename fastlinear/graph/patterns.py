@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
 from fastlinear.graph.norms import offset_rms_norm
 from fastlinear.layer.operator import Form
@@ -289,7 +289,7 @@ def _binary(capture: Capture, product: Product, node: fx.Node) -> Product | None
         # Siblings are one product without programs, which is worth more than a number.
         return None if _has_sibling(product) else product.absorbed(node, Step(name, (float(other),)))
     beside = example(other)
-    fit = beside is not None and beside.dtype in _kernels.FORMATS and beside.device.type == "cpu" and _is_dense(beside)
+    fit = beside is not None and beside.dtype in _tensors.FORMATS and beside.device.type == "cpu" and _is_dense(beside)
     return product.absorbed(node, Step(name), _any(other)) if fit else None
 
 

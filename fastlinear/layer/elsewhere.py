@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import record_of
 
@@ -60,6 +60,6 @@ def _why_input(layer: Any, x: Any) -> str | None:
     if x.layout is not torch.strided:
         return f"an input that is {x.layout}, not dense"
     weight = dtype_of(layer) if record_of(layer) is not None or layer._parameters.get("weight") is not None else None
-    if weight in _kernels.FORMATS and not layer.precision.takes(x.dtype):
+    if weight in _tensors.FORMATS and not layer.precision.takes(x.dtype):
         return f"an input of {x.dtype}"
     return None

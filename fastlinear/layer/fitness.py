@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.layer.frozen import Freezable, Frozen, record_of
 from fastlinear.layer.packs import pack_quantized
 from fastlinear.layer.quality import coded_snr
@@ -104,8 +104,8 @@ def why_unread(module: nn.Module, but: str = "") -> str | None:
 
 def odd_dtype(weight: torch.dtype, bias: Tensor | None) -> str | None:
     """Why the kernels cannot read a weight of this dtype and this bias; None if they can."""
-    if weight not in _kernels.FORMATS:
-        return f"its weight is {weight}, not {' or '.join(map(str, _kernels.FORMATS))}"
+    if weight not in _tensors.FORMATS:
+        return f"its weight is {weight}, not {' or '.join(map(str, _tensors.FORMATS))}"
     if bias is not None and bias.dtype not in (torch.float32, weight):
         return f"its bias is {bias.dtype}, not torch.float32 or {weight} as its weight"
     return None

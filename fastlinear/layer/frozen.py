@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear._engine import Engine
 from fastlinear.layer import operator
 from fastlinear.layer.lent import Lent, LentTensor
@@ -52,7 +52,7 @@ class Frozen:
 
     def __init__(
         self,
-        packed: _kernels.Packed,
+        packed: _weights.Packed,
         dtype: torch.dtype,
         requires_grad: bool = False,
         origin: str = "",

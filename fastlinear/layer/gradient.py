@@ -25,7 +25,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from fastlinear._engine import Engine, bucket
 from fastlinear.layer.lock import lock
 from fastlinear.plan import decide, table
@@ -40,7 +42,7 @@ from fastlinear.spec.reference import Reference, width
 
 # Activations with the same slope at y = activation(z) as at z; leaky_relu if it keeps the sign.
 _TOLD_BY_OUTPUT = {"relu", "relu6", "hardtanh", "leaky_relu"}
-_SUMS = _kernels.Epilogue()
+_SUMS = _plans.Epilogue()
 _SMALL = 2**16  # multiply-adds that torch has done before a product of ours is looked up, planned and called
 
 
@@ -48,7 +50,7 @@ class Transpose:
     """W^ of a pack, [N, K], in panels of [K, N] and the narrowest floats that hold it exactly: integers below 2^8 are
     bf16, and their scales multiply g; codes of 4 bits are fp32. Its plans are kept like those of a layer."""
 
-    def __init__(self, packed: _kernels.Packed) -> None:
+    def __init__(self, packed: _weights.Packed) -> None:
         self.scale = None if packed.grouped else packed.scale
         if self.scale is None:
             values = numbers(packed)
@@ -56,7 +58,7 @@ class Transpose:
             values, zero = packed.unpack(), packed.zero
             centered = values if zero is None else values.short() - zero.short()[:, None]
             values = centered.to(torch.bfloat16)
-        self.packed = _kernels.Packed(values.t(), table.layout(name_of(values.dtype)))
+        self.packed = _weights.Packed(values.t(), table.layout(name_of(values.dtype)))
         self._plans: dict[tuple[int, torch.dtype, int], Any] = {}
 
     def product(self, g: Tensor, measure: bool) -> Tensor:
@@ -64,11 +66,11 @@ class Transpose:
         g = g if self.scale is None else g * self.scale
         dx = torch.empty(len(g), self.packed.n, dtype=g.dtype, device="cpu")
         if dx.numel() > 0:
-            _kernels.run(self.packed, self._plan(len(g), g.dtype, measure), _SUMS, g, None, dx)
+            _products.run(self.packed, self._plan(len(g), g.dtype, measure), _SUMS, g, None, dx)
         return dx
 
     def _plan(self, m: int, dtype: torch.dtype, measure: bool) -> Any:
-        m, threads, packed = bucket(m), _kernels.num_threads(), self.packed
+        m, threads, packed = bucket(m), _products.num_threads(), self.packed
         plan = self._plans.get((threads, dtype, m))
         if plan is None or 0 < plan.due < time.monotonic():
             formats = name_of(dtype), packed.format, FROZEN, FP32
@@ -79,10 +81,10 @@ class Transpose:
         return plan
 
 
-_transposes: WeakKeyDictionary[_kernels.Packed, Transpose] = WeakKeyDictionary()
+_transposes: WeakKeyDictionary[_weights.Packed, Transpose] = WeakKeyDictionary()
 
 
-def transpose_of(packed: _kernels.Packed) -> Transpose:
+def transpose_of(packed: _weights.Packed) -> Transpose:
     """That of a pack, made when it is first asked for."""
     with lock:
         made = _transposes.get(packed)
@@ -91,13 +93,13 @@ def transpose_of(packed: _kernels.Packed) -> Transpose:
         return made
 
 
-def nbytes(packed: _kernels.Packed) -> int:
+def nbytes(packed: _weights.Packed) -> int:
     """What a pack has in memory for its backward."""
     made = _transposes.get(packed)
     return 0 if made is None else made.packed.nbytes
 
 
-Native: TypeAlias = tuple[Engine, _kernels.Packed]  # what answered
+Native: TypeAlias = tuple[Engine, _weights.Packed]  # what answered
 
 
 class Attachment:
@@ -131,12 +133,12 @@ def _sums(native: Native, x: Tensor, bias: Tensor | None, gated: bool) -> Tensor
     """x^ W^T + b, in fp32, or None where no kernel computes it."""
     engine, packed = native
     m = x.shape[:-1].numel()
-    plan = engine.kernel_for(packed, m, _kernels.num_threads(), x.dtype)
+    plan = engine.kernel_for(packed, m, _products.num_threads(), x.dtype)
     if plan is None:
         return None
     z = torch.empty(m, packed.n, dtype=torch.float32, device="cpu")
     rows = x.reshape(-1, packed.k).contiguous()
-    _kernels.run(packed, plan, _SUMS, rows, None if gated else bias, z, engine.rows)
+    _products.run(packed, plan, _SUMS, rows, None if gated else bias, z, engine.rows)
     if gated:
         z = gates.separate(z.mT, packed.layout).mT
         z = z if bias is None else z + bias
@@ -200,7 +202,7 @@ class _Product(torch.autograd.Function):
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Product).apply
 
 
-def _back(by: Attachment, packed: _kernels.Packed | None, weight: Tensor, g: Tensor, of_weight: bool) -> Tensor:
+def _back(by: Attachment, packed: _weights.Packed | None, weight: Tensor, g: Tensor, of_weight: bool) -> Tensor:
     """g W^ [M, K]."""
     reference = by.reference
     rounded = packed is None or packed.scale is None  # to quantize a weight again costs more than to unpack it

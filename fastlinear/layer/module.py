@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
-import fastlinear._kernels as _kernels
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear._engine import Engine
 from fastlinear.layer import gradient, operator
 from fastlinear.layer.elsewhere import why_elsewhere
@@ -189,9 +191,9 @@ class FastModule(Freezable):
         if not torch.is_autocast_enabled("cpu"):  # another device's is
             return self._answer(x, self.packed_as, bare, operands)
         dtype = torch.get_autocast_dtype("cpu")
-        if x.dtype not in _kernels.FORMATS and self._precision.takes(x.dtype):  # integers stay what they are
+        if x.dtype not in _tensors.FORMATS and self._precision.takes(x.dtype):  # integers stay what they are
             return self._answer(x, self.packed_as, bare, operands)
-        if x.dtype not in _kernels.FORMATS or dtype not in _kernels.FORMATS:
+        if x.dtype not in _tensors.FORMATS or dtype not in _tensors.FORMATS:
             return None
         return self._answer(x.to(dtype), self._precision.under(dtype), bare, operands)
 
@@ -310,7 +312,7 @@ class FastModule(Freezable):
         if self._takes(x):
             return False
         if _is_autocast(x):
-            return x.dtype not in _kernels.FORMATS
+            return x.dtype not in _tensors.FORMATS
         fit = x.is_floating_point() and dtype_of(self) is x.dtype
         return not fit or (self.bias is not None and self.bias.dtype is not x.dtype)
 
@@ -327,7 +329,7 @@ class FastModule(Freezable):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            if x.dtype in _kernels.FORMATS:
+            if x.dtype in _tensors.FORMATS:
                 x = x.to(dtype)
                 reference = reference._replace(precision=precision._replace(packed=precision.under(dtype)))
             return reference.floats(x, weight, bias, operands)
@@ -378,7 +380,7 @@ class FastModule(Freezable):
         return AS_HELD._replace(products=self._precision.products)
 
     def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
-        threads = _kernels.num_threads()
+        threads = _products.num_threads()
         key = engine, threads, name_of(x), m
         with lock:
             asked = None if self._settled(key, x) else self._question(engine, m, x, threads)
@@ -451,7 +453,7 @@ class FastModule(Freezable):
                     engine.plan_for(m, threads, dtype_of_rows(x), None)
                     del self._plans[key]
 
-    def problem(self, engine: Engine, packed: _kernels.Packed, m: int, x: str, threads: int) -> Problem:
+    def problem(self, engine: Engine, packed: _weights.Packed, m: int, x: str, threads: int) -> Problem:
         """What a plan for m rows of format x is made for."""
         frozen, precision = record_of(self), self._precision_in(engine, packed.format)
         return Problem(
@@ -501,7 +503,7 @@ class FastModule(Freezable):
     @property
     def plans(self) -> tuple[Plan, ...]:
         """What runs for each format of x and bucket of M met so far, under torch's present number of threads."""
-        threads = _kernels.num_threads()
+        threads = _products.num_threads()
         plans = [(engine.bare, plan) for (engine, t, *_), plan in list(self._plans.items()) if t == threads]
         met = {(c.x, c.bucket) for bare, c in plans if not bare}
         shown = [c for bare, c in plans if not bare or (c.x, c.bucket) not in met]

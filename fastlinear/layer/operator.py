@@ -28,7 +28,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.layer import gradient
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
@@ -246,7 +247,7 @@ def _native_form(
         return False
     tensors = [t for t in (x, weight, bias) if t is not None]
     dense = all(t.device.type == "cpu" and t.layout is torch.strided for t in (*tensors, *operands))
-    fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _kernels.FORMATS for t in tensors)) or layer._takes(x)
+    fit = (torch.is_autocast_enabled("cpu") and all(t.dtype in _tensors.FORMATS for t in tensors)) or layer._takes(x)
     return dense and fit
 
 
@@ -334,7 +335,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 
 
 def _unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
-    packed = _kernels.Packed.over(panels.numpy(), layout, n, k)
+    packed = _weights.Packed.over(panels.numpy(), layout, n, k)
     return numbers(packed)
 
 
@@ -346,7 +347,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Ten
     """F.linear under autocast: x is cast, and the weight packed as it is cast."""
     form, dtype = Form(*rest), torch.get_autocast_dtype("cpu")
     integers = form.precision().numbers(x) is not x
-    if x.dtype not in _kernels.FORMATS and not integers:  # autocast leaves fp64 alone
+    if x.dtype not in _tensors.FORMATS and not integers:  # autocast leaves fp64 alone
         return _formula(x, weight, bias, *rest)
     form = form._replace(packed=form.precision().under(dtype))
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear.plan import table
 from fastlinear.spec import gates, int4
 from fastlinear.spec.formats import DTYPES
@@ -20,10 +20,10 @@ from fastlinear.spec.precision import Precision, is_same
 
 # (memory of the weight, whether it is transposed, layout, smoothing) -> what it was when it was packed, and its pack.
 # No reference to a Parameter is held, not even a weak one, which torch.utils.swap_tensors refuses.
-_packs: dict[tuple[Any, ...], tuple[_engine.Fingerprint, weakref.ref[_kernels.Packed]]] = {}
+_packs: dict[tuple[Any, ...], tuple[_engine.Fingerprint, weakref.ref[_weights.Packed]]] = {}
 
 
-class GatedPacked(_kernels.Packed):
+class GatedPacked(_weights.Packed):
     """A gated weight [2 N, K], whose channels take turns in the panels (spec/gates.py). Whoever asks for the weight,
     its scales and zero points has them in the order of the Parameter."""
 
@@ -60,9 +60,9 @@ class GatedPacked(_kernels.Packed):
         return gates.separate(channels.reshape(len(channels), -1), self.layout).reshape(channels.shape).contiguous()
 
 
-def kind_of(gated: bool) -> type[_kernels.Packed]:
+def kind_of(gated: bool) -> type[_weights.Packed]:
     """The class of the packs of gated weights, or of others."""
-    return GatedPacked if gated else _kernels.Packed
+    return GatedPacked if gated else _weights.Packed
 
 
 def pack(
@@ -72,7 +72,7 @@ def pack(
     compare: bool = False,
     fingerprint: _engine.Fingerprint | None = None,
     gated: bool = False,
-) -> _kernels.Packed:
+) -> _weights.Packed:
     """The weight [n, k], or [k, n] if transposed, in the format `precision.packed` and the layout of this machine.
 
     A pack that there is already is used again, but with `compare` only if it holds the very weight. fingerprint: of the
@@ -95,7 +95,7 @@ def pack(
     return packed
 
 
-def _forget(key: tuple[Any, ...], reference: weakref.ref[_kernels.Packed]) -> None:
+def _forget(key: tuple[Any, ...], reference: weakref.ref[_weights.Packed]) -> None:
     if _packs.get(key, (None, None))[1] is reference:
         del _packs[key]
 
@@ -119,29 +119,29 @@ def _contents(dense: Tensor, precision: Precision) -> tuple[Any, ...]:
     return quantized.values, quantized.scale, quantized.zero
 
 
-def contents_of(packed: _kernels.Packed) -> tuple[Tensor | None, ...]:
+def contents_of(packed: _weights.Packed) -> tuple[Tensor | None, ...]:
     """What a pack was made of: values or codes, scale, zero, table and offset."""
     return packed.unpack(), packed.scale, packed.zero, packed.table, packed.offset
 
 
-def _holds(packed: _kernels.Packed, *contents: Tensor | None) -> bool:
+def _holds(packed: _weights.Packed, *contents: Tensor | None) -> bool:
     padded = (*contents, *(None,) * 4)
     return all(is_same(had, has) for had, has in zip(contents_of(packed), padded, strict=False))
 
 
-def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) -> _kernels.Packed:
+def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) -> _weights.Packed:
     """An int8 weight in an integer format and the layout of this machine; ValueError where it has too many columns."""
     return kind_of(gated)(quantized.values, table.layout(packed_as), quantized.scale, quantized.zero)
 
 
-def pack_coded(coded: Coded) -> _kernels.Packed:
+def pack_coded(coded: Coded) -> _weights.Packed:
     """A weight of 4-bit codes in the layout of this machine."""
     coding = Coding(coded.group, tuple(coded.table.tolist()), coded.scale.dtype, coded.offset is not None)
     layout = coding.layout(table.layout("int4"))
-    return _kernels.Packed(coded.codes, layout, coded.scale, None, coded.table, coded.offset)
+    return _weights.Packed(coded.codes, layout, coded.scale, None, coded.table, coded.offset)
 
 
-def repack(packed: _kernels.Packed, layout: str) -> _kernels.Packed:
+def repack(packed: _weights.Packed, layout: str) -> _weights.Packed:
     """The same weight in another layout of its format, bit for bit."""
     values, *beside = contents_of(packed)
     assert values is not None

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear.layer.frozen import record_of
 from fastlinear.spec import int4
 from fastlinear.spec.int8 import Quantized, output_snr, signal_to_noise, weight_snr
@@ -27,7 +27,7 @@ class Quality(NamedTuple):
 UNKNOWN = Quality()
 # By who has the weight: the layer, since another layer on the same pack has other inputs, or none, to tell an error by;
 # of frozen layers, which have no inputs any more, by the pack.
-_known: WeakKeyDictionary[Any, tuple[weakref.ref[_kernels.Packed], Quality]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, tuple[weakref.ref[_weights.Packed], Quality]] = WeakKeyDictionary()
 
 
 def quality_of(layer: Any) -> Quality:
@@ -48,7 +48,7 @@ def coded_snr(weight: Tensor, coding: int4.Coding) -> float:
     return signal_to_noise(part, int4.dequantize(int4.quantize_weight(part, coding)))
 
 
-def note(layer: Any, packed: _kernels.Packed, for_good: bool = False) -> None:
+def note(layer: Any, packed: _weights.Packed, for_good: bool = False) -> None:
     """Remembers it of a pack of the weight that a layer still has; for_good: and is about to lose."""
     if packed.scale is None:
         return
@@ -58,12 +58,12 @@ def note(layer: Any, packed: _kernels.Packed, for_good: bool = False) -> None:
         _known[packed] = _known[layer]
 
 
-def _noted(owner: Any, packed: _kernels.Packed) -> Quality:
+def _noted(owner: Any, packed: _weights.Packed) -> Quality:
     of, quality = _known.get(owner, (None, UNKNOWN))
     return quality if of is not None and of() is packed else UNKNOWN
 
 
-def _measured(layer: Any, packed: _kernels.Packed) -> Quality:
+def _measured(layer: Any, packed: _weights.Packed) -> Quality:
     every, precision = max(1, packed.n * packed.k // _ELEMENTS), layer.precision
     weight = (layer.weight.t() if layer._transposed else layer.weight).detach()[::every]
     if packed.grouped:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear._engine import Engine, Fingerprint
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.frozen import Frozen, hold
@@ -85,7 +85,7 @@ class _Whole(FastLinear):
         vars(self)["_widths"] = widths
         vars(self).update(_precision=layers[0]._precision, _tune=tune, _name=name, training=False)
 
-    def hold(self, packed: _kernels.Packed, dtype: torch.dtype, bias: Tensor | None) -> None:
+    def hold(self, packed: _weights.Packed, dtype: torch.dtype, bias: Tensor | None) -> None:
         hold(self, Frozen(packed, dtype))
         self._parameters["bias"] = bias  # type: ignore[assignment]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._products as _products
 from fastlinear.layer import linear
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.fusion import Absorbed
@@ -210,7 +210,7 @@ def _layer(layer: Any, name: str, rows: int, stock: float, fast: float, working_
     if linear.is_fast(layer) and layer._engine.packed is not None:
         packed = layer._engine.packed
         x = layer.plans[0].x if layer.plans else name_of(torch.float32)
-        roof = roofline.measure(x, packed.format, _kernels.num_threads())
+        roof = roofline.measure(x, packed.format, _products.num_threads())
         limit = None if roof is None else roof.seconds(rows, n, k, packed.nbytes, working_set)
     return LayerTime(name, k, n, rows, stock, fast, limit)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fastlinear._kernels as _kernels
+import fastlinear._products as _products
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.quality import UNKNOWN, quality_of
@@ -95,7 +96,7 @@ class Report(tuple[LayerReport, ...]):
             origins = Counter(layer.origin for layer in frozen if layer.origin)
             notes = "".join(f"; {n} {origin}" for origin, n in origins.items())
             yield f"frozen: {len(frozen)} layers, {instead:.1f} MiB of packed weights instead of parameters{notes}"
-        yield f"CPU: {info['model'] or platform.machine()}, {' '.join(info['isas'])}, {_kernels.num_threads()} threads"
+        yield f"CPU: {info['model'] or platform.machine()}, {' '.join(info['isas'])}, {_products.num_threads()} threads"
 
 
 def report(model: nn.Module, example: Any = None) -> Report:
@@ -134,7 +135,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": info["model"] or platform.machine(),
         "isas": [*info["isas"]],
-        "threads": _kernels.num_threads(),
+        "threads": _products.num_threads(),
         "torch": torch.__version__,
         "fastlinear": version("fastlinear"),
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.layer.quality import UNKNOWN
 from fastlinear.model.rows import Graph, LayerReport
 from fastlinear.plan.candidates import Plan
@@ -21,7 +21,7 @@ _NOISE, _ROOF = _HEADER.index("dB"), _HEADER.index("roof")  # left out where the
 _TAIL = _HEADER.index("runs on")  # over the columns from here on the reason for a skip may spread
 WIDTH, _TAIL_WIDTH = 120, 40
 
-_FORMATS = {str(dtype).removeprefix("torch."): name for dtype, name in _kernels.FORMATS.items()}
+_FORMATS = {str(dtype).removeprefix("torch."): name for dtype, name in _tensors.FORMATS.items()}
 
 
 def text_of(layers: Sequence[LayerReport], share: str, summary: Iterable[str], graphs: Iterable[Graph]) -> str:

@@ -19,9 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import fastlinear._cpu as _cpu
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from fastlinear.plan import measuring, race, rivals
 from fastlinear.plan.candidates import Plan, able, heuristic, native_candidates
 from fastlinear.plan.memory import Machine, Remembered, TuningCache
@@ -62,10 +66,10 @@ class Operands(NamedTuple):
 
     weight: Tensor | None
     bias: Tensor | None
-    packed: _kernels.Packed
-    rows: _kernels.RowQuantizer | None = None
+    packed: _weights.Packed
+    rows: _plans.RowQuantizer | None = None
     out: Requantize | None = None
-    spare: _kernels.Packed | None = None
+    spare: _weights.Packed | None = None
     torch_packs: rivals.Packs | None = None
 
     def head(self, n: int, transposed: bool) -> Operands:
@@ -87,7 +91,7 @@ def decide(problem: Problem, operands: Operands, *, measure: bool, kernel: str |
     for name, source in ((kernel, "forced"), (override(), "override")):
         if name is not None and _applies(name, problem, operands):
             return _refusing(heuristic(problem)._replace(name=name, k_slices=1, source=source), problem)
-    if not measure or _kernels.forked() or not environment.measures():
+    if not measure or _products.forked() or not environment.measures():
         return heuristic(problem)
     known = _remembered(problem)
     if known is not None:
@@ -102,12 +106,12 @@ def decide(problem: Problem, operands: Operands, *, measure: bool, kernel: str |
         return _remembered(problem) or _tuned(problem, operands)
 
 
-def native(chosen: Plan) -> _kernels.Plan:
+def native(chosen: Plan) -> _plans.Plan:
     """What an Engine runs for `chosen`, where that is a kernel of the table."""
-    return _kernels.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
+    return _plans.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
 
 
-def executable(chosen: Plan, problem: Problem, operands: Operands) -> _kernels.Plan | Callable[..., Tensor]:
+def executable(chosen: Plan, problem: Problem, operands: Operands) -> _plans.Plan | Callable[..., Tensor]:
     """What an Engine runs for `chosen`."""
     if chosen.name in rivals.NAMES:
         names = (chosen.name, rivals.BASELINE)  # a tampered cache may name a way that torch refuses
@@ -121,7 +125,7 @@ def executable(chosen: Plan, problem: Problem, operands: Operands) -> _kernels.P
 def _fall_back(
     chosen: Plan,
     problem: Problem,
-    packed: _kernels.Packed,
+    packed: _weights.Packed,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -130,7 +134,7 @@ def _fall_back(
     rows, shape = x.reshape(-1, problem.k), (*x.shape[:-1], problem.columns)
     out = x.new_empty(len(rows), problem.columns)
     beside = [operand.expand(shape).reshape(out.shape) for operand in operands]
-    _kernels.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out, operands=beside)
+    _products.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out, operands=beside)
     return out.view(shape)
 
 
@@ -194,9 +198,12 @@ def _processor() -> str:
 
 
 def _build() -> str:
-    """Digest of the library with the kernels: another build may rank them differently."""
-    with open(_kernels.__file__, "rb") as library:
-        return hashlib.sha256(library.read()).hexdigest()[:12]
+    """Digest of the kernels and of what drives them: another build may rank them differently."""
+    digest = hashlib.sha256()
+    for path in (_kernels.__file__, _products.__file__):
+        with open(str(path), "rb") as library:
+            digest.update(library.read())
+    return digest.hexdigest()[:12]
 
 
 def _remembered(problem: Problem, of: Problem | None = None) -> Plan | None:
@@ -263,9 +270,9 @@ def _tuned(problem: Problem, operands: Operands) -> Plan:
 
     def evict() -> None:
         for address, nbytes in blocks:
-            _kernels.evict(address, nbytes)
+            _cpu.evict(address, nbytes)
 
-    with torch.inference_mode(), Waits(_kernels.pool_threads()) as waited:
+    with torch.inference_mode(), Waits(_products.pool_threads()) as waited:
         floor = _least_seconds(small, tensors)
         choice = race.choose(runs, baseline or spell(heuristic(problem)), evict=evict, waited=waited, floor=floor)
         stock = _stock(small, tensors, x) if baseline is None and not choice.busy else None
@@ -342,7 +349,7 @@ def _call_native(
 
     def call() -> None:
         out = torch.empty(x.shape[0], problem.columns, dtype=dtype, device="cpu")
-        _kernels.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows, beside)
+        _products.run(tensors.packed, plan, steps, x, tensors.bias, out, tensors.rows, beside)
 
     return call
 

@@ -16,7 +16,11 @@ from typing import NamedTuple
 
 import torch
 
+import fastlinear._cpu as _cpu
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from fastlinear.plan import measuring, table
 from fastlinear.plan.candidates import Plan, native_candidates
 from fastlinear.plan.problem import FROZEN, Problem
@@ -86,7 +90,7 @@ def measure(x: str, packed: str, threads: int) -> Roofline | None:
     packed = packed if packed in DTYPES or packed in PRODUCTS else FP32
     x = x if packed in DTYPES and packed != FP32 else FP32
     if (x, packed, threads) not in _known:
-        with Waits(_kernels.pool_threads()) as waited:
+        with Waits(_products.pool_threads()) as waited:
             began, before = time.perf_counter(), waited()
             found = _measured(x, packed, threads)
             if waited() - before > _STOLEN * (time.perf_counter() - began):
@@ -111,26 +115,26 @@ def _fastest(of_x: str, packed: str, threads: int, m: int, n: int, k: int, *, co
     whole = packed in PRODUCTS
     weight = _weight(packed, n, k)
     problem = Problem(m, n, k, of_x, packed, FROZEN, FP32, False, None, False, threads, "symmetric" * whole)
-    rows = _kernels.RowQuantizer("symmetric") if whole else None
-    x, nothing = torch.ones(m, k, dtype=DTYPES[of_x], device="cpu"), _kernels.Epilogue(())
+    rows = _plans.RowQuantizer("symmetric") if whole else None
+    x, nothing = torch.ones(m, k, dtype=DTYPES[of_x], device="cpu"), _plans.Epilogue(())
     out, best, end = torch.empty(m, n, dtype=x.dtype, device="cpu"), math.inf, time.perf_counter() + _SECONDS
     for plan in native_candidates(problem):
         if plan.plan_threads != threads or plan.k_slices > 1:
             continue
-        runs = _kernels.Plan(plan.name, threads)
+        runs = _plans.Plan(plan.name, threads)
         for _ in range(_COLD_CALLS if cold else _CALLS):
             if cold:
-                _kernels.evict(weight.data.data_ptr(), weight.data.nbytes)
+                _cpu.evict(weight.data.data_ptr(), weight.data.nbytes)
             began = time.perf_counter()
-            _kernels.run(weight, runs, nothing, x, None, out, rows)
+            _products.run(weight, runs, nothing, x, None, out, rows)
             best = min(best, time.perf_counter() - began)
             if time.perf_counter() > end:
                 return best
     return best
 
 
-def _weight(packed: str, n: int, k: int) -> _kernels.Packed:
+def _weight(packed: str, n: int, k: int) -> _weights.Packed:
     if packed in DTYPES:
-        return _kernels.Packed(torch.ones(n, k, dtype=DTYPES[packed], device="cpu"), table.layout(packed))
+        return _weights.Packed(torch.ones(n, k, dtype=DTYPES[packed], device="cpu"), table.layout(packed))
     ones = torch.ones(n, k, dtype=torch.int8, device="cpu")
-    return _kernels.Packed(ones, table.layout(packed), torch.ones(n, device="cpu"))
+    return _weights.Packed(ones, table.layout(packed), torch.ones(n, device="cpu"))

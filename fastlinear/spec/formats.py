@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.spec.int8 import BYTES
 
-FP32 = _kernels.FORMATS[torch.float32]  # what any row and panel can be widened to
-INTEGER_ROWS = {row["rows"] for row in _kernels.rows()} - {*_kernels.FORMATS.values()}
+FP32 = _tensors.FORMATS[torch.float32]  # what any row and panel can be widened to
+INTEGER_ROWS = {row["rows"] for row in _kernels.rows()} - {*_tensors.FORMATS.values()}
 PRODUCTS = {row["format"] for row in _kernels.rows() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
-DTYPES = {name: dtype for dtype, name in _kernels.FORMATS.items()}
+DTYPES = {name: dtype for dtype, name in _tensors.FORMATS.items()}
 
 
 def name_of(dtype: torch.dtype) -> str:
     """What kernels and plans call a dtype: "fp32", "uint8"; torch's name where no kernel has it."""
-    return _kernels.FORMATS.get(dtype) or str(dtype).removeprefix("torch.")
+    return _tensors.FORMATS.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def dtype_of_rows(name: str) -> torch.dtype:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 
 # nf4: Dettmers et al. 2023, arXiv:2305.14314, appendix E; fp4: Open Compute Project, Microscaling Formats (MX) v1.0,
 # section 5.3.3; iq4_nl: ggml's kvalues_iq4nl.
@@ -55,7 +56,7 @@ class Coding(NamedTuple):
 
     def layout(self, base: str) -> str:
         """The layout of such a weight in panels of `base`."""
-        return f"{base}:{self.group}:{_kernels.FORMATS[self.scales]}" + ":offsets" * self.offsets
+        return f"{base}:{self.group}:{_tensors.FORMATS[self.scales]}" + ":offsets" * self.offsets
 
     def spelled(self) -> str:
         """One string for it, which `spelling` reads."""
@@ -68,14 +69,14 @@ def spelling(spelled: str) -> Coding:
     return _of_layout(layout, tuple(map(float.fromhex, table)))
 
 
-def coding_of(packed: _kernels.Packed) -> Coding | None:
+def coding_of(packed: _weights.Packed) -> Coding | None:
     """That of a packed weight; None for one that is not in groups."""
     return _of_layout(packed.layout, tuple(packed.table.tolist())) if packed.table is not None else None
 
 
 def _of_layout(layout: str, table: tuple[float, ...]) -> Coding:
     _, group, scales, *offsets = layout.split(":")
-    dtype = next(dtype for dtype, name in _kernels.FORMATS.items() if name == scales)
+    dtype = next(dtype for dtype, name in _tensors.FORMATS.items() if name == scales)
     return Coding(int(group), table, dtype, bool(offsets))
 
 

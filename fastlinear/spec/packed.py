@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear.spec import int4, int8
 
 
-def numbers(packed: _kernels.Packed) -> Tensor:
+def numbers(packed: _weights.Packed) -> Tensor:
     """The weight [n, k]: floats as they were packed, codes and integers as what they stand for, in fp32."""
     values, scale, table = packed.unpack(), packed.scale, packed.table
     if scale is None:

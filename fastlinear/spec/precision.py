@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
 from fastlinear.spec.int4 import Coding
@@ -51,7 +54,7 @@ class Precision(NamedTuple):
         """Whether kernels multiply an x of this dtype by a weight packed so; if that is fp32, x must be, too."""
         if x in BYTES:
             return self.rows is not None and self.rows.kind == "static"
-        return x in _kernels.FORMATS and (x is torch.float32 or self.packed != FP32)
+        return x in _tensors.FORMATS and (x is torch.float32 or self.packed != FP32)
 
     def under(self, dtype: torch.dtype) -> str:
         """The format of the packed weight under autocast to `dtype`, which integers are deaf to."""
@@ -65,10 +68,10 @@ class Precision(NamedTuple):
         numbers = (x.float() - zero) * self.rows.scale
         return numbers if self.smooth is None else numbers / self.smooth
 
-    def quantizer(self) -> _kernels.RowQuantizer | None:
+    def quantizer(self) -> _plans.RowQuantizer | None:
         if self.rows is not None:
-            return _kernels.RowQuantizer(*self.rows)
-        return None if self.products == FP32 else _kernels.RowQuantizer.rounding(DTYPES[self.products])
+            return _plans.RowQuantizer(*self.rows)
+        return None if self.products == FP32 else _plans.RowQuantizer.rounding(DTYPES[self.products])
 
     def is_as(self, other: Precision) -> bool:
         """Whether layers of both compute the same."""
@@ -119,7 +122,7 @@ class Wanted(NamedTuple):
         rows, zeros = self.scheme.rows(name), theirs is not None and theirs.zero is not None
         if rows is None:
             return f"{type(self.scheme).__name__} has no zero points, which its weight has" if zeros else None
-        most = _kernels.dot_limit(zeros)
+        most = _weights.dot_limit(zeros)
         if k > most:
             return f"its {k} input features are more than the {most} whose products an int32 sum holds"
         if rows.smooth is not None and theirs is not None:
@@ -136,7 +139,7 @@ ANYHOW = Wanted(AS_HELD)
 def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = None, products: object = None) -> Wanted:
     """The arguments of `convert`; TypeError or ValueError where weights cannot be packed in `dtype`, `accumulate` is no
     format of sums, `quantize` no scheme, `products` no format to multiply in, or two of them exclude each other."""
-    narrow = [each for each in _kernels.FORMATS if each is not torch.float32]
+    narrow = [each for each in _tensors.FORMATS if each is not torch.float32]
     _check_dtype("dtype", dtype, [None, *narrow])
     _check_dtype("products", products, [None, torch.float32, *narrow])
     sums = sorted({row["accumulate"] for row in _kernels.rows()} & {*DTYPES} | {FP32}, reverse=True)
@@ -177,11 +180,11 @@ def switch_of_torch() -> str:
     return "bf16" if told == "bf16" else FP32
 
 
-def epilogue(program: Activation | None, out: Requantize | None) -> _kernels.Epilogue:
+def epilogue(program: Activation | None, out: Requantize | None) -> _plans.Epilogue:
     """What is done with the sums."""
     steps = () if program is None else steps_of(program)
     spelled = [(name, params) if operand is None else (name, params, operand) for name, params, operand in steps]
-    return _kernels.Epilogue(spelled, None if out is None else (out.dtype, out.scale, out.zero))
+    return _plans.Epilogue(spelled, None if out is None else (out.dtype, out.scale, out.zero))
 
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:

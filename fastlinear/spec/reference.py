@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.spec import gates, int4, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32
@@ -96,7 +96,7 @@ class Reference(NamedTuple):
             table = int4.table_of(coding, w)
             stands_for = int4.dequantize(int4.Coded(codes, of_groups, table, coding.group, *offset))
             return _straight_through(_as(stands_for, wide), _as(w, wide))
-        if packed not in _kernels.PACKED:  # it is used as it is held
+        if packed not in _tensors.PACKED:  # it is used as it is held
             return w
         values, scale = quantize_channels(w.detach(), smooth)
         w = _as(w, wide) if smooth is None else _as(w, wide) / smooth

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear.spec.int4 import TABLES, Coding
 from fastlinear.spec.int8 import Rows
 
@@ -141,8 +142,8 @@ class Int4WeightOnly(Scheme):
             raise ValueError(f"{name}(table=...) must be {', '.join(map(repr, TABLES))}, but is {self.table!r}")
         if not isinstance(self.offsets, bool):
             raise TypeError(f"{name}(offsets=...) must be True or False, but is {self.offsets!r}")
-        if self.scales not in _kernels.FORMATS:
-            allowed = ", ".join(map(str, _kernels.FORMATS))
+        if self.scales not in _tensors.FORMATS:
+            allowed = ", ".join(map(str, _tensors.FORMATS))
             raise ValueError(f"{name}(scales=...) must be one of {allowed}, but is {self.scales!r}")
         if self.least is not None and (isinstance(self.least, bool) or not isinstance(self.least, (int, float))):
             raise TypeError(f"{name}(least=...) must be a number of decibels or None, but is {self.least!r}")

@@ -21,12 +21,12 @@ import emulator
 import fastlinear
 from emulator.code import call
 from emulator.test_tiles import config, pinned, stored_config
-from fastlinear import _kernels
+from fastlinear import _kernels, _plans, _products
 
 AMX = [kernel for kernel in native.ALL if kernel["isa"] in ("amx", "amx_fp16") and kernel["id"] == kernel["name"]]
 needs_amx = pytest.mark.skipif("skipped" in library.way("amx"), reason=f"amx is {library.way('amx')}")
 counted = pytest.mark.skipif(library.way("amx") != library.EMULATED, reason="tiles that do not fault are not counted")
-DYNAMIC = _kernels.RowQuantizer("symmetric")
+DYNAMIC = _plans.RowQuantizer("symmetric")
 
 
 def multiply(name: str, m: int, n: int, k: int, *, threads: int = 1, k_slices: int = 1, pad: int = 0) -> Counter[str]:
@@ -43,8 +43,8 @@ def multiply(name: str, m: int, n: int, k: int, *, threads: int = 1, k_slices: i
         if not integers:
             emulator.watch(x, "x")
             emulator.watch(packed.data.view(1, -1), "the panels")
-        plan = _kernels.Plan(name, threads, k_slices)
-        _kernels.run(packed, plan, _kernels.Epilogue(), x, None, out, DYNAMIC if integers else None)
+        plan = _plans.Plan(name, threads, k_slices)
+        _products.run(packed, plan, _plans.Epilogue(), x, None, out, DYNAMIC if integers else None)
         found = emulator.counts()
     if integers:
         expected = x.float() @ w.float().T
@@ -206,19 +206,19 @@ def table_of(layer: nn.Module) -> list[str]:
 
 PRODUCTS = """
 import sys, torch, emulator, machines
-from fastlinear import _kernels
+from fastlinear import _kernels, _plans, _products, _weights
 
 def compute():
     for name in [row["name"] for row in _kernels.rows() if row["isa"] == "amx"]:
         for m, n, k in [(1, 1, 1), (16, 64, 64), (33, 70, 100), (64, 64, 640)]:
-            plan = _kernels.Plan(name)
+            plan = _plans.Plan(name)
             x, out = torch.randn(m, k).bfloat16(), torch.empty(m, n)
             if name.startswith("bf16"):
-                packed, rows = _kernels.Packed(torch.randn(n, k).bfloat16(), plan.layout), None
+                packed, rows = _weights.Packed(torch.randn(n, k).bfloat16(), plan.layout), None
             else:
                 w = torch.randint(-127, 128, (n, k)).to(torch.int8)
-                packed, rows = _kernels.Packed(w, plan.layout, torch.ones(n)), _kernels.RowQuantizer("symmetric")
-            _kernels.run(packed, plan, _kernels.Epilogue(), x, None, out, rows)
+                packed, rows = _weights.Packed(w, plan.layout, torch.ones(n)), _plans.RowQuantizer("symmetric")
+            _products.run(packed, plan, _plans.Epilogue(), x, None, out, rows)
             yield out
 
 torch.manual_seed(0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
 
 needs_amx = pytest.mark.skipif("skipped" in library.way("amx"), reason=f"amx is {library.way('amx')}")
 on_silicon = pytest.mark.skipif(library.way("amx") != library.NATIVELY, reason=f"amx is {library.way('amx')}")
@@ -28,7 +29,7 @@ def product(kernel: native.Kernel, m: int, n: int, k: int) -> Callable[[], Tenso
     x = torch.randn(m, k).bfloat16()
     w = torch.randint(-127, 128, (n, k)).to(torch.int8) if integers else torch.randn(n, k).bfloat16()
     packed = native.pack(w, kernel["layout"])
-    rows = _kernels.RowQuantizer("symmetric") if integers else None
+    rows = _plans.RowQuantizer("symmetric") if integers else None
 
     def compute() -> Tensor:
         return native.product(kernel, packed, x, None, (), 1, 1, torch.full((m, n), torch.nan), rows)

@@ -14,6 +14,9 @@ from kernel import test_symbols
 
 import emulator
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from emulator import scalar
 from emulator.code import assembled, call, dies_of
 from emulator.test_tiles import SILICON, configure
@@ -194,8 +197,8 @@ def test_a_loop_costs_one_fault() -> None:
         pytest.skip("AVX512-FP16 runs natively here")
     out, plan = torch.empty(12, 64), None
     with emulator.running():
-        plan = _kernels.Plan("fp16/avx512_fp16/12x64")
-        _kernels.run(_kernels.Packed(w, plan.layout), plan, _kernels.Epilogue(), x, None, out)
+        plan = _plans.Plan("fp16/avx512_fp16/12x64")
+        _products.run(_weights.Packed(w, plan.layout), plan, _plans.Epilogue(), x, None, out)
     assert emulator.counts() == {"vfmadd231ph": 500 * 24}
     assert emulator.faults() <= 2 * -(-500 // 64)
 

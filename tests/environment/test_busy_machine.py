@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import fastlinear._kernels as _kernels
+import fastlinear._products as _products
 from fastlinear.plan import waits
 
 
@@ -45,7 +45,7 @@ def test_a_stolen_cpu_is_seen(spinners: list[int]) -> None:
     os.sched_setaffinity(0, {min(mine)})
     os.sched_setaffinity(spinners[0], {min(mine)})
     try:
-        with waits.Waits(_kernels.pool_threads()) as watch:
+        with waits.Waits(_products.pool_threads()) as watch:
             assert spin_until_waited(watch) > 0
     finally:
         os.sched_setaffinity(0, mine)
@@ -67,9 +67,9 @@ def test_pool_threads() -> None:
     """The threads of torch's pool, this one first; all are of this process."""
     import torch
 
-    assert _kernels.pool_threads() == (int(os.readlink("/proc/thread-self").split("/")[-1]),)
+    assert _products.pool_threads() == (int(os.readlink("/proc/thread-self").split("/")[-1]),)
     torch.set_num_threads(2)
-    ids = _kernels.pool_threads()
+    ids = _products.pool_threads()
     assert len(ids) == len({*ids}) == 2 and {str(i) for i in ids} <= {*os.listdir("/proc/self/task")}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear.cli import check
 from fastlinear.layer import frozen, linear
 from fastlinear.plan import table
@@ -113,7 +113,7 @@ def test_a_repacking_load_within_meta(tmp_path: Path) -> None:
         pytest.skip("there is one fp32 layout")
     model = stock()
     expected = answer(model)
-    packed = _kernels.Packed(model[0].weight, layouts[0])
+    packed = _weights.Packed(model[0].weight, layouts[0])
     linear.adopt(model[0], None, "off", "0", over=frozen.Frozen(packed, torch.float32))
     fastlinear.save(model, tmp_path / "file")
     with torch.device("meta"):

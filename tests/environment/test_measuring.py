@@ -13,6 +13,8 @@ from torch import nn
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from fastlinear import FastLinear
 from fastlinear.plan import decide, measuring, race, table
 from fastlinear.plan.candidates import Plan
@@ -240,7 +242,7 @@ def test_the_proxy_has_work_for_all_threads(threads: int, m: int, k: int) -> Non
     """What is measured instead of a large problem is no larger, and has a group of panels for every thread."""
     n = 64 * 128
     layout = table.layout("fp32")
-    packed = _kernels.Packed.over(mmap.mmap(-1, _kernels.packed_nbytes(layout, n, k)), layout, n, k)
+    packed = _weights.Packed.over(mmap.mmap(-1, _weights.packed_nbytes(layout, n, k)), layout, n, k)
     problem = Problem(m, n, k, "fp32", "fp32", "none", "fp32", False, None, False, threads, layout=layout)
     small, operands = decide._proxy(problem, decide.Operands(None, None, packed))
     assert small.m <= m and small.n <= n and small.n == operands.packed.n and small.k == k
@@ -263,9 +265,10 @@ def test_machines_of_equal_brand_are_told_apart(part: str, monkeypatch: pytest.M
     assert decide._machine() != before
 
 
-def test_another_build_is_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured with other kernels of the same version is not believed."""
+@pytest.mark.parametrize("module", [_kernels, _products])
+def test_another_build_is_another_machine(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured with other kernels, or another driver, of the same version is not believed."""
     before, other = decide._machine(), tmp_path / "library.so"
     other.write_bytes(b"other kernels")
-    monkeypatch.setattr(_kernels, "__file__", str(other))
+    monkeypatch.setattr(module, "__file__", str(other))
     assert decide._machine() != before

@@ -23,7 +23,7 @@ from torch import nn
 
 import fastlinear
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear.layer import linear
 from fastlinear.plan import candidates, decide, rivals, table
 from fastlinear.plan.memory import Remembered
@@ -31,14 +31,14 @@ from fastlinear.plan.problem import Problem
 
 SETUP = """
 import gc, os, sys, weakref, torch, fastlinear
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from torch import nn
 torch.manual_seed(0)
 torch.set_num_threads(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 def pack(n, k):
-    return _kernels.Packed(torch.ones(1, 1).expand(n, k), "fp32/16x1")  # of no memory beside the pack
+    return _weights.Packed(torch.ones(1, 1).expand(n, k), "fp32/16x1")  # of no memory beside the pack
 """
 
 
@@ -61,7 +61,7 @@ def child(code: str, **environment: str) -> str:
 def test_views_outlive_the_pack() -> None:
     """Tensors, arrays and DLPack exports over a pack stay as they were when it and its neighbors are gone."""
     w = torch.arange(64.0 * 48).reshape(64, 48)
-    packs = [_kernels.Packed(w + i, "fp32/16x1") for i in range(5)]
+    packs = [_weights.Packed(w + i, "fp32/16x1") for i in range(5)]
     expected = [packed.data.clone() for packed in packs]
     views = [
         packs[0].data,
@@ -70,7 +70,7 @@ def test_views_outlive_the_pack() -> None:
         memoryview(packs[3].data.numpy()),
     ]
     del packs
-    others = [_kernels.Packed(-w, "fp32/16x1") for _ in range(50)]
+    others = [_weights.Packed(-w, "fp32/16x1") for _ in range(50)]
     for i, view in enumerate(views):
         found = torch.frombuffer(memoryview(view), dtype=torch.uint8) if i != 0 and i != 2 else view  # type: ignore[arg-type]
         assert torch.equal(found, expected[i][: found.numel()]), i  # type: ignore[arg-type, union-attr]
@@ -79,7 +79,7 @@ def test_views_outlive_the_pack() -> None:
 
 def test_two_views_are_two_storages() -> None:
     """Each tensor over a pack has a storage of its own, so moving or resizing one leaves the rest where they are."""
-    packed = _kernels.Packed(torch.randn(64, 48), "fp32/16x1")
+    packed = _weights.Packed(torch.randn(64, 48), "fp32/16x1")
     first, second = packed.data, packed.data
     assert first.data_ptr() == second.data_ptr()
     assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
@@ -91,7 +91,7 @@ def test_two_views_are_two_storages() -> None:
 def test_scales_and_zero_points_are_copies() -> None:
     """What is written to them changes no pack."""
     values = torch.randint(-128, 128, (40, 24), dtype=torch.int8)
-    packed = _kernels.Packed(values, table.layout("int8"), torch.rand(40), torch.full((40,), 3, dtype=torch.int32))
+    packed = _weights.Packed(values, table.layout("int8"), torch.rand(40), torch.full((40,), 3, dtype=torch.int32))
     before = packed.data.clone()
     assert packed.scale is not None and packed.zero is not None
     packed.scale.zero_()
@@ -278,8 +278,8 @@ def test_del_frees_a_model(kind: str) -> None:
 def test_packs_lie_in_huge_pages() -> None:
     """Small packs share the 2 MB pages of a chunk, a large one has its own; the kernel's flags of both say so."""
     small, large = (
-        _kernels.Packed(torch.ones(300, 300), "fp32/16x1"),
-        _kernels.Packed(torch.ones(9000, 1000), "fp32/16x1"),
+        _weights.Packed(torch.ones(300, 300), "fp32/16x1"),
+        _weights.Packed(torch.ones(9000, 1000), "fp32/16x1"),
     )
     for packed in (small, large):
         assert "hg" in _flags(packed.data.data_ptr())
@@ -349,10 +349,10 @@ def test_a_pack_that_overflows_is_refused() -> None:
     """A weight of one number, seen as more than memory addresses, is a ValueError."""
     for n, k in ((2**31, 2**31), (2**40, 1), (1, 2**40), (2**32, 2**30)):
         with pytest.raises(ValueError, match=f"a weight of {n} x {k} has no packed form"):
-            _kernels.Packed(torch.zeros(1, 1).expand(n, k), "fp32/16x1")
+            _weights.Packed(torch.zeros(1, 1).expand(n, k), "fp32/16x1")
     with pytest.raises(MemoryError):
-        _kernels.Packed(torch.zeros(1, 1).expand(2**24, 2**24), "fp32/16x1")
-    assert _kernels.Packed(torch.ones(3, 5), "fp32/16x1").unpack().sum() == 15
+        _weights.Packed(torch.zeros(1, 1).expand(2**24, 2**24), "fp32/16x1")
+    assert _weights.Packed(torch.ones(3, 5), "fp32/16x1").unpack().sum() == 15
 
 
 def test_memory_of_expanded_tensors() -> None:
@@ -380,7 +380,7 @@ def test_a_remembered_plan_is_one_of_todays(monkeypatch: pytest.MonkeyPatch) -> 
     """Name and numbers: what asks for other K slices or threads, each of which costs memory, is not believed."""
     problem = Problem(16, 64, 1024, "fp32", "fp32", "fp32", "fp32", True, None, False, 2)
     good = candidates.native_candidates(problem)[0]
-    operands = decide.Operands(None, None, _kernels.Packed(torch.ones(64, 1024), table.layout("fp32")))
+    operands = decide.Operands(None, None, _weights.Packed(torch.ones(64, 1024), table.layout("fp32")))
     asked = []
     monkeypatch.setattr(decide, "_tuned", lambda *_: asked.append(1) or good)
     for slices, threads, believed in ((good.k_slices, good.plan_threads, True), (4096, 1, False), (1, 4096, False)):

@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 import fastlinear._engine as _engine
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.layer.linear import FastLinear
 
 K, N = 70, 96  # larger than what is compared whole
-FORMATS = list(_kernels.FORMATS)
+FORMATS = list(_tensors.FORMATS)
 
 
 def packed_layer(n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Any, Tensor]:
@@ -326,8 +327,8 @@ def test_torchs_own_packs_do_not_survive(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_weight_that_keeps_changing_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is packed twice, then no more until it has stood still for some calls; each answer is right."""
     packs = []
-    real = _kernels.Packed
-    monkeypatch.setattr(_kernels, "Packed", lambda *args: packs.append(args) or real(*args))
+    real = _weights.Packed
+    monkeypatch.setattr(_weights, "Packed", lambda *args: packs.append(args) or real(*args))
     stock, fast, x = packed_layer()
     with torch.no_grad():
         for _ in range(50):

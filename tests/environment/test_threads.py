@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
 from fastlinear import FastLinear
 from fastlinear.layer import linear
 from fastlinear.plan import race, rivals
@@ -133,7 +135,7 @@ def test_the_number_of_threads_is_torchs() -> None:
     for count in (1, 2, 1):
         torch.set_num_threads(count)
         torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
-        assert _kernels.num_threads() == count
+        assert _products.num_threads() == count
         assert [(c.threads, c.plan_threads) for c in layer.plans] == [(count, count)]
 
 
@@ -154,7 +156,7 @@ def test_same_bits_for_any_number_of_threads(kernel: native.Kernel, k_slices: in
 SETUP = """
 import os, sys, time, threading, multiprocessing
 import torch
-import fastlinear._kernels as _kernels
+import fastlinear._products as _products
 from fastlinear.layer.lock import lock
 from fastlinear import FastLinear
 
@@ -173,7 +175,7 @@ FORKS = (
     SETUP
     + """
 def work():
-    assert not _kernels.forked() and _kernels.num_threads() == 2
+    assert not _products.forked() and _products.num_threads() == 2
     for layer, y in zip((big, new), want):
         assert torch.allclose(layer(x), y, atol=1e-4)
 
@@ -224,7 +226,7 @@ class Embedded(torch.utils.data.Dataset):
 
 loader = torch.utils.data.DataLoader(Embedded(), 4, num_workers=2, timeout=20, multiprocessing_context="fork")
 print("DataLoader:", torch.allclose(torch.cat(list(loader)), want[0][:8], atol=1e-4))
-print("the parent:", torch.allclose(big(x), want[0], atol=1e-4), _kernels.num_threads())
+print("the parent:", torch.allclose(big(x), want[0], atol=1e-4), _products.num_threads())
 """
 )
 
@@ -296,7 +298,7 @@ def test_max_isa(isa: str) -> None:
         assert names and all(name.split("/")[1] in allowed for name in names)
 
 
-FORMATS = _kernels.FORMATS.values()
+FORMATS = _tensors.FORMATS.values()
 
 
 def test_an_unknown_isa_is_told() -> None:

@@ -13,12 +13,14 @@ from torch import nn
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear import __main__ as cli
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import Frozen
 from fastlinear.plan import table
 
-FP32 = _kernels.FORMATS[torch.float32]
+FP32 = _tensors.FORMATS[torch.float32]
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_what_it_tells(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fastlinear.save(OFF(model, dtype=torch.bfloat16, include=["body.0", "wide", "small"]), path)
     text = printed(path, capsys)
     layout = table.layout("bf16")
-    mib = _kernels.packed_nbytes(layout, 300, 8) / 2**20
+    mib = _weights.packed_nbytes(layout, 300, 8) / 2**20
     assert re.search(rf"^wide +1 +8x300 fp32 as bf16 {layout} +{mib:.2f} mapped$", text, re.MULTILINE)
     assert re.search(rf"^body\.0 +1 +8x16 +fp32 as bf16 {layout} +relu +0\.00 mapped$", text, re.MULTILINE)
     assert re.search(r"^small\.fc +1 +8x16 .* gelu ", text, re.MULTILINE)
@@ -66,7 +68,7 @@ def test_what_will_be_repacked(path: Path, capsys: pytest.CaptureFixture[str]) -
         row["layout"] for row in _kernels.kernels() if row["format"] == FP32 and row["layout"] != table.layout(FP32)
     )
     model: Any = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 5)).eval()
-    linear.adopt(model[0], over=Frozen(_kernels.Packed(model[0].weight.detach(), other), torch.float32))
+    linear.adopt(model[0], over=Frozen(_weights.Packed(model[0].weight.detach(), other), torch.float32))
     linear.adopt(model[1])
     fastlinear.save(model, path)
     text = printed(path, capsys)

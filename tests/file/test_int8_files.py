@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear import FastLinear, FormatError, Int8Dynamic, Int8Static
 from fastlinear import __main__ as cli
 from fastlinear.file import manifest
@@ -105,7 +107,7 @@ def foreign_layouts(packed: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "layout", [one for packed in _kernels.PACKED if packed not in DTYPES for one in foreign_layouts(packed)]
+    "layout", [one for packed in _tensors.PACKED if packed not in DTYPES for one in foreign_layouts(packed)]
 )
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_foreign_layout_is_repacked(path: Path, layout: str, zeros: bool) -> None:
@@ -115,7 +117,7 @@ def test_a_foreign_layout_is_repacked(path: Path, layout: str, zeros: bool) -> N
         return  # which has none
     weight, scheme = theirs(zeros), next(s for s in Int8Dynamic.__mro__[1].__subclasses__() if s.packed == packed)()
     elsewhere = nn.Sequential(nn.Linear(K, N)).eval()
-    record = Frozen(_kernels.Packed(weight.values, layout, weight.scale, weight.zero), torch.float32)
+    record = Frozen(_weights.Packed(weight.values, layout, weight.scale, weight.zero), torch.float32)
     linear.adopt(elsewhere[0], None, "off", "0", wanted(quantize=scheme).of("0", torch.float32), over=record)
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(K, N))))
@@ -241,7 +243,7 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
             "packed in fp32, and quantized by",
         ),
         "weight-only": (lambda s: s.update(packed="int8wo", layout=table.layout("int8wo")), "packed in int8wo, and"),
-        "too many columns": (lambda s: s.update(k=_kernels.dot_limit() + 1), "that a sum of integers holds"),
+        "too many columns": (lambda s: s.update(k=_weights.dot_limit() + 1), "that a sum of integers holds"),
     }
 
 

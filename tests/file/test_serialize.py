@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear import FastLinear, FormatError
 from fastlinear.file import manifest
 from fastlinear.file import safetensors as safefile
@@ -36,7 +38,7 @@ from fastlinear.spec.precision import Precision
 
 IDS = torch.tensor([0, 3, 4])
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(7))
-FP32 = _kernels.FORMATS[torch.float32]
+FP32 = _tensors.FORMATS[torch.float32]
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_every_format(path: Path, pairing: Pairing, transposed: bool, accumulate
     x = torch.randn(5, 37).to(pairing.x)
     assert torch.equal(answers(model, x), answers(fast, x))
     assert (DTYPES[model[0].packed_as], model[0].weight.dtype) == (pairing.packed, pairing.held)
-    assert linear.precision_of(model[0]) == Precision(dtype and _kernels.FORMATS[dtype], accumulate)
+    assert linear.precision_of(model[0]) == Precision(dtype and _tensors.FORMATS[dtype], accumulate)
     assert torch.equal(model[0].weight, fast[0].weight.to(pairing.packed).to(pairing.held))
     assert torch.equal(model[0].bias, fast[0].bias) and model[0].bias.dtype == pairing.held
 
@@ -492,17 +494,17 @@ def foreign_layout(format: str) -> str:
     return next(layout for layout in layouts if layout != table.layout(format))
 
 
-@pytest.mark.parametrize("dtype", _kernels.FORMATS)
+@pytest.mark.parametrize("dtype", _tensors.FORMATS)
 def test_a_foreign_layout_is_repacked(path: Path, dtype: torch.dtype) -> None:
     """It is this machine's layout afterwards, bit for bit the same weight, and the report says so."""
-    layout = foreign_layout(_kernels.FORMATS[dtype])
+    layout = foreign_layout(_tensors.FORMATS[dtype])
     stock = nn.Sequential(nn.Linear(37, 70)).to(dtype).eval()
     elsewhere = copy.deepcopy(stock)
-    packed = _kernels.Packed(stock[0].weight.detach(), layout)
+    packed = _weights.Packed(stock[0].weight.detach(), layout)
     linear.adopt(elsewhere[0], None, "off", "0", over=Frozen(packed, dtype))
     fastlinear.save(elsewhere, path)
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(37, 70))))
-    assert record_of(model[0]).packed.layout == table.layout(_kernels.FORMATS[dtype])
+    assert record_of(model[0]).packed.layout == table.layout(_tensors.FORMATS[dtype])
     assert torch.equal(model[0].weight, stock[0].weight)
     x = torch.randn(3, 37, dtype=dtype)
     assert torch.equal(answers(model, x), answers(OFF(stock), x))
@@ -855,7 +857,7 @@ def test_nothing_is_half_loaded_when_memory_ends(path: Path, monkeypatch: pytest
 
     other = foreign_layout(FP32)
     monkeypatch.setattr(table, "layout", lambda _: other)
-    monkeypatch.setattr(_kernels, "Packed", type("Packed", (), {"over": staticmethod(over)}))
+    monkeypatch.setattr(_weights, "Packed", type("Packed", (), {"over": staticmethod(over)}))
     with pytest.raises(MemoryError):
         fastlinear.load(path, model)
     assert fingerprint(model) == before

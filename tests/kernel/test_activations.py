@@ -14,6 +14,9 @@ from library import ROOT
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
 from fastlinear.spec import activations
 
 FLOATS = 1 << 32
@@ -59,10 +62,10 @@ def inputs() -> Tensor:
 def run(isa: str, name: str, params: tuple[float, ...], x: Tensor) -> Tensor:
     """The activation of x [N] on an ISA: one row, K = 1, the values as the weight, so that the sums are exact."""
     kernel = KERNELS[isa]
-    packed = _kernels.Packed(x[:, None], kernel["layout"])
+    packed = _weights.Packed(x[:, None], kernel["layout"])
     out = torch.full((1, len(x)), -7.0)
-    epilogue = _kernels.Epilogue([(name, params)])
-    _kernels.run(packed, _kernels.Plan(kernel["name"]), epilogue, torch.ones(1, 1), None, out)
+    epilogue = _plans.Epilogue([(name, params)])
+    _products.run(packed, _plans.Plan(kernel["name"]), epilogue, torch.ones(1, 1), None, out)
     return out[0]
 
 

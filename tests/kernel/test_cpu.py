@@ -36,6 +36,7 @@ from machines import (
 )
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
 
 
 @pytest.mark.parametrize(("name", "described", "isas", "sizes"), RECORDED, ids=[row[0] for row in RECORDED])
@@ -187,7 +188,7 @@ def test_a_refusal_has_its_reason(described: Machine, why: str) -> None:
         assert found["isas"] == [isa for isa in _kernels.detect(described)["isas"] if isa != "amx"]
         assert {row["runnable"] for row in _kernels.kernels() if row["isa"] == "amx"} == {False}
         with pytest.raises(ValueError, match="no kernel 'bf16/amx/32x32' runs here"):
-            _kernels.Plan("bf16/amx/32x32")
+            _plans.Plan("bf16/amx/32x32")
     finally:
         _kernels.pretend(None)
 
@@ -198,9 +199,9 @@ def test_the_system_is_asked_once_and_late() -> None:
     answers = [errno.EPERM, 0]
     try:
         _kernels.pretend(SPR_WITH_TILES | {"tiles": answers})
-        assert len(_kernels.rows()) > 0 and _kernels.Plan("fp32/scalar/4x16") and answers == [errno.EPERM, 0]
+        assert len(_kernels.rows()) > 0 and _plans.Plan("fp32/scalar/4x16") and answers == [errno.EPERM, 0]
         assert any(row["isa"] == "amx" and row["runnable"] for row in _kernels.kernels())
-        assert "amx" in _kernels.cpu_info()["isas"] and _kernels.Plan("bf16/amx/32x32")
+        assert "amx" in _kernels.cpu_info()["isas"] and _plans.Plan("bf16/amx/32x32")
         assert answers == [errno.EPERM]
     finally:
         _kernels.pretend(None)

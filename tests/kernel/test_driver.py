@@ -11,7 +11,8 @@ import torch
 from native import Kernel
 from torch import Tensor
 
-from fastlinear import _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
 from fastlinear.spec.int8 import Requantize
 
 
@@ -33,19 +34,19 @@ class Product:
         w = torch.randint(-99, 99, (n, k), dtype=torch.int8) if integers else torch.randn(n, k).to(dtypes.weight)
         self.packed = native.pack(w, kernel["layout"], torch.rand(n) / 99 if integers else None)
         self.bias = torch.randn(n)
-        self.rows = _kernels.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
+        self.rows = _plans.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
         self.of_y = of_y or dtypes.x
         out = (of_y, 0.05, 128) if of_y in (torch.uint8, torch.int8) else None
-        self.epilogue = _kernels.Epilogue([("relu", ())], out)
+        self.epilogue = _plans.Epilogue([("relu", ())], out)
 
     def call(self, out: Tensor | list[Tensor], **more: Tensor) -> dict[str, object]:
         common = {"packed": self.packed, "epilogue": self.epilogue, "x": self.x, "bias": self.bias, "rows": self.rows}
         return common | {"out": out} | more
 
-    def answer(self, plan: _kernels.Plan, out: Tensor | list[Tensor] | None = None, **more: Tensor) -> Tensor:
+    def answer(self, plan: _plans.Plan, out: Tensor | list[Tensor] | None = None, **more: Tensor) -> Tensor:
         """`run` of it, into a new matrix unless `out` is given; returns that matrix."""
         y = torch.zeros(len(self.x), self.packed.n, dtype=self.of_y)
-        _kernels.run(
+        _products.run(
             self.packed, plan, self.epilogue, self.x, self.bias, y if out is None else out, self.rows, (), **more
         )
         return y
@@ -56,7 +57,7 @@ class Product:
 def test_segments(kernel: Kernel, k_slices: int) -> None:
     """Columns go to as many matrices as they are cut into, wherever tiles end, of every format, and nowhere else."""
     torch.manual_seed(0)
-    n, plan = 2 * kernel["columns"] + 7, _kernels.Plan(kernel["name"], 2, k_slices)
+    n, plan = 2 * kernel["columns"] + 7, _plans.Plan(kernel["name"], 2, k_slices)
     formats = [*native.FLOATS, torch.uint8, torch.int8]
     for of_y, cuts in itertools.product(formats, ([1], [5, 6], [kernel["columns"]], [3, n // 2, n - 1])):
         product = Product(kernel, kernel["mr"] + 1, n, 37, of_y)
@@ -71,7 +72,7 @@ def test_segments(kernel: Kernel, k_slices: int) -> None:
 def test_segments_of_different_formats(kernel: Kernel) -> None:
     """One product may be stored in fp32 here, in bf16 there: each is what a product of that format alone would be."""
     torch.manual_seed(0)
-    product, plan = Product(kernel, 5, 83, 21, torch.float32), _kernels.Plan(kernel["name"])
+    product, plan = Product(kernel, 5, 83, 21, torch.float32), _plans.Plan(kernel["name"])
     whole = product.answer(plan)
     parts = [torch.zeros(5, n, dtype=dtype) for n, dtype in zip((40, 20, 23), native.FLOATS, strict=True)]
     product.answer(plan, parts)
@@ -83,7 +84,7 @@ def test_segments_of_different_formats(kernel: Kernel) -> None:
 def test_gathered_and_scattered_rows(kernel: Kernel) -> None:
     """Rows are read by an index, with repetitions, and written by another: those of the plain product, none else."""
     torch.manual_seed(0)
-    product, plan = Product(kernel, 3 * kernel["mr"] + 1, 40, 33), _kernels.Plan(kernel["name"], 2)
+    product, plan = Product(kernel, 3 * kernel["mr"] + 1, 40, 33), _plans.Plan(kernel["name"], 2)
     whole = product.answer(plan)
     m = kernel["mr"] + 2
     x_index, y_index = torch.randint(len(whole), (m,)), torch.randperm(len(whole))[:m]
@@ -100,7 +101,7 @@ def test_lists(kernel: Kernel, threads: int, k_slices: int) -> None:
     """Products of any sizes, empty ones and of more than a block of rows, give the bits that each gives alone."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    plan = _kernels.Plan(kernel["name"], threads, k_slices, (32 << 10, 16 << 10, 128 << 10))
+    plan = _plans.Plan(kernel["name"], threads, k_slices, (32 << 10, 16 << 10, 128 << 10))
     sizes = [
         (3, 50, 70),
         (0, 9, 5),
@@ -112,24 +113,24 @@ def test_lists(kernel: Kernel, threads: int, k_slices: int) -> None:
     products = [Product(kernel, *size) for size in sizes]
     expected = [product.answer(plan) for product in products]
     outs = [torch.zeros_like(y) for y in expected]
-    _kernels.run_all(plan, [p.call(out) for p, out in zip(products, outs, strict=True)])
+    _products.run_all(plan, [p.call(out) for p, out in zip(products, outs, strict=True)])
     torch.set_num_threads(1)
     assert all(native.same_bits(out, y) for out, y in zip(outs, expected, strict=True))
-    _kernels.run_all(plan, [])
+    _products.run_all(plan, [])
 
 
 def test_experts() -> None:
     """Mixture of experts: each multiplies the rows sent to it, in one call, and writes them where they were."""
     torch.manual_seed(0)
     kernel = next(k for k in kernels() if k["own"] == "fp32")
-    tokens, n, k, plan = 50, 48, 32, _kernels.Plan(kernel["name"], 2)
+    tokens, n, k, plan = 50, 48, 32, _plans.Plan(kernel["name"], 2)
     x, weights, chosen = torch.randn(tokens, k), torch.randn(4, n, k), torch.randint(4, (tokens,))
     y = torch.zeros(tokens, n)
     places = [(chosen == expert).nonzero().flatten() for expert in range(4)]
-    _kernels.run_all(
+    _products.run_all(
         plan,
         [
-            {"packed": native.pack(w, kernel["layout"]), "epilogue": _kernels.Epilogue(), "x": x, "out": y}
+            {"packed": native.pack(w, kernel["layout"]), "epilogue": _plans.Epilogue(), "x": x, "out": y}
             | {"x_index": rows, "y_index": rows}
             for w, rows in zip(weights, places, strict=True)
         ],
@@ -156,15 +157,15 @@ def test_bad_requests_are_refused(more: dict[str, object], message: str) -> None
     """No row beyond x or out is read or written, no column is forgotten."""
     kernel = next(k for k in kernels() if k["own"] == "fp32")
     product = Product(kernel, 3, 9, 5)
-    plan = _kernels.Plan(kernel["name"])
+    plan = _plans.Plan(kernel["name"])
     with pytest.raises(ValueError, match=message):
-        _kernels.run_all(plan, [product.call(torch.zeros(3, 9)) | more])  # type: ignore[operator]
+        _products.run_all(plan, [product.call(torch.zeros(3, 9)) | more])  # type: ignore[operator]
 
 
 def test_integer_outputs_are_those_of_the_specification() -> None:
     """The scale and zero point of `out` hold in every segment."""
     kernel = next(k for k in kernels() if k["accumulate"] == "int32")
-    product, plan = Product(kernel, 5, 40, 64, torch.int8), _kernels.Plan(kernel["name"])
+    product, plan = Product(kernel, 5, 40, 64, torch.int8), _plans.Plan(kernel["name"])
     assert product.epilogue.out == tuple(Requantize(torch.int8, 0.05, 128))
     assert product.answer(plan).unique().numel() > 5
 

@@ -14,6 +14,7 @@ from native import Kernel, every_kernel
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 
 SIXTEEN_BIT = [dtype for dtype in native.DTYPES.values() if dtype.itemsize == 2]
 
@@ -148,8 +149,8 @@ def test_the_table_pairs_the_formats() -> None:
     """Every format has kernels on every ISA with vectors of its own; fp32 kernels widen all of them but that of
     integer products, and those that multiply bf16 take int8 in bf16; in all, each format of x meets each 16-bit
     weight."""
-    formats = list(_kernels.PACKED)
-    assert formats == [*_kernels.FORMATS.values(), "int8wo", "int8"] == ["fp32", "bf16", "fp16", "int8wo", "int8"]
+    formats = list(_tensors.PACKED)
+    assert formats == [*_tensors.FORMATS.values(), "int8wo", "int8"] == ["fp32", "bf16", "fp16", "int8wo", "int8"]
     table = _kernels.kernels()
     for kernel in table:
         assert kernel["reads"][0] == kernel["layout"] and len(set(kernel["reads"])) == len(kernel["reads"])

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
-from fastlinear._kernels import Packed
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._weights as _weights
+from fastlinear._weights import Packed
 from fastlinear.spec import int4
 from fastlinear.spec.int4 import TABLES, Coded, Coding
 
@@ -46,8 +49,8 @@ def pack(weight: Coded, layout: str) -> Packed:
 def run(kernel: Kernel, packed: Packed, x: Tensor, threads: int = 1, k_slices: int = 1) -> Tensor:
     y = torch.full((len(x), packed.n), torch.nan)
     with nullcontext() if kernel["runnable"] else emulator.running():
-        plan = _kernels.Plan(kernel["name"], threads, k_slices, library.caches())
-        _kernels.run(packed, plan, _kernels.Epilogue(), x, None, y)
+        plan = _plans.Plan(kernel["name"], threads, k_slices, library.caches())
+        _products.run(packed, plan, _plans.Epilogue(), x, None, y)
     return y
 
 
@@ -76,7 +79,7 @@ def test_every_bit_comes_back(layout: str) -> None:
         panels, groups = -(-n // 32), -(-k // group)
         side = panels * 32 * groups * dtype.itemsize * (1 + offsets)
         assert packed.nbytes == panels * 32 * (-(-k // 8) * 4 + 4) + side + 64
-        assert packed.nbytes == _kernels.packed_nbytes(packed.layout, n, k)
+        assert packed.nbytes == _weights.packed_nbytes(packed.layout, n, k)
         mapped = Packed.over(packed.data.clone().numpy(), packed.layout, n, k)
         for read in (packed, mapped):
             assert torch.equal(read.unpack(), weight.codes)
@@ -180,7 +183,7 @@ def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
 )
 def test_layouts_that_are_none_are_refused(layout: str, about: str) -> None:
     with pytest.raises(ValueError, match=about):
-        _kernels.packed_nbytes(layout, 32, 32)
+        _weights.packed_nbytes(layout, 32, 32)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -13,8 +13,10 @@ from native import Kernel, every_integer_kernel
 from torch import Tensor
 from torch.nn import functional as F
 
-import fastlinear._kernels as _kernels
-from fastlinear._kernels import Epilogue, Packed, Plan, RowQuantizer
+import fastlinear._products as _products
+import fastlinear._weights as _weights
+from fastlinear._plans import Epilogue, Plan, RowQuantizer
+from fastlinear._weights import Packed
 from fastlinear.spec import int8
 from fastlinear.spec.int8 import Quantized, Requantize, Rows
 
@@ -111,7 +113,7 @@ def test_extremes_in_all_patterns_of_four(kernel: Kernel, zero_x: int) -> None:
 @every_integer_kernel
 def test_the_longest_sums(kernel: Kernel, zeros: bool) -> None:
     """K at its limit with the largest numbers of either sign, and any: int32 holds the sums, in blocks and slices."""
-    k, n = _kernels.dot_limit(zeros), kernel["nr"] + 1
+    k, n = _weights.dot_limit(zeros), kernel["nr"] + 1
     largest = torch.tensor([255, 0, 255], dtype=torch.uint8)[:, None].repeat(1, k)
     largest[2] = torch.randint(0, 2, (k,)) * 255
     values = torch.full((n, k), -128, dtype=torch.int8)
@@ -124,7 +126,7 @@ def test_the_longest_sums(kernel: Kernel, zeros: bool) -> None:
 
 def test_the_limit_of_k() -> None:
     """255 * max |q - zero| * K < 2^31, checked when packing; zero points that are all 0 are none."""
-    assert (_kernels.dot_limit(), _kernels.dot_limit(True)) == (65793, 33025)
+    assert (_weights.dot_limit(), _weights.dot_limit(True)) == (65793, 33025)
     assert (int8.longest(None), int8.longest(torch.ones(1))) == (65793, 33025)
     one, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     for layout in [layout for layout, *_ in native.LAYOUTS if layout.startswith("int8/")]:
@@ -135,7 +137,7 @@ def test_the_limit_of_k() -> None:
             with pytest.raises(ValueError, match=message):
                 Packed(too_long, layout, torch.ones(1), zero)
         with pytest.raises(ValueError, match="at most 65793"):
-            _kernels.packed_nbytes(layout, 1, 65794)
+            _weights.packed_nbytes(layout, 1, 65794)
     Packed(torch.zeros(1, 70000, dtype=torch.int8), "int8wo/16x1", torch.ones(1))
 
 
@@ -370,7 +372,7 @@ def product(**changed: Any) -> None:
     ready: dict[str, Any] = {"packed": Packed(VALUES, LAYOUT, ONES), "plan": Plan(INTEGER["name"])}
     ready |= {"epilogue": Epilogue(), "x": torch.ones(M, K), "bias": ONES, "out": torch.empty(M, N)}
     ready |= {"rows": RowQuantizer("symmetric"), **changed}
-    _kernels.run(*ready.values())
+    _products.run(*ready.values())
 
 
 def to(dtype: torch.dtype) -> Epilogue:

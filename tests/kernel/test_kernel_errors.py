@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlinear._kernels import Epilogue, Packed, Plan, run
+from fastlinear._plans import Epilogue, Plan
+from fastlinear._products import run
+from fastlinear._weights import Packed
 
 KERNEL = next(kernel for kernel in native.RUNNABLE if kernel["own"] == "fp32")
 NAME, LAYOUT = KERNEL["name"], KERNEL["layout"]

@@ -16,6 +16,7 @@ from oracle import Dtypes
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 
 SLICES = (1, 2, 3, 7)
 THREADS = (1, 2)
@@ -72,8 +73,8 @@ def held_to_the_bound(kernel: Kernel, case: Case) -> None:
 
 def name_of(case: Case) -> str:
     m, n, k, name, (layout, of_x, of_bias), threads, k_slices = case
-    b = "none" if of_bias is None else _kernels.FORMATS[of_bias]
-    return f"{layout}-{m}-{n}-{k}-{name}-{_kernels.FORMATS[of_x]}-{b}-{threads}-{k_slices}"
+    b = "none" if of_bias is None else _tensors.FORMATS[of_bias]
+    return f"{layout}-{m}-{n}-{k}-{name}-{_tensors.FORMATS[of_x]}-{b}-{threads}-{k_slices}"
 
 
 every_row = pytest.mark.parametrize("kernel", [native.parameter(kernel) for kernel in native.TABLE])

@@ -8,10 +8,11 @@ from torch import Tensor
 
 import fastlinear._kernels as _kernels
 import fastlinear._rows as _rows
+import fastlinear._tensors as _tensors
 from fastlinear.spec import norms
 from fastlinear.spec.norms import Norm
 
-DTYPES = list(_kernels.FORMATS)
+DTYPES = list(_tensors.FORMATS)
 HOW = {"layer_norm": Norm(True, 1e-5), "rms_norm": Norm(False, 1e-6), "offset": Norm(False, 1e-6, 1.0)}
 WIDTHS = [1, 7, 16, 70, 384, 1030]  # partial vectors, less than four, and more
 UNIT = 2.0**-24

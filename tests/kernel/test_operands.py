@@ -10,6 +10,8 @@ from native import Kernel
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
 from fastlinear.spec import activations, gates, programs
 
 M, N, K = 9, 83, 21
@@ -44,8 +46,8 @@ def kernels() -> list[Kernel]:
 def computed(kernel: Kernel, steps: list[native.Any], operands: list[Tensor], out: Tensor, k_slices: int = 1) -> Tensor:
     """The sums of exact numbers, then the steps."""
     x, w, b = native.exact_case(kernel, M, N, K, kernel["dtypes"][0])
-    plan = _kernels.Plan(kernel["name"], 2, k_slices)
-    _kernels.run(native.pack(w, kernel["layout"]), plan, _kernels.Epilogue(steps), x, b, out, None, operands)
+    plan = _plans.Plan(kernel["name"], 2, k_slices)
+    _products.run(native.pack(w, kernel["layout"]), plan, _plans.Epilogue(steps), x, b, out, None, operands)
     return x @ w.T + b
 
 
@@ -94,10 +96,10 @@ def test_gates(kernel: Kernel) -> None:
         layout = kernel["layout"]
         packed = native.pack(gates.interleave(w, layout), layout, *(gates.interleave(s, layout) for s in scale))
         assert torch.equal(gates.separate(packed.unpack(), layout), w)
-        rows = _kernels.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
-        plan, both, y = _kernels.Plan(kernel["name"], 2, k_slices), torch.empty(M, 2 * columns), torch.empty(M, columns)
-        _kernels.run(native.pack(w, layout, *scale), plan, _kernels.Epilogue(), x, b, both, rows)
-        _kernels.run(packed, plan, _kernels.Epilogue([(name, ()), ("add", (), 0)]), x, b, y, rows, [operand])
+        rows = _plans.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
+        plan, both, y = _plans.Plan(kernel["name"], 2, k_slices), torch.empty(M, 2 * columns), torch.empty(M, columns)
+        _products.run(native.pack(w, layout, *scale), plan, _plans.Epilogue(), x, b, both, rows)
+        _products.run(packed, plan, _plans.Epilogue([(name, ()), ("add", (), 0)]), x, b, y, rows, [operand])
         expected = activations.apply(activation, both[:, :columns]) * both[:, columns:] + operand
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
@@ -111,8 +113,8 @@ def test_outputs_of_every_format(kernel: Kernel) -> None:
         x, w, b = native.exact_case(weight, M, N, K, weight["dtypes"][0])
         y = torch.randn(M, N).to(dtype)
         expected = (x.float() @ w.float().T + b.float() + y.float()).to(dtype)
-        plan, packed = _kernels.Plan(weight["name"], 2), native.pack(w, weight["layout"])
-        _kernels.run(packed, plan, _kernels.Epilogue([("add", (), 0)]), x, b, y, None, [y])
+        plan, packed = _plans.Plan(weight["name"], 2), native.pack(w, weight["layout"])
+        _products.run(packed, plan, _plans.Epilogue([("add", (), 0)]), x, b, y, None, [y])
         assert native.same_bits(y, expected)
 
 
@@ -123,15 +125,15 @@ def test_integer_products(kernel: Kernel) -> None:
     for m, k in ((M, K), (1200, 4160)):
         x, w = torch.randn(m, k), torch.randint(-128, 128, (N, k), dtype=torch.int8)
         packed, operand = native.pack(w, kernel["layout"], torch.rand(N) / k), torch.randn(m, N)
-        rows, plan = _kernels.RowQuantizer("symmetric"), _kernels.Plan(kernel["name"], 2)
+        rows, plan = _plans.RowQuantizer("symmetric"), _plans.Plan(kernel["name"], 2)
         plain, added = torch.empty(m, N), torch.empty(m, N)
-        _kernels.run(packed, plan, _kernels.Epilogue([("relu", ())]), x, None, plain, rows)
-        _kernels.run(packed, plan, _kernels.Epilogue([("relu", ()), ("add", (), 0)]), x, None, added, rows, [operand])
+        _products.run(packed, plan, _plans.Epilogue([("relu", ())]), x, None, plain, rows)
+        _products.run(packed, plan, _plans.Epilogue([("relu", ()), ("add", (), 0)]), x, None, added, rows, [operand])
         assert torch.equal(added, plain + operand)
         integers = torch.empty(m, N, dtype=torch.uint8)
         out = (torch.uint8, 0.05, 128)
-        _kernels.run(packed, plan, _kernels.Epilogue([("add", (), 0)], out), x, None, integers, rows, [operand])
-        _kernels.run(packed, plan, _kernels.Epilogue([]), x, None, plain, rows)
+        _products.run(packed, plan, _plans.Epilogue([("add", (), 0)], out), x, None, integers, rows, [operand])
+        _products.run(packed, plan, _plans.Epilogue([]), x, None, plain, rows)
         expected = torch.clamp((plain + operand) * torch.tensor(0.05).reciprocal(), -128, 127).round() + 128
         assert torch.equal(integers, expected.to(torch.uint8))
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastlinear._kernels as _kernels
-from fastlinear._kernels import Packed
+import fastlinear._weights as _weights
+from fastlinear._weights import Packed
 
 every_layout = pytest.mark.parametrize(
     ("layout", "dtype", "nr", "kr"), native.LAYOUTS, ids=[name for name, *_ in native.LAYOUTS]
@@ -63,7 +63,7 @@ def test_every_bit_comes_back(layout: str, dtype: torch.dtype, nr: int, kr: int)
         padded, arrays = math.ceil(n / nr) * nr, {"int8": 3, "int8wo": 1}.get(packed.format, 0)
         in_panels = dtype.itemsize * padded * math.ceil(k / kr) * kr
         assert packed.nbytes == packed.data.nbytes == in_panels + 4 * arrays * padded
-        assert packed.nbytes == _kernels.packed_nbytes(layout, n, k)
+        assert packed.nbytes == _weights.packed_nbytes(layout, n, k)
         assert native.same_bits(packed.unpack(), w)
         assert native.same_bits(packed.data[:in_panels].view(dtype), panels(w, nr, kr).flatten())
         behind = packed.data[in_panels:].view(torch.int32).reshape(arrays, padded)

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -43,15 +44,17 @@ Instructions = list[tuple[int, str]]
 
 @cache
 def functions() -> dict[str, Instructions]:
-    """Demangled symbol -> its (address, instruction) pairs."""
+    """Demangled symbol, behind the name of the module unless it has the kernels -> its (address, instruction) pairs."""
     assert shutil.which("objdump"), "this test reads the library with objdump, which comes with the compiler's binutils"
-    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _kernels.__file__]
     found: dict[str, Instructions] = {}
-    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
-        if symbol := SYMBOL.match(line):
-            current = found.setdefault(symbol[1], [])
-        elif instruction := INSTRUCTION.match(line):
-            current.append((int(instruction[1], 16), instruction[2].split("#")[0].strip()))
+    for library in sorted(Path(_kernels.__file__).parent.glob("_*.so")):
+        command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(library)]
+        module = "" if library.samefile(_kernels.__file__) else f"{library.name.split('.')[0]}: "
+        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+            if symbol := SYMBOL.match(line):
+                current = found.setdefault(module + symbol[1], [])
+            elif instruction := INSTRUCTION.match(line):
+                current.append((int(instruction[1], 16), instruction[2].split("#")[0].strip()))
     return found
 
 

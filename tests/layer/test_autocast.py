@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear import FastLinear
 from fastlinear.layer import linear
 from fastlinear.spec import activations
@@ -50,7 +50,7 @@ def bounded(y: Tensor, layer: FastLinear, x: Tensor, dtype: torch.dtype) -> None
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: repr(module))
-@pytest.mark.parametrize("of_x", _kernels.FORMATS)
+@pytest.mark.parametrize("of_x", _tensors.FORMATS)
 def test_every_activation(dtype: torch.dtype, activation: nn.Module, of_x: torch.dtype) -> None:
     """Whatever x is in: the dtype that stock autocast gives for this activation, and values within the bound."""
     stock, fast = twins(activation)
@@ -61,7 +61,7 @@ def test_every_activation(dtype: torch.dtype, activation: nn.Module, of_x: torch
         assert y.dtype == expected.dtype
         bounded(y, fast[0], x, dtype)
         torch.testing.assert_close(y, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
-    assert {(c.x, c.source) for c in fast[0].plans} == {(_kernels.FORMATS[dtype], "heuristic")}
+    assert {(c.x, c.source) for c in fast[0].plans} == {(_tensors.FORMATS[dtype], "heuristic")}
 
 
 @EVERY_DTYPE
@@ -219,7 +219,7 @@ def autocast_elsewhere() -> Iterator[None]:
 def test_another_devices_autocast_is_none(pairing: Pairing) -> None:
     """Autocast for another device changes nothing here."""
     fast = OFF(nn.Linear(K, N).to(pairing.held).eval().requires_grad_(False), dtype=None)
-    linear.set_precision(fast, Precision(_kernels.FORMATS[pairing.packed]))
+    linear.set_precision(fast, Precision(_tensors.FORMATS[pairing.packed]))
     x = torch.randn(5, K).to(pairing.x)
     with autocast_elsewhere():
         y = fast(x)
@@ -301,7 +301,7 @@ def test_tuning(dtype: torch.dtype) -> None:
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype
     (chosen,) = layer.plans
     assert chosen.source == "tuned" and y.dtype == dtype
-    assert {name.split("/")[0] for name, _ in chosen.table} >= {"torch", _kernels.FORMATS[dtype]}
+    assert {name.split("/")[0] for name, _ in chosen.table} >= {"torch", _tensors.FORMATS[dtype]}
     torch.testing.assert_close(y.float(), x.mm(layer.weight.t()).add(layer.bias).relu(), rtol=0.05, atol=0.05)
 
 

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear import FastLinear, Int8Dynamic, Int8Static, Int8WeightOnly
 from fastlinear.layer import linear
 from fastlinear.layer.module import FastModule
@@ -43,7 +45,7 @@ SCHEMES: dict[str, Callable[[nn.Module, Tensor], Scheme]] = {
     "weight-only": lambda model, x: Int8WeightOnly(),
 }
 STATIC = [name for name in SCHEMES if name.startswith("static")]
-FLOATS = list(_kernels.FORMATS)
+FLOATS = list(_tensors.FORMATS)
 KINDS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "conv1d": lambda k, n: Conv1D(n, k)}
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -539,7 +541,7 @@ def test_what_is_lossy_has_to_be_asked_for(scheme: Scheme) -> None:
 
 def test_what_cannot_be_quantized_is_left_alone() -> None:
     """Layers that the calibration did not see, too many columns, infinities: a reason each, beside converted ones."""
-    most = _kernels.dot_limit()
+    most = _weights.dot_limit()
     model = nn.ModuleDict({"far": nn.Linear(4, 4), "near": nn.Linear(4, 4), "long": nn.Linear(most + 1, 1)}).eval()
     calibration = fastlinear.calibrate(nn.ModuleDict({"near": model["near"]})["near"], [torch.randn(5, 4)])
     calibration = type(calibration)({"near": calibration.layers[""]}, {"far": "no batch reached it"})
@@ -775,7 +777,7 @@ def test_fallback(held: torch.dtype, of_x: torch.dtype, monkeypatch: pytest.Monk
     """With fallback=True the parameter's own format competes, native and in torch; where it wins it runs, the report
     says that int8 was refused, and its pack is counted; a frozen layer has nothing to fall back on."""
     stock = nn.Linear(K, N).to(held).eval().requires_grad_(False)
-    x, form = torch.randn(2, 3, K).to(of_x), _kernels.FORMATS[held]
+    x, form = torch.randn(2, 3, K).to(of_x), _tensors.FORMATS[held]
     want = F.linear(x, stock.weight.to(of_x), stock.bias.to(of_x)).relu()
     plain = FastLinear.from_linear(stock, "relu").eval()
     natives = {row["name"] for row in _kernels.kernels()} if plain.precision.takes(of_x) else set()
@@ -854,7 +856,7 @@ def test_reports_without_int8_have_no_such_column() -> None:
 
 def test_candidates_are_told_by_the_table() -> None:
     """A problem in each integer format has native candidates for every M, from the best ISA that has them."""
-    for packed, scheme in itertools.product(_kernels.PACKED.keys() - DTYPES.keys(), ("symmetric", "static-smooth")):
+    for packed, scheme in itertools.product(_tensors.PACKED.keys() - DTYPES.keys(), ("symmetric", "static-smooth")):
         problem = Problem(1, N, K, "fp32", packed, "fp32", "fp32", True, None, False, 1, scheme)
         for m in (1, 16, 512):
             found = native_candidates(problem._replace(m=m))

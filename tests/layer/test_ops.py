@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear import FastLinear
 from fastlinear.layer import linear, operator
 from fastlinear.spec import activations
@@ -35,7 +35,7 @@ def layer_of(
     packed: torch.dtype | None = None,
 ) -> nn.Module:
     layer = (Conv1D(N, K) if transposed else nn.Linear(K, N, bias)).to(held)
-    linear.adopt(layer, activations.resolve(activation), "off", "fc", Precision(packed and _kernels.FORMATS[packed]))
+    linear.adopt(layer, activations.resolve(activation), "off", "fc", Precision(packed and _tensors.FORMATS[packed]))
     return layer.eval().requires_grad_(False)
 
 
@@ -103,7 +103,7 @@ def test_meaning_of_every_pairing(pairing: Pairing, transposed: bool) -> None:
     layer, x = layer_of(transposed, held=pairing.held, packed=pairing.packed), torch.randn(5, K).to(pairing.x)
     y = OP(*arguments(layer, x))
     bounded(y, layer, x)
-    assert [chosen.x for chosen in layer.plans] == [_kernels.FORMATS[pairing.x]]
+    assert [chosen.x for chosen in layer.plans] == [_tensors.FORMATS[pairing.x]]
     foreign = torch.randn_like(layer.weight)
     x, _, *rest = arguments(layer, x)
     bounded(OP(x, foreign, *rest), layer, x, weight=foreign)
@@ -251,7 +251,7 @@ def test_autocast(dtype: torch.dtype, activation: str, compiled: bool) -> None:
         assert call(*arguments(layer, x.double())).dtype == torch.float64
     assert y.dtype == expected.dtype
     bounded(y, layer, x.to(dtype), dtype)
-    assert [chosen.x for chosen in layer.plans] == [_kernels.FORMATS[dtype]]
+    assert [chosen.x for chosen in layer.plans] == [_tensors.FORMATS[dtype]]
 
 
 # ---- compilers -------------------------------------------------------------------------------------------------------

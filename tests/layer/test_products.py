@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear import FastLinear
 from fastlinear.layer import linear, operator
 from fastlinear.plan import candidates
@@ -47,28 +51,28 @@ def of_rounded(layer: FastLinear, x: Tensor) -> Tensor:
 def test_kernels_round_rows_once(kernel: dict[str, Any], products: str) -> None:
     """Every kernel that may multiply numbers of a 16-bit format gives the same bits for rows that the prologue rounds
     as for rows that torch rounded, infinities, NaN, ties and denormals included; the others refuse."""
-    rows, plan = _kernels.RowQuantizer.rounding(NARROW[products]), _kernels.Plan(kernel["name"], 2)
+    rows, plan = _plans.RowQuantizer.rounding(NARROW[products]), _plans.Plan(kernel["name"], 2)
     for layout, k in itertools.product(kernel["reads"], (1, 37, 96)):
-        dtype = _kernels.PACKED.get(layout.split("/")[0], torch.uint8)
+        dtype = _tensors.PACKED.get(layout.split("/")[0], torch.uint8)
         if dtype is torch.int8:
             scale = torch.ones(40)
-            packed = _kernels.Packed(torch.randint(-127, 128, (40, k), dtype=dtype), layout, scale)
+            packed = _weights.Packed(torch.randint(-127, 128, (40, k), dtype=dtype), layout, scale)
         elif dtype is torch.uint8:
             codes, scales = torch.randint(0, 16, (40, k), dtype=dtype), torch.ones(40, -(-k // 32)).half()
-            packed = _kernels.Packed(codes, f"{layout}:32:fp16", scales, None, torch.arange(-8.0, 8.0))
+            packed = _weights.Packed(codes, f"{layout}:32:fp16", scales, None, torch.arange(-8.0, 8.0))
         else:
-            packed = _kernels.Packed(torch.randn(40, k).to(dtype), layout)
+            packed = _weights.Packed(torch.randn(40, k).to(dtype), layout)
         x = torch.randn(19, k) * torch.exp2(torch.randint(-140, 20, (19, 1)).float())
         x[3], x[4, 0], x[5, 0] = 1 + UNIT[NARROW[products]], torch.inf, torch.nan
         got, want = torch.empty(19, 40), torch.empty(19, 40)
         if kernel["rows"] not in (FP32, products):
             with pytest.raises(ValueError, match=r"does not take x of .* with rounded rows"):
-                _kernels.run(packed, plan, _kernels.Epilogue(), x, None, got, rows)
+                _products.run(packed, plan, _plans.Epilogue(), x, None, got, rows)
             continue
-        _kernels.run(packed, plan, _kernels.Epilogue(), x, None, got, rows)
+        _products.run(packed, plan, _plans.Epilogue(), x, None, got, rows)
         rounded = x.to(NARROW[products])
         rounded = rounded if kernel["rows"] == products else rounded.float()
-        _kernels.run(packed, plan, _kernels.Epilogue(), rounded, None, want)
+        _products.run(packed, plan, _plans.Epilogue(), rounded, None, want)
         assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)) and got[4:6].isnan().any()
 
 
@@ -214,7 +218,7 @@ def test_bad_wishes(wish: dict[str, Any], error: type[Exception], message: str) 
         fastlinear.convert(model, inplace=True, **wish)
     assert not linear.is_fast(model[0])
     with pytest.raises(ValueError, match=r"rows are rounded to .*, not torch"):
-        _kernels.RowQuantizer.rounding(torch.int8)
+        _plans.RowQuantizer.rounding(torch.int8)
 
 
 def test_candidates_multiply_what_is_asked_for() -> None:

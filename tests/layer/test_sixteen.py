@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import fastlinear
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear import FastLinear
 from fastlinear.layer import linear
 from fastlinear.plan import candidates, decide, rivals
@@ -32,7 +33,7 @@ from fastlinear.spec.formats import DTYPES, FP32
 from fastlinear.spec.precision import Precision
 
 K, N = 37, 70
-NARROW = [dtype for dtype in _kernels.FORMATS if dtype != torch.float32]
+NARROW = [dtype for dtype in _tensors.FORMATS if dtype != torch.float32]
 EVERY_PAIRING = pytest.mark.parametrize("pairing", PAIRINGS)
 EVERY_NARROW = pytest.mark.parametrize("dtype", NARROW)
 KERNELS = [row for row in _kernels.kernels() if row["runnable"]]
@@ -69,7 +70,7 @@ def test_every_pairing_with_every_activation(pairing: Pairing, bias: str) -> Non
         for m in (1, 5, 64):
             x = torch.randn(m, K).to(pairing.x)
             bounded(layer(x), layer, x)
-        assert {(chosen.x, chosen.source) for chosen in layer.plans} == {(_kernels.FORMATS[pairing.x], "heuristic")}
+        assert {(chosen.x, chosen.source) for chosen in layer.plans} == {(_tensors.FORMATS[pairing.x], "heuristic")}
         assert layer.pack_nbytes >= K * N * pairing.packed.itemsize
 
 
@@ -110,7 +111,7 @@ def test_inputs_of_every_form(pairing: Pairing, view: str) -> None:
 def test_conv1d(pairing: Pairing) -> None:
     """GPT-2's Conv1D, whose weight is [in, out], in every pairing."""
     conv = Conv1D(N, K).to(pairing.held).requires_grad_(False).eval()
-    linear.adopt(conv, tune="off", precision=Precision(_kernels.FORMATS[pairing.packed]))
+    linear.adopt(conv, tune="off", precision=Precision(_tensors.FORMATS[pairing.packed]))
     x = torch.randn(2, 3, K).to(pairing.x)
     check(conv(x), x, conv.weight.t().to(pairing.packed), conv.bias)
     assert conv.pack_nbytes > 0
@@ -354,7 +355,7 @@ def test_converting_once_more(dtype: torch.dtype) -> None:
     part = OFF(fast, dtype=dtype, include="2")
     assert [DTYPES[layer.packed_as] for layer in (part[0], part[2])] == [torch.float32, dtype]
     sums = OFF(again, accumulate="fp16")
-    assert sums[0].precision == Precision(_kernels.FORMATS[dtype], "fp16")
+    assert sums[0].precision == Precision(_tensors.FORMATS[dtype], "fp16")
     with torch.no_grad():
         torch.testing.assert_close(again(x), stock(x), rtol=0.05, atol=0.05)
     assert str(fastlinear.unconvert(again)) == str(stock) and again.state_dict().keys() == stock.state_dict().keys()
@@ -407,7 +408,7 @@ def test_kernel_override(pairing: Pairing, kernel: dict[str, Any], monkeypatch: 
     way."""
     monkeypatch.setenv("FASTLINEAR_KERNEL", kernel["name"])
     layer = layer_of(pairing)
-    of_x, packed = (_kernels.FORMATS[dtype] for dtype in (pairing.x, pairing.packed))
+    of_x, packed = (_tensors.FORMATS[dtype] for dtype in (pairing.x, pairing.packed))
     able = packed in [layout.split("/")[0] for layout in kernel["reads"]] and kernel["rows"] in ("fp32", of_x)
     for m in (1, 5, 64):
         x = torch.randn(m, K).to(pairing.x)
@@ -436,7 +437,7 @@ def test_torchs_own_ways(pairing: Pairing, way: str, monkeypatch: pytest.MonkeyP
 
 
 def problem_of(pairing: Pairing, m: int = 5, accumulate: str = "fp32") -> Problem:
-    x, held, packed = (_kernels.FORMATS[dtype] for dtype in pairing)
+    x, held, packed = (_tensors.FORMATS[dtype] for dtype in pairing)
     return Problem(
         m=m,
         n=N,

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear
 import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
 from fastlinear import FastLinear
 from fastlinear.layer import frozen, linear, packs
 from fastlinear.plan import decide, rivals
@@ -44,7 +45,7 @@ def layer_of(transposed: bool = False, pairing: Pairing = FP32, activation: str 
     layer: Any = (Conv1D(N, K) if transposed else nn.Linear(K, N)).to(pairing.held).eval()
     nn.init.normal_(layer.bias)
     dtype = None if pairing.held == pairing.packed else pairing.packed
-    linear.adopt(layer, activations.resolve(activation), tune, "fc", Precision(dtype and _kernels.FORMATS[dtype]))
+    linear.adopt(layer, activations.resolve(activation), tune, "fc", Precision(dtype and _tensors.FORMATS[dtype]))
     return layer.requires_grad_(False)
 
 
@@ -646,7 +647,7 @@ def test_autocast(transposed: bool, pairing: Pairing, dtype: torch.dtype) -> Non
         check(y, x.to(dtype), weight.t() if transposed else weight, layer.bias, layer.activation)
         assert y.dtype == dtype
     engines = dict(layer._casting)
-    assert set(engines) == {_kernels.FORMATS[d] for d in {dtype} - {pairing.packed}}
+    assert set(engines) == {_tensors.FORMATS[d] for d in {dtype} - {pairing.packed}}
     with torch.autocast("cpu", dtype):
         layer(x)
     assert dict(layer._casting) == engines

@@ -13,6 +13,7 @@ from torch import nn
 import fastlinear
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
+import fastlinear._products as _products
 from fastlinear.layer import linear
 from fastlinear.layer.quality import Quality
 from fastlinear.model.reporting import Report
@@ -100,7 +101,7 @@ def test_table() -> None:
     assert "24 from the tuning cache, 13 measured in this process" in footer
     info = _kernels.cpu_info()
     assert info["model"] in footer and all(isa in footer for isa in info["isas"])
-    assert f"{_kernels.num_threads()} threads" in footer
+    assert f"{_products.num_threads()} threads" in footer
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from library import ROOT
 
-import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
 from fastlinear.plan import decide
 from fastlinear.plan.candidates import native_candidates
 
@@ -36,9 +37,9 @@ def test_the_pieces_are_the_product(name: str, threads: int, k_slices: int) -> N
     """Every sum of every output is in one of them, and in no other."""
     m, n, k = 37, 70, 50
     met = torch.zeros(m, n, k, dtype=torch.int32)
-    plan = _kernels.Plan(name, threads, k_slices)
+    plan = _plans.Plan(name, threads, k_slices)
     x = torch.float32 if name.startswith("fp32") else DTYPE
-    for _, thread, rows, columns, ks in _kernels.pieces(plan, plan.layout, x, m, n, k):
+    for _, thread, rows, columns, ks in _products.pieces(plan, plan.layout, x, m, n, k):
         assert 0 <= thread < threads
         met[slice(*rows), slice(*columns), slice(*ks)] += 1
     assert (met == 1).all()

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
+import fastlinear._products as _products
+import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.cli import check
 from fastlinear.spec import activations, int4
 from fastlinear.spec.formats import INTEGER_ROWS
@@ -20,29 +24,29 @@ def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     if format == "int4":
         packed = coded(torch.randn(n, k), layout, draw)
     elif row["rows"] in INTEGER_ROWS:
-        rows = _kernels.RowQuantizer(*Rows(draw.choice(list(_kernels.ROW_KINDS)), 0.03, 100))
+        rows = _plans.RowQuantizer(*Rows(draw.choice(list(_plans.ROW_KINDS)), 0.03, 100))
         zero = torch.randint(-128, 128, (n,)).int() if draw.random() < 0.5 else None
-        packed = _kernels.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), zero)
-    elif _kernels.PACKED[format] is torch.int8:
-        packed = _kernels.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), None)
+        packed = _weights.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), zero)
+    elif _tensors.PACKED[format] is torch.int8:
+        packed = _weights.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), None)
     else:
-        packed = _kernels.Packed(torch.randn(n, k).to(_kernels.PACKED[format]), layout)
+        packed = _weights.Packed(torch.randn(n, k).to(_tensors.PACKED[format]), layout)
     slices = draw.choice((1, 1, 2, 3))
     name, activation = draw.choice(activations.names()), []
     if draw.random() < 0.5:
         activation = [(name, _kernels.activations()[name])]
-    plan = _kernels.Plan(row["name"], draw.choice((1, 2)), slices)
-    epilogue = _kernels.Epilogue(activation)
+    plan = _plans.Plan(row["name"], draw.choice((1, 2)), slices)
+    epilogue = _plans.Epilogue(activation)
     out = torch.empty(m, n)
     if row["rows"] not in INTEGER_ROWS:
-        x = x.to(_kernels.PACKED[row["rows"]])
-    _kernels.run(packed, plan, epilogue, x, bias, out, rows)
+        x = x.to(_tensors.PACKED[row["rows"]])
+    _products.run(packed, plan, epilogue, x, bias, out, rows)
 
 
-def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _kernels.Packed:
+def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Packed:
     coding = int4.Coding(draw.choice((16, 32, 128)), offsets=draw.random() < 0.5)
     codes = int4.quantize_weight(weight, coding)
-    return _kernels.Packed(codes.codes, coding.layout(layout), codes.scale, None, codes.table, codes.offset)
+    return _weights.Packed(codes.codes, coding.layout(layout), codes.scale, None, codes.table, codes.offset)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fastlinear._kernels as _kernels
+import fastlinear._weights as _weights
 from fastlinear import Calibration, Int8Dynamic, Int8Static, Int8WeightOnly
 from fastlinear.spec import int8
 from fastlinear.spec.foreign import foreign, quantized
@@ -335,7 +335,7 @@ def test_the_longest_sum_still_fits(zero: int | None) -> None:
     """At the limit of K the most extreme bytes give their exact sum in an int32; one column more could overflow."""
     zeros = None if zero is None else torch.tensor([zero]).int()
     k = longest(zeros)
-    assert k == (65793 if zero is None else 33025) == _kernels.dot_limit(zero is not None)
+    assert k == (65793 if zero is None else 33025) == _weights.dot_limit(zero is not None)
     q = Quantized(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1), zeros)
     extreme = -255 * (128 + (zero or 0)) * k
     assert products(torch.full((1, k), 255, dtype=torch.uint8), torch.tensor([0]), q).item() == extreme >= -(2**31)

@@ -1,4 +1,16 @@
-# Part of _kernels.pyx: what a tensor is to the kernels.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# distutils: language = c++
+"""What a tensor is to the kernels: looked at once, without a header of torch's.
+
+It is read through the C table that torch.Tensor publishes (``__dlpack_c_exchange_api__``, DLPack 1.3), or through its
+Python attributes where torch is too old to have one.
+"""
+
+import torch
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.stdint cimport int64_t
+
 
 cdef object Tensor = torch.Tensor
 cdef dict dtype_of_format = {
@@ -19,6 +31,12 @@ cdef list all_formats():
 
 
 cdef tuple dtypes = tuple(dtype_of_format[name] for name in all_formats())  # by Format
+
+
+cdef object dtype_of(size_t format):
+    return dtypes[format]
+
+
 FORMATS = {dtypes[i]: format_name(i) for i in range(len(dtypes)) if format_at(i).floating}
 PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes))
           if format_at(i).pack != NULL and not format_at(i).grouped}

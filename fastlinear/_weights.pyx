@@ -1,4 +1,17 @@
-# Part of _kernels.pyx: packed weights, and where they lie.
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# distutils: language = c++
+"""Packed weights, and the memory that they lie in."""
+
+import torch
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int32_t
+from libc.string cimport memcpy
+
+from fastlinear._kernels cimport parse_layout
+from fastlinear._tensors cimport (
+    INT8, Groups, Layout, View, dtype_of, format_at, format_name, need, need_groups, need_vector
+)
 
 cdef PackMemory pack_memory
 
@@ -64,7 +77,7 @@ cdef class Packed:
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
         self.name_layout(layout, w.shape[0], w.shape[1])
-        if dtypes[<size_t> w.format] is not self.dtype:
+        if dtype_of(<size_t> w.format) is not self.dtype:
             raise TypeError(f"layout {layout!r} holds {self.dtype}, the weight is {weight.dtype}")
         cdef ptrdiff_t arrays = channel_arrays(self.shape.format)
         if self.grouped:
@@ -92,7 +105,7 @@ cdef class Packed:
 
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1:
         self.shape = parse_layout(layout)
-        self.dtype, self.format = dtypes[<size_t> self.shape.format], format_name(<size_t> self.shape.format)
+        self.dtype, self.format = dtype_of(<size_t> self.shape.format), format_name(<size_t> self.shape.format)
         self.grouped = format_at(<size_t> self.shape.format).grouped
         self.layout, self.n, self.k = layout, n, k
         return 0
@@ -104,7 +117,7 @@ cdef class Packed:
             raise ValueError(f"layout {self.layout!r} holds offsets, not zero points")
         if (offset is None) == groups.offsets:
             raise ValueError(f"layout {self.layout!r} holds {'' if groups.offsets else 'no '}offsets")
-        scale = need_groups(scale, dtypes[<size_t> groups.scales], shape, "scale")
+        scale = need_groups(scale, dtype_of(<size_t> groups.scales), shape, "scale")
         offset = None if offset is None else need_groups(offset, scale.dtype, shape, "offset")
         table = need_vector(table, torch.float32, 16, "table")
         cdef Block block = Block(packed_nbytes(self.layout, self.n, self.k))
@@ -199,7 +212,7 @@ cdef class Packed:
     cdef object of_groups(self, const char* values):
         cdef ptrdiff_t nr = self.shape.nr, panels = (self.n + nr - 1) // nr
         cdef ptrdiff_t nbytes = panels * self.weight.groups.panel_stride
-        dtype = dtypes[<size_t> self.shape.groups.scales]
+        dtype = dtype_of(<size_t> self.shape.groups.scales)
         cdef ptrdiff_t groups = (self.k + self.shape.groups.size - 1) // self.shape.groups.size
         copy = torch.empty(panels, groups, nr, dtype=dtype, device="cpu")
         if nbytes > 0:

@@ -1,0 +1,32 @@
+from libcpp cimport bool as cbool
+
+from fastlinear._kernels cimport Vectors
+from fastlinear._plans cimport Bias, COperand, Epilogue, Format, Packed, Plan, RowQuantizer, Rows, Segment
+from fastlinear._tensors cimport Matrix
+
+# What runs the driver is in _products.pyx: it must be compiled in one shared library only.
+cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
+    ctypedef struct OutRows:
+        char* data
+        ptrdiff_t stride
+        Format format
+    ctypedef struct NormProblem:
+        ptrdiff_t m
+        ptrdiff_t n
+        Rows x
+        Rows residual
+        OutRows sum
+        OutRows y
+        Bias weight
+        Bias bias
+        float offset
+        float eps
+        cbool centered
+
+
+cdef ptrdiff_t pool_size() noexcept
+cdef int compute(
+    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
+    size_t segments, const COperand* operands
+) except -1
+cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

@@ -1,0 +1,5 @@
+import torch
+
+FORMATS: dict[torch.dtype, str]  # of floating x, biases, parameters
+PACKED: dict[str, torch.dtype]  # of weights, by the names of their formats, but for those in groups
+GROUPED: tuple[str, ...]  # formats of weights in groups
