@@ -19,6 +19,7 @@ import fastlinear
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import bars  # noqa: E402
 import compare  # noqa: E402
 import peers  # noqa: E402
 import remote  # noqa: E402
@@ -497,6 +498,20 @@ def test_ways_of_a_whole_model_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["convert"]["cosine"] == pytest.approx(2 / math.sqrt(7))  # of (2, 1, 1, 1) and (1, 0, 0, 0)
     for each in ways:
         each.close()
+
+
+def test_runs_are_told_by_their_median_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ratios within a run, then the median, the least and the most of all runs; and a picture of them."""
+    files = []
+    for i, (stock, fast) in enumerate(((10.0, 5.0), (30.0, 10.0), (10.0, 4.0))):
+        about = {"cpu": {"model": "a CPU"}, "torch": "2", "date": "today", "model": "m", "form": "fp32", "threads": 1}
+        ways = {"eager": {"ms": stock}, "other": {"ms": stock}, "backend": {"ms": fast}}
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps({"about": about, "results": [{"batch": 8, "ways": ways}]}))
+    bars.main(str(tmp_path / "bars.png"), *map(str, files))
+    text = capsys.readouterr().out
+    assert "| backend | 2.50x (2.00 to 3.00) |" in text and "| other | 1.00x (1.00 to 1.00) |" in text
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Copies of weights that fill the last-level cache of a server take GBs a rival, and minutes.
