@@ -14,6 +14,20 @@ namespace fastlinear {
 
 struct Isa;
 
+// Lines of memory that will be written soon: `rows` of `bytes` each, so far apart. None where nobody knows.
+struct Lines {
+  const char* from = nullptr;
+  std::ptrdiff_t stride = 0, rows = 0, bytes = 0;
+
+  // Brings the next row of them.
+  void fetch_row() {
+    constexpr std::ptrdiff_t kLine = 64;
+    for (std::ptrdiff_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 1);
+    from += stride;
+    --rows;
+  }
+};
+
 struct TileArgs {
   const void* a;       // first row of the tile, `rows` rows (1..mr) of k elements
   std::ptrdiff_t lda;  // elements from one row of A to the next
@@ -28,6 +42,7 @@ struct TileArgs {
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
+  Lines y;                         // where the tile goes, for kernels that fetch it
 };
 
 // What a thread does before its first tile of a call and after its last: state of the CPU that belongs to nobody is put
@@ -52,6 +67,7 @@ struct Kernel {
   // `rows`. Both are powers of two.
   std::ptrdiff_t row_step = 1, k_step = 1;
   const Session* session = nullptr;
+  bool fetches_y = false;  // by itself, while it multiplies
 
   constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
 };

@@ -64,20 +64,18 @@ inline void store_row(const Job& job, const float* row, std::ptrdiff_t n, Format
 
 }  // namespace finish_detail
 
-// Brings the lines of y that a tile will be stored to, while its sums are made: rows of y are far apart, and each line
-// that is not there would be waited for. Where y is not one matrix it is left alone.
-inline void expect_y(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
-  constexpr std::ptrdiff_t kLine = 64;
+// The lines of y that a tile will be stored to, which are fetched while its sums are made: rows of y are far apart, and
+// each line that is not there would be waited for. None where y is not one matrix.
+inline Lines lines_of_y(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
   const Problem& p = job.p;
-  if (p.y.size() > 1 || p.y_index != nullptr) return;
+  if (p.y.size() > 1 || p.y_index != nullptr) return {};
   const Segment& y = p.y[0];
   const Range rows = job.grid.rows_of(row_tile);
   const std::ptrdiff_t columns = job.plan.kernel->columns(), first_sum = group * columns;
   const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1, element = element_bytes(y.format);
-  const std::ptrdiff_t bytes = std::min(columns, p.n - first_sum) / halves * element;
-  const char* row = y.data + ((job.part.begin + rows.begin) * y.stride + first_sum / halves) * element;
-  for (std::ptrdiff_t r = 0; r < rows.size(); ++r, row += y.stride * element)
-    for (std::ptrdiff_t at = 0; at < bytes; at += kLine) __builtin_prefetch(row + at, 1);
+  const std::ptrdiff_t first = (job.part.begin + rows.begin) * y.stride + first_sum / halves;
+  return {y.data + first * element, y.stride * element, rows.size(),
+          std::min(columns, p.n - first_sum) / halves * element};
 }
 
 // Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
