@@ -42,7 +42,7 @@ struct TileArgs {
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
-  Lines y;                         // where the tile goes, for kernels that fetch it
+  Lines y;                         // where the tile goes, to be fetched while there is time
 };
 
 // What a thread does before its first tile of a call and after its last: state of the CPU that belongs to nobody is put
@@ -67,7 +67,6 @@ struct Kernel {
   // `rows`. Both are powers of two.
   std::ptrdiff_t row_step = 1, k_step = 1;
   const Session* session = nullptr;
-  bool fetches_y = false;  // by itself, while it multiplies
 
   constexpr std::ptrdiff_t columns() const { return panels * layout.nr; }
 };

@@ -84,8 +84,6 @@ class Worker {
         a.tile = tile;
         a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
         a.y = last && finishes ? lines_of_y(job, t, u.group) : Lines{};
-        if (!kernel.fetches_y)
-          while (a.y.rows > 0) a.y.fetch_row();
         kernel.run(a);
         if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), t - 1, u.group);
       }

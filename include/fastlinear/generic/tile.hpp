@@ -81,11 +81,16 @@ void multiply(const TileArgs& t) {
       c[r][v] = t.accumulate ? Op::load(sums + r * Columns + v * Op::lanes) : Op::zero();
 
   std::ptrdiff_t k = 0;
+  Lines y = t.y;
+  if constexpr (!prefetches || kr > 1)
+    while (y.rows > 0) y.fetch_row();
   const Weight* w[V];
   for (; k + kr <= t.k; k += kr) {
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < V; ++v) w[v] = panel[v / per_panel] + k * nr + v % per_panel * Op::lanes * kr;
     if constexpr (prefetches) {
+      if constexpr (kr == 1)
+        if (y.rows > 0) y.fetch_row();
       _mm_prefetch(prefetch, _MM_HINT_T1);
       if constexpr (two_lines) _mm_prefetch(prefetch + 64, _MM_HINT_T1);
       prefetch += t.prefetch_stride;

@@ -174,8 +174,7 @@ constexpr Kernel row(const char* name, const Isa& isa) {
           .accumulate = Op::accumulate,
           .row_step = kRows,
           .k_step = kBytes / Op::row_bytes,
-          .session = &kSession,
-          .fetches_y = true};
+          .session = &kSession};
 }
 
 }  // namespace fastlinear::amx
