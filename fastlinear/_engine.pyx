@@ -104,6 +104,7 @@ cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind 
     torch._C._len_torch_dispatch_stack,
     torch._C._is_tracing,
 )
+cdef object is_tracing = torch._C._is_tracing
 cdef object function_modes = torch._C._len_torch_function_stack
 cdef object function_mode = torch._C._get_function_stack_at
 cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of looking it up
@@ -381,6 +382,8 @@ cdef class Engine:
     # an x that is no plain tensor.
     cdef object called(self, object module, dict state, object x, tuple operands):
         if not is_plain(x) or not quiet(state):
+            return None
+        if not dispatch.plain() and is_tracing():  # torch.jit.trace notes in nn.Module.__call__ who is called
             return None
         for hooks in global_hooks:
             if <dict> hooks:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import weakref
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import _named_member_accessor, parametrize
 
 import fastlinear._engine as _engine
 import fastlinear._weights as _weights
@@ -160,6 +162,39 @@ def record_of(module: nn.Module) -> Frozen | None:
     return None if frozen is None or module._parameters.get("weight") is not None else frozen
 
 
+class _Parameters(dict[str, Any]):
+    """The parameters of a layer that was frozen, with None in the place of "weight". Code that looks for the weight in
+    here instead of asking the layer, as accelerate and spectral_norm do, means to replace it: the layer is thawed."""
+
+    def __init__(self, layer: Freezable, parameters: dict[str, Any]) -> None:
+        super().__init__(parameters)
+        self.layer = weakref.ref(layer)
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "weight" and self.get(name) is None and sys._getframe(1).f_code is not _LENDING:
+            thaw_layer(self.layer())
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        if name == "weight" and self.get(name) is None and sys._getframe(1).f_code is _PARAMETRIZING:
+            thaw_layer(self.layer())
+        return super().__contains__(name)
+
+    def __reduce__(self) -> Any:  # copies and pickles have ones of their own
+        return dict, (dict(self),)
+
+
+_PARAMETRIZING = parametrize.register_parametrization.__code__  # which makes a buffer of what is no Parameter
+_LENDING = _named_member_accessor.swap_tensor.__code__  # of functional_call, which puts back what it found
+
+
+def watch_parameters(layer: Freezable) -> None:
+    """Has those who look for the weight among the parameters of a frozen layer find it."""
+    known = layer._parameters
+    if not isinstance(known, _Parameters) or known.layer() is not layer:
+        vars(layer)["_parameters"] = _Parameters(layer, known)
+
+
 class Freezable(nn.Module):
     """The part of a fast layer that makes a frozen one look like any other."""
 
@@ -283,7 +318,8 @@ def _take_over(record: weakref.ref[Frozen], written: Tensor) -> nn.Parameter | N
         frozen = record()
         if frozen is None or not frozen.layers:
             return None
-        weight = nn.Parameter(written, frozen.requires_grad)
+        whole = isinstance(written, nn.Parameter)
+        weight = written if whole else nn.Parameter(written, frozen.requires_grad)
         _log.info("a frozen weight of %d x %d was written to, and is a Parameter again", *written.shape)
         _thaw(frozen, weight)
         return weight

@@ -41,7 +41,7 @@ class TakesOperands(FastModule):
     def _tensor(self, operand: Any) -> Tensor:
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return torch.full((), operand, dtype=torch.float32, device=self.weight.device)
-        if not isinstance(operand, Tensor):
+        if not isinstance(operand, (Tensor, torch.fx.Proxy)):
             raise TypeError(f"{label(self)} takes tensors and numbers as operands, but was given {operand!r}")
         return operand
 

@@ -30,13 +30,13 @@ class Lent:
     def hand_out(self, view: Tensor) -> LentTensor:
         """A tensor to give away; `view` is plain, and of the memory of `whole`."""
         tensor: LentTensor = view.as_subclass(LentTensor)
-        tensor._lent, tensor._seen = self, view._version
+        tensor._lent, tensor._seen, tensor._is_whole = self, view._version, view is self.whole
         return tensor
 
-    def write(self) -> None:
-        """Somebody writes, or has written, to the memory."""
+    def write(self, became: nn.Parameter | None = None) -> None:
+        """Somebody writes, or has written, to the memory; or a tensor that was lent has become a Parameter itself."""
         if self.parameter is None:
-            self.parameter = self._take_over(self.whole)
+            self.parameter = self._take_over(self.whole if became is None else became)
 
 
 class LentTensor(Tensor):
@@ -45,6 +45,7 @@ class LentTensor(Tensor):
 
     _lent: Lent
     _seen: int  # the version of the last look
+    _is_whole: bool  # not a view, of which other data is no concern of the layer's
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,6 +69,11 @@ class LentTensor(Tensor):
             super().set_(*args, **kwargs)
             _replace(self)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "__class__" and vars(self).get("_is_whole") and isinstance(self, nn.Parameter):
+            vars(self)["_lent"].write(self)  # torch.utils.swap_tensors, which goes on to swap all else
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return _plain(self).clone()
@@ -104,6 +110,8 @@ def _lend(result: Any, handed: list[LentTensor]) -> Any:
 def _replace(tensor: LentTensor) -> None:
     """The tensor has got other data, unless it is its own, as where `layer.weight.data += delta` ends."""
     whole = tensor._lent.whole
+    if not tensor._is_whole:
+        return
     forms = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (tensor, whole)]
     if forms[0] != forms[1]:
         tensor._lent.write()

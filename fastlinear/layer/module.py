@@ -26,7 +26,7 @@ from fastlinear._engine import Engine
 from fastlinear.layer import gradient, operator
 from fastlinear.layer.elsewhere import why_elsewhere
 from fastlinear.layer.fitness import dtype_of, odd_dtype, why_unread
-from fastlinear.layer.frozen import Freezable, Frozen, record_of
+from fastlinear.layer.frozen import Freezable, Frozen, record_of, watch_parameters
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack
 from fastlinear.plan import decide, rivals
@@ -492,6 +492,7 @@ class FastModule(Freezable):
             engine.join(self._new_engine(self._precision, True), self._absorbed, tickets, self._precision.out)
         if frozen is not None:
             frozen.layers.add(self)
+            watch_parameters(self)
             for each in filter(None, (engine, engine.elsewhere)):
                 each.hold(frozen.packed)
         vars(self).update(_engine=engine, _casting={}, _plans={}, _torch_packs={})

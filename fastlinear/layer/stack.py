@@ -56,7 +56,7 @@ class Stack:
     def _pack(self, parameters: Parameters) -> bool:
         """Packs the parameters as they are now; False where the last ones did not last, until these have."""
         with lock:
-            if why_not_together(self.layers) is not None:
+            if _engine.watched() or why_not_together(self.layers) is not None:
                 return False
             known = tuple(None if p is None else Fingerprint(p) for p in parameters)
             if self._waits and _engine.all_fit(self._known, parameters):

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_module_tensor_to_device
 from models import OFF
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
@@ -98,6 +100,12 @@ def data_of_a_written_handle(layer: Any) -> None:
     weight.data = like(layer).clone()
 
 
+def by_way_of_meta(layer: Any) -> None:
+    value = layer.weight.clone() * 2
+    set_module_tensor_to_device(layer, "weight", "meta")
+    set_module_tensor_to_device(layer, "weight", "cpu", value=value)
+
+
 INITS = [nn.init.zeros_, nn.init.normal_, nn.init.xavier_uniform_, nn.init.kaiming_uniform_, nn.init.orthogonal_]
 WRITES: dict[str, Callable[[Any], object]] = {
     "data +=": add,
@@ -125,6 +133,9 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "an average of the state dict": lambda m: [value.mul_(0.9).add_(0.1) for value in m.state_dict().values()],
     "another handle": through_another_handle,
     "data of a written handle": data_of_a_written_handle,
+    "among the parameters": lambda m: m._parameters["weight"].data.mul_(2),
+    "accelerate": lambda m: set_module_tensor_to_device(m, "weight", "cpu", value=like(m)),
+    "accelerate, by way of meta": by_way_of_meta,
     **{init.__name__: lambda m, init=init: (torch.manual_seed(3), init(m.weight)) for init in INITS},
     **{f"{init.__name__} of data": lambda m, init=init: (torch.manual_seed(3), init(m.weight.data)) for init in INITS},
 }
@@ -143,6 +154,49 @@ def test_writes_are_taken_over(write: Callable[[Any], object], mode: Any, transp
         torch.testing.assert_close(fast.weight, stock.weight, rtol=0, atol=0)
         torch.testing.assert_close(fast.state_dict()["weight"], stock.state_dict()["weight"], rtol=0, atol=0)
     assert not frozen.is_frozen(fast) and type(fast.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_swapped_tensors(first: bool) -> None:
+    """torch.utils.swap_tensors(a, b) gives the layer the other one's contents, whichever of the two its weight is."""
+    _, fast, x = twins()
+    other = nn.Parameter(DELTA.clone())
+    torch.utils.swap_tensors(*((fast.weight, other) if first else (other, fast.weight)))
+    assert not frozen.is_frozen(fast) and type(fast.weight) is nn.Parameter
+    torch.testing.assert_close(fast(x), F.linear(x, DELTA, fast.bias))
+
+
+NORMS: dict[str, Callable[[Any], object]] = {
+    "spectral_norm": nn.utils.spectral_norm,
+    "spectral_norm, removed": lambda m: nn.utils.remove_spectral_norm(nn.utils.spectral_norm(m)),
+    "weight_norm, removed": lambda m: nn.utils.remove_weight_norm(nn.utils.weight_norm(m)),
+    "spectral_norm, parametrized": nn.utils.parametrizations.spectral_norm,
+    "weight_norm, parametrized": nn.utils.parametrizations.weight_norm,
+    "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", NORMS.values(), ids=list(NORMS))
+def test_weights_that_are_computed(norm: Callable[[Any], object]) -> None:
+    """What torch makes of a layer whose weight is computed by a hook or parametrization, it makes of a frozen one."""
+    stock, fast, x = twins()
+    for layer in (stock, fast):
+        torch.manual_seed(5)
+        norm(layer)
+        layer.eval()
+    torch.testing.assert_close(fast(x), stock(x))
+    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in stock.named_parameters()]
+
+
+def test_functional_call_leaves_it_frozen() -> None:
+    """Parameters that are lent for a call are no change of the layer's."""
+    stock, fast, x = twins()
+    lent = {"weight": DELTA.clone(), "bias": torch.ones(N)}
+    torch.testing.assert_close(torch.func.functional_call(fast, lent, x), torch.func.functional_call(stock, lent, x))
+    assert frozen.is_frozen(fast)
+    torch.testing.assert_close(fast(x), stock(x))
+    assert type(copy.deepcopy(fast)._parameters) is type(fast._parameters)
 
 
 def test_tied_layers_are_thawed_together() -> None:
@@ -167,6 +221,8 @@ READS: dict[str, Callable[[Tensor], object]] = {
     "data = data": lambda w: setattr(w, "data", w.data),
     "numpy": lambda w: w.numpy().sum(),
     "repr": repr,
+    "set_ of an alias": lambda w: w.data.set_(torch.zeros(K, N)),
+    "data of an alias": lambda w: setattr(w.detach(), "data", torch.zeros(K, N)),
     "deepcopy": copy.deepcopy,
     "pickle": lambda w: pickle.loads(pickle.dumps(w)),
     "DLPack": lambda w: torch.from_dlpack(w),

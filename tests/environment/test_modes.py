@@ -139,6 +139,13 @@ def test_tracers_give_the_same_numbers(scheme: str, kind: str, freeze: bool) -> 
     answers_alike(layer_of(scheme, "gelu", freeze, kind), {**MODES, **TRACERS})
 
 
+def test_tracing_after_a_patch() -> None:
+    """Also after torch has patched nn.Module.__call__ for a while, as make_fx and torch.compile do."""
+    layer, x = nn.Sequential(layer_of("fp32"), nn.ReLU()), torch.randn(5, K)
+    make_fx(layer)(x)
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(x), layer(x))  # it traces twice and compares
+
+
 @every_scheme
 @frozen_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

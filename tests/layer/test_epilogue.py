@@ -121,8 +121,19 @@ def test_only_an_operand_wants_gradients() -> None:
     torch.testing.assert_close(g.double(), expected(fast, x, [torch.ones(())]), rtol=1e-5, atol=1e-5)
 
 
+class Residual(nn.Module):
+    """A model that has such a layer in it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, mask: Tensor, r: Tensor) -> Any:
+        return self.layer(x, mask, r)
+
+
 def test_modes() -> None:
-    """vmap over x and over operands, autocast, trace, export, compile and opcheck."""
+    """vmap over x and over operands, autocast, trace, FX, export, compile and opcheck."""
     fast, x = layer(("mul", "relu", "add")), torch.randn(3, 5, K)
     mask, r = torch.randn(3, 5, 1), torch.randn(N)
     with torch.no_grad():
@@ -132,6 +143,7 @@ def test_modes() -> None:
         some = torch.vmap(fast, (None, 0, 1))(x[0], mask, r[:, None].expand(N, 3))
         torch.testing.assert_close(some[0], y[0], **near)
         torch.testing.assert_close(torch.jit.trace(fast, (x, mask, r))(x, mask, r), y, **near)
+        torch.testing.assert_close(torch.fx.symbolic_trace(Residual(fast))(x, mask, r), y, **near)
         torch.testing.assert_close(torch.export.export(fast, (x, mask, r)).module()(x, mask, r), y, **near)
         with torch.autocast("cpu", torch.bfloat16):
             narrow = fast(x, mask, r)

@@ -95,6 +95,17 @@ def test_changes_are_seen() -> None:
     check(group.double(), stock, x.double())
 
 
+def test_transforms_come_first() -> None:
+    """A group that was never called may be transformed: each layer answers for itself then."""
+    stock, x = layers(), torch.randn(3, 16)
+    group = FastLinearGroup(stock).eval().requires_grad_(False)
+    ys, tangents = torch.func.jvp(group, (x,), (x,))
+    for y, tangent, layer in zip(ys, tangents, stock, strict=True):
+        torch.testing.assert_close(y, layer(x))
+        torch.testing.assert_close(tangent, x @ layer.weight.T)
+    check(group, stock, x)
+
+
 def test_hooks_are_called() -> None:
     """A hook on a layer sees that layer's calls."""
     group, seen = FastLinearGroup(layers()).eval(), []
