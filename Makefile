@@ -10,7 +10,7 @@ CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
 COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
-.PHONY: demo test exhaustive sanitize floors bench lint docs links chromium clean
+.PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools bench lint docs links chromium clean
 
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
@@ -36,6 +36,13 @@ floors: .venv/built
 	  FASTLINEAR_MAX_ISA=$$isa $(BIN)/python tests/floors.py; FASTLINEAR_MAX_ISA=$$isa $(BIN)/pytest -q -n 2 $(SMOKE); \
 	done
 	set -e; for cpu in Haswell Nehalem; do qemu-x86_64 -cpu $$cpu $(BIN)/python tests/floors.py; done
+
+# The library for aarch64, with its scalar kernels: its C++ tests on CPUs that QEMU imitates, and its modules, built only.
+aarch64: .venv/ready
+	$(BIN)/python tests/aarch64/run.py $(SHORT)
+
+aarch64-tools:
+	apt-get install -y g++-aarch64-linux-gnu qemu-user
 
 bench: .venv/built
 	$(BIN)/python benchmarks/bench.py

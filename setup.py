@@ -1,12 +1,12 @@
 """Builds fastlinear._kernels: Cython's glue and one translation unit an ISA, with no torch and no -march.
 
 The wide instruction sets are switched on inside the sources, region by region (include/fastlinear/target.hpp), so the
-flags here are those of the x86-64 baseline and one library serves every CPU.
+flags here are those of the architecture's baseline and one library serves every CPU of it.
 """
 
 import os
-import platform
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
@@ -14,8 +14,14 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-if sys.platform != "linux" or platform.machine() != "x86_64":
-    sys.exit(f"fastlinear builds on Linux x86_64; this is {sys.platform} {platform.machine()}")
+# What is compiled, by architecture: of a unit that wide instructions need, only x86-64 has any as yet.
+UNITS = {
+    "linux-x86_64": sorted(glob("csrc/*.cpp")),
+    "linux-aarch64": ["csrc/registry.cpp", "csrc/scalar.cpp"],
+}
+target = sysconfig.get_platform()  # not this machine, if it compiles for another one
+if target not in UNITS:
+    sys.exit(f"fastlinear builds on {' and '.join(UNITS)}; this is {target}")
 
 # Flags given here come after the environment's, so an -O of the user's CFLAGS has to keep ours away.
 optimize = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O2"]
@@ -28,7 +34,7 @@ common = {
     "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimize],
 }
 modules = ("_calls", "_cpu", "_engine", "_kernels", "_plans", "_products", "_rows", "_tensors", "_weights")
-units = {"_kernels": sorted(glob("csrc/*.cpp"))}
+units = {"_kernels": UNITS[target]}
 extensions = [
     Extension(f"fastlinear.{name}", [f"fastlinear/{name}.pyx", *units.get(name, [])], **common) for name in modules
 ]

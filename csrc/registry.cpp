@@ -10,6 +10,7 @@ namespace fastlinear {
 
 // clang-format off
 namespace scalar { extern const Isa kIsa; }
+#if defined(__x86_64__)
 namespace avx2 { extern const Isa kIsa; }
 namespace avx_vnni { extern const Isa kIsa; }
 namespace avx512 { extern const Isa kIsa; }
@@ -18,6 +19,7 @@ namespace avx512_bf16 { extern const Isa kIsa; }
 namespace avx512_fp16 { extern const Isa kIsa; }
 namespace amx { extern const Isa kIsa; }
 namespace amx_fp16 { extern const Isa kIsa; }
+#endif
 // clang-format on
 
 namespace {
@@ -28,6 +30,7 @@ static_assert(kFunctions[kRelu].name == std::string_view("relu"));
 // In the order in which they are shown, best first; nothing else depends on it.
 // clang-format off: a line each
 const Isa* const kIsas[] = {
+#if defined(__x86_64__)
     &amx_fp16::kIsa,
     &amx::kIsa,
     &avx512_fp16::kIsa,
@@ -36,6 +39,7 @@ const Isa* const kIsas[] = {
     &avx512::kIsa,
     &avx_vnni::kIsa,
     &avx2::kIsa,
+#endif
     &scalar::kIsa,
 };
 // clang-format on

@@ -96,18 +96,22 @@ inline double bandwidth(const char* data, std::ptrdiff_t bytes, std::ptrdiff_t t
   return static_cast<double>(bytes) * passes / seconds;
 }
 
-// Cycles a second: of multiplications that wait for one another, each of which takes three on any x86-64 of ours. (Sums
-// would do, but some CPUs add constants without an addition.)
+// Cycles a second: of additions that wait for one another, each of which takes one on any CPU of ours. (They add a
+// register, since some CPUs add constants without an addition.)
 inline double clock() {
-  constexpr std::uint64_t kProducts = 1 << 18, kCycles = 3;
+  constexpr std::uint64_t kSums = 1 << 20, kAtOnce = 16;
   const double seconds = fastest(1, 8, [](std::ptrdiff_t) {
     return [] {
-      std::uint64_t product = 3;
-      for (std::uint64_t i = 0; i < kProducts; i += 4)
-        asm volatile("imul %0, %0\n imul %0, %0\n imul %0, %0\n imul %0, %0" : "+r"(product));
+      std::uint64_t sum = 3;
+      for (std::uint64_t i = 0; i < kSums; i += kAtOnce)
+#pragma GCC unroll 16
+        for (std::uint64_t j = 0; j < kAtOnce; ++j) {
+          sum += sum;
+          asm volatile("" : "+r"(sum));
+        }
     };
   });
-  return static_cast<double>(kProducts * kCycles) / seconds;
+  return static_cast<double>(kSums) / seconds;
 }
 
 }  // namespace fastlinear::ceiling

@@ -91,8 +91,8 @@ void multiply(const TileArgs& t) {
     if constexpr (prefetches) {
       if constexpr (kr == 1)
         if (y.rows > 0) y.fetch_row();
-      _mm_prefetch(prefetch, _MM_HINT_T1);
-      if constexpr (two_lines) _mm_prefetch(prefetch + 64, _MM_HINT_T1);
+      __builtin_prefetch(prefetch, 0, 2);  // 2: into L2
+      if constexpr (two_lines) __builtin_prefetch(prefetch + 64, 0, 2);
       prefetch += t.prefetch_stride;
     }
 #pragma GCC unroll 2

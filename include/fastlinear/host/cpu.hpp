@@ -1,132 +1,31 @@
-// The machine: CPUID says what the silicon has, XCR0 what the system saves on a context switch. Pure, given a source of
-// both, so that machines we do not own are table-driven tests.
+// This machine, by the architecture that the library is built for. All that depends on one, but for the kernels, is
+// here and in target.hpp.
 #pragma once
 
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <emmintrin.h>
 #include <sys/syscall.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#else
+#error "fastlinear is for x86-64 and aarch64"
+#endif
 #include <unistd.h>
 
-#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <span>
+
+#include "fastlinear/host/aarch64.hpp"
+#include "fastlinear/host/source.hpp"
+#include "fastlinear/host/x86_64.hpp"
 
 namespace fastlinear {
 
-struct CpuidRegisters {
-  std::uint32_t eax, ebx, ecx, edx;
-};
+inline Cpu detect_cpu(const CpuSource& source) { return source.describe(source); }
 
-// cpuid(leaf, subleaf), xgetbv(0), and what the system says (0 or an errno) when it is asked for tiles, for all threads
-// of the process; `context` is handed through.
-struct CpuSource {
-  CpuidRegisters (*cpuid)(std::uint32_t leaf, std::uint32_t subleaf, void* context);
-  std::uint64_t (*xcr0)(void* context);
-  int (*ask_for_tiles)(void* context);
-  void* context;
-};
-
-struct Cpu {
-  char vendor[13];
-  char model[49];
-  std::uint32_t family, number, stepping;  // as Intel and AMD number them
-  std::array<std::size_t, 3> cache;        // L1d, L2, L3 in bytes; 0 where the CPU does not say
-};
-
-// One bit of a register.
-struct CpuBit {
-  std::uint32_t leaf, subleaf;
-  std::uint32_t CpuidRegisters::* reg;
-  unsigned bit;
-};
-
-namespace cpu_bits {
-
-inline constexpr CpuBit kFma{1, 0, &CpuidRegisters::ecx, 12}, kOsxsave{1, 0, &CpuidRegisters::ecx, 27},
-    kAvx{1, 0, &CpuidRegisters::ecx, 28}, kF16c{1, 0, &CpuidRegisters::ecx, 29};
-inline constexpr CpuBit kAvx2{7, 0, &CpuidRegisters::ebx, 5}, kAvx512F{7, 0, &CpuidRegisters::ebx, 16},
-    kAvx512Dq{7, 0, &CpuidRegisters::ebx, 17}, kAvx512Bw{7, 0, &CpuidRegisters::ebx, 30},
-    kAvx512Vl{7, 0, &CpuidRegisters::ebx, 31};
-inline constexpr CpuBit kAvx512Vnni{7, 0, &CpuidRegisters::ecx, 11}, kAvx512Fp16{7, 0, &CpuidRegisters::edx, 23};
-inline constexpr CpuBit kAmxBf16{7, 0, &CpuidRegisters::edx, 22}, kAmxTile{7, 0, &CpuidRegisters::edx, 24},
-    kAmxInt8{7, 0, &CpuidRegisters::edx, 25}, kAmxFp16{7, 1, &CpuidRegisters::eax, 21};
-inline constexpr CpuBit kAvxVnni{7, 1, &CpuidRegisters::eax, 4}, kAvx512Bf16{7, 1, &CpuidRegisters::eax, 5};
-
-// Of XCR0: XMM and YMM; and opmasks, ZMM, high ZMM; and the configuration and data of tiles.
-inline constexpr std::uint64_t kYmmSaved = 0x06, kZmmSaved = 0xe6, kTilesSaved = 0x600e6;
-
-}  // namespace cpu_bits
-
-inline bool has_all(const CpuSource& source, std::span<const CpuBit> bits) {
-  const std::uint32_t max_leaf = source.cpuid(0, 0, source.context).eax;
-  for (const CpuBit& b : bits) {
-    if (b.leaf > max_leaf) return false;
-    if (b.subleaf > 0 && b.subleaf > source.cpuid(b.leaf, 0, source.context).eax) return false;  // leaf 7 tells so
-    if ((source.cpuid(b.leaf, b.subleaf, source.context).*b.reg >> b.bit & 1) == 0) return false;
-  }
-  return true;
-}
-
-// XCR0, which may be read only where the system says so.
-inline std::uint64_t saved_registers(const CpuSource& source) {
-  return has_all(source, std::array{cpu_bits::kOsxsave}) ? source.xcr0(source.context) : 0;
-}
-
-// Whether palette 1 has 8 tiles of 16 rows of 64 bytes, and products take them whole. Reads the leaves that every CPU
-// with tiles has.
-inline bool has_full_tiles(const CpuSource& source) {
-  if (source.cpuid(0, 0, source.context).eax < 0x1e || source.cpuid(0x1d, 0, source.context).eax < 1) return false;
-  const CpuidRegisters palette = source.cpuid(0x1d, 1, source.context), unit = source.cpuid(0x1e, 0, source.context);
-  const std::uint32_t row_bytes = palette.ebx & 0xffff, tiles = palette.ebx >> 16, rows = palette.ecx & 0xffff;
-  const std::uint32_t depth = unit.ebx & 0xff, columns = unit.ebx >> 8 & 0xffff;
-  return row_bytes >= 64 && tiles >= 8 && rows >= 16 && depth >= 16 && columns >= 64;
-}
-
-namespace cpu_detail {
-
-// Leaf 4 (Intel) and 0x8000001d (AMD) describe one cache a subleaf in the same form.
-inline void read_caches(const CpuSource& source, std::uint32_t leaf, Cpu& cpu) {
-  for (std::uint32_t i = 0; i < 16; ++i) {
-    const CpuidRegisters r = source.cpuid(leaf, i, source.context);
-    const std::uint32_t type = r.eax & 31, level = r.eax >> 5 & 7;
-    if (type == 0) break;
-    if (type == 2 || level < 1 || level > 3) continue;  // 2: instructions
-    const std::size_t ways = (r.ebx >> 22) + 1, partitions = (r.ebx >> 12 & 1023) + 1, line = (r.ebx & 4095) + 1;
-    cpu.cache[level - 1] = ways * partitions * line * (std::size_t{r.ecx} + 1);
-  }
-}
-
-}  // namespace cpu_detail
-
-inline Cpu detect_cpu(const CpuSource& source) {
-  using namespace cpu_detail;
-  Cpu cpu{};
-  const CpuidRegisters id = source.cpuid(0, 0, source.context);
-  std::memcpy(cpu.vendor, &id.ebx, 4);
-  std::memcpy(cpu.vendor + 4, &id.edx, 4);
-  std::memcpy(cpu.vendor + 8, &id.ecx, 4);
-
-  // Leaf 1: the extended family and model count where the short ones are full.
-  const std::uint32_t version = id.eax >= 1 ? source.cpuid(1, 0, source.context).eax : 0;
-  const std::uint32_t family = version >> 8 & 15, number = version >> 4 & 15;
-  cpu.family = family == 15 ? family + (version >> 20 & 255) : family;
-  cpu.number = family == 6 || family == 15 ? number | (version >> 16 & 15) << 4 : number;
-  cpu.stepping = version & 15;
-
-  const std::uint32_t max_extended = source.cpuid(0x80000000u, 0, source.context).eax;
-  if (max_extended >= 0x80000004u) {
-    for (std::uint32_t i = 0; i < 3; ++i) {
-      const CpuidRegisters r = source.cpuid(0x80000002u + i, 0, source.context);
-      std::memcpy(cpu.model + 16 * i, &r, 16);
-    }
-  }
-  if (id.eax >= 4) read_caches(source, 4, cpu);
-  if (cpu.cache[0] == 0 && max_extended >= 0x8000001du) read_caches(source, 0x8000001du, cpu);
-  return cpu;
-}
+#if defined(__x86_64__)
 
 // Drops [data, data + bytes) from every cache level, for measurements with cold weights.
 inline void flush(const char* data, std::size_t bytes) {
@@ -149,7 +48,49 @@ inline CpuSource this_cpu() {
             constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
             return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
           },
-          nullptr};
+          nullptr, describe_x86_64};
 }
+
+#else
+
+// As above. A line is at least as long as CTR_EL0 says in words of four bytes.
+inline void flush(const char* data, std::size_t bytes) {
+  std::uint64_t types = 0;
+  __asm__ volatile("mrs %0, ctr_el0" : "=r"(types));
+  const std::size_t line = std::size_t{4} << (types >> 16 & 15);
+  for (std::size_t i = 0; i < bytes; i += line) __asm__ volatile("dc civac, %0" : : "r"(data + i) : "memory");
+  __asm__ volatile("dsb sy" : : : "memory");
+}
+
+inline CpuSource this_cpu() {
+  return {[](std::uint32_t leaf, std::uint32_t, void*) {
+            const auto halves = [](unsigned long entry) {
+              return CpuidRegisters{static_cast<std::uint32_t>(entry), static_cast<std::uint32_t>(entry >> 32), 0, 0};
+            };
+            const auto cache = [](int name) {
+              return static_cast<std::uint32_t>(sysconf(name) > 0 ? sysconf(name) : 0);
+            };
+            std::uint64_t midr = 0;
+            switch (leaf) {
+              case 0:
+                return CpuidRegisters{kCaches, 0, 0, 0};
+              case kHwcap:
+              case kHwcap2:
+                return halves(getauxval(leaf));
+              case kMidr:  // the system reads it for a process, where it says so
+                if ((getauxval(kHwcap) >> cpu_bits::kMidrReadable.bit & 1) != 0)
+                  __asm__("mrs %0, midr_el1" : "=r"(midr));
+                return halves(midr);
+              case kCaches:
+                return CpuidRegisters{cache(_SC_LEVEL1_DCACHE_SIZE), cache(_SC_LEVEL2_CACHE_SIZE),
+                                      cache(_SC_LEVEL3_CACHE_SIZE), 0};
+              default:
+                return CpuidRegisters{};
+            }
+          },
+          [](void*) { return std::uint64_t{0}; }, [](void*) { return EINVAL; }, nullptr, describe_aarch64};
+}
+
+#endif
 
 }  // namespace fastlinear
