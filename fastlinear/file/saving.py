@@ -7,6 +7,7 @@ is the file.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from fastlinear.file import manifest, matching, safetensors
 from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check_channels, member
 from fastlinear.file.matching import Held, Match, tensors_of
 from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
-from fastlinear.layer import linear, packs
+from fastlinear.layer import attention, linear, packs
 from fastlinear.layer.embedding import is_packed
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import Frozen, hold, record_of
@@ -189,9 +190,13 @@ def load(path: AnyPath, model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"load() fills an nn.Module, but was given {type(model).__name__}")
     mapped = safetensors.open_mapped(path)
-    with faults_of(path):
+    with faults_of(path), ExitStack() as undo:
         said = manifest.parse(mapped.contents)
+        for module in _attentions(model, said):
+            attention.open_up(module)
+            undo.callback(attention.close, module)
         match = matching.match(model, said, mapped.contents)
+        undo.pop_all()
     with torch.inference_mode(False):
         with faults_of(path):
             frozen = _packs(said, mapped)
@@ -207,6 +212,13 @@ def load(path: AnyPath, model: Model) -> Model:
     if said.machine == decide.cache().machine:
         decide.cache().learn(said.plans)
     return model
+
+
+def _attentions(model: nn.Module, said: Manifest) -> list[nn.Module]:
+    """Those whose projections are layers in the file, but not yet in the model."""
+    names = {layer.name for layer in said.layers}
+    found = [module for name, module in model.named_modules() if member(name, "in_proj") in names]
+    return [module for module in found if attention.why_not_open(module) is None]
 
 
 def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:

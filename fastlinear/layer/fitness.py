@@ -34,7 +34,7 @@ def why_no_twin(module: nn.Module) -> str | None:
     if isinstance(module, Freezable):
         return None
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight and never calls it"
+        return "the attention around it reads its weight and never calls it"
     if type(module) not in (nn.Linear, conv1d()):
         return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
     if not runs_its_own(module, "forward") and not ("_hf_hook" in vars(module) and runs_its_own(module, HOOKED)):

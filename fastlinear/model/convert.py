@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import linear
+from fastlinear.layer import attention, linear
 from fastlinear.layer.fitness import dtype_of, taken_over
 from fastlinear.model import chains, fusion
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
 from fastlinear.model.freezing import unfreeze
-from fastlinear.model.selection import REASON, Filter, Patterns, choose
+from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose
 from fastlinear.model.tuning import check_example, check_module, fast_layers, run_to_tune
 from fastlinear.spec.precision import Precision, Wanted, wanted
 from fastlinear.spec.schemes import Scheme
@@ -53,7 +53,8 @@ def convert(
     The copy shares parameters and buffers with `model`, which stays as it is; `inplace=True` changes `model` itself.
     State dict, hooks, training and gradients work as before. In training mode a layer computes on its plain parameter,
     in eval mode on the weight as it is packed, with gradients through that. Converted are nn.Linear (`model` itself may
-    be one) and transformers' Conv1D; `report` names the layers that were left alone, and why.
+    be one), transformers' Conv1D, and both projections of nn.MultiheadAttention, which then is a FastMultiheadAttention
+    with layers called `in_proj` and `out_proj`; `report` names the layers that were left alone, and why.
 
     include, exclude: dotted names, globs or module types, one or several; `exclude` wins. A name or type of a
         container means all layers in it; a glob must match a whole dotted name ("encoder.*.fc1"), or the front of one
@@ -102,9 +103,11 @@ def convert(
     result = model if inplace else _copy_sharing_tensors(model)
     twin = dict(zip(model.modules(), result.modules(), strict=True))
     names = {module: name for name, module in model.named_modules()}
+    heads, mode = attentions(model), "off" if tune == "off" else "lazy"
     with ExitStack() as undo:
+        for whole in (heads[layer] for layer in chosen if layer in heads):
+            _open_up(undo, twin[whole], names[whole], mode, asked)
         for layer in chosen:
-            mode = "off" if tune == "off" else "lazy"
             name, over = names[layer], taken_over(layer, asked)
             if over is not None:  # which `release` would bring back as numbers
                 undo.callback(twin[layer]._parameters.__setitem__, "weight", layer._parameters["weight"])
@@ -132,6 +135,15 @@ def convert(
             vars(twin[layer])[REASON] = reason
     _log.info("converted %d of %d linear layers, fused %d activations", len(chosen), len(reasons), len(pairs))
     return result
+
+
+def _open_up(undo: ExitStack, whole: Any, name: str, mode: str, asked: Wanted) -> None:
+    """Makes an attention's projections layers, of which the first, which no model has, becomes fast here."""
+    attention.open_up(whole)
+    undo.callback(attention.close, whole)
+    ahead = f"{name}.in_proj" if name else "in_proj"
+    linear.adopt(whole.in_proj, None, mode, ahead, asked.of(ahead, dtype_of(whole.in_proj)))
+    undo.callback(linear.release, whole.in_proj)
 
 
 def _next(layer: nn.Module, asked: Wanted, name: str) -> Precision:
@@ -171,6 +183,9 @@ def unconvert(model: Model) -> Model:
                 f"module within this {type(model).__name__}",
                 stacklevel=2,
             )
+    for module in list(model.modules()):
+        if isinstance(module, attention.FastMultiheadAttention):
+            attention.close(module)
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlinear.layer import linear
+from fastlinear.layer import attention, linear
 from fastlinear.layer.fitness import conv1d, dtype_of, why_not
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.spec.formats import DTYPES, name_of
@@ -33,6 +33,11 @@ def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     return layers
 
 
+def attentions(model: nn.Module) -> dict[nn.Module, nn.MultiheadAttention]:
+    """By its `out_proj`, each attention that holds its other projection itself: both are converted, or neither."""
+    return {module.out_proj: module for module in model.modules() if type(module) is nn.MultiheadAttention}
+
+
 def why_skipped(layer: nn.Module) -> str | None:
     """Why `layer` is not fast; None where nothing stands against it."""
     reason: str | None = vars(layer).get(REASON)
@@ -54,6 +59,7 @@ def choose(
     layers = linear_layers(model)
     included = _hits(model, layers, "include", included_by or [])
     excluded = _hits(model, layers, "exclude", excluded_by or [])
+    heads = attentions(model)
     uses: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(parameter, []).append(name)
@@ -67,9 +73,13 @@ def choose(
             return f"excluded by {excluded[layer]}"
         if included_by is not None and layer not in included:
             return "not among the included layers"
-        if (obstacle := why_not(layer, asked, name)) is not None:
+        whole = heads.get(layer)
+        obstacle = (
+            why_not(layer, asked, name) if whole is None else attention.why_not(whole, asked, name.rpartition(".")[0])
+        )
+        if obstacle is not None:
             return obstacle
-        rounds = asked.packed not in (None, name_of(dtype_of(layer))) and why_not(layer) is None
+        rounds = asked.packed not in (None, name_of(dtype_of(layer)))
         if rounds and layer not in included:
             what = DTYPES.get(asked.packed or "", asked.packed)
             if name.split(".")[-1] == "lm_head":

@@ -36,7 +36,7 @@ def test_encoder_uses_the_converted_layers(
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
     with torch.no_grad():
         expected, actual = encoder(x, src_key_padding_mask=mask), fast(x, src_key_padding_mask=mask)
-        assert count_calls(fast, lambda: fast(x, src_key_padding_mask=mask), monkeypatch) == 6
+        assert count_calls(fast, lambda: fast(x, src_key_padding_mask=mask), monkeypatch) == 12
         valid = slice(None) if mask is None else ~mask
         torch.testing.assert_close(actual[valid], expected[valid], rtol=close, atol=close)
         assert fast.layers[0].linear1.activation.name == activation

@@ -26,16 +26,18 @@ from fastlinear.spec.activations import Activation
 def test_every_layer_has_its_line() -> None:
     """Each linear layer is reported once, in order, with sizes, dtype, activation and decision; skips have reasons."""
     model = nn.Sequential(
-        nn.Linear(8, 16), nn.LeakyReLU(0.1), nn.Linear(16, 8).double(), nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+        nn.Linear(8, 16),
+        nn.LeakyReLU(0.1),
+        nn.Linear(16, 8).double(),
+        nn.MultiheadAttention(8, 2, kdim=4),
+        nn.Linear(8, 3),
     )
     rows = fastlinear.report(OFF(model, exclude="4"))
     assert [row.name for row in rows] == ["0", "2", "3.out_proj", "4"]
     assert [row.decision for row in rows] == ["untuned", "skipped", "skipped", "skipped"]
     assert (rows[0].in_features, rows[0].out_features, rows[0].dtype) == (8, 16, "float32")
     assert rows[0].activation == Activation("leaky_relu", (0.1,)) and rows[0].reason is None
-    for row, reason in zip(
-        rows[1:], ("float64", "MultiheadAttention reads its weight", "excluded by '4'"), strict=True
-    ):
+    for row, reason in zip(rows[1:], ("float64", "widths of their own", "excluded by '4'"), strict=True):
         assert row.reason is not None and reason in row.reason
     with pytest.raises(dataclasses.FrozenInstanceError):
         rows[0].name = "x"  # type: ignore[misc]

@@ -145,7 +145,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "double": (lambda: nn.Linear(8, 8).double(), "float64"),
     "bias of another dtype": (lambda: _linear_in(bias=nn.Parameter(torch.zeros(8).half())), "float16"),
     "three dimensions": (lambda: _linear_in(weight=nn.Parameter(torch.zeros(2, 8, 8))), "3 dimensions"),
-    "attention": (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention reads its weight"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2, kdim=4), "widths of their own"),
 }
 
 
