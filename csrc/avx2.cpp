@@ -36,10 +36,10 @@ extern const Isa kIsa;
 
 namespace avx2 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels,   kBf16Kernels, kFp16Kernels,
-                                                kInt8woKernels, kInt8Kernels, kInt4Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
+                                                kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "avx2",

@@ -39,11 +39,11 @@ extern const Isa kIsa;
 
 namespace avx512 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels,   kBf16Kernels, kFp16Kernels,
-                                                kInt8woKernels, kInt8Kernels, kInt4Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
+                                                kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "avx512",

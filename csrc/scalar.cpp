@@ -26,9 +26,9 @@ namespace fastlinear {
 
 namespace scalar {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels,   kBf16Kernels, kFp16Kernels,
-                                                kInt8woKernels, kInt8Kernels, kInt4Kernels};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes>, &quantization<F32, I32>, norm<F32>};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
+                                                kInt8Kernels, kInt4Kernels, kInt8gKernels};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>};
 
 const Isa kIsa{
     .name = "scalar",

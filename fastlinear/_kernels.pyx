@@ -6,7 +6,7 @@ the kernels themselves; the others reach them through it."""
 import errno
 import os
 
-from fastlinear._tensors import FORMATS
+from fastlinear._tensors import SCALES
 
 from fastlinear._cpu cimport CpuSource, describe_cpu, source_of
 from fastlinear._tensors cimport Format, Layout, all_formats, format_at, format_name
@@ -233,9 +233,12 @@ cdef Layout parse_layout(str layout) except *:
     if format_at(<size_t> shape.format).grouped:
         offsets = scaled.endswith(":offsets")
         size, _, scales = scaled.removesuffix(":offsets").partition(":")
-        if size not in map(str, GROUP_SIZES) or scales not in FORMATS.values():
+        if size not in map(str, GROUP_SIZES) or scales not in SCALES.values():
             raise ValueError(f"layout {layout!r} must tell how it is scaled, as {base + ':32:fp16'!r} does: a group of "
-                             f"16 to 2^40, a power of two, and a format of {', '.join(FORMATS.values())}")
+                             f"16 to 2^40, a power of two, and a format of {', '.join(SCALES.values())}")
+        if scales == "int8" and int(size) > SUPER or scales == "uint6" and int(size) != 32:
+            raise ValueError(f"layout {layout!r}: groups scaled by {scales} are of "
+                             f"{'32 k' if scales == 'uint6' else f'at most {SUPER} k'}")
         names = all_formats()
         at = names.index(scales)
         shape.groups.size, shape.groups.scales, shape.groups.offsets = int(size), <Format> <int> at, offsets
@@ -245,6 +248,7 @@ cdef Layout parse_layout(str layout) except *:
 
 
 GROUP_SIZES = tuple(1 << i for i in range(4, 41))
+SUPER = 256  # k that share the fp16 by which small integers scale their groups
 
 
 def __getattr__(name):

@@ -39,6 +39,7 @@ cdef extern from "fastlinear/formats/all.hpp" namespace "fastlinear" nogil:
     const FormatInfo* format_at(size_t)
     cbool is_float(Format)
     ptrdiff_t element_bytes(Format)
+    cbool is_two_level(Format)
 
 cdef extern from *:
     int FP32 "int(fastlinear::Format::fp32)"
@@ -46,6 +47,7 @@ cdef extern from *:
     int FP16 "int(fastlinear::Format::fp16)"
     int INT8 "int(fastlinear::Format::int8)"
     int UINT8 "int(fastlinear::Format::uint8)"
+    int INT4 "int(fastlinear::Format::int4)"
 
 
 cdef enum:

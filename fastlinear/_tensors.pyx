@@ -16,6 +16,7 @@ cdef object Tensor = torch.Tensor
 cdef dict dtype_of_format = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8wo": torch.int8, "int8": torch.int8,
     "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int4": torch.uint8,
+    "int8g": torch.int8, "e8m0": torch.float8_e8m0fnu, "uint6": torch.uint8,
 }
 
 
@@ -40,6 +41,8 @@ cdef object dtype_of(size_t format):
 FORMATS = {dtypes[i]: format_name(i) for i in range(len(dtypes)) if format_at(i).floating}
 PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes))
           if format_at(i).pack != NULL and not format_at(i).grouped}
+# What weights in groups may be scaled by: floats, and what of each 256 k an fp16 multiplies (formats/scales.hpp).
+SCALES = {**FORMATS, torch.float8_e8m0fnu: "e8m0", torch.int8: "int8", torch.uint8: "uint6"}
 GROUPED = tuple(format_name(i) for i in range(len(dtypes)) if format_at(i).grouped)
 cdef dict formats_of_x = {dtypes[i]: i for i in range(len(dtypes)) if format_at(i).floating} | {
     torch.int8: INT8, torch.uint8: UINT8

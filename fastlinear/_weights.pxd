@@ -29,7 +29,6 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
         const char* panels
         Layout layout
         ScaledGroups groups
-        const float* totals
         const float* scales
         const int32_t* sums
         const int32_t* zeros
@@ -39,7 +38,6 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     Weight weight_at(const Layout&, ptrdiff_t, ptrdiff_t, const char*)
     void pack_weight(const Layout&, const WeightView&, void*)
     void pack_channels(const Layout&, const WeightView&, const float*, const int32_t*, char*)
-    void pack_groups(const Layout&, const WeightView&, const void*, const void*, const float*, char*)
     void unpack_weight(const Layout&, const void*, const WeightView&)
 
 
@@ -58,8 +56,11 @@ cdef class Packed:
     cdef readonly bint grouped
     cdef object __weakref__
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1
-    cdef int pack_codes(self, WeightView codes, object scale, object zero, object table, object offset) except -1
+    cdef int pack_codes(self, WeightView codes, object scale, object zero, object table, object offset,
+                        object supers) except -1
     cdef int find(self, const char* panels, bint zeros) except -1
+    cdef bint weight_has_table(self) noexcept
     cdef Weight* read(self) noexcept
     cdef object of_groups(self, const char* values)
+    cdef int lay(self, const char* to, object scales, object supers) except -1
     cdef object channels(self, const void* values, object dtype)

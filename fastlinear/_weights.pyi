@@ -21,6 +21,7 @@ class Packed:
     zero: Tensor | None
     table: Tensor | None
     offset: Tensor | None
+    supers: Tensor | None
     def __init__(
         self,
         weight: Tensor,
@@ -29,6 +30,7 @@ class Packed:
         zero: Tensor | None = None,
         table: Tensor | None = None,
         offset: Tensor | None = None,
+        supers: Tensor | None = None,
     ) -> None: ...
     @classmethod
     def over(cls: type[_P], data: Any, layout: str, n: int, k: int) -> _P: ...

@@ -10,8 +10,10 @@ from libc.string cimport memcpy
 
 from fastlinear._kernels cimport parse_layout
 from fastlinear._tensors cimport (
-    INT8, Groups, Layout, View, dtype_of, format_at, format_name, need, need_groups, need_vector
+    INT4, INT8, Groups, Layout, View, dtype_of, format_at, format_name, is_two_level, need, need_groups, need_vector
 )
+
+from fastlinear._kernels import SUPER
 
 cdef PackMemory pack_memory
 
@@ -58,13 +60,76 @@ cdef WeightView as_weight(View* v) noexcept:
     return w
 
 
+# Scales or offsets [n, groups] of a weight in groups, and with integers what they multiply, as the bytes that stand
+# behind panels of nr channels (include/fastlinear/formats/scales.hpp).
+cdef object lay_scales(scales, supers, ptrdiff_t nr, ptrdiff_t size):
+    panels = -(-scales.shape[0] // nr)
+    if supers is None:
+        return by_panel(scales.view(WORDS[scales.dtype.itemsize]), nr).view(torch.uint8).flatten()
+    per = SUPER // size
+    count = supers.shape[1]
+    if supers.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    if scales.dtype is torch.uint8 and scales.numel() > 0 and int(scales.max()) > 63:
+        raise ValueError(f"scales of 6 bits are 0 to 63, not {int(scales.max())}")
+    small = torch.nn.functional.pad(scales, (0, count * per - scales.shape[1]))
+    small = by_panel(small, nr).view(panels, count, per, nr)
+    if scales.dtype is torch.uint8:
+        six = small.int()
+        rest = six[:, :, 6] & 15, six[:, :, 6] >> 4 | (six[:, :, 7] & 3) << 2, six[:, :, 7] >> 2
+        words = torch.stack([six[:, :, 2 * i] | six[:, :, 2 * i + 1] << 6 | rest[i] << 12 for i in range(3)], 2)
+        small = words.to(torch.int16)
+    small = small.reshape(panels, count, -1).view(torch.uint8)
+    above = by_panel(supers.view(torch.int16), nr).view(torch.uint8)
+    return torch.cat([small, above.view(panels, count, -1)], 2).flatten()
+
+
+# What `lay_scales` was given.
+cdef tuple read_scales(laid, dtype, ptrdiff_t nr, ptrdiff_t size, ptrdiff_t n, ptrdiff_t k):
+    panels, groups = (n + nr - 1) // nr, (k + size - 1) // size
+    if dtype not in (torch.int8, torch.uint8):
+        return of_panels(laid.view(WORDS[dtype.itemsize]).view(panels, groups, nr), n).view(dtype), None
+    per = SUPER // size
+    count = -(-k // SUPER)  # of Python's numbers
+    if n == 0 or k == 0:
+        return (torch.empty(n, groups, dtype=dtype, device="cpu"),
+                torch.empty(n, count, dtype=torch.float16, device="cpu"))
+    laid = laid.view(panels, count, -1)
+    small, above = laid[:, :, : -2 * nr].contiguous(), laid[:, :, -2 * nr:].contiguous()
+    if dtype is torch.uint8:
+        a, b, c = (small.view(torch.int16).view(panels, count, 3, nr).int() & 0xFFFF).unbind(2)
+        six = [each >> shift & 63 for each in (a, b, c) for shift in (0, 6)]
+        small = torch.stack([*six, a >> 12 | (b >> 12 & 3) << 4, b >> 14 | c >> 12 << 2], 2)
+    small = of_panels(small.view(dtype) if dtype is torch.int8 else small.to(dtype), n, panels, count * per, nr)
+    return small[:, :groups].contiguous(), of_panels(above.view(torch.int16), n, panels, count, nr).view(torch.float16)
+
+
+cdef dict WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+# [n, groups] -> [panels, groups, nr], zeros in the last.
+cdef object by_panel(values, ptrdiff_t nr):
+    n, groups = values.shape
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -n % nr))
+    return padded.view(-(-n // nr), nr, groups).transpose(1, 2).contiguous()
+
+
+cdef object of_panels(values, ptrdiff_t n, panels=None, groups=None, nr=None):
+    values = values if panels is None else values.reshape(panels, groups, nr)
+    panels, groups, nr = values.shape
+    return values.transpose(1, 2).reshape(panels * nr, groups)[:n].clone(memory_format=torch.contiguous_format)
+
+
 cdef class Packed:
     """A weight [n, k] in the panels of `layout`.
 
     weight: CPU tensor of shape [n, k] and of the layout's format, any strides. An int8 one means scale * (weight -
     zero), with the fp32 [n] `scale` and the int32 [n] `zero`, or None for 0, which alone a weight-only layout takes.
     Where the layout is of groups ("int4/32x8:32:fp16"), the weight is uint8 codes and stands for scale * table[code] +
-    offset: `table` fp32 [16], `scale` and `offset`, or None for 0, [n, groups] in the layout's format.
+    offset, or int8 ("int8g/32x4:16:fp16") and stands for scale * weight + offset: `table` fp32 [16], `scale` and
+    `offset`, or None for 0, [n, groups] in the layout's format. Where that is of integers, int8 or uint6 (uint8 up to
+    63), those are to be multiplied by `supers`, fp16 [n, ceil(k / 256)], behind which in each row stand as many for the
+    offsets, if there are any.
     Raises TypeError or ValueError where the weight or the layout is not one the kernels read, MemoryError for want of
     memory.
 
@@ -72,7 +137,7 @@ cdef class Packed:
     may outlive the pack, and whose memory may move without harm; `scale` and `zero` are copies.
     """
 
-    def __init__(self, weight, str layout not None, scale=None, zero=None, table=None, offset=None):
+    def __init__(self, weight, str layout not None, scale=None, zero=None, table=None, offset=None, supers=None):
         cdef View w = need(weight, "weight", integers=True)
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
@@ -81,9 +146,9 @@ cdef class Packed:
             raise TypeError(f"layout {layout!r} holds {self.dtype}, the weight is {weight.dtype}")
         cdef ptrdiff_t arrays = channel_arrays(self.shape.format)
         if self.grouped:
-            self.pack_codes(as_weight(&w), scale, zero, table, offset)
+            self.pack_codes(as_weight(&w), scale, zero, table, offset, supers)
             return
-        if table is not None or offset is not None:
+        if table is not None or offset is not None or supers is not None:
             raise ValueError(f"layout {layout!r} holds no groups")
         if arrays > 0:
             scale = need_vector(scale, torch.float32, self.n, "scale")
@@ -110,26 +175,45 @@ cdef class Packed:
         self.layout, self.n, self.k = layout, n, k
         return 0
 
-    cdef int pack_codes(self, WeightView codes, scale, zero, table, offset) except -1:
+    cdef int pack_codes(self, WeightView codes, scale, zero, table, offset, supers) except -1:
         cdef Groups groups = self.shape.groups
         cdef tuple shape = (self.n, (self.k + groups.size - 1) // groups.size)
+        two_level = is_two_level(groups.scales)
         if zero is not None:
             raise ValueError(f"layout {self.layout!r} holds offsets, not zero points")
         if (offset is None) == groups.offsets:
             raise ValueError(f"layout {self.layout!r} holds {'' if groups.offsets else 'no '}offsets")
+        if (supers is None) == two_level:
+            raise ValueError(f"layout {self.layout!r} holds {'' if two_level else 'no '}scales of two levels")
         scale = need_groups(scale, dtype_of(<size_t> groups.scales), shape, "scale")
         offset = None if offset is None else need_groups(offset, scale.dtype, shape, "offset")
-        table = need_vector(table, torch.float32, 16, "table")
+        if two_level:
+            columns, kinds = -(-self.k // SUPER), 2 if groups.offsets else 1
+            supers = need_groups(supers, torch.float16, (self.n, kinds * columns), "supers")
+            supers = supers.reshape(self.n, kinds, columns)
+        if self.weight_has_table():
+            table = need_vector(table, torch.float32, 16, "table")
+        elif table is not None:
+            raise ValueError(f"layout {self.layout!r} holds no table")
         cdef Block block = Block(packed_nbytes(self.layout, self.n, self.k))
         self.memory = block
         self.find(block.data, False)
         cdef char* panels = <char*> self.weight.panels
-        cdef const void* scales = <const void*> <size_t> scale.data_ptr()
-        cdef const void* offsets = <const void*> <size_t> (0 if offset is None else offset.data_ptr())
-        cdef const float* numbers = <const float*> <size_t> table.data_ptr()
         with nogil:
             pack_weight(self.shape, codes, panels)
-            pack_groups(self.shape, codes, scales, offsets, numbers, panels)
+        self.lay(self.weight.groups.scales, scale, None if supers is None else supers[:, 0])
+        if offset is not None:
+            self.lay(self.weight.groups.offsets, offset, None if supers is None else supers[:, 1])
+        if table is not None:
+            memcpy(<void*> self.weight.groups.table, <const void*> <size_t> table.data_ptr(), 64)
+        return 0
+
+    cdef bint weight_has_table(self) noexcept:
+        return <int> self.shape.format == INT4
+
+    cdef int lay(self, const char* to, scales, supers) except -1:
+        laid = lay_scales(scales, supers, self.shape.nr, self.shape.groups.size)
+        memcpy(<void*> to, <const void*> <size_t> laid.data_ptr(), <size_t> laid.numel())
         return 0
 
     cdef int find(self, const char* panels, bint zeros) except -1:
@@ -208,33 +292,42 @@ cdef class Packed:
         memcpy(<void*> <size_t> copy.data_ptr(), values, 4 * self.n)
         return copy
 
-    # [n, groups], from where panels have them as [group][nr].
+    # The scales or offsets, from where panels have them, and their supers or None.
     cdef object of_groups(self, const char* values):
-        cdef ptrdiff_t nr = self.shape.nr, panels = (self.n + nr - 1) // nr
-        cdef ptrdiff_t nbytes = panels * self.weight.groups.panel_stride
-        dtype = dtype_of(<size_t> self.shape.groups.scales)
-        cdef ptrdiff_t groups = (self.k + self.shape.groups.size - 1) // self.shape.groups.size
-        copy = torch.empty(panels, groups, nr, dtype=dtype, device="cpu")
+        cdef ptrdiff_t nbytes = (self.n + self.shape.nr - 1) // self.shape.nr * self.weight.groups.panel_stride
+        copy = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes > 0:
             memcpy(<void*> <size_t> copy.data_ptr(), values, <size_t> nbytes)
-        return copy.transpose(1, 2).reshape(panels * nr, groups)[:self.n].contiguous()
+        dtype = dtype_of(<size_t> self.shape.groups.scales)
+        return read_scales(copy, dtype, self.shape.nr, self.shape.groups.size, self.n, self.k)
 
     @property
     def scale(self):
         """The scales [n] of an int8 weight, fp32, or [n, groups] of one in groups; None for another."""
         if self.grouped:
-            return self.of_groups(self.weight.groups.scales)
+            return self.of_groups(self.weight.groups.scales)[0]
         return self.channels(self.weight.scales, torch.float32)
 
     @property
     def offset(self):
         """The offsets [n, groups] of a weight in groups; None where there are none."""
-        return self.of_groups(self.weight.groups.offsets) if self.shape.groups.offsets else None
+        return self.of_groups(self.weight.groups.offsets)[0] if self.shape.groups.offsets else None
+
+    @property
+    def supers(self):
+        """What scales, and offsets behind them, of two levels are to be multiplied by, fp16 [n, ceil(k / 256)] or twice
+        as many; None where they are of one level."""
+        if not self.grouped or not is_two_level(self.shape.groups.scales):
+            return None
+        of_scales = self.of_groups(self.weight.groups.scales)[1]
+        if not self.shape.groups.offsets:
+            return of_scales
+        return torch.cat([of_scales, self.of_groups(self.weight.groups.offsets)[1]], 1)
 
     @property
     def table(self):
-        """What the codes of a weight in groups stand for, fp32 [16]; None for another."""
-        if not self.grouped:
+        """What the codes of a weight in groups stand for, fp32 [16]; None where it has none."""
+        if not self.weight_has_table():
             return None
         copy = torch.empty(16, dtype=torch.float32, device="cpu")
         memcpy(<void*> <size_t> copy.data_ptr(), self.weight.groups.table, 64)

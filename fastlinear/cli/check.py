@@ -69,7 +69,7 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
     rounded twice, and once more where the kernel multiplies 16 bits."""
     worst, of_x = 0.0, DTYPES[row["rows"]]
     for offsets, (m, k, n) in itertools.product((False, True), _SHAPES):
-        coding = int4.Coding(16, offsets=offsets)
+        coding = int4.Coding(16, int4.table_in(layout), offsets=offsets)
         coded = int4.quantize_weight(torch.randn(n, k, device="cpu") + offsets, coding)
         x, bias = torch.randn(m, k, device="cpu").to(of_x), torch.zeros(n, device="cpu")
         out = _run(row, coding.layout(layout), x, coded, bias, torch.float32)
@@ -139,7 +139,7 @@ def _run(
     if isinstance(weight, Quantized):
         parts = weight.values, weight.scale, weight.zero
     elif isinstance(weight, int4.Coded):
-        parts = weight.codes, weight.scale, None, weight.table, weight.offset
+        parts = weight.codes, *weight.contents()
     packed, out = (
         _weights.Packed(parts[0], layout, *parts[1:]),
         torch.full((len(x), len(bias)), torch.nan, dtype=dtype, device="cpu"),

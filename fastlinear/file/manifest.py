@@ -310,8 +310,8 @@ def _check_smoothing(who: str, scheme: StoredScheme | None, k: int, contents: Co
 
 def check_channels(who: str, packed: _weights.Packed) -> None:
     """ValueError where the scales or zero points of a weight are none."""
-    if packed.table is not None:  # the scales may be as odd as the numbers of a weight in floats
-        if not is_table(tuple(packed.table.tolist())):
+    if packed.grouped:  # the scales may be as odd as the numbers of a weight in floats
+        if packed.table is not None and not is_table(tuple(packed.table.tolist())):
             raise ValueError(f"{who} has codes that stand for no numbers")
         return
     scale, zero = packed.scale, packed.zero

@@ -14,7 +14,6 @@ import fastlinear._weights as _weights
 from fastlinear.plan import table
 from fastlinear.spec import gates, int4
 from fastlinear.spec.formats import DTYPES
-from fastlinear.spec.int4 import Coded, Coding
 from fastlinear.spec.int8 import Quantized, quantize_weight
 from fastlinear.spec.precision import Precision, is_same
 
@@ -35,9 +34,12 @@ class GatedPacked(_weights.Packed):
         zero: Tensor | None = None,
         table: Tensor | None = None,
         offset: Tensor | None = None,
+        supers: Tensor | None = None,
     ) -> None:
-        scale, zero, offset = (t if t is None else gates.interleave(t, layout) for t in (scale, zero, offset))
-        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, offset)
+        scale, zero, offset, supers = (
+            t if t is None else gates.interleave(t, layout) for t in (scale, zero, offset, supers)
+        )
+        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, offset, supers)
 
     def unpack(self) -> Tensor:
         return gates.separate(super().unpack(), self.layout)
@@ -53,6 +55,10 @@ class GatedPacked(_weights.Packed):
     @property
     def offset(self) -> Tensor | None:  # type: ignore[override]
         return self._in_order(super().offset)
+
+    @property
+    def supers(self) -> Tensor | None:  # type: ignore[override]
+        return self._in_order(super().supers)
 
     def _in_order(self, channels: Tensor | None) -> Tensor | None:
         if channels is None:
@@ -114,18 +120,18 @@ def _contents(dense: Tensor, precision: Precision) -> tuple[Any, ...]:
         return (dense.to(DTYPES[precision.packed]),)
     if precision.coding is not None:
         coded = int4.quantize_weight(dense, precision.coding)
-        return coded.codes, coded.scale, None, coded.table, coded.offset
+        return coded.codes, *coded.contents()
     quantized = quantize_weight(dense, precision.smooth)
     return quantized.values, quantized.scale, quantized.zero
 
 
 def contents_of(packed: _weights.Packed) -> tuple[Tensor | None, ...]:
-    """What a pack was made of: values or codes, scale, zero, table and offset."""
-    return packed.unpack(), packed.scale, packed.zero, packed.table, packed.offset
+    """What a pack was made of: values or codes, scale, zero, table, offset and supers."""
+    return packed.unpack(), packed.scale, packed.zero, packed.table, packed.offset, packed.supers
 
 
 def _holds(packed: _weights.Packed, *contents: Tensor | None) -> bool:
-    padded = (*contents, *(None,) * 4)
+    padded = (*contents, *(None,) * 5)
     return all(is_same(had, has) for had, has in zip(contents_of(packed), padded, strict=False))
 
 
@@ -134,11 +140,10 @@ def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) ->
     return kind_of(gated)(quantized.values, table.layout(packed_as), quantized.scale, quantized.zero)
 
 
-def pack_coded(coded: Coded) -> _weights.Packed:
-    """A weight of 4-bit codes in the layout of this machine."""
-    coding = Coding(coded.group, tuple(coded.table.tolist()), coded.scale.dtype, coded.offset is not None)
-    layout = coding.layout(table.layout("int4"))
-    return _weights.Packed(coded.codes, layout, coded.scale, None, coded.table, coded.offset)
+def pack_coded(coded: int4.Coded, gated: bool = False) -> _weights.Packed:
+    """A weight in groups that somebody else quantized, bit for bit, in the layout of this machine."""
+    layout = coded.coding.layout(table.layout(coded.coding.packed))
+    return kind_of(gated)(coded.codes, layout, *coded.contents())
 
 
 def repack(packed: _weights.Packed, layout: str) -> _weights.Packed:

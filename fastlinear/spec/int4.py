@@ -1,12 +1,15 @@
-"""What 4 bits mean here, in plain torch: the specification that packs and kernels follow.
+"""What weights in groups mean here, in plain torch: the specification that packs and kernels follow.
 
 A weight [N, K] is codes of 4 bits, a table of 16 numbers, and for each channel and group of consecutive k a scale and
 perhaps an offset:
 
     W[n, k] = scale[n, g] * table[code[n, k]] + offset[n, g],    g = k // group
 
-in fp32, the product and the sum each rounded. The last group ends where K does. Products are those of x and W; where
-they are of bf16, W is rounded to that first.
+in fp32, the product and the sum each rounded. Codes of 8 bits are integers from -128 to 127, and need no table. The
+last group ends where K does. Products are those of x and W; where they are of bf16, W is rounded to that first.
+
+Scales and offsets are floats; or integers of 8 or 6 bits, each of which is to be multiplied by an fp16 that 256
+consecutive k share, which fp32 holds exactly.
 
 The scale of a group is searched for: the codes that each of some scales rounds to, with the scale, and the offset if
 there are any, of least squares for those codes; the best of all is kept, and never one that is worse than plain
@@ -21,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import fastlinear._kernels as _kernels
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 
@@ -36,13 +40,16 @@ TABLES: dict[str, tuple[float, ...]] = {
     "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
     "iq4_nl": tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))),
 }
+_BYTES = tuple(map(float, range(-128, 128)))
 _SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
+SUPER = _kernels.SUPER  # k that share the upper level of scales of two
 _BLOCK = 1 << 17  # so many numbers are quantized at a time
 
 
 class Coding(NamedTuple):
-    """How a weight becomes codes. group: k that share a scale, a power of two from 16 on; table: 16 numbers; scales:
-    the dtype of scales and offsets; offsets: whether there are any."""
+    """How a weight becomes codes. group: k that share a scale, a power of two from 16 on; table: 16 numbers, or none
+    for codes of 8 bits; scales: the dtype of scales and offsets (a key of `_tensors.SCALES`, of which torch.int8 and
+    torch.uint8 are those of two levels); offsets: whether there are any."""
 
     group: int = 32
     table: tuple[float, ...] = TABLES["int4"]
@@ -52,11 +59,21 @@ class Coding(NamedTuple):
     @property
     def is_even(self) -> bool:
         """Whether rounding finds the nearest number of the table: neighbors are 1 apart."""
-        return all(number == self.table[0] + i for i, number in enumerate(self.table))
+        return all(number == self.numbers[0] + i for i, number in enumerate(self.numbers))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What codes from 0 on stand for, those of 8 bits being counted from -128."""
+        return self.table or _BYTES
 
     def layout(self, base: str) -> str:
         """The layout of such a weight in panels of `base`."""
-        return f"{base}:{self.group}:{_tensors.FORMATS[self.scales]}" + ":offsets" * self.offsets
+        return f"{base}:{self.group}:{_tensors.SCALES[self.scales]}" + ":offsets" * self.offsets
+
+    @property
+    def packed(self) -> str:
+        """The format that such weights are packed in."""
+        return "int4" if self.table else "int8g"
 
     def spelled(self) -> str:
         """One string for it, which `spelling` reads."""
@@ -69,40 +86,87 @@ def spelling(spelled: str) -> Coding:
     return _of_layout(layout, tuple(map(float.fromhex, table)))
 
 
+def table_in(layout: str) -> tuple[float, ...]:
+    """A table for weights packed in this layout: "int4", or none for codes of 8 bits."""
+    return TABLES["int4"] if layout.startswith("int4") else ()
+
+
 def coding_of(packed: _weights.Packed) -> Coding | None:
     """That of a packed weight; None for one that is not in groups."""
-    return _of_layout(packed.layout, tuple(packed.table.tolist())) if packed.table is not None else None
+    if not packed.grouped:
+        return None
+    return _of_layout(packed.layout, () if packed.table is None else tuple(packed.table.tolist()))
 
 
 def _of_layout(layout: str, table: tuple[float, ...]) -> Coding:
     _, group, scales, *offsets = layout.split(":")
-    dtype = next(dtype for dtype, name in _tensors.FORMATS.items() if name == scales)
+    dtype = next(dtype for dtype, name in _tensors.SCALES.items() if name == scales)
     return Coding(int(group), table, dtype, bool(offsets))
 
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """codes: uint8 [N, K], from 0 to 15; scale: floating [N, groups]; table: fp32 [16]; group: k that share a scale;
-    offset: like scale, or None for 0."""
+    """A weight in groups.
+
+    codes: uint8 [N, K], from 0 to 15, and what they stand for in `table`, fp32 [16]; or int8 without a table.
+    scale: [N, ceil(K / group)], of fp32, bf16, fp16 or torch.float8_e8m0fnu; or integers, int8 or uint8 up to 63, which
+        are to be multiplied by `supers`, fp16 [N, ceil(K / 256)]. Groups have at most 256 k then, those of uint8 32.
+    group: k that share a scale, a power of two from 16 on.
+    offset: like scale, or None for 0. With two levels its own fp16 stand in `supers` behind those of the scales, [N, 2
+        * ceil(K / 256)] in all.
+    """
 
     codes: Tensor
     scale: Tensor
-    table: Tensor
+    table: Tensor | None
     group: int
     offset: Tensor | None = None
+    supers: Tensor | None = None
+
+    @property
+    def coding(self) -> Coding:
+        table = () if self.table is None else tuple(self.table.tolist())
+        return Coding(self.group, table, self.scale.dtype, self.offset is not None)
+
+    def contents(self) -> tuple[Tensor | None, ...]:
+        """As _weights.Packed takes it, behind the layout or the codes: scale, zero, table, offset and supers."""
+        return self.scale, None, self.table, self.offset, self.supers
+
+
+def coded_of(packed: _weights.Packed) -> Coded:
+    """What a pack in groups was made of."""
+    group = int(packed.layout.split(":")[1])
+    assert packed.scale is not None
+    return Coded(packed.unpack(), packed.scale, packed.table, group, packed.offset, packed.supers)
 
 
 def dequantize(weight: Coded) -> Tensor:
     """The weight [N, K] that this stands for, in fp32."""
     k = weight.codes.shape[-1]
-    scaled = _spread(weight.scale, weight.group, k) * weight.table[weight.codes.long()]
-    return scaled if weight.offset is None else scaled + _spread(weight.offset, weight.group, k)
+    scale, offset = scales_of(weight)
+    numbers = weight.codes.float() if weight.table is None else weight.table[weight.codes.long()]
+    scaled = _spread(scale, weight.group, k) * numbers
+    return scaled if offset is None else scaled + _spread(offset, weight.group, k)
+
+
+def scales_of(weight: Coded) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets [..., N, groups] in fp32, those of two levels multiplied."""
+    scale, offset = weight.scale.float(), None if weight.offset is None else weight.offset.float()
+    if weight.supers is None:
+        return scale, offset
+    supers = weight.supers.float().chunk(1 if offset is None else 2, -1)
+    per, groups = SUPER // weight.group, scale.shape[-1]
+    scale = scale * _spread(supers[0], per, groups)
+    return scale, None if offset is None else offset * _spread(supers[1], per, groups)
 
 
 def magnitudes(weight: Coded) -> Tensor:
-    """|scale * table[code]| + |offset| of each of its numbers, [N, K], in fp32: what sums made by groups err by."""
-    offset = None if weight.offset is None else weight.offset.abs()
-    return dequantize(Coded(weight.codes, weight.scale.abs(), weight.table.abs(), weight.group, offset))
+    """|scale * number| + |offset| of each of its numbers, [N, K], in fp32: what sums made by groups err by."""
+    scale, offset = scales_of(weight)
+    table = torch.arange(-128.0, 128.0, device="cpu") if weight.table is None else weight.table
+    codes = weight.codes if weight.table is not None else weight.codes.int() + 128
+    absolute = None if offset is None else offset.abs()
+    return dequantize(Coded(codes, scale.abs(), table.abs(), weight.group, absolute))
 
 
 def _spread(values: Tensor, group: int, k: int) -> Tensor:
@@ -124,15 +188,16 @@ def quantize_weight(weight: Tensor, coding: Coding) -> Coded:
         if len(odd):
             row, column = odd[0].tolist()
             raise ValueError(
-                f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantized to int4"
+                f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantized in groups"
             )
         raise ValueError(f"a weight of up to {w.abs().max().item():g} has scales that {coding.scales} does not hold")
-    return Coded(codes, scale, torch.tensor(coding.table, device="cpu"), coding.group, *offset)
+    table = torch.tensor(coding.table, device="cpu") if coding.table else None
+    return Coded(codes, scale, table, coding.group, *offset)
 
 
 def quantize_channels(weight: Tensor, coding: Coding) -> tuple[Tensor, ...]:
-    """The codes uint8 [..., N, K], scales [..., N, groups] and offsets, if there are any, of `quantize_weight`, but
-    unchecked and traceable."""
+    """The codes uint8 or int8 [..., N, K], scales [..., N, groups] and offsets, if there are any, of `quantize_weight`,
+    but unchecked and traceable."""
     k, group = weight.shape[-1], coding.group
     padding = -k % group
     w = torch.nn.functional.pad(weight.float(), (0, padding)).unflatten(-1, (-1, group))
@@ -144,13 +209,16 @@ def quantize_channels(weight: Tensor, coding: Coding) -> tuple[Tensor, ...]:
     fitted = _fitted(w, inside, table, coding, starts)
     first, second = (_rounded(w, inside, table, coding, *each) for each in (plain, fitted))
     worse = second[0] < first[0]
-    codes = torch.where(worse[..., None], second[1], first[1]).flatten(-2)[..., :k].to(torch.uint8)
+    codes = torch.where(worse[..., None], second[1], first[1]).flatten(-2)[..., :k]
+    codes = codes.to(torch.uint8) if coding.table else (codes - 128).to(torch.int8)
     scale = torch.where(worse, second[2], first[2])
     return (codes, scale, torch.where(worse, second[3], first[3])) if coding.offsets else (codes, scale)
 
 
 def table_of(coding: Coding, beside: Tensor) -> Tensor:
-    """The table, fp32 [16], where `beside` is; one by one, since a trace warns of torch.tensor."""
+    """`coding.numbers`, fp32, where `beside` is; one by one, since a trace warns of torch.tensor."""
+    if not coding.table:
+        return torch.arange(256, dtype=torch.float32, device=beside.device) - 128
     return torch.stack([beside.new_full((), number, dtype=torch.float32) for number in coding.table])
 
 
@@ -216,15 +284,15 @@ def _steps(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 def _nearest(steps: Tensor, table: Tensor, coding: Coding) -> Tensor:
     """The nearest numbers of the table."""
     if coding.is_even:
-        return torch.round(steps).clamp(coding.table[0], coding.table[-1])
+        return torch.round(steps).clamp(coding.numbers[0], coding.numbers[-1])
     return _take(table, _codes(steps, table, coding))
 
 
 def _codes(steps: Tensor, table: Tensor, coding: Coding) -> Tensor:
     """The codes, int32, of the numbers of the table that are nearest."""
     if coding.is_even:
-        nearest = torch.round(steps.nan_to_num(0.0)).clamp(coding.table[0], coding.table[-1])
-        return (nearest - coding.table[0]).int()
+        nearest = torch.round(steps.nan_to_num(0.0)).clamp(coding.numbers[0], coding.numbers[-1])
+        return (nearest - coding.numbers[0]).int()
     order = table.argsort(stable=True)
     ascending = table[order]
     places = torch.bucketize(steps, (ascending[1:] + ascending[:-1]) / 2, out_int32=True)

@@ -93,7 +93,7 @@ class Reference(NamedTuple):
             return w if w.dtype is dtype else _straight_through(_as(w.detach().to(dtype), wide), _as(w, wide))
         if (coding := self.precision.coding) is not None:
             codes, of_groups, *offset = int4.quantize_channels(w.detach(), coding)
-            table = int4.table_of(coding, w)
+            table = int4.table_of(coding, w) if coding.table else None
             stands_for = int4.dequantize(int4.Coded(codes, of_groups, table, coding.group, *offset))
             return _straight_through(_as(stands_for, wide), _as(w, wide))
         if packed not in _tensors.PACKED:  # it is used as it is held

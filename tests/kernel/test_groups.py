@@ -3,6 +3,7 @@ the table says, and products are those of the stored values, wherever groups, pa
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import emulator
@@ -15,6 +16,7 @@ from torch import Tensor
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
+import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear._weights import Packed
 from fastlinear.spec import int4
@@ -29,21 +31,51 @@ ROWS = [
     if layout in LAYOUTS and "skipped" not in library.way(row["isa"])
 ]
 every_kernel = pytest.mark.parametrize("kernel", ROWS, ids=lambda row: f"{row['name']} on {row['on']}")
-SCALES = [torch.float16, torch.bfloat16, torch.float32]
+SCALES = [*_tensors.SCALES]
+E8M0 = torch.float8_e8m0fnu
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def tables(kernel: Kernel) -> list[tuple[float, ...]]:
+    """Those that its codes may have: none, for codes of 8 bits."""
+    return [*TABLES.values()] if kernel["on"].startswith("int4") else [()]
+
+
+def small(dtype: torch.dtype, n: int, groups: int) -> Tensor:
+    """Random scales or offsets, of both signs where the dtype has them."""
+    if dtype is E8M0:
+        return torch.randint(120, 130, (n, groups), dtype=torch.uint8).view(dtype)
+    if dtype is torch.uint8:
+        return torch.randint(0, 64, (n, groups), dtype=dtype)
+    return torch.randint(-128, 128, (n, groups)).to(dtype) if dtype is torch.int8 else torch.randn(n, groups).to(dtype)
 
 
 def coded(n: int, k: int, coding: Coding) -> Coded:
-    """A weight of random codes, scales (of both signs) and offsets."""
-    groups = -(-k // coding.group)
-    scale, offset = (torch.randn(n, groups).to(coding.scales) for _ in range(2))
-    codes, table = torch.randint(0, 16, (n, k), dtype=torch.uint8), torch.tensor(coding.table)
-    return Coded(codes, scale, table, coding.group, offset if coding.offsets else None)
+    """A weight of random codes, scales and offsets."""
+    groups, supers = -(-k // coding.group), None
+    if coding.scales in (torch.int8, torch.uint8):
+        supers = (torch.randn(n, (1 + coding.offsets) * -(-k // _kernels.SUPER)) / 32).half()
+    scale, offset = (small(coding.scales, n, groups) for _ in range(2))
+    codes, table = torch.randint(0, 16, (n, k), dtype=torch.uint8), None
+    if coding.table:
+        table = torch.tensor(coding.table)
+    else:
+        codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
+    return Coded(codes, scale, table, coding.group, offset if coding.offsets else None, supers)
 
 
 def pack(weight: Coded, layout: str) -> Packed:
-    dtype, offsets = weight.scale.dtype, weight.offset is not None
-    full = Coding(weight.group, scales=dtype, offsets=offsets).layout(layout)
-    return Packed(weight.codes, full, weight.scale, None, weight.table, weight.offset)
+    return Packed(weight.codes, weight.coding.layout(layout), *weight.contents())
+
+
+def bytes_of_scales(coding: Coding, groups: int, k: int) -> int:
+    """Of one channel: 6 bits each and two bytes for each 256 k are what Q4_K has, 8 bits what Q6_K has."""
+    supers = -(-k // _kernels.SUPER)
+    if coding.scales is torch.uint8:
+        return supers * (8 * 6 // 8 + 2)
+    if coding.scales is torch.int8:
+        return supers * (_kernels.SUPER // coding.group + 2)
+    return groups * coding.scales.itemsize
 
 
 def run(kernel: Kernel, packed: Packed, x: Tensor, threads: int = 1, k_slices: int = 1) -> Tensor:
@@ -71,51 +103,92 @@ def check(kernel: Kernel, y: Tensor, x: Tensor, weight: Coded) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_bit_comes_back(layout: str) -> None:
     """Codes, scales, offsets and table are what was packed, in as many bytes as the page says, in a mapping, too."""
-    for (n, k), group, dtype, offsets in itertools.product(
-        [(1, 1), (31, 16), (32, 17), (65, 130), (3, 0), (0, 5)], (16, 64), SCALES, (False, True)
+    table, bits = (TABLES["int4"], 4) if layout.startswith("int4") else ((), 8)
+    for (n, k), dtype, offsets in itertools.product(
+        [(1, 1), (31, 16), (32, 17), (65, 530), (3, 0), (0, 5)], SCALES, (False, True)
     ):
-        weight = coded(n, k, Coding(group, scales=dtype, offsets=offsets))
+        coding = Coding(32 if dtype is torch.uint8 or n == 32 else 16, table, dtype, offsets)
+        weight = coded(n, k, coding)
         packed = pack(weight, layout)
-        panels, groups = -(-n // 32), -(-k // group)
-        side = panels * 32 * groups * dtype.itemsize * (1 + offsets)
-        assert packed.nbytes == panels * 32 * (-(-k // 8) * 4 + 4) + side + 64
+        panels = -(-n // 32)
+        side = bytes_of_scales(coding, -(-k // coding.group), k) * (1 + offsets)
+        assert packed.nbytes == panels * 32 * (-(-k * bits // 32) * 4 + side) + 64 * (bits == 4)
         assert packed.nbytes == _weights.packed_nbytes(packed.layout, n, k)
         mapped = Packed.over(packed.data.clone().numpy(), packed.layout, n, k)
         for read in (packed, mapped):
             assert torch.equal(read.unpack(), weight.codes)
-            assert torch.equal(read.scale, weight.scale)
-            assert torch.equal(read.table, weight.table)
-            assert read.offset is None if weight.offset is None else torch.equal(read.offset, weight.offset)
+            for name in ("scale", "table", "offset", "supers"):
+                back, had = getattr(read, name), getattr(weight, name)
+                assert back is had if had is None else same_bits(back, had), name
+            again = int4.coded_of(read)
+            assert again.coding == coding
+            assert torch.equal(int4.dequantize(again), int4.dequantize(weight))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and torch.equal(*(t.view(WORDS[t.dtype.itemsize]) for t in (a, b)))
 
 
 def test_eight_codes_of_a_channel_share_four_bytes() -> None:
     """Byte j holds k = j in its lower half and k = 4 + j in its upper half; channels lie one after another."""
     codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
-    packed = pack(Coded(codes, torch.ones(2, 1), torch.tensor(TABLES["int4"]), 16), LAYOUTS[0])
+    packed = pack(Coded(codes, torch.ones(2, 1), torch.tensor(TABLES["int4"]), 16), "int4/32x8")
     assert packed.data[:8].tolist() == [0x40, 0x51, 0x62, 0x73, 0xC8, 0xD9, 0xEA, 0xFB]
 
 
 @every_kernel
 def test_every_code_means_what_the_table_says(kernel: Kernel) -> None:
-    """All 16 codes of every table, at every place of a group, alone."""
+    """All codes of every table, and all of 8 bits, at every place of a group, alone."""
     k = 35
-    for name, numbers in TABLES.items():
-        table = torch.tensor(numbers)
-        codes = torch.arange(64)[:, None].add(torch.arange(k)).remainder(16).to(torch.uint8)
-        weight = Coded(codes, torch.full((64, 3), 0.5), table, 16)
+    for numbers in tables(kernel):
+        codes = torch.arange(64 if numbers else 256)[:, None].add(torch.arange(k))
+        if numbers:
+            table = torch.tensor(numbers)
+            codes, means = codes.remainder(16).to(torch.uint8), table[codes.remainder(16)]
+        else:
+            table, codes = None, codes.to(torch.int8)
+            means = codes.float()
+        weight = Coded(codes, torch.full((len(codes), 3), 0.5), table, 16)
         x = torch.eye(k).to(torch.bfloat16 if kernel["rows"] == "bf16" else torch.float32)
-        want = (0.5 * table[codes.long()]).to(x.dtype).float()
-        assert torch.equal(run(kernel, pack(weight, kernel["on"]), x), want.t()), name
+        want = (0.5 * means).to(x.dtype).float()
+        assert torch.equal(run(kernel, pack(weight, kernel["on"]), x), want.t())
+
+
+@every_kernel
+def test_every_scale_means_what_its_format_says(kernel: Kernel) -> None:
+    """All e8m0, whose extremes fp16 does not hold, all integers of 6 and of 8 bits at every place of 256 k, and as
+    offsets, too."""
+    table = tables(kernel)[0]
+    cases = {E8M0: torch.arange(256).to(torch.uint8), torch.int8: torch.arange(-128, 128).to(torch.int8)}
+    cases[torch.uint8] = torch.arange(256).remainder(64).to(torch.uint8)
+    for dtype, every in cases.items():
+        group, k = 32, 288
+        scale = torch.stack([every.roll(g) for g in range(k // group)], 1).view(dtype)
+        supers = None if dtype is E8M0 else torch.rand(256, 4).half()
+        codes = torch.full((256, k), 9, dtype=torch.uint8 if table else torch.int8)
+        weight = Coded(codes, scale, torch.tensor(table) if table else None, group, scale.flip(0), supers)
+        x = torch.zeros(k // group, k)
+        x[torch.arange(k // group), torch.arange(k // group) * group + 3] = 1
+        x = x.to(rows_for(kernel, 1, 1).dtype)
+        want = int4.dequantize(weight)[:, 3::group].to(x.dtype).float().t()
+        y = run(kernel, pack(weight, kernel["on"]), x)
+        odd = want.isnan()
+        assert bool(odd.any()) == (dtype is E8M0) and bool(y[odd].isnan().all())
+        if dtype is E8M0:  # NaN of one group spoils its channel
+            spoiled = (scale.view(torch.uint8) == 255).any(1) | (scale.flip(0).view(torch.uint8) == 255).any(1)
+            y, want = y[:, ~spoiled], want[:, ~spoiled]
+        assert torch.allclose(y, want, rtol=2.0**-22, atol=2.0**-140)
 
 
 @every_kernel
 def test_sums_of_integers_are_exact(kernel: Kernel) -> None:
     """Small integers and scales that are powers of two leave nothing to round: bits are those of int64."""
     for m, k, offsets in ((1, 96, False), (5, 203, True), (17, 64, True)):
-        weight = coded(70, k, Coding(32, offsets=offsets))
+        weight = coded(70, k, Coding(32, tables(kernel)[0], offsets=offsets))
         scale = torch.randint(0, 3, weight.scale.shape).float().exp2().half()
         offset = None if weight.offset is None else torch.randint(-8, 9, scale.shape).half()
-        weight = Coded(weight.codes, scale, weight.table, 32, offset)
+        codes = weight.codes.remainder(16)  # bf16 holds their products
+        weight = Coded(codes, scale, weight.table, 32, offset)
         x = torch.randint(-8, 9, (m, k)).to(rows_for(kernel, 1, 1).dtype)
         want = x.long() @ int4.dequantize(weight).long().t()
         assert torch.equal(run(kernel, pack(weight, kernel["on"]), x).long(), want)
@@ -126,26 +199,31 @@ def test_products_are_those_of_the_stored_values(kernel: Kernel) -> None:
     """Groups of all sizes that end in the middle of a panel's k or of a block, rows and channels around tiles, every
     format of scales, with and without offsets, on threads and K slices; a group longer than K is a channel's scale."""
     mr, columns = kernel["mr"], kernel["columns"]
+    one, two, *_, last = tables(kernel) * 3
     cases = [
-        (1, columns, 16, Coding(16)),
-        (mr, columns + 1, 67, Coding(16, TABLES["nf4"], torch.bfloat16, True)),
-        (mr + 1, 2 * columns - 1, 200, Coding(64, TABLES["iq4_nl"], torch.float32, True)),
-        (2, 33, 5, Coding(32, offsets=True)),
-        (1, 40, 129, Coding(128, scales=torch.float32)),
-        (3, 64, 300, Coding(512, TABLES["fp4"])),
+        (1, columns, 16, Coding(16, one)),
+        (mr, columns + 1, 67, Coding(16, two, torch.bfloat16, True)),
+        (mr + 1, 2 * columns - 1, 200, Coding(64, last, torch.float32, True)),
+        (2, 33, 5, Coding(32, one, offsets=True)),
+        (1, 40, 129, Coding(128, one, torch.float32)),
+        (3, 64, 300, Coding(512, two)),
+        (1, 40, 300, Coding(32, one, E8M0)),
+        (2, 70, 600, Coding(32, one, torch.uint8, True)),
+        (1, 33, 520, Coding(16, one, torch.int8)),
     ]
     for m, n, k, coding in cases:
         weight, x = coded(n, k, coding), rows_for(kernel, m, k)
         check(kernel, run(kernel, pack(weight, kernel["on"]), x), x, weight)
-    weight, x = coded(96, 700, Coding(32, offsets=True)), rows_for(kernel, 2 * mr, 700)
-    with library.caches_of(1 << 15, 1 << 13, 1 << 20):  # K in several blocks
-        check(kernel, run(kernel, pack(weight, kernel["on"]), x, 2, 2), x, weight)
+    for coding in (Coding(32, one, offsets=True), Coding(32, one, torch.uint8, True)):
+        weight, x = coded(96, 700, coding), rows_for(kernel, 2 * mr, 700)
+        with library.caches_of(1 << 15, 1 << 13, 1 << 20):  # K in several blocks
+            check(kernel, run(kernel, pack(weight, kernel["on"]), x, 2, 2), x, weight)
 
 
 @every_kernel
 def test_odd_scales_stay_in_their_channel(kernel: Kernel) -> None:
     """A scale of 0 is a group of zeros; one that is NaN or infinite spoils its own channel and no other."""
-    weight, x = coded(40, 80, Coding(16, scales=torch.float32)), rows_for(kernel, 2, 80)
+    weight, x = coded(40, 80, Coding(16, tables(kernel)[0], torch.float32)), rows_for(kernel, 2, 80)
     zero = Coded(weight.codes, weight.scale.clone().fill_(0.0), weight.table, 16)
     assert not run(kernel, pack(zero, kernel["on"]), x).any()
     odd = weight.scale.clone()
@@ -160,7 +238,7 @@ def test_odd_scales_stay_in_their_channel(kernel: Kernel) -> None:
 def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
     """x and the packed weight end at a page that nobody may read."""
     for m, k in ((1, 37), (kernel["mr"], 64)):
-        weight = coded(33, k, Coding(16, offsets=True))
+        weight = coded(33, k, Coding(16, tables(kernel)[0], offsets=True))
         held = pack(weight, kernel["on"])
         packed = Packed.over(guard.guarded(held.data, "end").numpy(), held.layout, held.n, held.k)
         x = guard.guarded(rows_for(kernel, m, k), "end")
@@ -175,7 +253,9 @@ def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
         ("int4/32x8:8:fp16", "a power of two"),
         ("int4/32x8:24:fp16", "a power of two"),
         ("int4/32x8:032:fp16", "a power of two"),
-        ("int4/32x8:32:int8", "a format of fp32, bf16, fp16"),
+        ("int4/32x8:32:int16", "a format of fp32, bf16, fp16, e8m0, int8, uint6"),
+        ("int4/32x8:16:uint6", "scaled by uint6 are of 32 k"),
+        ("int4/32x8:512:int8", "scaled by int8 are of at most 256 k"),
         ("int4/32x8:32:fp16:offset", "a format of"),
         ("fp32/32x1:32:fp16", "has no groups"),
         ("int4/16x8:32:fp16", "no kernel reads"),
@@ -198,12 +278,22 @@ def test_what_does_not_fit_is_refused() -> None:
         {"table": None},
         {"offset": weight.scale},
         {"zero": torch.zeros(4, dtype=torch.int32)},
+        {"supers": torch.ones(4, 1, dtype=torch.float16)},
     ]
     for changed in odd:
-        with pytest.raises(ValueError, match=r"scale must be|table must be|offsets"):
+        with pytest.raises(ValueError, match=r"scale must be|table must be|offsets|two levels"):
             Packed(weight.codes, "int4/32x8:32:fp16", **{**good, **changed})
     with pytest.raises(ValueError, match="holds offsets"):
         Packed(weight.codes, "int4/32x8:32:fp16:offsets", **good)
+    two = Coded(
+        weight.codes, torch.full((4, 2), 64, dtype=torch.uint8), weight.table, 32, None, torch.ones(4, 1).half()
+    )
+    with pytest.raises(ValueError, match="0 to 63, not 64"):
+        pack(two, "int4/32x8")
+    with pytest.raises(ValueError, match=r"supers must be a torch\.float16 CPU tensor of shape \(4, 1\)"):
+        pack(replace(two, supers=torch.ones(4, 2).half()), "int4/32x8")
+    with pytest.raises(ValueError, match="holds no table"):
+        Packed(weight.codes.to(torch.int8), "int8g/32x4:32:fp16", **good)
     with pytest.raises(ValueError, match="holds no groups"):
         Packed(torch.ones(4, 40), "fp32/32x1", table=weight.table)
     with pytest.raises(TypeError, match=r"holds torch\.uint8"):

@@ -44,9 +44,9 @@ def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
 
 
 def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Packed:
-    coding = int4.Coding(draw.choice((16, 32, 128)), offsets=draw.random() < 0.5)
+    coding = int4.Coding(draw.choice((16, 32, 128)), int4.table_in(layout), offsets=draw.random() < 0.5)
     codes = int4.quantize_weight(weight, coding)
-    return _weights.Packed(codes.codes, coding.layout(layout), codes.scale, None, codes.table, codes.offset)
+    return _weights.Packed(codes.codes, coding.layout(layout), *codes.contents())
 
 
 def main() -> None:

@@ -12,15 +12,16 @@ from fastlinear.spec.int4 import TABLES, Coding
 CODINGS = [
     Coding(group, table, scales, offsets)
     for (group, table), (scales, offsets) in itertools.product(
-        zip((16, 32, 64, 128), TABLES.values(), strict=True), ((torch.float16, False), (torch.bfloat16, True))
+        zip((16, 32, 64, 128, 32), (*TABLES.values(), ()), strict=True),
+        ((torch.float16, False), (torch.bfloat16, True)),
     )
 ]
-every_coding = pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.layout(str(coding.table[0])))
+every_coding = pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.layout(str(coding.numbers[0])))
 
 
 def plain(w: Tensor, coding: Coding) -> Tensor:
     """w as nearest numbers of the table for the scale that takes the largest magnitude of each group to its end."""
-    k, out, table = w.shape[1], [], torch.tensor(coding.table)
+    k, out, table = w.shape[1], [], torch.tensor(coding.numbers)
     for begin in range(0, k, coding.group):
         part = w[:, begin : begin + coding.group]
         if coding.offsets:
@@ -42,12 +43,13 @@ def error(w: Tensor, approximate: Tensor, group: int) -> Tensor:
 
 @every_coding
 def test_the_search_beats_plain_rounding(coding: Coding) -> None:
-    """No group errs more than by plain rounding, and all together at least 5 % less, where K ends in a group, too."""
+    """No group errs more than by plain rounding, and all together at least 5 % less (with codes of 8 bits there is
+    less to find), where K ends in a group, too."""
     w = torch.randn(48, 3 * coding.group + 5, generator=torch.Generator().manual_seed(1))
     searched = int4.dequantize(int4.quantize_weight(w, coding))
     ours, theirs = error(w, searched, coding.group), error(w, plain(w, coding), coding.group)
     assert bool((ours <= theirs * (1 + 1e-5) + 1e-12).all())
-    assert float(ours.sum()) < 0.95 * float(theirs.sum())
+    assert float(ours.sum()) < (0.95 if coding.table else 0.99) * float(theirs.sum())
 
 
 @every_coding

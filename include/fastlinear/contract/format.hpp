@@ -21,8 +21,9 @@ namespace fastlinear {
 
 // Weights may be int8 twice: int8wo ("weight-only") is multiplied as fp32, int8 as it is by integer rows, which are
 // uint8 (beside a zero point) or int16, in sums of int32.
-// Codes of int4 mean what a table of 16 numbers says, scaled group by group.
-enum class Format : std::uint8_t { fp32, bf16, fp16, int8wo, int8, uint8, int16, int32, int4 };
+// Codes of int4 mean what a table of 16 numbers says, scaled group by group, and int8g are integers scaled likewise.
+// The scales themselves are floats, or e8m0, or integers of 8 or 6 bits (int8, uint6) times an fp16 for each 256 k.
+enum class Format : std::uint8_t { fp32, bf16, fp16, int8wo, int8, uint8, int16, int32, int4, int8g, e8m0, uint6 };
 
 constexpr std::uint32_t bit(Format format) { return 1u << static_cast<unsigned>(format); }
 
@@ -30,7 +31,7 @@ constexpr std::uint32_t bit(Format format) { return 1u << static_cast<unsigned>(
 // g = k / size.
 struct Groups {
   std::ptrdiff_t size = 0;       // a power of two from 16 on; the last group may be shorter
-  Format scales = Format::fp32;  // a floating one, of scales and offsets
+  Format scales = Format::fp32;  // of scales and offsets (formats/scales.hpp)
   bool offsets = false;          // else they are 0
 };
 
@@ -60,11 +61,11 @@ using Unpack = void (*)(const Layout&, const void* packed, const WeightView<void
 // Scales and offsets of a packed weight, and what its codes mean, as a kernel reads them.
 struct ScaledGroups {
   std::ptrdiff_t size = 0;
-  const char* scales = nullptr;   // [group][nr] for a panel, in a floating format
+  const char* scales = nullptr;   // those of a panel, as formats/scales.hpp has them
   const char* offsets = nullptr;  // likewise, or null
   Format format = Format::fp32;
   std::ptrdiff_t panel_stride = 0;  // bytes, from one panel's to the next
-  const float* table = nullptr;     // of 16
+  const float* table = nullptr;     // of 16, for int4
 
   // From a later panel, and the group that begins at k, on.
   ScaledGroups at(const Layout& layout, std::ptrdiff_t panel, std::ptrdiff_t k) const;
@@ -80,7 +81,7 @@ struct FormatInfo {
   std::uint32_t converts_to = 0;  // formats that the driver can turn its panels into (`bit`), where the ISA can
   std::ptrdiff_t arrays = 0;      // of 4 bytes a channel behind the panels: scales, and with 3 also sums, zero points
   std::uint8_t flip = 0;          // of integer x and y: the bits that make uint8 of them
-  bool grouped = false;           // scaled in groups of K; of `arrays`, one: what each channel sums up to
+  bool grouped = false;           // scaled in groups of K
 };
 
 }  // namespace fastlinear

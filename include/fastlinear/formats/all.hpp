@@ -9,6 +9,7 @@
 #include "fastlinear/contract/format.hpp"
 #include "fastlinear/formats/elements.hpp"
 #include "fastlinear/formats/int4.hpp"
+#include "fastlinear/formats/scales.hpp"
 
 namespace fastlinear {
 
@@ -22,7 +23,11 @@ inline constexpr FormatInfo kFormats[] = {
     {Format::uint8, "uint8", 8, false, nullptr, nullptr},
     {Format::int16, "int16", 16, false, nullptr, nullptr},
     {Format::int32, "int32", 32, false, nullptr, nullptr},
-    {Format::int4, "int4", 4, false, pack_nibbles, unpack_nibbles, bit(Format::fp32) | bit(Format::bf16), 1, 0, true},
+    {Format::int4, "int4", 4, false, pack_nibbles, unpack_nibbles, bit(Format::fp32) | bit(Format::bf16), 0, 0, true},
+    {Format::int8g, "int8g", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>,
+     bit(Format::fp32) | bit(Format::bf16), 0, 0, true},
+    {Format::e8m0, "e8m0", 8, false, nullptr, nullptr},
+    {Format::uint6, "uint6", 6, false, nullptr, nullptr},
 };
 
 static_assert([] {
@@ -43,7 +48,9 @@ constexpr bool is_float(Format format) { return info(format).floating; }
 constexpr std::ptrdiff_t element_bytes(Format format) { return info(format).bits / 8; }
 
 // K may be cut between those only.
-constexpr std::ptrdiff_t k_step(const Layout& layout) { return std::max(layout.kr, layout.groups.size); }
+constexpr std::ptrdiff_t k_step(const Layout& layout) {
+  return std::max({layout.kr, layout.groups.size, is_two_level(layout.groups.scales) ? kSuperK : 1});
+}
 constexpr std::ptrdiff_t group_bytes(const Layout& layout) {
   return layout.nr * layout.kr * info(layout.format).bits / 8;
 }
@@ -54,7 +61,7 @@ constexpr std::ptrdiff_t panel_offset(const Layout& layout, std::ptrdiff_t k) {
 
 inline ScaledGroups ScaledGroups::at(const Layout& layout, std::ptrdiff_t panel, std::ptrdiff_t k) const {
   if (size == 0) return *this;
-  const std::ptrdiff_t bytes = panel * panel_stride + k / size * layout.nr * element_bytes(format);
+  const std::ptrdiff_t bytes = panel * panel_stride + scales_bytes({size, format}, layout.nr, k);
   ScaledGroups there = *this;
   there.scales += bytes;
   if (offsets != nullptr) there.offsets += bytes;

@@ -18,6 +18,7 @@ namespace fastlinear {
 
 struct Int4 {
   static constexpr std::ptrdiff_t kr = 8, nr = 32, codes = 16;  // one layout on every ISA
+  static constexpr Layout layout{Format::int4, nr, kr};
 };
 
 constexpr int code_shift(std::ptrdiff_t k) { return static_cast<int>(k % 4 * 8 + k / 4 * 4); }

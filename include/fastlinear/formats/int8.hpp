@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "fastlinear/contract/format.hpp"
+
 namespace fastlinear {
 
 struct Int8 {
@@ -11,6 +13,11 @@ struct Int8 {
   static constexpr std::ptrdiff_t kr = 1;
   // Four consecutive k of a channel share 32 bits, which is what vpdpbusd multiplies and adds up in one lane.
   static constexpr std::ptrdiff_t dot_kr = 4;
+};
+
+// In groups: one layout on every ISA, that of dot products.
+struct Int8InGroups {
+  static constexpr Layout layout{Format::int8g, 32, Int8::dot_kr};
 };
 
 [[gnu::always_inline]] inline float to_float(Int8 x) { return x.value; }

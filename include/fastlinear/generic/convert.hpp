@@ -104,8 +104,8 @@ inline constexpr ConvertPanel pairing = [] {
     return nullptr;
 }();
 
-// In the order of enum Format. Codes: as generic/groups.hpp wants them.
-template <class V, class Codes>
+// In the order of enum Format. Codes and Bytes, of int4 and int8g: as generic/groups.hpp wants them.
+template <class V, class Codes, class Bytes>
 inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, {}, nullptr},
     {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}, narrow_rows<V, Bf16>},
@@ -116,6 +116,9 @@ inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, {}, nullptr},
     {nullptr, nullptr, {}, nullptr},
     {nullptr, nullptr, {groups::widen_panel<V, Codes>, groups::pairing<V, Codes>}, nullptr},
+    {nullptr, nullptr, {groups::widen_panel<V, Bytes>, groups::pairing<V, Bytes>}, nullptr},
+    {nullptr, nullptr, {}, nullptr},
+    {nullptr, nullptr, {}, nullptr},
 };
 
 }  // namespace fastlinear

@@ -1,7 +1,8 @@
 // Weights that are scaled in groups of K, written once over a vector type V: a micro-kernel for floating rows, which
 // looks codes up in its inner loop, and the conversion of a panel for kernels of other formats.
 //
-// Codes, one struct for each ISA (isa/<isa>/codes.hpp), is a table in registers:
+// Codes, for each ISA one struct a format (isa/<isa>/codes.hpp), is what codes mean, a table in registers for int4:
+//   layout              of the panels; kr k of a channel share 32 bits
 //   Lanes load(p)       the codes of V::width channels, kr consecutive k
 //   V value(lanes, i)   what those of the i-th k stand for
 //   multiply_add(x, w, c), add(x, c)   c + *x * w and c + *x, in place
@@ -20,15 +21,10 @@
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
 #include "fastlinear/formats/int4.hpp"
+#include "fastlinear/formats/int8.hpp"
+#include "fastlinear/formats/scales.hpp"
 
 namespace fastlinear::groups {
-
-template <class V>
-[[gnu::always_inline]] inline V load_scales(Format format, const char* from, std::ptrdiff_t i) {
-  if (format == Format::bf16) return V::load(reinterpret_cast<const Bf16*>(from) + i);
-  if (format == Format::fp16) return V::load(reinterpret_cast<const Fp16*>(from) + i);
-  return V::load(reinterpret_cast<const float*>(from) + i);
-}
 
 // Adds kr k, whose codes begin at `panels`, to the sums c of R rows; Summing: and x itself to `totals`, in every lane.
 template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t Count, std::ptrdiff_t P>
@@ -39,7 +35,7 @@ template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t C
   for (std::ptrdiff_t v = 0; v < Count; ++v) {
     const auto lanes = table.load(panels[v / per_panel] + v % per_panel * V::width * 4);
 #pragma GCC unroll 8
-    for (std::ptrdiff_t i = 0; i < Int4::kr; ++i) {
+    for (std::ptrdiff_t i = 0; i < Codes::layout.kr; ++i) {
       const auto w = table.value(lanes, i).v;
 #pragma GCC unroll 8
       for (std::ptrdiff_t r = 0; r < R; ++r) c[r][v] = Codes::multiply_add(a + r * lda + i, w, c[r][v]);
@@ -49,7 +45,7 @@ template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t C
 #pragma GCC unroll 8
     for (std::ptrdiff_t r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (std::ptrdiff_t i = 0; i < Int4::kr; ++i) totals[r] = Codes::add(a + r * lda + i, totals[r]);
+      for (std::ptrdiff_t i = 0; i < Codes::layout.kr; ++i) totals[r] = Codes::add(a + r * lda + i, totals[r]);
   }
 }
 
@@ -57,7 +53,8 @@ template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t C
 template <class V, class Codes, std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff_t Columns, bool Summing>
 void multiply(const TileArgs& t) {
   using Vector = decltype(V::v);
-  constexpr std::ptrdiff_t nr = Int4::nr, kr = Int4::kr, per_panel = nr / V::width, Count = P * per_panel;
+  constexpr std::ptrdiff_t nr = Codes::layout.nr, kr = Codes::layout.kr, per_panel = nr / V::width,
+                           Count = P * per_panel;
   const ScaledGroups g = *t.groups;
   const Codes table(g.table);
   const auto* a = static_cast<const float*>(t.a);
@@ -68,8 +65,7 @@ void multiply(const TileArgs& t) {
 
   if (!t.accumulate)
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
-  const char *scales = g.scales, *offsets = g.offsets;
-  for (std::ptrdiff_t k = 0; k < t.k;) {
+  for (std::ptrdiff_t k = 0, group = 0; k < t.k; ++group) {
     const std::ptrdiff_t end = std::min(t.k, k + g.size);
     Vector c[R][Count], totals[R];
 #pragma GCC unroll 8
@@ -94,9 +90,9 @@ void multiply(const TileArgs& t) {
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < Count; ++v) {
       const std::ptrdiff_t panel = v / per_panel * g.panel_stride, at = v % per_panel * V::width;
-      const V scale = load_scales<V>(g.format, scales + panel, at);
+      const V scale = load_scales<V>(g, g.scales + panel, group, nr, at);
       V offset = V::set(0.0f);
-      if constexpr (Summing) offset = load_scales<V>(g.format, offsets + panel, at);
+      if constexpr (Summing) offset = load_scales<V>(g, g.offsets + panel, group, nr, at);
 #pragma GCC unroll 8
       for (std::ptrdiff_t r = 0; r < R; ++r) {
         float* const to = sums + r * Columns + v * V::width;
@@ -105,9 +101,6 @@ void multiply(const TileArgs& t) {
         V::store(to, sum);
       }
     }
-    const std::ptrdiff_t next = nr * (g.format == Format::fp32 ? 4 : 2);
-    scales += next;
-    if constexpr (Summing) offsets += next;
   }
 }
 
@@ -115,7 +108,7 @@ void multiply(const TileArgs& t) {
 template <class V, class Codes>
 struct Tile {
   static constexpr Format rows = Format::fp32, accumulate = Format::fp32;
-  static constexpr Layout layout{Format::int4, Int4::nr, Int4::kr};
+  static constexpr Layout layout = Codes::layout;
   static constexpr std::ptrdiff_t k_step = 1;
   template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run(const TileArgs& t) {
@@ -135,14 +128,14 @@ template <class V, class Codes, class Visit>
   const std::ptrdiff_t nr = args.layout.nr;
   for (std::ptrdiff_t j = 0; j < args.channels; j += V::width)
     for (std::ptrdiff_t begin = 0, group = 0; begin < args.k; begin += g.size, ++group) {
-      const std::ptrdiff_t end = std::min(args.k, begin + g.size), at = group * nr + args.first + j;
-      const V scale = load_scales<V>(g.format, g.scales, at);
-      const V offset = g.offsets == nullptr ? V::set(0.0f) : load_scales<V>(g.format, g.offsets, at);
-      for (std::ptrdiff_t k = begin; k < end; k += Int4::kr) {
-        const auto* codes = static_cast<const char*>(args.panel) + (k / Int4::kr * nr + args.first + j) * 4;
+      const std::ptrdiff_t end = std::min(args.k, begin + g.size), at = args.first + j;
+      const V scale = load_scales<V>(g, g.scales, group, nr, at);
+      const V offset = g.offsets == nullptr ? V::set(0.0f) : load_scales<V>(g, g.offsets, group, nr, at);
+      for (std::ptrdiff_t k = begin; k < end; k += Codes::layout.kr) {
+        const auto* codes = static_cast<const char*>(args.panel) + (k / Codes::layout.kr * nr + args.first + j) * 4;
         const typename Codes::Lanes lanes = table.load(codes);
 #pragma GCC unroll 8
-        for (std::ptrdiff_t i = 0; i < Int4::kr; ++i) {
+        for (std::ptrdiff_t i = 0; i < Codes::layout.kr; ++i) {
           if (k + i < end) visit(k + i, j, rounded(table.value(lanes, i) * scale) + offset);
         }
       }

@@ -4,8 +4,8 @@
 // have: the scales, and for integer products the sums of the channels' weights and their zero points. Behind panels
 // that are scaled in groups of K stand
 //
-//   the scales [panel][group][nr], the offsets likewise if there are any, what each channel sums up to (an array as
-//   above), and the 16 numbers that codes stand for
+//   the scales [panel] as formats/scales.hpp has them, the offsets likewise if there are any, and the 16 numbers that
+//   codes of 4 bits stand for
 //
 // apart from the codes, since a kernel needs them once a group, and what is read one after another is fetched ahead.
 #pragma once
@@ -26,20 +26,15 @@ constexpr std::ptrdiff_t channel_arrays(Format format) { return info(format).arr
 
 inline constexpr std::ptrdiff_t kTableBytes = Int4::codes * 4;
 
-// Of the scales, which is that of the offsets, of one panel.
-inline std::ptrdiff_t scales_stride(const Layout& layout, std::ptrdiff_t k) {
-  return layout.groups.size == 0 ? 0
-                                 : ceil_div(k, layout.groups.size) * layout.nr * element_bytes(layout.groups.scales);
-}
-
+// Of the scales, which is that of the offsets, of all panels.
 inline std::ptrdiff_t scales_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
-  return ceil_div(n, layout.nr) * scales_stride(layout, k);
+  return layout.groups.size == 0 ? 0 : ceil_div(n, layout.nr) * scales_bytes(layout.groups, layout.nr, k);
 }
 
 inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
   const std::ptrdiff_t channels = ceil_div(n, layout.nr) * layout.nr;
   const std::ptrdiff_t scales = scales_bytes(layout, n, k) * (layout.groups.offsets ? 2 : 1);
-  const std::ptrdiff_t table = info(layout.format).grouped ? kTableBytes : 0;
+  const std::ptrdiff_t table = layout.format == Format::int4 ? kTableBytes : 0;
   return panels_bytes(layout, n, k) + scales + channel_arrays(layout.format) * channels * 4 + table;
 }
 
@@ -51,7 +46,6 @@ struct Weight {
   const std::int32_t* sums;
   const std::int32_t* zeros;
   ScaledGroups groups{};
-  const float* totals = nullptr;  // of weights in groups: what each channel sums up to
 };
 
 inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k, const char* data) {
@@ -60,14 +54,14 @@ inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k
   const char* behind = data + panels_bytes(layout, n, k);
   if (info(layout.format).grouped) {
     const std::ptrdiff_t bytes = scales_bytes(layout, n, k);
-    w.groups = {layout.groups.size, behind, nullptr, layout.groups.scales, scales_stride(layout, k), nullptr};
+    const std::ptrdiff_t stride = scales_bytes(layout.groups, layout.nr, k);
+    w.groups = {layout.groups.size, behind, nullptr, layout.groups.scales, stride, nullptr};
     behind += bytes;
     if (layout.groups.offsets) {
       w.groups.offsets = behind;
       behind += bytes;
     }
-    w.totals = reinterpret_cast<const float*>(behind);
-    w.groups.table = w.totals + channels;
+    if (layout.format == Format::int4) w.groups.table = reinterpret_cast<const float*>(behind);
     return w;
   }
   if (arrays > 0) w.scales = reinterpret_cast<const float*>(behind);

@@ -14,17 +14,7 @@ namespace fastlinear::avx2 {
 
 extern const Isa kIsa;
 
-struct Codes {
-  using Lanes = __m256i;
-  __m256 low, high;
-
-  explicit Codes(const float* numbers) : low(_mm256_loadu_ps(numbers)), high(_mm256_loadu_ps(numbers + 8)) {}
-  static Lanes load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  F32 value(Lanes lanes, std::ptrdiff_t i) const {
-    const __m256i index = _mm256_srli_epi32(lanes, code_shift(i));
-    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28 - code_shift(i)));
-    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper)};
-  }
+struct Products {
   // As text, since GCC 12 writes sums elsewhere, keeps what it has broadcast, and spills the tile.
   static __m256 multiply_add(const float* x, __m256 w, __m256 c) {
     __m256 all;
@@ -36,6 +26,38 @@ struct Codes {
     asm("vbroadcastss %2, %1\n\tvaddps %1, %0, %0" : "+x"(c), "=&x"(all) : "m"(*x));
     return c;
   }
+};
+
+struct Codes : Products {
+  using Lanes = __m256i;
+  static constexpr Layout layout = Int4::layout;
+  __m256 low, high;
+
+  explicit Codes(const float* numbers) : low(_mm256_loadu_ps(numbers)), high(_mm256_loadu_ps(numbers + 8)) {}
+  static Lanes load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m256i index = _mm256_srli_epi32(lanes, code_shift(i));
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28 - code_shift(i)));
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper)};
+  }
+};
+
+// Bytes as they are.
+struct Bytes : Products {
+  using Lanes = __m256i;
+  static constexpr Layout layout = Int8InGroups::layout;
+
+  explicit Bytes(const float*) {}
+  static Lanes load(const char* p) { return Codes::load(p); }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m256i upper = _mm256_slli_epi32(lanes, static_cast<int>(24 - 8 * i));
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 24))};
+  }
+};
+
+inline constexpr Kernel kInt8gKernels[] = {
+    kernels::row<groups::Tile<F32, Bytes>, 2, 1>("int8g/avx2/2x32", kIsa),
+    kernels::row<groups::Tile<F32, Bytes>, 1, 2>("int8g/avx2/1x64", kIsa),
 };
 
 inline constexpr Kernel kInt4Kernels[] = {

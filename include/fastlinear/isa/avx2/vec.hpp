@@ -10,6 +10,7 @@
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
 #include "fastlinear/formats/int8.hpp"
+#include "fastlinear/formats/scales.hpp"
 
 namespace fastlinear::avx2 {
 
@@ -51,6 +52,25 @@ struct F32 {
                      _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
   }
 
+  static F32 load(const E8m0* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23), quiet = _mm256_set1_epi32(0x400000);
+    const __m256i odd = _mm256_and_si256(_mm256_cmpeq_epi32(bits, _mm256_set1_epi32(255 << 23)), quiet);
+    return {_mm256_castsi256_ps(_mm256_or_si256(_mm256_max_epi32(bits, quiet), odd))};
+  }
+  static F32 load_six(const std::uint16_t* p, std::ptrdiff_t stride, std::ptrdiff_t i) {
+    const auto word = [&](std::ptrdiff_t w) { return _mm256_cvtepu16_epi32(load_16_bytes(p + w * stride)); };
+    const auto shifted = [&](__m256i v, std::ptrdiff_t by) {
+      return _mm256_srl_epi32(v, _mm_cvtsi32_si128(static_cast<int>(by)));
+    };
+    __m256i bits = i < 6 ? shifted(word(i / 2), i % 2 * 6) : shifted(word(i - 6), 2 * i);
+    if (i >= 6) {
+      const __m256i upper =
+          i == 6 ? _mm256_slli_epi32(shifted(word(1), 12), 4) : _mm256_slli_epi32(shifted(word(2), 12), 2);
+      bits = _mm256_or_si256(bits, upper);
+    }
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(bits, _mm256_set1_epi32(63)))};
+  }
   static F32 load(const Int8* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
   }

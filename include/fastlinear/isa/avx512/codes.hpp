@@ -16,16 +16,7 @@ namespace fastlinear::avx512 {
 
 extern const Isa kIsa;
 
-struct Codes {
-  using Lanes = __m512i;
-  __m512 table;
-
-  explicit Codes(const float* numbers) : table(_mm512_loadu_ps(numbers)) {}
-  static Lanes load(const char* p) { return _mm512_loadu_si512(p); }
-  F32 value(Lanes lanes, std::ptrdiff_t i) const {
-    const __m512i index = _mm512_maskz_srli_epi32(kAll, lanes, static_cast<unsigned>(code_shift(i)));
-    return {_mm512_maskz_permutexvar_ps(kAll, index, table)};
-  }
+struct Products {
   // As text, since GCC 12 writes sums elsewhere and spills the tile, as it does when it looks up more than one vector
   // at once, which "memory" forbids. The broadcast takes no port that an FMA wants.
   static __m512 multiply_add(const float* x, __m512 w, __m512 c) {
@@ -36,6 +27,41 @@ struct Codes {
     asm("vaddps %1%{1to16%}, %0, %0" : "+v"(c) : "m"(*x));
     return c;
   }
+};
+
+struct Codes : Products {
+  using Lanes = __m512i;
+  static constexpr Layout layout = Int4::layout;
+  __m512 table;
+
+  explicit Codes(const float* numbers) : table(_mm512_loadu_ps(numbers)) {}
+  static Lanes load(const char* p) { return _mm512_loadu_si512(p); }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m512i index = _mm512_maskz_srli_epi32(kAll, lanes, static_cast<unsigned>(code_shift(i)));
+    return {_mm512_maskz_permutexvar_ps(kAll, index, table)};
+  }
+};
+
+// Bytes as they are: each is put under the exponent of 2^23, from which 2^23 + 128 is taken away, since vcvtdq2ps and
+// two shifts would all want the same port.
+struct Bytes : Products {
+  using Lanes = __m512i;
+  static constexpr Layout layout = Int8InGroups::layout;
+
+  explicit Bytes(const float*) {}
+  static Lanes load(const char* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m512i place = _mm512_add_epi32(_mm512_set4_epi32(12, 8, 4, 0), _mm512_set1_epi32(static_cast<int>(i)));
+    const __m512i bits = _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111, lanes, place);
+    return {_mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f))};
+  }
+};
+
+inline constexpr Kernel kInt8gKernels[] = {
+    kernels::row<groups::Tile<F32, Bytes>, 4, 2>("int8g/avx512/4x64", kIsa),
+    kernels::row<groups::Tile<F32, Bytes>, 1, 4>("int8g/avx512/1x128", kIsa),
 };
 
 inline constexpr Kernel kInt4Kernels[] = {

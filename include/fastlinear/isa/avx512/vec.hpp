@@ -10,6 +10,7 @@
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
 #include "fastlinear/formats/int8.hpp"
+#include "fastlinear/formats/scales.hpp"
 
 namespace fastlinear::avx512 {
 
@@ -60,6 +61,28 @@ struct F32 {
     store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, _mm512_maskz_srli_epi32(kAll, nearest_bf16(x), 16)));
   }
 
+  static F32 load(const E8m0* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m512i bits = _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu8_epi32(kAll, bytes), 23);
+    const __mmask16 odd = _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(255 << 23));
+    const __m512i least = _mm512_maskz_max_epi32(kAll, bits, _mm512_set1_epi32(0x400000));
+    return {_mm512_castsi512_ps(_mm512_mask_or_epi32(least, odd, least, _mm512_set1_epi32(0x400000)))};
+  }
+  static F32 load_six(const std::uint16_t* p, std::ptrdiff_t stride, std::ptrdiff_t i) {
+    const auto word = [&](std::ptrdiff_t w) {
+      return _mm512_maskz_cvtepu16_epi32(kAll, load_32_bytes(p + w * stride));
+    };
+    const auto shifted = [&](__m512i v, std::ptrdiff_t by) {
+      return _mm512_maskz_srl_epi32(kAll, v, _mm_cvtsi32_si128(static_cast<int>(by)));
+    };
+    __m512i bits = i < 6 ? shifted(word(i / 2), i % 2 * 6) : shifted(word(i - 6), 2 * i);
+    if (i >= 6) {
+      const __m512i upper = i == 6 ? _mm512_maskz_slli_epi32(kAll, shifted(word(1), 12), 4)
+                                   : _mm512_maskz_slli_epi32(kAll, shifted(word(2), 12), 2);
+      bits = _mm512_or_si512(bits, upper);
+    }
+    return {_mm512_maskz_cvtepi32_ps(kAll, _mm512_and_si512(bits, _mm512_set1_epi32(63)))};
+  }
   static F32 load(const Int8* p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes))};

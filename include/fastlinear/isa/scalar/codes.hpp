@@ -13,6 +13,7 @@ extern const Isa kIsa;
 
 struct Codes {
   using Lanes = std::uint32_t;
+  static constexpr Layout layout = Int4::layout;
   const float* table;
 
   explicit Codes(const float* numbers) : table(numbers) {}
@@ -24,6 +25,18 @@ struct Codes {
   static double multiply_add(const float* x, double w, double c) { return c + *x * w; }
   static double add(const float* x, double c) { return c + *x; }
   F32 value(Lanes lanes, std::ptrdiff_t i) const { return F32::set(table[lanes >> code_shift(i) & 15]); }
+};
+
+struct Bytes : Codes {
+  static constexpr Layout layout = Int8InGroups::layout;
+  using Codes::Codes;
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    return F32::set(static_cast<std::int8_t>(static_cast<std::uint8_t>(lanes >> 8 * i)));
+  }
+};
+
+inline constexpr Kernel kInt8gKernels[] = {
+    kernels::row<groups::Tile<F32, Bytes>, 1, 1>("int8g/scalar/1x32", kIsa),
 };
 
 inline constexpr Kernel kInt4Kernels[] = {

@@ -5,6 +5,7 @@
 //
 // The verbs, which mean the same in isa/avx2/vec.hpp and isa/avx512/vec.hpp, lane by lane:
 //   load, store    `width` elements of any format at any address; store_n only the first n < width, floats
+//   load_six       `width` times integer i of the 8 that three words hold (formats/scales.hpp), `stride` words apart
 //   load_pairs     `width` pairs: their first and their second elements; store_pairs (AVX-512 only) the reverse
 //   max, min       the second operand if either is NaN, so max(bound, x) passes a NaN of x on
 //   select_gt      a > b ? x : y
@@ -26,6 +27,7 @@
 #include "fastlinear/formats/bf16.hpp"
 #include "fastlinear/formats/fp16.hpp"
 #include "fastlinear/formats/int8.hpp"
+#include "fastlinear/formats/scales.hpp"
 
 namespace fastlinear::scalar {
 
@@ -45,6 +47,9 @@ struct F32 {
   template <class Element>
   static void store(Element* p, F32 x) {
     from_float(static_cast<float>(x.v), *p);
+  }
+  static F32 load_six(const std::uint16_t* p, std::ptrdiff_t stride, std::ptrdiff_t i) {
+    return {static_cast<double>(unpack_six(p[0], p[stride], p[2 * stride], i))};
   }
   static void load_pairs(const Bf16* p, F32& even, F32& odd) { even = load(p), odd = load(p + 1); }
 };
