@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastlinear.file import gguf
+from fastlinear.file import folders, gguf
 from fastlinear.file.architectures import UNUSED, architecture_of, check_config
-from fastlinear.file.filling import Source, fill
+from fastlinear.file.filling import Source, fill, with_ties
 from fastlinear.file.gguf import Gguf
 from fastlinear.file.safetensors import AnyPath, faults_of, shown
 from fastlinear.model.encoders import forbid_bypasses
 from fastlinear.spec import ggml
+from fastlinear.spec.packed import Weight, stands_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,9 +24,11 @@ def load_quantized(path: AnyPath, model: Model) -> Model:
     """Give `model` the weights of a checkpoint that others quantized, bit for bit, and return it.
 
     path: a GGUF file of Llama, Mistral, Qwen 2 and 3 or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K,
-        Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32.
-    model: a causal language model of transformers, of the architecture in the file, on the meta device or with any
-        weights, which go unread. Its dtype is that of its activations; what the file has in floats is rounded to it
+        Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32; or a folder of safetensors files whose config.json has a
+        quantization_config of GPTQ or AWQ (gemm), compressed-tensors (pack-quantized, int8 and fp8), bitsandbytes (nf4
+        and fp4), HQQ (4 bits, axis 1) or fp8 in blocks.
+    model: the model of transformers, on the meta device or with any weights, which go unread; for a GGUF file a causal
+        language model. Its dtype is that of its activations; what the file has in floats is rounded to it
         where it is narrower.
 
     Linear layers become fast ones, frozen over their packed weights, which come straight from the file: no copy in 16
@@ -36,9 +40,11 @@ def load_quantized(path: AnyPath, model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized() fills an nn.Module, but was given {type(model).__name__}")
-    mapped = gguf.open_mapped(path)
     with faults_of(path):
-        fill(model, _sources(mapped, model))
+        if os.path.isdir(path):
+            fill(model, with_ties(model, folders.sources(folders.open_folder(path), model)))
+        else:
+            fill(model, _sources(gguf.open_mapped(path), model))
     forbid_bypasses(model)
     return model
 
@@ -69,17 +75,21 @@ def _sources(mapped: Gguf, model: Any) -> dict[str, Source]:
 
 def _source(mapped: Gguf, stored: str, entry: gguf.Entry, heads: int, shift: float) -> Source:
     floating = ggml.is_floating(entry.kind)
+
+    def release() -> None:
+        mapped.release(stored)
+
     if not heads and not shift:
         rows = mapped.rows(stored)
-        return Source(entry.shape, entry.kind, lambda: ggml.unpack(entry.kind, rows), rows, floating)
+        return Source(entry.shape, entry.kind, lambda: ggml.unpack(entry.kind, rows), rows, floating, release)
     if heads and entry.shape[0] % (2 * heads):
         raise ValueError(f"its {shown(stored)} has {entry.shape[0]} rows, which {heads} heads do not share")
 
-    def read() -> ggml.Unpacked:
+    def read() -> Weight:
         rows = mapped.rows(stored).reshape(entry.shape[0], -1)
         if heads:
             rows = rows[torch.arange(len(rows), device="cpu").view(heads, -1, 2).transpose(1, 2).flatten()]
         unpacked = ggml.unpack(entry.kind, rows)
-        return ggml.numbers(unpacked) - shift if shift else unpacked
+        return stands_for(unpacked) - shift if shift else unpacked
 
-    return Source(entry.shape, entry.kind, read, floating=floating)
+    return Source(entry.shape, entry.kind, read, None, floating, release)

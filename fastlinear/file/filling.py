@@ -13,21 +13,24 @@ from fastlinear.file.matching import Held, listed, tensors_of
 from fastlinear.layer import embedding, linear, packs
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
-from fastlinear.spec import ggml
 from fastlinear.spec.formats import name_of
-from fastlinear.spec.int4 import Coded, coding_of
+from fastlinear.spec.int4 import coding_of
+from fastlinear.spec.int8 import Quantized
+from fastlinear.spec.packed import Weight, stands_for
 from fastlinear.spec.precision import Precision
 
 
 class Source(NamedTuple):
     """A tensor of a checkpoint. label: how it is held there, "Q4_0", say; read: what it stands for; rows: its bytes,
-    uint8 [N, bytes], where it is of one of ggml's kinds, which `label` then is."""
+    uint8 [N, bytes], where it is of one of ggml's kinds, which `label` then is; floating: whether it is plain floats;
+    release: lets go of the pages of the file that `read` brought into memory."""
 
     shape: tuple[int, ...]
     label: str
-    read: Callable[[], ggml.Unpacked]
+    read: Callable[[], Weight]
     rows: Tensor | None = None
-    floating: bool = False  # whether `read` gives floats
+    floating: bool = False
+    release: Callable[[], object] = lambda: None
 
 
 def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
@@ -46,7 +49,8 @@ def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
         for name, each in held.items():
             if _is_linear(each):
                 source = sources[name]
-                frozen.setdefault(id(source), _frozen(source, dtype_of(each.module)))
+                if id(source) not in frozen:
+                    frozen[id(source)] = _packed(name, source, dtype_of(each.module))
         parameters = {
             name: nn.Parameter(_floats(sources[name]).to(each.tensor.dtype), requires_grad=False)
             for name, each in held.items()
@@ -70,6 +74,14 @@ def _is_linear(each: Held) -> bool:
 
 def _is_rows(each: Held, source: Source) -> bool:
     return each.attribute == "weight" and isinstance(each.module, nn.Embedding) and source.rows is not None
+
+
+def with_ties(model: nn.Module, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The same, and for parameters of a model that are missing there those of the Parameter that they are."""
+    held = {each.name: each.tensor for each in tensors_of(model)}
+    known = {id(held[name]): source for name, source in sources.items() if name in held}
+    ties = {name: known[id(tensor)] for name, tensor in held.items() if name not in sources and id(tensor) in known}
+    return {**sources, **ties}
 
 
 def _check(model: nn.Module, held: Mapping[str, Held], sources: Mapping[str, Source]) -> None:
@@ -96,15 +108,25 @@ def _check(model: nn.Module, held: Mapping[str, Held], sources: Mapping[str, Sou
 
 
 def _floats(source: Source) -> Tensor:
-    return ggml.numbers(source.read()).reshape(source.shape)
+    return stands_for(source.read()).reshape(source.shape)
+
+
+def _packed(name: str, source: Source, held: torch.dtype) -> Frozen:
+    try:
+        return _frozen(source, held)
+    except ValueError as error:
+        raise ValueError(f"its {name}: {error}") from error
+    finally:
+        source.release()
 
 
 def _frozen(source: Source, held: torch.dtype) -> Frozen:
     """A weight as a linear layer whose Parameter was of dtype `held` has it: bit for bit, unless told otherwise."""
-    unpacked = source.read()
-    if isinstance(unpacked, Coded):
-        return Frozen(packs.pack_coded(unpacked), held, origin=f"from {source.label}")
-    floats = ggml.numbers(unpacked)
+    weight = source.read()
+    if not isinstance(weight, Tensor):
+        packed = packs.pack_quantized(weight, "int8wo") if isinstance(weight, Quantized) else packs.pack_coded(weight)
+        return Frozen(packed, held, origin=f"from {source.label}")
+    floats = weight
     wide = floats.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
     floats = floats.to(held) if wide or floats.dtype not in _tensors.FORMATS else floats
     packed = packs.pack(floats, Precision(name_of(floats.dtype)))

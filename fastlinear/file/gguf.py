@@ -59,6 +59,14 @@ class Gguf(NamedTuple):
             return torch.empty(0, row_nbytes(entry.kind, entry.shape[-1]), dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self.memory, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin).view(n, -1)
 
+    def release(self, name: str) -> None:
+        """Takes what was read of a tensor, and never written, out of memory; who reads it again has it again."""
+        entry = self.entries[name]
+        begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        nbytes = (entry.begin + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if nbytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED, begin, nbytes)
+
 
 def row_nbytes(kind: str, k: int) -> int:
     """Bytes of k weights of a kind, of which they fill whole blocks."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.spec import ggml
+from fastlinear.spec.packed import stands_for
 
 
 class _Rows(nn.Embedding):
@@ -26,7 +27,7 @@ class _Rows(nn.Embedding):
         return self._unpacked(rows).view(*input.shape, self.embedding_dim)
 
     def _unpacked(self, rows: Tensor) -> Tensor:
-        return ggml.numbers(ggml.unpack(self._kind, rows)).to(self._held)
+        return stands_for(ggml.unpack(self._kind, rows)).to(self._held)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._parameters.get("weight") is None:

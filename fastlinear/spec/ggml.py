@@ -18,31 +18,16 @@ from fastlinear.spec.int4 import TABLES, Coded
 _UNSIGNED = tuple(map(float, range(16)))
 
 
-class Integers(NamedTuple):
-    """A weight [N, K] = scale[n, k // group] * values[n, k] + offset[n, k // group], each rounded to fp32.
-
-    values: int8 [N, K]; scale and offset: floating [N, K / group], offset None for 0.
-    """
-
-    values: Tensor
-    scale: Tensor
-    group: int
-    offset: Tensor | None = None
-
-
-Unpacked = Tensor | Coded | Integers  # floats [N, K], 4-bit codes, or integers
-
-
 class Kind(NamedTuple):
     """number: ggml's, in a file; size: weights of a block of nbytes; unpack: takes blocks, uint8 [N, B, nbytes]."""
 
     number: int
     size: int
     nbytes: int
-    unpack: Callable[[Tensor], Unpacked]
+    unpack: Callable[[Tensor], Tensor | Coded]
 
 
-def unpack(kind: str, rows: Tensor) -> Unpacked:
+def unpack(kind: str, rows: Tensor) -> Tensor | Coded:
     """What rows, uint8 [N, bytes of a row], stand for."""
     return KINDS[kind].unpack(rows.unflatten(1, (-1, KINDS[kind].nbytes)))
 
@@ -50,17 +35,6 @@ def unpack(kind: str, rows: Tensor) -> Unpacked:
 def is_floating(kind: str) -> bool:
     """Whether a kind is plain floats, which are blocks of one."""
     return KINDS[kind].size == 1
-
-
-def numbers(unpacked: Unpacked) -> Tensor:
-    """The weight [N, K], floats as they are, everything else in fp32."""
-    if isinstance(unpacked, Tensor):
-        return unpacked
-    terms = unpacked.table[unpacked.codes.int()] if isinstance(unpacked, Coded) else unpacked.values.float()
-    by_group: Tensor = terms.unflatten(1, (-1, unpacked.group)) * unpacked.scale.float()[..., None]
-    if unpacked.offset is not None:
-        by_group = by_group + unpacked.offset.float()[..., None]
-    return by_group.flatten(1)
 
 
 # ---- the kinds ----
@@ -91,32 +65,32 @@ def _coded(table: tuple[float, ...], offset: bool = False) -> Callable[[Tensor],
     return unpack_blocks
 
 
-def _q8_0(blocks: Tensor) -> Integers:
-    return Integers(blocks[..., 2:].contiguous().view(torch.int8).flatten(1), _half(blocks, 0), 32)
+def _q8_0(blocks: Tensor) -> Coded:
+    return Coded(blocks[..., 2:].contiguous().view(torch.int8).flatten(1), _half(blocks, 0), None, 32)
 
 
-def _fives(offset: bool) -> Callable[[Tensor], Integers]:
+def _fives(offset: bool) -> Callable[[Tensor], Coded]:
     """Q5_0 and Q5_1: as of 4 bits, with 4 bytes before the codes in which bit k is the fifth of weight k."""
 
-    def unpack_blocks(blocks: Tensor) -> Integers:
+    def unpack_blocks(blocks: Tensor) -> Coded:
         fifth = blocks[..., -20:-16, None] >> torch.arange(8, device="cpu", dtype=torch.uint8) & 1
         codes = _nibbles(blocks[..., -16:]) | fifth.flatten(-2) << 4
         values = codes.view(torch.int8) if offset else codes.view(torch.int8) - 16
-        return Integers(values.flatten(1), _half(blocks, 0), 32, _half(blocks, 2) if offset else None)
+        return Coded(values.flatten(1), _half(blocks, 0), None, 32, _half(blocks, 2) if offset else None)
 
     return unpack_blocks
 
 
-def _sixes(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and offsets of the 8 groups of a block of Q4_K or Q5_K, fp32 [N, 8 B], each 6 bits times an fp16.
+def _sixes(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the 8 groups of a block of Q4_K or Q5_K the scales and offsets, uint8 [N, 8 B], each 6 bits, and the fp16 that
+    multiply them, [N, 2 B].
 
     Of the first four groups the 6 bits are the lower ones of bytes 0 to 3 (scales) and 4 to 7 (offsets); of the others
     4 bits are the halves of bytes 8 to 11, and 2 the upper ones of the former."""
     first, second, third = blocks[..., 4:16].split(4, -1)
     scale = torch.cat([first & 63, third & 15 | first >> 6 << 4], -1)
     least = torch.cat([second & 63, third >> 4 | second >> 6 << 4], -1)
-    d, dmin = (_half(blocks, at).float()[..., None] for at in (0, 2))
-    return (d * scale).flatten(1), -(dmin * least).flatten(1)
+    return scale.flatten(1), least.flatten(1), torch.cat([_half(blocks, 0), -_half(blocks, 2)], 1)
 
 
 def _runs(bytes_: Tensor) -> Tensor:
@@ -125,26 +99,27 @@ def _runs(bytes_: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Coded:
-    scale, offset = _sixes(blocks)
-    return Coded(_runs(blocks[..., 16:]).flatten(1), scale, torch.tensor(_UNSIGNED, device="cpu"), 32, offset)
+    scale, offset, supers = _sixes(blocks)
+    table = torch.tensor(_UNSIGNED, device="cpu")
+    return Coded(_runs(blocks[..., 16:]).flatten(1), scale, table, 32, offset, supers)
 
 
-def _q5_k(blocks: Tensor) -> Integers:
-    scale, offset = _sixes(blocks)
+def _q5_k(blocks: Tensor) -> Coded:
+    scale, offset, supers = _sixes(blocks)
     # Bit g of byte j is the fifth of weight j of group g.
     fifth = blocks[..., None, 16:48] >> torch.arange(8, device="cpu", dtype=torch.uint8)[:, None] & 1
     codes = _runs(blocks[..., 48:]) | fifth.flatten(-2) << 4
-    return Integers(codes.view(torch.int8).flatten(1), scale, 32, offset)
+    return Coded(codes.view(torch.int8).flatten(1), scale, None, 32, offset, supers)
 
 
-def _q6_k(blocks: Tensor) -> Integers:
+def _q6_k(blocks: Tensor) -> Coded:
     """Of each 128: 64 bytes of lower halves, then upper ones; 32 bytes of two bits more of four runs of 32."""
     low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
     shifts = torch.arange(0, 8, 2, device="cpu", dtype=torch.uint8)[:, None]
     high = blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3
     values = (low | high.flatten(-2) << 4).view(torch.int8) - 32
-    scale = _half(blocks, 208).float()[..., None] * blocks[..., 192:208].contiguous().view(torch.int8)
-    return Integers(values.flatten(1), scale.flatten(1), 16)
+    scale = blocks[..., 192:208].contiguous().view(torch.int8)
+    return Coded(values.flatten(1), scale.flatten(1), None, 16, None, _half(blocks, 208))
 
 
 KINDS = {

@@ -6,6 +6,7 @@ import torch
 from ggufs import blocks
 
 from fastlinear.spec import ggml
+from fastlinear.spec.packed import stands_for
 
 gguf = pytest.importorskip("gguf", reason="gguf is the reference reader")
 
@@ -22,7 +23,7 @@ def test_numbers_are_those_of_the_reference(kind: str) -> None:
     for rows in (wild, tame):
         with np.errstate(all="ignore"):
             expected = torch.from_numpy(np.array(gguf.dequantize(rows.numpy(), theirs)))
-        got = ggml.numbers(ggml.unpack(kind, rows)).float()
+        got = stands_for(ggml.unpack(kind, rows)).float()
         assert got.shape == (5, count * ours.size)
         assert torch.equal(got.nan_to_num(1e30), expected.nan_to_num(1e30))
 
@@ -34,6 +35,6 @@ def test_every_code_of_every_kind_is_met() -> None:
         if row.size == 1:
             continue
         unpacked = ggml.unpack(kind, blocks(kind, 5, 24 * row.size).data.view(5, -1))
-        codes = unpacked.values if isinstance(unpacked, ggml.Integers) else unpacked.codes  # type: ignore[union-attr]
+        codes = unpacked.codes  # type: ignore[union-attr]
         bits = 8 if kind == "Q8_0" else int(kind.removeprefix("I")[1])
         assert len(codes.unique()) == 1 << bits, kind

@@ -1,0 +1,112 @@
+"""Folders of safetensors files with a quantization_config, as transformers saves them, and what lies in them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear.file import safetensors
+from fastlinear.file.filling import Source
+from fastlinear.file.safetensors import MAX_BYTES, AnyPath, Entry, Mapped, at_once, parse_json, shown
+from fastlinear.spec.checkpoints import SCHEMES, Scheme
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Folder(NamedTuple):
+    """config: the quantization_config; schemes: those of its method; files: by the names of the tensors in them."""
+
+    config: dict[str, Any]
+    schemes: tuple[Scheme, ...]
+    files: Mapping[str, Mapped]
+
+    def entry(self, name: str) -> Entry:
+        return self.files[name].contents.entries[name]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.files[name].tensor(name)
+
+
+def open_folder(path: AnyPath) -> Folder:
+    """The files of a folder, of which no more than the headers are read; ValueError where they are not sound or of no
+    known kind, OSError as the system gives it."""
+    folder = os.fspath(path)
+    config = _json(os.path.join(folder, "config.json"))
+    told = config.get("quantization_config")
+    if not isinstance(told, dict):
+        raise ValueError("its config.json has no quantization_config")
+    method = told.get("quant_method")
+    if not isinstance(method, str) or method not in SCHEMES:
+        raise ValueError(f"its quant_method is {shown(method)}, and read are {', '.join(SCHEMES)}")
+    files: dict[str, Mapped] = {}
+    for name in _names(folder):
+        mapped = safetensors.open_mapped(os.path.join(folder, name))
+        for tensor in mapped.contents.entries:
+            if tensor in files:
+                raise ValueError(f"two of its files have a tensor {shown(tensor)}")
+            files[tensor] = mapped
+    return Folder(told, SCHEMES[method], files)
+
+
+def _names(folder: str) -> list[str]:
+    """The safetensors files of a model."""
+    index = os.path.join(folder, _INDEX)
+    if not os.path.exists(index):
+        return [_SINGLE]
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"its {_INDEX} has no weight_map")
+    names = sorted({*places.values()})
+    for name in names:
+        if os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name:
+            raise ValueError(f"its {_INDEX} names the file {shown(name)}, which is not in the folder")
+    return names
+
+
+def _json(path: str) -> dict[str, Any]:
+    with open(path, "rb", opener=at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise ValueError(f"its {os.path.basename(path)} is no file of up to {MAX_BYTES} bytes")
+        parsed = parse_json(f"its {os.path.basename(path)}", file.read(MAX_BYTES).decode())
+    if not isinstance(parsed, dict):
+        raise ValueError(f"its {os.path.basename(path)} is no JSON object")
+    return parsed
+
+
+def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
+    """The tensors of a folder by their names in `model`."""
+    found: dict[str, Source] = {}
+    rest = dict.fromkeys(folder.files)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            for scheme in folder.schemes:
+                names = {part: f"{name}.{part}" for part in scheme.parts}
+                if all(each in folder.files for each in names.values()):
+                    more = {part: f"{name}.{part}" for part in scheme.optional}
+                    names |= {part: each for part, each in more.items() if each in folder.files}
+                    found[f"{name}.weight"] = _quantized(folder, scheme, names, name)
+                    rest = {each: None for each in rest if each not in names.values()}
+                    break
+    found |= {name: _plain(folder, name) for name in rest}
+    return found
+
+
+def _quantized(folder: Folder, scheme: Scheme, names: Mapping[str, str], layer: str) -> Source:
+    parts = {part: folder.tensor(name) for part, name in names.items()}
+    try:
+        shape = scheme.shape(parts, folder.config)
+    except ValueError as error:
+        raise ValueError(f"its layer {shown(layer)}: {error}") from error
+    return Source(shape, scheme.label, lambda: scheme.weight(parts, folder.config))
+
+
+def _plain(folder: Folder, name: str) -> Source:
+    entry = folder.entry(name)
+    floating = entry.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return Source(entry.shape, str(entry.dtype).removeprefix("torch."), lambda: folder.tensor(name), floating=floating)

@@ -1,0 +1,320 @@
+"""What the tensors of a quantized linear layer stand for, as GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ and fp8
+checkpoints have them, in plain torch.
+
+Each function takes the tensors of one layer by the names they have there, and gives its weight [N, K]; ValueError where
+they do not go together. W = scale * (q - zero) becomes scale * number + offset: numbers are counted from the middle of
+the codes, and there is an offset only where a zero point is another than that; it is in fp32, which holds it exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlinear.spec.int4 import TABLES, Coded
+from fastlinear.spec.int8 import Quantized
+from fastlinear.spec.packed import Weight
+
+Parts = Mapping[str, Tensor]
+Config = Mapping[str, Any]
+
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that has column i of 8
+_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+
+
+class Scheme(NamedTuple):
+    """How a layer's weight is stored. parts: names of its tensors, the first of which tells such a layer; optional:
+    more of them; shape and weight: of the parts and the checkpoint's quantization_config."""
+
+    label: str
+    parts: tuple[str, ...]
+    optional: tuple[str, ...]
+    shape: Callable[[Parts, Config], tuple[int, int]]
+    weight: Callable[[Parts, Config], Weight]
+
+
+def _need(parts: Parts, name: str, dtypes: tuple[torch.dtype, ...], *shape: int | None) -> Tensor:
+    """A tensor of one of these dtypes, and of this shape but where it is None."""
+    tensor = parts[name]
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}, not {' or '.join(map(str, dtypes))}")
+    fits = tensor.dim() == len(shape) and all(e in (None, s) for e, s in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise ValueError(f"{name} is of shape {list(tensor.shape)}, not [{wanted}]")
+    return tensor
+
+
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """The unsigned fields of int32 words, the lowest first: [..., W] -> [..., W * 32 / bits], uint8."""
+    fields = words.contiguous().view(torch.uint8)
+    return fields if bits == 8 else torch.stack([fields & 15, fields >> 4], -1).flatten(-2)
+
+
+def _bits(config: Config, name: str = "bits") -> int:
+    bits = config.get(name, 4)
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise ValueError(f"its {name} are {bits!r}, and 4 and 8 are supported")
+    return int(bits)
+
+
+def _grouped(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int) -> Coded:
+    """Of unsigned codes [N, K], and scales and zero points [N, groups]."""
+    middle = 1 << bits - 1
+    offset = None
+    if zero is not None and bool((zero != middle).any()):
+        scale = scale.float()
+        offset = scale * (middle - zero.float())
+    if bits == 4:
+        return Coded(codes, scale, torch.tensor(TABLES["int4"], device="cpu"), group, offset)
+    return Coded((codes.int() - middle).to(torch.int8), scale, None, group, offset)
+
+
+def _group(k: int, groups: int) -> int:
+    """The k that share a scale, as a power of two: one scale for all has the next one from k on."""
+    if groups == 1:
+        return 1 << max(k - 1, 15).bit_length()
+    size = -(-k // groups) if groups else 0
+    if size < 16 or size & (size - 1) or -(-k // size) != groups:
+        raise ValueError(f"it has {groups} groups of {k} inputs, and groups of 16, 32, 64 ... are supported")
+    return size
+
+
+# ---- GPTQ and AWQ ----
+
+
+def _gptq_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    qweight = _need(parts, "qweight", (torch.int32,), None, None)
+    return qweight.shape[1], qweight.shape[0] * 32 // _bits(config)
+
+
+def _gptq(parts: Parts, config: Config) -> Weight:
+    """Codes are packed along K, zero points along N. Version 1 stores zero points less 1. A checkpoint that is
+    symmetric tells its version by their value, whatever it says of itself."""
+    bits, (n, k) = _bits(config), _gptq_shape(parts, config)
+    scales = _need(parts, "scales", _SCALES, None, n)
+    groups = len(scales)
+    zeros = _fields(_need(parts, "qzeros", (torch.int32,), groups, n * bits // 32), bits).int()
+    middle, mask = 1 << bits - 1, (1 << bits) - 1
+    second = config.get("checkpoint_format") in ("gptq_v2", "gptq_p")
+    if config.get("sym", True) and bool((zeros == middle).all()):
+        second = True
+    elif config.get("sym", True) and bool((zeros == middle - 1).all()):
+        second = False
+    zeros = zeros if second else zeros + 1 & mask
+    codes = _fields(parts["qweight"].t().contiguous(), bits)
+    order = parts.get("g_idx")
+    if order is not None:
+        _need(parts, "g_idx", (torch.int32, torch.int64), k)
+        size = _group(k, groups)
+        if bool((order != torch.arange(k, device="cpu") // size).any()):
+            if bool((order < 0).any() | (order >= groups).any()):
+                raise ValueError(f"g_idx names groups that are none of {groups}")
+            by_k = scales.float()[order.long()].t()
+            return by_k * (codes.float() - zeros[order.long()].t())
+    return _grouped(codes, scales.t().contiguous(), zeros.t(), bits, _group(k, groups))
+
+
+def _awq_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    if config.get("version", "gemm").lower() != "gemm":
+        raise ValueError(f"it is of AWQ's version {config.get('version')!r}, and 'gemm' is supported")
+    if _bits(config) != 4:
+        raise ValueError("AWQ of 4 bits is supported")
+    qweight = _need(parts, "qweight", (torch.int32,), None, None)
+    return qweight.shape[1] * 8, qweight.shape[0]
+
+
+def _awq(parts: Parts, config: Config) -> Weight:
+    """All is packed along N, eight columns in another order."""
+    n, k = _awq_shape(parts, config)
+    scales = _need(parts, "scales", _SCALES, None, n)
+    order = torch.tensor(_AWQ, device="cpu")
+    codes, zeros = (
+        _fields(words, 4).unflatten(-1, (-1, 8))[..., order].flatten(-2)
+        for words in (parts["qweight"], _need(parts, "qzeros", (torch.int32,), len(scales), n // 8))
+    )
+    return _grouped(codes.t().contiguous(), scales.t().contiguous(), zeros.t(), 4, _group(k, len(scales)))
+
+
+# ---- compressed-tensors ----
+
+
+def _weights_of(config: Config) -> Config:
+    """What a config of compressed-tensors says of weights; all its groups have to agree."""
+    groups = config.get("config_groups")
+    told = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    first = told[0] if told else None
+    if not isinstance(first, dict) or any(each != first for each in told):
+        raise ValueError("its config_groups do not tell one way in which weights are quantized")
+    return first
+
+
+def _packed_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    packed = _need(parts, "weight_packed", (torch.int32,), None, None)
+    n, k = _need(parts, "weight_shape", (torch.int64, torch.int32), 2).tolist()
+    bits = _bits(_weights_of(config), "num_bits")
+    if n != len(packed) or k < 0 or -(-k * bits // 32) != packed.shape[1]:
+        raise ValueError(f"weight_shape is [{n}, {k}], which weight_packed, {list(packed.shape)}, does not hold")
+    return n, k
+
+
+def _packed(parts: Parts, config: Config) -> Weight:
+    """Codes are packed along K, zero points along N, both with half of their range added."""
+    (n, k), bits = _packed_shape(parts, config), _bits(_weights_of(config), "num_bits")
+    scale = _need(parts, "weight_scale", _SCALES, n, None)
+    codes = _fields(parts["weight_packed"], bits)[:, :k].contiguous()
+    groups, zero = scale.shape[1], None
+    if "weight_zero_point" in parts:
+        words = _need(parts, "weight_zero_point", (torch.int32,), -(-n * bits // 32), groups)
+        zero = _fields(words.t().contiguous(), bits)[:, :n].t()
+    order = parts.get("weight_g_idx")
+    if order is not None and bool((order != torch.arange(k, device="cpu") // _group(k, groups)).any()):
+        _need(parts, "weight_g_idx", (torch.int32, torch.int64), k)
+        if bool((order < 0).any() | (order >= groups).any()):
+            raise ValueError(f"weight_g_idx names groups that are none of {groups}")
+        middle = torch.tensor(1 << bits - 1, device="cpu") if zero is None else zero[:, order.long()]
+        return scale.float()[:, order.long()] * (codes.float() - middle)
+    return _grouped(codes, scale, zero, bits, _group(k, groups))
+
+
+def _plain_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    weight = _need(parts, "weight", (torch.int8, torch.float8_e4m3fn), None, None)
+    return weight.shape[0], weight.shape[1]
+
+
+def _plain(parts: Parts, config: Config) -> Weight:
+    """Integers or fp8 with a scale for all, for a channel, or for a group."""
+    n, _ = _plain_shape(parts, config)
+    weight, scale = parts["weight"], parts["weight_scale"]
+    if scale.dtype not in _SCALES or scale.shape not in ((), (1,), (n,), (n, 1)):
+        raise ValueError(f"weight_scale is {scale.dtype} {list(scale.shape)}, not one float for all, or for a channel")
+    scale = scale.float().reshape(-1).expand(n)
+    if weight.dtype is not torch.int8:
+        return weight.float() * scale[:, None]
+    zero = parts.get("weight_zero_point")
+    if zero is not None and bool(zero.any()):
+        raise ValueError("weight_zero_point of int8 weights must be 0")
+    return Quantized(weight, scale.contiguous())
+
+
+# ---- fp8 in blocks ----
+
+
+def _blocks(parts: Parts, config: Config) -> Weight:
+    """fp8 with a scale for each block, 128 x 128 unless told otherwise."""
+    n, k = _plain_shape(parts, config)
+    size = config.get("weight_block_size") or [128, 128]
+    whole = isinstance(size, list) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
+    if not whole:
+        raise ValueError(f"its weight_block_size is {size!r}, not two numbers")
+    rows, columns = -(-n // size[0]), -(-k // size[1])
+    scale = _need(parts, "weight_scale_inv", (*_SCALES, torch.uint8), rows, columns)
+    if scale.dtype is torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    by_row = scale.float().repeat_interleave(size[0], 0)[:n]
+    return parts["weight"].float() * by_row.repeat_interleave(size[1], 1)[:, :k]
+
+
+# ---- bitsandbytes ----
+
+
+def _state(parts: Parts) -> dict[str, Any]:
+    raw = next((parts[name] for name in _STATES if name in parts), None)
+    if raw is None or raw.dtype is not torch.uint8 or raw.numel() > 1 << 16:
+        raise ValueError("it has no quant_state of nf4 or fp4")
+    try:
+        state = json.loads(bytes(raw.tolist()).decode())
+    except RecursionError as error:
+        raise ValueError("its quant_state is no JSON that could be read") from error
+    shape = state.get("shape") if isinstance(state, dict) else None
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(s) is int and 0 < s < 1 << 40 for s in shape):
+        raise ValueError("its quant_state tells no shape")
+    return dict(state)
+
+
+def _nf4_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    n, k = _state(parts)["shape"]
+    if _need(parts, "weight", (torch.uint8,), None, 1).shape[0] * 2 != n * k:
+        raise ValueError(f"its quant_state tells a shape of {n} x {k}, and weight has another size")
+    return n, k
+
+
+def _nf4(parts: Parts, config: Config) -> Weight:
+    """Codes of consecutive elements, the first in the upper half; a scale for each `blocksize` of them, itself perhaps
+    a code of 8 bits with scales of its own."""
+    (n, k), state = _nf4_shape(parts, config), _state(parts)
+    size = state.get("blocksize")
+    if type(size) is not int or size < 16 or size & (size - 1) or k % size:
+        raise ValueError(f"its blocks are of {size!r}, which rows of {k} inputs do not hold whole")
+    table = _need(parts, "weight.quant_map", (torch.float32,), 16)
+    scale = _need(parts, "weight.absmax", (torch.float32, torch.uint8), n * k // size)
+    if scale.dtype is torch.uint8:
+        outer, offset = state.get("nested_blocksize"), state.get("nested_offset")
+        if type(outer) is not int or outer <= 0 or not isinstance(offset, (int, float)):
+            raise ValueError("its quant_state tells no nested_blocksize and nested_offset")
+        numbers = _need(parts, "weight.nested_quant_map", (torch.float32,), 256)
+        of_blocks = _need(parts, "weight.nested_absmax", (torch.float32,), -(-len(scale) // outer))
+        index = torch.arange(len(scale), device="cpu") // outer
+        scale = numbers[scale.int()] * of_blocks[index] + torch.tensor(offset, dtype=torch.float32, device="cpu")
+    pairs = parts["weight"].view(-1)
+    codes = torch.stack([pairs >> 4, pairs & 15], -1).view(n, k)
+    return Coded(codes, scale.view(n, -1), table, size)
+
+
+# ---- HQQ ----
+
+
+def _hqq_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    n, k = _need(parts, "shape", (torch.int64, torch.int32), 2).tolist()
+    if _need(parts, "W_q", (torch.uint8,), None, None).numel() * 2 != n * k:
+        raise ValueError(f"its shape is {n} x {k}, and W_q has another size: 4 bits are supported")
+    return n, k
+
+
+def _hqq(parts: Parts, config: Config) -> Weight:
+    """A row of W_q is a group; the first half of them in the upper, the second in the lower halves of the bytes."""
+    n, k = _hqq_shape(parts, config)
+    for name, supported in (("axis", 1), ("nbits", 4)):
+        if name in parts and parts[name].flatten().tolist() != [supported]:
+            raise ValueError(f"its {name} is {parts[name].flatten().tolist()}, and {supported} is supported")
+    size, pairs = parts["W_q"].shape[1], parts["W_q"]
+    if size < 16 or size & (size - 1) or k % size:
+        raise ValueError(f"its groups are of {size}, which rows of {k} inputs do not hold whole")
+    scale, zero = (_need(parts, name, _SCALES, n * k // size, 1).float().view(n, -1) for name in ("scale", "zero"))
+    codes = torch.cat([pairs >> 4, pairs & 15]).view(n, k)
+    table = torch.tensor(TABLES["int4"], device="cpu")
+    return Coded(codes, scale, table, size, scale * (8 - zero))
+
+
+SCHEMES: dict[str, tuple[Scheme, ...]] = {
+    "gptq": (Scheme("GPTQ", ("qweight", "qzeros", "scales"), ("g_idx",), _gptq_shape, _gptq),),
+    "awq": (Scheme("AWQ", ("qweight", "qzeros", "scales"), (), _awq_shape, _awq),),
+    "compressed-tensors": (
+        Scheme(
+            "compressed-tensors",
+            ("weight_packed", "weight_scale", "weight_shape"),
+            ("weight_zero_point", "weight_g_idx"),
+            _packed_shape,
+            _packed,
+        ),
+        Scheme("compressed-tensors", ("weight_scale", "weight"), ("weight_zero_point",), _plain_shape, _plain),
+    ),
+    "fp8": (Scheme("fp8", ("weight_scale_inv", "weight"), (), _plain_shape, _blocks),),
+    "bitsandbytes": (
+        Scheme(
+            "bitsandbytes",
+            ("weight.absmax", "weight", "weight.quant_map"),
+            (*_STATES, "weight.nested_absmax", "weight.nested_quant_map"),
+            _nf4_shape,
+            _nf4,
+        ),
+    ),
+    "hqq": (Scheme("HQQ", ("W_q", "scale", "zero", "shape"), ("axis", "nbits", "group_size"), _hqq_shape, _hqq),),
+}

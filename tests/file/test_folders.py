@@ -1,0 +1,357 @@
+"""load_quantized on folders of safetensors: each scheme, packed here as its own packer does, arrives bit for bit."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear import FormatError
+
+from .test_damage import in_child, mutate_bytes
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+GROUP = 64
+Parts = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heuristic chooses: these tests are of bits."""
+    monkeypatch.setenv("FASTLINEAR_AUTOTUNE", "0")
+
+
+def config() -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=48, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def on_meta(dtype: torch.dtype = torch.float32) -> Any:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config(), dtype=dtype).eval()
+
+
+# ---- packers: the layouts in words of their own ----
+
+
+def packed(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """[..., F] fields of some bits -> int32 [..., F * bits / 32]; `order`: the column that each field has."""
+    per = 32 // bits
+    words = torch.zeros(*values.shape[:-1], values.shape[-1] // per, dtype=torch.int64)
+    for field in range(per):
+        column = field if order is None else order[field]
+        words |= values[..., column::per].long() << bits * field
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def random_codes(n: int, k: int, bits: int = 4) -> Tensor:
+    return torch.randint(1 << bits, (n, k))
+
+
+def scales(n: int, groups: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return (torch.rand(n, groups) / 64 + 1e-3).to(dtype)
+
+
+def spread(of_groups: Tensor, k: int) -> Tensor:
+    return of_groups.double().repeat_interleave(GROUP, 1)[:, :k]
+
+
+def gptq(n: int, k: int, *, bits: int = 4, second: bool = False, sym: bool = True, order: bool = False) -> Any:
+    groups, middle = k // GROUP, 1 << bits - 1
+    codes, scale = random_codes(n, k, bits), scales(n, groups)
+    zeros = torch.full((n, groups), middle) if sym else torch.randint(1, 1 << bits, (n, groups))
+    by_k = torch.arange(k) // GROUP
+    by_k = by_k[torch.randperm(k)] if order else by_k
+    weight = scale.double()[:, by_k] * (codes - zeros[:, by_k])
+    stored = zeros if second else zeros - 1
+    parts = {
+        "qweight": packed(codes, bits).t(), "qzeros": packed(stored.t(), bits), "scales": scale.t(),
+        "g_idx": by_k.int(),
+    }  # fmt: skip
+    return weight, parts
+
+
+def awq(n: int, k: int) -> Any:
+    codes, zeros, scale = random_codes(n, k), random_codes(n, k // GROUP), scales(n, k // GROUP)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    weight = spread(scale, k) * (codes - spread(zeros, k))
+    parts = {"qweight": packed(codes.t(), 4, order), "qzeros": packed(zeros.t(), 4, order), "scales": scale.t()}
+    return weight, parts
+
+
+def compressed(n: int, k: int, *, bits: int = 4, zeros: bool = False) -> Any:
+    codes, scale = random_codes(n, k, bits), scales(n, k // GROUP, torch.bfloat16)
+    zero = random_codes(n, k // GROUP, bits) if zeros else torch.full((n, k // GROUP), 1 << bits - 1)
+    weight = spread(scale, k) * (codes - spread(zero, k))
+    parts = {"weight_packed": packed(codes, bits), "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
+    if zeros:
+        parts["weight_zero_point"] = packed(zero.t(), bits).t()
+    return weight, parts
+
+
+def integers(n: int, k: int) -> Any:
+    values, scale = torch.randint(-128, 128, (n, k)).to(torch.int8), scales(n, 1, torch.float32)
+    return values.double() * scale, {"weight": values, "weight_scale": scale}
+
+
+def fp8(n: int, k: int) -> Any:
+    values, blocks = torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(-(-n // 128), -(-k // 128)) / 8
+    by_row = blocks.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    return values.double() * by_row, {"weight": values, "weight_scale_inv": blocks}
+
+
+def hqq(n: int, k: int) -> Any:
+    codes, scale, zero = random_codes(n, k), scales(n, k // GROUP), torch.rand(n, k // GROUP).half() * 15
+    rows = codes.view(-1, GROUP)
+    halves = rows[: len(rows) // 2] << 4 | rows[len(rows) // 2 :]
+    weight = (codes - spread(zero, k)) * spread(scale, k)
+    parts = {"W_q": halves.to(torch.uint8), "scale": scale.view(-1, 1), "zero": zero.view(-1, 1),
+             "shape": torch.tensor([n, k]), "axis": torch.tensor(1), "nbits": torch.tensor(4)}  # fmt: skip
+    return weight, parts
+
+
+def nf4(n: int, k: int, *, nested: bool = False) -> Any:
+    from fastlinear.spec.int4 import TABLES
+
+    codes, table = random_codes(n, k), torch.tensor(TABLES["nf4"])
+    absmax = torch.rand(n * k // 64) / 16
+    state: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4", "dtype": "float16", "shape": [n, k]}
+    parts: Parts = {
+        "weight": (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).view(-1, 1),
+        "weight.quant_map": table,
+    }
+    if nested:
+        state |= {"nested_blocksize": 256, "nested_offset": 0.03125, "nested_dtype": "float32"}
+        inner = torch.randint(256, absmax.shape).to(torch.uint8)
+        numbers, outer = torch.linspace(-1, 1, 256), torch.rand(-(-len(absmax) // 256)) / 64
+        parts |= {"weight.absmax": inner, "weight.nested_quant_map": numbers, "weight.nested_absmax": outer}
+        absmax = numbers[inner.long()] * outer.repeat_interleave(256)[: len(inner)] + 0.03125
+    else:
+        parts["weight.absmax"] = absmax
+    text = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+    parts["weight.quant_state.bitsandbytes__nf4"] = text
+    return table[codes].double() * absmax.view(n, -1).double().repeat_interleave(64, 1), parts
+
+
+def ct(bits: int) -> Any:
+    return {"config_groups": {"group_0": {"weights": {"num_bits": bits, "type": "int"}}}, "ignore": ["lm_head"]}
+
+
+# name: packer, quantization_config, what the layers are packed as
+SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
+    "gptq v1": (gptq, {"quant_method": "gptq", "bits": 4, "sym": True}, "int4"),
+    "gptq v2 that says v1": (lambda n, k: gptq(n, k, second=True), {"quant_method": "gptq", "bits": 4}, "int4"),
+    "gptq zeros": (lambda n, k: gptq(n, k, sym=False), {"quant_method": "gptq", "bits": 4, "sym": False}, "int4"),
+    "gptq v2 zeros": (
+        lambda n, k: gptq(n, k, sym=False, second=True),
+        {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"},
+        "int4",
+    ),
+    "gptq order": (lambda n, k: gptq(n, k, order=True), {"quant_method": "gptq", "bits": 4}, "fp32"),
+    "gptq 8 bits": (lambda n, k: gptq(n, k, bits=8), {"quant_method": "gptq", "bits": 8}, "int8g"),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "GEMM", "zero_point": True}, "int4"),
+    "compressed": (compressed, {"quant_method": "compressed-tensors", **ct(4)}, "int4"),
+    "compressed zeros": (
+        lambda n, k: compressed(n, k, zeros=True), {"quant_method": "compressed-tensors", **ct(4)}, "int4",
+    ),
+    "compressed 8 bits": (
+        lambda n, k: compressed(n, k, bits=8), {"quant_method": "compressed-tensors", **ct(8)}, "int8g",
+    ),
+    "integers": (integers, {"quant_method": "compressed-tensors", **ct(8)}, "int8wo"),
+    "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp32"),
+    "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
+    "nf4 nested": (lambda n, k: nf4(n, k, nested=True), {"quant_method": "bitsandbytes"}, "int4"),
+    "hqq": (hqq, {"quant_method": "hqq"}, "int4"),
+}  # fmt: skip
+
+
+def written(folder: Path, scheme: str, shards: int = 1) -> dict[str, Tensor]:
+    """Writes a checkpoint, and tells its weights in fp64."""
+    torch.manual_seed(0)
+    pack, told, _ = SCHEMES[scheme]
+    weights: dict[str, Tensor] = {}
+    tensors: Parts = {}
+    model = on_meta()
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear) and name != "lm_head.weight":
+            weights[name], parts = pack(*parameter.shape)
+            stem = name.removesuffix("weight")
+            tensors |= {stem + part: tensor.contiguous() for part, tensor in parts.items()}
+        else:
+            tensors[name] = torch.randn(parameter.shape).half()
+            weights[name] = tensors[name].double()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": told}))
+    names = ["model.safetensors"] if shards == 1 else [f"model-{i}.safetensors" for i in range(shards)]
+    for i, name in enumerate(names):
+        save_file(dict(list(tensors.items())[i::shards]), folder / name)
+    if shards > 1:
+        places = {tensor: names[i % shards] for i, tensor in enumerate(tensors)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return weights
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme(scheme: str, tmp_path: Path) -> None:
+    """Each weight is the fp64 formula of the format, rounded to fp32 no more than its own steps round, packed as wide
+    as it has to be; and the model runs."""
+    weights = written(tmp_path, scheme, shards=2 if scheme == "awq" else 1)
+    fast = fastlinear.load_quantized(tmp_path, on_meta())
+    state = fast.state_dict()
+    assert state.keys() == weights.keys()
+    exact = scheme not in ("hqq", "nf4 nested")  # whose zero points, or scales, are floats of their own
+    for name, expected in weights.items():
+        if exact:
+            assert torch.equal(state[name], expected.float()), name
+        else:
+            torch.testing.assert_close(state[name], expected.float(), rtol=1e-6, atol=1e-6)
+    packs = {m._frozen.packed.format for name, m in fast.named_modules() if isinstance(m, nn.Linear) and "proj" in name}
+    assert packs == {SCHEMES[scheme][2]}
+    with torch.inference_mode():
+        assert fast(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_compressed_tensors_own_packer(zeros: bool, tmp_path: Path) -> None:
+    """What its package packs is what is read."""
+    reason = "compressed-tensors is the format's own packer"
+    helpers: Any = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason=reason)
+    from fastlinear.spec.checkpoints import SCHEMES as READ
+    from fastlinear.spec.packed import stands_for
+
+    n, k = 24, 128
+    codes, scale = torch.randint(-8, 8, (n, k)).to(torch.int8), scales(n, k // GROUP)
+    parts = {
+        "weight_packed": helpers.pack_to_int32(codes, 4),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    zero = torch.zeros(n, k // GROUP, dtype=torch.int8)
+    if zeros:
+        zero = torch.randint(-8, 8, zero.shape).to(torch.int8)
+        parts["weight_zero_point"] = helpers.pack_to_int32(zero, 4, packed_dim=0)
+    weight = READ["compressed-tensors"][0].weight(parts, ct(4))
+    assert torch.equal(stands_for(weight), (spread(scale, k) * (codes - spread(zero, k))).float())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_own_packer(kind: str, nested: bool) -> None:
+    """What its package packs is read as its own dequantization has it."""
+    bnb: Any = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the format's own packer")
+    from fastlinear.spec.checkpoints import SCHEMES as READ
+    from fastlinear.spec.packed import stands_for
+
+    data, state = bnb.quantize_4bit(torch.randn(24, 128), quant_type=kind, compress_statistics=nested, blocksize=64)
+    parts = {"weight": data, **{f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}}
+    read = stands_for(READ["bitsandbytes"][0].weight(parts, {}))
+    torch.testing.assert_close(read, bnb.dequantize_4bit(data, state), rtol=1e-6 if nested else 0, atol=0)
+
+
+# ---- bad input ----
+
+
+def changed(folder: Path, scheme: str, edit: Callable[[Parts, dict[str, Any]], object]) -> None:
+    written(folder, scheme)
+    from safetensors.torch import load_file
+
+    tensors, told = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    edit(tensors, told["quantization_config"])
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(told))
+
+
+Q = "model.layers.0.self_attn.q_proj"
+REFUSED: dict[str, tuple[str, Callable[[Parts, dict[str, Any]], object], str]] = {
+    "3 bits": ("gptq v1", lambda t, c: c.update(bits=3), rf"layer '{Q}': its bits are 3, and 4 and 8 are supported"),
+    "AWQ gemv": ("awq", lambda t, c: c.update(version="gemv"), r"AWQ's version 'gemv', and 'gemm' is supported"),
+    "HQQ axis 0": ("hqq", lambda t, c: t.update({f"{Q}.axis": torch.tensor(0)}), rf"{Q}.weight: its axis is \[0\]"),
+    "another method": ("awq", lambda t, c: c.update(quant_method="quip"), r"quant_method is 'quip', and read are gptq"),
+    "a lost part": ("gptq v1", lambda t, c: t.pop(f"{Q}.scales"), rf"lacks 1 tensor \({Q}.weight\).* has 3 tensors"),
+    "another dtype": (
+        "awq", lambda t, c: t.update({f"{Q}.scales": t[f"{Q}.scales"].double()}), "scales is torch.float64",
+    ),
+    "a group that does not fit": (
+        "awq", lambda t, c: t.update({f"{Q}.scales": t[f"{Q}.scales"][:1], f"{Q}.qzeros": t[f"{Q}.qzeros"]}),
+        rf"{Q}.weight: qzeros is of shape \[2, 16\], not \[1, 16\]",
+    ),
+    "another shape": (
+        "compressed", lambda t, c: t.update({f"{Q}.weight_shape": torch.tensor([128, 1 << 40])}), "does not hold",
+    ),
+    "groups out of range": (
+        "gptq order", lambda t, c: t[f"{Q}.g_idx"].fill_(99), rf"{Q}.weight: g_idx names groups that are none of 2",
+    ),
+}  # fmt: skip
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    return [(type(m), *map(id, (*m._parameters.values(), *m._buffers.values()))) for m in model.modules()]
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str, tmp_path: Path) -> None:
+    """With the tensor or the layer, what is supported, and the model as it was."""
+    scheme, edit, message = REFUSED[what]
+    changed(tmp_path, scheme, edit)
+    model = on_meta()
+    before = snapshot(model)
+    with pytest.raises(FormatError, match=message):
+        fastlinear.load_quantized(tmp_path, model)
+    assert snapshot(model) == before
+
+
+def mutations(folder: Path, scheme: str, count: int) -> Counter[str]:
+    """Of the file, and of the numbers in its tensors that tell shapes and groups."""
+    written(folder, scheme)
+    path = folder / "model.safetensors"
+    good = path.read_bytes()
+
+    def work() -> Any:
+        outcomes: Counter[str] = Counter()
+        dice, model = random.Random(3), on_meta()
+        for i in range(count):
+            raw = bytearray(good)
+            if i % 2:
+                mutate_bytes(raw, dice)
+            else:
+                for _ in range(8):
+                    raw[dice.randrange(len(raw))] = dice.choice((0, 1, 127, 128, 255))
+            path.write_bytes(raw)
+            before = snapshot(model)
+            try:
+                fastlinear.load_quantized(folder, model)
+            except FormatError:
+                assert snapshot(model) == before
+                outcomes["refused"] += 1
+            else:
+                outcomes["loaded"] += 1
+                model = on_meta()
+        return outcomes
+
+    return Counter(in_child(work, 3000))
+
+
+@pytest.mark.parametrize("scheme", ["gptq order", "compressed zeros", "nf4 nested"])
+def test_random_mutations(scheme: str, tmp_path: Path) -> None:
+    """Refused, the model being as it was, or loaded whole; no crash, no hang, no huge allocation."""
+    assert mutations(tmp_path, scheme, 40).total() == 40
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_random_mutations_for_long(scheme: str, tmp_path: Path) -> None:
+    """20,000 of them."""
+    outcomes = mutations(tmp_path, scheme, 20_000)
+    assert outcomes.total() == 20_000 and outcomes["refused"] > 1000 and outcomes["loaded"] > 100
