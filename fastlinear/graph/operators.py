@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.layer import fitness, packs
+from fastlinear.layer.form import Form
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.module import FastModule
-from fastlinear.layer.operator import Form
 from fastlinear.layer.stack import Stack, why_not_together
 from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 import fastlinear._tensors as _tensors
 from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
 from fastlinear.graph.norms import offset_rms_norm
-from fastlinear.layer.operator import Form
+from fastlinear.layer.form import Form
 from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.programs import Step

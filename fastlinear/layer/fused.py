@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlinear.layer.module import FastModule, label
+from fastlinear.layer.fallback import label
+from fastlinear.layer.module import FastModule
 from fastlinear.spec import programs
 
 

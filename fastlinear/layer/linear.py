@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import operator
+from fastlinear.layer import lookup
+from fastlinear.layer.fallback import label
 from fastlinear.layer.fitness import HOOKED, conv1d, runs_its_own, taken_over, why_no_twin, why_not, why_unread
 from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, record_of, thaw_layer
 from fastlinear.layer.fused import TakesOperands
 from fastlinear.layer.lock import lock
-from fastlinear.layer.module import FastModule, label
+from fastlinear.layer.module import FastModule
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
 from fastlinear.layer.quality import note
 from fastlinear.plan import decide, rivals, table
@@ -207,7 +208,7 @@ def release(module: Any) -> None:
     thaw_layer(module)
     out_features = module._channels if module._gated else None
     stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, Freezable))
-    operator.forget(module)
+    lookup.forget(module)
     for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
         vars(module).pop(key, None)
     _turn_into(module, stock)

@@ -8,14 +8,11 @@ makes its own at its first call, or has the pack of a frozen layer from the star
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from inspect import getmembers
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
@@ -23,19 +20,20 @@ import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine
-from fastlinear.layer import gradient, operator
+from fastlinear.layer import gradient, lookup, operator
 from fastlinear.layer.elsewhere import why_elsewhere
-from fastlinear.layer.fitness import dtype_of, odd_dtype, why_unread
+from fastlinear.layer.fallback import in_torch, label
+from fastlinear.layer.fitness import dtype_of, odd_dtype
 from fastlinear.layer.frozen import Freezable, Frozen, record_of, watch_parameters
 from fastlinear.layer.lock import lock
-from fastlinear.layer.packs import pack
-from fastlinear.plan import decide, rivals
+from fastlinear.layer.planning import is_quantized, prepare
+from fastlinear.plan import rivals
 from fastlinear.plan.candidates import Plan
 from fastlinear.plan.decide import tell
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, FP32, dtype_of_rows, long_name, name_of
+from fastlinear.spec.formats import FP32, dtype_of_rows, long_name, name_of
 from fastlinear.spec.precision import AS_HELD, Precision, epilogue
 from fastlinear.spec.reference import Reference
 
@@ -53,18 +51,6 @@ _UNSAVED = (
 _BY_TORCH = (_engine.UNFIT, _engine.TRAINING, _engine.DISABLED)
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-
-_watchers: list[Callable[[Any], object]] = []
-
-
-@contextmanager
-def watching(done: Callable[[Any], object]) -> Iterator[None]:
-    """Calls done(layer) whenever a fast layer has planned a call; unlike a hook, it changes nothing of the calls."""
-    _watchers.append(done)
-    try:
-        yield
-    finally:
-        _watchers.remove(done)
 
 
 class FastModule(Freezable):
@@ -176,7 +162,7 @@ class FastModule(Freezable):
         plain = changing = rivals.make(rivals.BASELINE, self.weight, self._transposed, activation, {}).run
         if precision.packed not in (None, name_of(self.weight.dtype)):
             changing = Reference(activation, precision, self._transposed).floats
-        engine.plainly(plain, None if _is_quantized(precision) else changing, self._elsewhere)
+        engine.plainly(plain, None if is_quantized(precision) else changing, self._elsewhere)
 
     def _count(self, x: Tensor, why: str) -> None:
         reason = why_elsewhere(self, x, why in (_engine.STALE, _engine.GRADIENT))
@@ -258,7 +244,7 @@ class FastModule(Freezable):
             return y
         fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self._columns()
         off = self.training or environment.disabled()
-        if fit and not off and not self._differentiated(x, operands) and self._prepare(engine, packed_as, x):
+        if fit and not off and not self._differentiated(x, operands) and prepare(self, engine, packed_as, x):
             y = engine.attempt(self, x, operands)
         return y
 
@@ -267,107 +253,11 @@ class FastModule(Freezable):
         weight = self._parameters.get("weight")
         return self.in_features if weight is None else int(weight.shape[0 if self._transposed else -1])
 
-    # ---- fall back ----
-
     def _torch(self, x: Tensor, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Tensor:
-        """The answer in torch's own ops: in training, and where the user switched the kernels off, of the parameter as
-        it is, which for a frozen layer is what it is packed in; otherwise of the numbers that the kernels multiply."""
-        try:
-            plain = self.training or environment.disabled() or self._is_odd(x)
-            return self._plain(x, bare, operands) if plain else self._referred(x, bare, operands)
-        except RuntimeError as error:  # looked at only now, because torch.jit.trace warns of every look at a shape
-            if isinstance(x, Tensor) and not x.is_nested and (x.dim() == 0 or x.shape[-1] != self.in_features):
-                raise RuntimeError(
-                    f"{label(self)} takes inputs whose last dimension is in_features={self.in_features}, "
-                    f"not a tensor of shape {tuple(x.shape)}"
-                ) from error
-            raise
+        """The answer in torch's own ops."""
+        return in_torch(self, x, bare, operands)
 
-    def _each(self, x: Any, bare: bool) -> Tensor:
-        """The answer to a nested tensor, part by part, since rows are quantized by what is in them."""
-
-        def part(rows: Tensor) -> Tensor:
-            y = self._engine.forward(self, rows)
-            return y if bare or self._absorbed is None else programs.apply(self.activation, y)
-
-        if x.layout is torch.jagged:
-            y = part(x.values())
-            return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths())
-        return torch.nested.as_nested_tensor([part(rows) for rows in x.unbind()])
-
-    def _plain(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor:
-        frozen = record_of(self)
-        x = self._precision.numbers(x) if isinstance(x, Tensor) else x
-        weight, bias = self.weight if frozen is None else frozen.unpack(self._transposed), self.bias
-        mixed = isinstance(x, Tensor) and any(t is not None and t.dtype is not x.dtype for t in (weight, bias))
-        if mixed and self._takes(x):
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        y = F.linear(x, weight.t() if self._transposed else weight, bias)
-        return programs.apply(self.computes(bare)[0], y, operands)
-
-    def _is_odd(self, x: Any) -> bool:
-        """Whether x is no rows, or the dtypes are none that go together, of which nn.Linear knows what to say."""
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            return True
-        if self._takes(x):
-            return False
-        if _is_autocast(x):
-            return x.dtype not in _tensors.FORMATS
-        fit = x.is_floating_point() and dtype_of(self) is x.dtype
-        return not fit or (self.bias is not None and self.bias.dtype is not x.dtype)
-
-    def _referred(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor:
-        if self._precision.rows is not None and (x.is_nested or x.layout is not torch.strided):
-            if x.is_nested:
-                return self._each(x, bare)
-            x = x.to_dense()  # torch multiplies sparse rows, but has no extremes of them
-        frozen, precision = record_of(self), self.computes(bare)[1]
-        reference = self._reference(precision, frozen, bare)
-        weight, bias = self.weight if frozen is None else frozen.panels, self.bias
-        if not _is_autocast(x):
-            return reference.floats(x, weight, bias, operands)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            if x.dtype in _tensors.FORMATS:
-                x = x.to(dtype)
-                reference = reference._replace(precision=precision._replace(packed=precision.under(dtype)))
-            return reference.floats(x, weight, bias, operands)
-
-    # ---- prepare ----
-
-    def _prepare(self, engine: Engine, packed_as: str, x: Tensor) -> bool:
-        """Packs and plans what a call with x needs; False where torch has to run it."""
-        with lock:
-            if all(engine is not each for each in self._engines()):
-                return False  # another thread has just frozen or reset the layer
-            if not engine.fresh(self):
-                frozen = record_of(self)
-                if why_unread(self) is not None or self._frozen is not frozen:
-                    return False
-                vars(self)["_torch_packs"] = {}
-                # Read once: another thread may be setting it, to one of another dtype.
-                weight = self.weight if frozen is None else frozen.unpack(self._transposed)
-                if self._is_own(engine):
-                    packed_as = self._precision.packed or name_of(weight.dtype)
-                precision = self._precision_in(engine, packed_as)
-                # To quantize a weight takes as long for torch's ops as for a pack.
-                quantized = self._is_own(engine) and _is_quantized(precision)
-                if frozen is None and not engine.ready(weight) and not quantized:
-                    return False
-                fingerprint = _engine.Fingerprint(weight)
-                packed = pack(weight, precision, self._transposed, fingerprint=fingerprint, gated=self._gated)
-                if frozen is not None:
-                    engine.hold(packed)
-                elif not engine.take(weight, fingerprint, packed):
-                    for key in [key for key in self._plans if key[0] is engine]:
-                        del self._plans[key]
-        m = x.shape[:-1].numel()
-        if m > 0:
-            self._plan(engine, _engine.bucket(m), x.dtype)
-        for done in _watchers:
-            done(self)
-        return True
+    # ---- what its engines are for ----
 
     def _precision_in(self, engine: Engine, packed_as: str) -> Precision:
         """What an engine of this layer computes in: what was asked for, or what autocast does to that."""
@@ -378,62 +268,6 @@ class FastModule(Freezable):
     def _cast(self) -> Precision:
         """What an engine computes in that has the weight in another format."""
         return AS_HELD._replace(products=self._precision.products)
-
-    def _plan(self, engine: Engine, m: int, x: torch.dtype) -> None:
-        threads = _products.num_threads()
-        key = engine, threads, name_of(x), m
-        with lock:
-            asked = None if self._settled(key, x) else self._question(engine, m, x, threads)
-            known = self._plans.get(key)
-        if asked is None:
-            return
-        problem, operands = asked
-        if (
-            known is None or known.provisional
-        ):  # else it stayed when the weight changed, and only torch's own pack is due
-            # Without the lock: this may measure, and others have layers to pack.
-            known = decide.decide(problem, operands, measure=self._tune == "lazy", kernel=self._kernel)
-        plan = known
-        runs = decide.executable(plan, problem, operands)
-        with lock:
-            if engine.packed is not operands.packed or not engine.fresh(self) or self._settled(key, x):
-                return  # repacked or planned by another thread meanwhile, or about to be
-            engine.plan_for(m, threads, x, runs)
-            self._plans[key] = plan
-            spare, weight = operands.spare, self._parameters.get("weight")
-            if spare is not None and weight is not None and plan.refused and plan.name not in rivals.NAMES:
-                holding = f"bare {spare.format}" if engine.bare else spare.format  # counts, and shares, its memory
-                holder = self._casting.setdefault(holding, self._new_engine(self._cast, engine.bare))
-                if not holder.fresh(self):
-                    holder.take(weight, _engine.Fingerprint(weight), spare)
-
-    def _settled(self, key: tuple[Engine, int, str, int], x: torch.dtype) -> bool:
-        """Whether the engine has a plan that is not to be asked for again."""
-        engine, threads, _, m = key
-        return key in self._plans and not self._plans[key].provisional and engine.planned(m, threads, x)
-
-    def _question(self, engine: Engine, m: int, x: torch.dtype, threads: int) -> tuple[Problem, decide.Operands] | None:
-        """What a plan is to be found for, and the tensors to measure with; None where there are no kernels."""
-        packed = engine.packed
-        if packed is None:
-            return None
-        precision = self._precision_in(engine, packed.format)
-        if not precision.takes(x):
-            return None
-        weight, bias = None if record_of(self) else self.weight, self.bias
-        problem = self.problem(engine, packed, m, name_of(x), threads)
-        spare = None
-        if weight is not None and problem.fallback:
-            spare = pack(weight, Precision(problem.held), self._transposed, gated=self._gated)
-        return problem, decide.Operands(
-            weight=None if weight is None else weight.detach(),
-            bias=None if bias is None else bias.detach(),
-            packed=packed,
-            rows=engine.rows,
-            out=precision.out,
-            spare=spare,
-            torch_packs=self._torch_packs,
-        )
 
     def problem_keys(self) -> list[str]:
         """What the tuning cache knows the layer's plans by."""
@@ -497,7 +331,7 @@ class FastModule(Freezable):
                 each.hold(frozen.packed)
         vars(self).update(_engine=engine, _casting={}, _plans={}, _torch_packs={})
         vars(self).setdefault("_elsewhere", {})
-        operator.register(self)
+        lookup.register(self)
 
     # ---- what it tells, and what is saved of it ----
 
@@ -547,21 +381,6 @@ class FastModule(Freezable):
 FastModule.__annotations__ = {"training": bool}
 FastModule.forward.__annotations__ = FastModule._forward.__annotations__ = {}
 FastModule.__jit_unused_properties__ = [name for name, _ in getmembers(FastModule, lambda m: isinstance(m, property))]
-
-
-def label(module: nn.Module) -> str:
-    """What messages call a layer: its class, and its name in the converted model if it has one."""
-    name = vars(module).get("_name", "")
-    return f"{type(module).__name__} {name!r}" if name else type(module).__name__
-
-
-def _is_quantized(precision: Precision) -> bool:
-    return bool(precision.scheme) or precision.packed not in (None, *DTYPES)
-
-
-def _is_autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _spell(program: Activation) -> str:

@@ -21,9 +21,7 @@ Eager calls do not pass here (the dispatcher costs 3 us): it serves Dynamo and t
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,97 +29,15 @@ from torch import Tensor, nn
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.layer import gradient
+from fastlinear.layer.form import FORM, SCHEMA, Form, arguments, key_of
+from fastlinear.layer.lookup import Layer, find, key_of_layer
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, FP32, name_of
-from fastlinear.spec.int4 import spelling
-from fastlinear.spec.int8 import Requantize, Rows
+from fastlinear.spec.formats import DTYPES, name_of
 from fastlinear.spec.packed import numbers
-from fastlinear.spec.precision import Precision
 from fastlinear.spec.programs import is_gated
-from fastlinear.spec.reference import Reference
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-IDENTITY = Activation("identity")  # what the op's string says for None
-SCHEMA = (
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, float[] params, bool transposed, "
-    "str packed='', str accumulate='fp32', str layout='', int n=0, int k=0, "
-    "str rows='', float scale=0.0, int zero=0, Tensor? smooth=None, ScalarType? out=None, float out_scale=0.0, "
-    "int out_zero=0, str products='fp32', str coding='', Tensor[]? operands=None) -> Tensor"
-)
-Key: TypeAlias = tuple[Any, ...]
-
-
-class Form(NamedTuple):
-    """The op's arguments behind the tensors; the dispatcher leaves out those that have their default values."""
-
-    activation: str
-    params: list[float]
-    transposed: bool
-    packed: str = ""
-    accumulate: str = "fp32"
-    layout: str = ""
-    n: int = 0
-    k: int = 0
-    rows: str = ""
-    scale: float = 0.0
-    zero: int = 0
-    smooth: Tensor | None = None
-    out: torch.dtype | None = None
-    out_scale: float = 0.0
-    out_zero: int = 0
-    products: str = FP32
-    coding: str = ""
-    tensors: Sequence[Tensor] | None = None  # the operands
-
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        return tuple(self.tensors or ())
-
-    def precision(self) -> Precision:
-        """What the op may round to."""
-        rows = Rows(self.rows, self.scale, self.zero, self.smooth) if self.rows else None
-        out = None if self.out is None else Requantize(self.out, self.out_scale, self.out_zero)
-        coding = spelling(self.coding) if self.coding else None
-        return Precision(self.packed or None, self.accumulate, rows, out, products=self.products, coding=coding)
-
-    def fused(self) -> Activation | None:
-        """The activation as a layer has it."""
-        return None if self.activation == IDENTITY.name else Activation(self.activation, tuple(self.params))
-
-    def reference(self) -> Reference:
-        """What the op computes, in torch's own ops."""
-        return Reference(self.fused(), self.precision(), self.transposed, (self.layout, self.n, self.k))
-
-
-def arguments(
-    activation: Activation | None,
-    transposed: bool,
-    packed: str,
-    precision: Precision,
-    panels: tuple[str, int, int],
-    operands: tuple[Tensor, ...] = (),
-) -> Form:
-    """What a layer tells the op. panels: layout, n and k of a frozen one, else "", 0 and 0."""
-    name, params = activation or IDENTITY
-    rows, out = precision.rows or Rows(""), precision.out or (None, 0.0, 0)
-    coding = "" if precision.coding is None else precision.coding.spelled()
-    rest: tuple[Any, ...] = (*panels, *rows, *out, precision.products, coding, [*operands] or None)
-    return Form(name, list(params), transposed, packed, precision.accumulate, *rest)
-
-
-def key_of(address: int | None, activation: Activation | None, transposed: bool, precision: Precision) -> Key:
-    """Equal for what one layer may answer, whatever it is packed in."""
-    rows, smooth = (precision.rows or Rows(""))._replace(smooth=None), address_of(precision.smooth)
-    floats = precision.accumulate, precision.products, precision.coding
-    return address, activation, transposed, floats, rows, smooth, precision.out
-
-
-def address_of(t: Tensor | None) -> int | None:
-    """Where the memory of a plain CPU tensor begins; None for anything else, which may have none."""
-    if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.device.type != "cpu":
-        return None
-    return t.data_ptr()
 
 
 def unpack(panels: Tensor, layout: str, n: int, k: int, smooth: Tensor | None = None) -> Tensor:
@@ -129,55 +45,6 @@ def unpack(panels: Tensor, layout: str, n: int, k: int, smooth: Tensor | None = 
     given; an op, and so right in every mode of torch."""
     weight: Tensor = torch.ops.fastlinear.unpack.default(panels, layout, n, k)
     return weight if smooth is None else weight * smooth
-
-
-class Layer(Protocol):
-    """What the op has to know of a fast layer."""
-
-    activation: Activation | None
-    in_features: int
-    training: bool
-    _transposed: bool
-    _precision: Precision
-
-    @property
-    def _parameters(self) -> Mapping[str, Tensor | None]: ...
-
-    @property
-    def _frozen(self) -> Any: ...  # panels and form, or None
-
-    @property
-    def precision(self) -> Precision: ...
-
-    @property
-    def packed_as(self) -> str: ...
-
-    def _takes(self, x: Tensor) -> bool: ...
-
-    def computes(self, bare: bool) -> tuple[Activation | None, Precision]: ...
-
-    def _native(self, x: Tensor, packed_as: str, bare: bool, operands: tuple[Tensor, ...]) -> Tensor | None: ...
-
-    def _torch(self, x: Tensor, bare: bool, operands: tuple[Tensor, ...]) -> Tensor: ...
-
-
-_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()  # all there are, by id
-_by_address: dict[int | None, list[weakref.ref[Layer]]] = {}  # by where their weights were when one was last looked for
-_missed: dict[Key, int] = {}  # what no layer was found for -> calls until it is looked for again
-_MISSES, _AGAIN = 4096, 1000
-_found: weakref.WeakValueDictionary[Key, Layer] = weakref.WeakValueDictionary()  # those that were looked up
-
-
-def register(layer: Layer) -> None:
-    """Lets the op find the layer by whatever parameters it has at the time."""
-    _layers[id(layer)] = layer
-    _by_address.clear()
-    _missed.clear()
-
-
-def forget(layer: object) -> None:
-    """Undoes `register`: the layer is no longer a fast one."""
-    _layers.pop(id(layer), None)
 
 
 def linear(layer: Layer, x: Tensor, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Tensor:
@@ -206,28 +73,6 @@ def recorded(layer: Layer, x: Any, bare: bool, operands: tuple[Any, ...] = ()) -
     return y
 
 
-_FORM = tuple[
-    str,
-    list[float],
-    bool,
-    str,
-    str,
-    str,
-    int,
-    int,
-    str,
-    float,
-    int,
-    Tensor | None,
-    int | None,
-    float,
-    int,
-    str,
-    str,
-    list[Tensor] | None,
-]
-
-
 def for_script(layer: Layer, bare: bool) -> tuple[Tensor | None, Any]:
     """What stands for the weight of a frozen layer, and the arguments of the op behind the bias, as TorchScript takes
     them."""
@@ -235,7 +80,7 @@ def for_script(layer: Layer, bare: bool) -> tuple[Tensor | None, Any]:
     frozen = layer._frozen if layer._parameters.get("weight") is None else None
     panels = None if frozen is None else frozen.form
     form = arguments(activation, layer._transposed, layer.packed_as, precision, panels or ("", 0, 0))
-    return None if frozen is None else frozen.panels, torch.jit.Attribute(tuple(form), _FORM)
+    return None if frozen is None else frozen.panels, torch.jit.Attribute(tuple(form), FORM)
 
 
 def _native_form(
@@ -261,68 +106,9 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     packed = form.packed or name_of(weight.dtype)
     key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
     slot = (*key, packed)
-    layer = _find(slot, key, packed, weight, bias)
-    y = None if layer is None else layer._native(x, packed, _key_of_layer(layer, False) != key, form.operands)
+    layer = find(slot, key, packed, weight, bias)
+    y = None if layer is None else layer._native(x, packed, key_of_layer(layer, False) != key, form.operands)
     return _formula(x, weight, bias, *rest).contiguous() if y is None else y
-
-
-def _find(slot: Key, key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
-    """The layer that the op's arguments belong to, if there is one. Addresses change without notice: where none is
-    found all are looked at again, but for one question not in every call."""
-    layer = _found.get(slot)
-    if layer is not None and id(layer) in _layers and _is_of(layer, weight, bias):
-        return layer
-    if _missed.get(slot, 0) > 0:
-        _missed[slot] -= 1
-        return None
-    layer = _look_up(key, packed, weight, bias)
-    if layer is None:
-        _by_address.clear()
-        for each in [each for ref in _layers.valuerefs() if (each := ref()) is not None]:
-            _by_address.setdefault(address_of(_weight_of(each)), []).append(weakref.ref(each))
-        layer = _look_up(key, packed, weight, bias)
-    if layer is not None:
-        _found[slot] = layer
-        return layer
-    if len(_missed) >= _MISSES:
-        _missed.clear()
-    _missed[slot] = _AGAIN
-    return None
-
-
-def _look_up(key: Key, packed: str, weight: Tensor, bias: Tensor | None) -> Layer | None:
-    near = [layer for ref in _by_address.get(weight.data_ptr(), ()) if (layer := ref()) is not None]
-    able = [layer for layer in near if id(layer) in _layers and key in _keys_of(layer)]
-    able = [layer for layer in able if _is_of(layer, weight, bias) and (packed in DTYPES or packed == layer.packed_as)]
-    return max(able, key=lambda layer: layer.packed_as == packed, default=None)
-
-
-def _keys_of(layer: Layer) -> tuple[Key, Key]:
-    return _key_of_layer(layer, False), _key_of_layer(layer, True)
-
-
-def _key_of_layer(layer: Layer, bare: bool) -> Key:
-    activation, precision = layer.computes(bare)
-    return key_of(address_of(_weight_of(layer)), activation, layer._transposed, precision)
-
-
-def _is_of(layer: Layer, weight: Tensor, bias: Tensor | None) -> bool:
-    return _same(_weight_of(layer), weight) and _same(layer._parameters.get("bias"), bias)
-
-
-def _weight_of(layer: Layer) -> Tensor | None:
-    """What stands for the weight in the op."""
-    weight = layer._parameters.get("weight")
-    panels: Tensor | None = None if weight is not None or layer._frozen is None else layer._frozen.panels
-    return weight if panels is None else panels
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is b or a is None or b is None:
-        return a is b
-    address = address_of(a)
-    same_memory = address is not None and address == address_of(b)
-    return same_memory and a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:

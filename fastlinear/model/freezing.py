@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastlinear.layer import operator
 from fastlinear.layer.fitness import why_unread
+from fastlinear.layer.form import address_of
 from fastlinear.layer.frozen import Freezable, is_frozen, thaw_layer
 from fastlinear.layer.linear import freeze_layer
 
@@ -67,7 +67,7 @@ def _alone(model: nn.Module) -> list[list[Freezable]]:
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                users[operator.address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
+                users[address_of(tensor) or id(tensor)].append((module, name, id(tensor)))
     groups = []
     for uses in users.values():
         fast = [module for module, name, _ in uses if name == "weight" and isinstance(module, Freezable)]

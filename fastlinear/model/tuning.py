@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.layer import linear
-from fastlinear.layer.module import watching
+from fastlinear.layer.planning import watching
 from fastlinear.plan import decide, measuring
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -18,7 +18,7 @@ import fastlinear
 import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
 from fastlinear import FastLinear
-from fastlinear.layer import fitness, operator
+from fastlinear.layer import fitness, lookup
 
 K, N = 37, 70
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -270,8 +270,8 @@ def test_the_operator_looks_for_a_layer_once(monkeypatch: pytest.MonkeyPatch) ->
     """With many layers alive, neither hits nor misses ask all of them in each call; a new layer is found."""
     layers = [OFF(nn.Linear(8, 8).eval().requires_grad_(False)) for _ in range(50)]
     asked: list[Any] = []
-    real = operator._weight_of
-    monkeypatch.setattr(operator, "_weight_of", lambda layer: asked.append(layer) or real(layer))
+    real = lookup._weight_of
+    monkeypatch.setattr(lookup, "_weight_of", lambda layer: asked.append(layer) or real(layer))
     x, foreign = torch.randn(3, 8), torch.randn(8, 8)
     op = torch.ops.fastlinear.linear.default
     for weight in (foreign, *(layer.weight for layer in layers)):

@@ -19,6 +19,7 @@ import fastlinear._engine as _engine
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.layer.linear import FastLinear
+from fastlinear.layer.planning import prepare
 
 K, N = 70, 96  # larger than what is compared whole
 FORMATS = list(_tensors.FORMATS)
@@ -306,7 +307,7 @@ def test_plans_survive_a_change_of_the_weight() -> None:
         for _ in range(10):
             fast(x)
         stock.weight.mul_(2)
-        assert fast._prepare(fast._engine, "fp32", x) and fast.plans == plans
+        assert prepare(fast, fast._engine, "fp32", x) and fast.plans == plans
         assert fast._engine.planned(5, 1, torch.float32)
         torch.testing.assert_close(fast(x), stock(x))
 

@@ -153,7 +153,7 @@ def test_modes() -> None:
     for grad in (False, True):
         leaf = r.clone().requires_grad_(grad)
         torch.testing.assert_close(compiled(x, mask, leaf), y, **near)
-    rest = fastlinear.layer.operator.arguments(fast.activation, False, "fp32", fast._precision, ("", 0, 0), (mask, r))
+    rest = fastlinear.layer.form.arguments(fast.activation, False, "fp32", fast._precision, ("", 0, 0), (mask, r))
     torch.library.opcheck(torch.ops.fastlinear.linear.default, (x, fast.weight, fast.bias, *rest))
 
 

@@ -311,14 +311,14 @@ def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) 
 def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
     """Schema, fake tensors, dispatch and gradients pass torch's own opcheck; with a weight that is no layer's, torch
     computes the layer's own numbers and gradients, within the rounding of fp32 sums."""
-    from fastlinear.layer import operator
+    from fastlinear.layer.form import arguments
 
     layer, x = layer_of(scheme), torch.randn(5, K)
     weight, form = layer.weight, ("", 0, 0)
     if freeze:
         fastlinear.freeze(layer)
         weight, form = layer._frozen.panels, layer._frozen.form
-    rest = operator.arguments(layer.activation, False, layer.packed_as, layer._precision, form)
+    rest = arguments(layer.activation, False, layer.packed_as, layer._precision, form)
     op = torch.ops.fastlinear.linear.default
     torch.library.opcheck(op, (x, weight, layer.bias, *rest))
     assert torch.equal(op(x, weight, layer.bias, *rest), layer(x))

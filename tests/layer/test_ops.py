@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlinear._tensors as _tensors
 from fastlinear import FastLinear
-from fastlinear.layer import linear, operator
+from fastlinear.layer import linear, lookup
 from fastlinear.spec import activations
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.precision import Precision
@@ -506,7 +506,7 @@ def test_the_registry_keeps_nothing_alive() -> None:
     layer._tune = "off"
     OP(*arguments(layer, torch.randn(5, K)))
     key = id(layer)
-    assert operator._layers[key] is layer and layer in operator._found.values()
-    before = len(operator._found)
+    assert lookup._layers[key] is layer and layer in lookup._found.values()
+    before = len(lookup._found)
     del layer
-    assert key not in operator._layers and len(operator._found) == before - 1
+    assert key not in lookup._layers and len(lookup._found) == before - 1
