@@ -29,7 +29,7 @@ import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
-from fastlinear.plan.candidates import Plan, heuristic, native_candidates
+from fastlinear.plan.candidates import Chosen, heuristic, native_candidates
 from fastlinear.plan.problem import Problem
 
 THREADS, FAIR = (8, 16, 64, 128), 1.1
@@ -53,7 +53,7 @@ def problem(m: int, n: int, k: int, threads: int, form: str) -> Problem:
     return Problem(m, n, k, form, form, form, "fp32", True, None, False, threads)
 
 
-def cut(plan: Plan, of: Problem, dtype: torch.dtype) -> Cut:
+def cut(plan: Chosen, of: Problem, dtype: torch.dtype) -> Cut:
     row, threads = ROWS[plan.name], plan.plan_threads
     native = _plans.Plan(plan.name, threads, plan.k_slices)
     work: dict[tuple[int, int], int] = Counter()  # by part and thread, in sums of whole tiles

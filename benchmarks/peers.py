@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastlinear
 import fastlinear._engine as _engine
 from fastlinear.plan import decide, measuring
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.spec.int8 import quantize_weight
 
 Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
@@ -172,7 +172,7 @@ class Fast:
         make = fastlinear.FastLinear.from_linear
         self.modules: list[Any] = [make(layer.eval(), activation="relu", **options(form)) for layer in layers]
 
-    def tune(self, x: Tensor) -> tuple[Candidate, Plan, float]:
+    def tune(self, x: Tensor) -> tuple[Candidate, Chosen, float]:
         """Lets the first layer choose its plan for x, in the layers' dtype, and gives it to the others; the modules to
         call, the choice, and its milliseconds."""
         first, *others = self.modules

@@ -18,13 +18,9 @@ _MOVED = {
     "serialize": "file.saving",
     "tuning": "model.tuning",
 }
-_RENAMED = {("candidates", "Chosen"): "Plan"}  # what layers and reports tell of their plans
 
 
 def keep_old_names() -> None:
     """Makes `import fastlinear.linear` and the like find the module that has the place now."""
     for old, new in _MOVED.items():
         sys.modules[f"fastlinear.{old}"] = importlib.import_module(f"fastlinear.{new}")
-    for (module, old), new in _RENAMED.items():
-        place = sys.modules[f"fastlinear.{module}"]
-        setattr(place, old, getattr(place, new))

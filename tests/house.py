@@ -123,7 +123,23 @@ def arrows() -> set[tuple[str, str]]:
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 290, 58, 36, 44, 20
 
 
-def floors(pairs: set[tuple[str, str]]) -> dict[str, int]:
+CPP = "C++"  # the ground that the package stands on, drawn beside it as a house of its own
+
+
+def houses() -> dict[str, tuple[list[str], set[tuple[str, str]]]]:
+    """Name -> (rooms, arrows) of the two houses: the package, by what it imports, and C++, by what it includes."""
+    pairs, cpp = arrows(), [room for room in ROOMS if _is_cpp(room)]
+    package = [room for room in ROOMS if room not in cpp]
+    imports = {(user, CPP if used in cpp else used) for user, used in pairs if user in package}
+    includes = {(user, used) for user, used in pairs if user in cpp}
+    return {"package": ([*package, CPP], imports), CPP: (cpp, includes)}
+
+
+def _is_cpp(room: str) -> bool:
+    return ROOMS[room].files[0].startswith(("include", "csrc"))
+
+
+def floors(rooms: list[str], pairs: set[tuple[str, str]]) -> dict[str, int]:
     """Each room one floor above the highest that it uses."""
     level: dict[str, int] = {}
 
@@ -132,7 +148,7 @@ def floors(pairs: set[tuple[str, str]]) -> dict[str, int]:
             level[room] = 1 + max((floor(used) for user, used in pairs if user == room), default=-1)
         return level[room]
 
-    for room in ROOMS:
+    for room in rooms:
         floor(room)
     return level
 
@@ -149,7 +165,7 @@ def _direct(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
 def _floors_with_bends(pairs: set[tuple[str, str]], level: dict[str, int]) -> tuple[list[list[str]], list[list[str]]]:
     """(what stands on each floor from left to right, the way of each arrow): an arrow that passes a floor has a bend
     there, which takes a place like a room's, so that it goes between the rooms and not behind them."""
-    rows = [[room for room in ROOMS if level[room] == floor] for floor in range(max(level.values()) + 1)]
+    rows = [[room for room in level if level[room] == floor] for floor in range(max(level.values()) + 1)]
     ways = []
     for user, used in sorted(pairs):
         bends = [f"{user} > {used} {floor}" for floor in range(level[user] - 1, level[used], -1)]
@@ -176,46 +192,70 @@ def _arrange(rows: list[list[str]], ways: list[list[str]]) -> None:
             rows[floor] = min(orders, key=lambda order: _crossings([*rows[:floor], order, *rows[floor + 1 :]], ways))
 
 
-def draw() -> str:
-    """The picture as SVG: a box a room, users above what they use."""
-    pairs = arrows()
-    rows, ways = _floors_with_bends(_direct(pairs), floors(pairs))
+class _Drawing(NamedTuple):
+    lines: list[str]
+    width: float
+    height: float
+
+
+def _draw_house(rooms: list[str], pairs: set[tuple[str, str]], left: float, ground: float) -> _Drawing:
+    """A house whose lowest floor stands on the line `ground`: a box a room, users above what they use."""
+    rows, ways = _floors_with_bends(_direct(pairs), floors(rooms, pairs))
     _arrange(rows, ways)
-    widths = {name: _WIDTH if name in ROOMS else 0 for row in rows for name in row}
+    widths = {name: _WIDTH if name in rooms else 0 for row in rows for name in row}
     breadth = {floor: sum(widths[name] + _GAP_X for name in row) - _GAP_X for floor, row in enumerate(rows)}
-    width, height = 2 * _MARGIN + max(breadth.values()), 2 * _MARGIN + len(rows) * (_HEIGHT + _GAP_Y) - _GAP_Y
     at = {}
     for floor, row in enumerate(rows):
-        left = (width - breadth[floor]) / 2
+        x = left + (max(breadth.values()) - breadth[floor]) / 2
         for name in row:
-            at[name] = (left, height - _MARGIN - (floor + 1) * _HEIGHT - floor * _GAP_Y)
-            left += widths[name] + _GAP_X
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        'font-family="sans-serif" font-size="11">',
-        '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
-        '<path d="M0,0 L8,4 L0,8 z" fill="#667"/></marker></defs>',
-        f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fff"/>',
-    ]
+            at[name] = (x, ground - (floor + 1) * _HEIGHT - floor * _GAP_Y)
+            x += widths[name] + _GAP_X
+    lines = []
     for way in ways:
         points = [(at[name][0] + widths[name] / 2, at[name][1]) for name in way]
         (x, y), *bends, (u, v) = points
         passed = [point for bx, by in bends for point in ((bx, by), (bx, by + _HEIGHT))]
         path = " L".join(f"{a:.0f},{b:.0f}" for a, b in ((x, y + _HEIGHT), *passed, (u, v)))
         lines.append(f'<path d="M{path}" stroke="#667" fill="none" marker-end="url(#head)"/>')
-    for room in ROOMS:
-        x, y = at[room]
-        cpp = ROOMS[room].files[0].startswith(("include", "csrc"))
-        lines.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" '
-            f'fill="{"#e8eef7" if cpp else "#f3ecdd"}" stroke="#667"/>'
-        )
-        for dy, weight, text in ((22, "bold", room), (42, "normal", ROOMS[room].purpose)):
-            lines.append(
-                f'<text x="{x + _WIDTH / 2:.0f}" y="{y + dy:.0f}" text-anchor="middle" font-weight="{weight}">'
-                f"{escape(text)}</text>"
-            )
-    return "\n".join([*lines, "</svg>", ""])
+    for room in rooms:
+        lines += _box(room, *at[room])
+    return _Drawing(lines, max(breadth.values()), len(rows) * (_HEIGHT + _GAP_Y) - _GAP_Y)
+
+
+def _box(room: str, x: float, y: float) -> list[str]:
+    purpose = "the house beside" if room == CPP else ROOMS[room].purpose
+    color = "#e8eef7" if room == CPP or _is_cpp(room) else "#f3ecdd"
+    return [
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{color}" stroke="#667"/>',
+        *(
+            f'<text x="{x + _WIDTH / 2:.0f}" y="{y + dy:.0f}" text-anchor="middle" font-weight="{weight}">'
+            f"{escape(text)}</text>"
+            for dy, weight, text in ((22, "bold", room), (42, "normal", purpose))
+        ),
+    ]
+
+
+def draw() -> str:
+    """The picture as SVG: the two houses side by side, on one ground."""
+    height = max(_draw_house(*house, 0, 0).height for house in houses().values()) + 2 * _MARGIN
+    left, lines = float(_MARGIN), []
+    for house in houses().values():
+        drawn = _draw_house(*house, left, height - _MARGIN)
+        lines += drawn.lines
+        left += drawn.width + 3 * _MARGIN
+    width = left - 2 * _MARGIN
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+            'font-family="sans-serif" font-size="11">',
+            '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
+            '<path d="M0,0 L8,4 L0,8 z" fill="#667"/></marker></defs>',
+            f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fff"/>',
+            *lines,
+            "</svg>",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -92,6 +92,15 @@ def _by_user(pairs: set[tuple[str, str]]) -> dict[str, set[str]]:
     return {user: {used for other, used in pairs if other == user} for user, _ in pairs}
 
 
+@pytest.mark.parametrize("name", house.houses())
+def test_a_house_is_seen_at_once(name: str) -> None:
+    """At most 20 rooms on 8 floors, and no arrow that runs up."""
+    rooms, pairs = house.houses()[name]
+    level = house.floors(rooms, pairs)
+    assert pairs and all(level[used] < level[user] for user, used in pairs)
+    assert len(rooms) <= 20 and max(level.values()) < 8
+
+
 @pytest.mark.parametrize("room", [room for room in house.ROOMS if house.ROOMS[room].files[0].startswith("include/")])
 def test_headers_have_no_circle(room: str) -> None:
     """Within a room, too, includes go one way."""

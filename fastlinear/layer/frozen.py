@@ -34,7 +34,7 @@ from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import GatedPacked, kind_of, repack
 from fastlinear.plan import table
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import gates
 from fastlinear.spec.precision import Precision
 
@@ -201,7 +201,7 @@ class Freezable(nn.Module):
     _frozen: Frozen | None = None
     _transposed: bool
     _engine: Engine
-    _plans: dict[tuple[Engine, int, str, int], Plan]
+    _plans: dict[tuple[Engine, int, str, int], Chosen]
 
     def _reset(self) -> None:
         raise NotImplementedError

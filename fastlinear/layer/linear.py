@@ -23,7 +23,7 @@ from fastlinear.layer.module import FastModule
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
 from fastlinear.layer.quality import note
 from fastlinear.plan import decide, rivals, table
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import activations, foreign, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, dtype_of_rows
@@ -238,7 +238,7 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
             _plan_again(twin, plan)
 
 
-def _plan_again(layer: Freezable, plans: list[Plan]) -> None:
+def _plan_again(layer: Freezable, plans: list[Chosen]) -> None:
     """Spares a layer that was just frozen the tuning of what it ran before; torch's own ways need the weight."""
     for plan in plans:
         if plan.name not in rivals.NAMES and not plan.refused:

@@ -28,7 +28,7 @@ from fastlinear.layer.frozen import Freezable, Frozen, record_of, watch_paramete
 from fastlinear.layer.lock import lock
 from fastlinear.layer.planning import is_quantized, prepare
 from fastlinear.plan import rivals
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.decide import tell
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.spec import activations, programs
@@ -336,7 +336,7 @@ class FastModule(Freezable):
     # ---- what it tells, and what is saved of it ----
 
     @property
-    def plans(self) -> tuple[Plan, ...]:
+    def plans(self) -> tuple[Chosen, ...]:
         """What runs for each format of x and bucket of M met so far, under torch's present number of threads."""
         threads = _products.num_threads()
         plans = [(engine.bare, plan) for (engine, t, *_), plan in list(self._plans.items()) if t == threads]

@@ -13,7 +13,7 @@ from fastlinear.model.reporting import describe
 from fastlinear.model.rows import SOURCES, LayerReport
 from fastlinear.model.selection import linear_layers
 from fastlinear.model.tuning import check_module
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.roofline import Spot
 
 
@@ -47,7 +47,7 @@ class Explanation:
         for plan, spot in zip(layer.buckets, layer.roofline, strict=True):
             yield from self._of_plan(plan, spot)
 
-    def _of_plan(self, plan: Plan, spot: Spot | None) -> Iterator[str]:
+    def _of_plan(self, plan: Chosen, spot: Spot | None) -> Iterator[str]:
         yield f"\n  {plan.bucket} rows of {plan.x}, {plan.threads} threads: {plan.name}, {SOURCES[plan.source]}"
         if plan.speedup is not None:
             spread = f", within {plan.spread:.0%}" if plan.spread else ""

@@ -24,7 +24,7 @@ from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
 from fastlinear.model.selection import linear_layers, why_skipped
 from fastlinear.model.shares import Share, share_of
 from fastlinear.plan import roofline
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.decide import spell
 from fastlinear.plan.roofline import Spot
 from fastlinear.spec.formats import DTYPES, name_of
@@ -180,7 +180,7 @@ def _weight_bytes(layer: Any) -> int:
     return int(layer.weight.nbytes)
 
 
-def _spot(layer: Any, plan: Plan) -> Spot | None:
+def _spot(layer: Any, plan: Chosen) -> Spot | None:
     """Where a plan stands below the roofline whose time is known."""
     name = plan.name if plan.name.startswith("torch/") else spell(plan)
     milliseconds = dict(plan.table).get(name)
@@ -194,7 +194,7 @@ def _spot(layer: Any, plan: Plan) -> Spot | None:
     return None if roof is None else roof.spot(plan, k, milliseconds, itemsize * n * k)
 
 
-def _decision(buckets: tuple[Plan, ...], elsewhere: Mapping[str, int]) -> str:
+def _decision(buckets: tuple[Chosen, ...], elsewhere: Mapping[str, int]) -> str:
     if not buckets:
         return "elsewhere" if elsewhere else "untuned"
     return "torch" if all(plan.name.startswith("torch/") for plan in buckets) else "fast"

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlinear.layer.quality import UNKNOWN, Quality
 from fastlinear.plan import measuring
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.decide import spell
 from fastlinear.plan.roofline import Spot
 from fastlinear.spec.activations import Activation
@@ -43,7 +43,7 @@ class LayerReport:
     # "fast": a native kernel runs; "torch": torch's own was faster for every M so far; "elsewhere": all calls so far
     # went round the kernels; "untuned": there were none; "skipped"
     decision: str
-    buckets: tuple[Plan, ...]  # what runs for each format of x and bucket of M so far, smallest first
+    buckets: tuple[Chosen, ...]  # what runs for each format of x and bucket of M so far, smallest first
     pack_mib: float  # what the packed weight takes: beyond the weight itself, or instead of it where `frozen`
     reason: str | None = None  # why it was skipped
     frozen: bool = False
@@ -58,7 +58,7 @@ class LayerReport:
         """What weight and packs take now."""
         return self.pack_mib + (0.0 if self.frozen else self.weight_mib)
 
-    def why_no_speedup(self, plan: Plan) -> str:
+    def why_no_speedup(self, plan: Chosen) -> str:
         """Why nothing is known of how much faster than nn.Linear a plan is; "" where it is known."""
         if plan.speedup is not None:
             return ""
@@ -87,7 +87,7 @@ class LayerReport:
             "plans": [self._of_plan(plan, spot) for plan, spot in zip(self.buckets, spots, strict=True)],
         }
 
-    def _of_plan(self, plan: Plan, spot: Spot | None) -> dict[str, Any]:
+    def _of_plan(self, plan: Chosen, spot: Spot | None) -> dict[str, Any]:
         return {
             "rows": plan.bucket,
             "x": plan.x,

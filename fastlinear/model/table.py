@@ -11,7 +11,7 @@ from typing import Any
 import fastlinear._tensors as _tensors
 from fastlinear.layer.quality import UNKNOWN
 from fastlinear.model.rows import Graph, LayerReport
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.programs import steps_of
 
@@ -81,7 +81,7 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
             head = ("",) * len(head)
 
 
-def _speedup(plan: Plan) -> str:
+def _speedup(plan: Chosen) -> str:
     if plan.speedup is None:
         return ""
     return f"{plan.speedup:.2f}x" + (f" +-{plan.spread:.0%}" if plan.spread else "")

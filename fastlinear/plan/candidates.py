@@ -22,7 +22,7 @@ _MIN_SLICE_K = 256
 _FAIR = 1.1  # what a thread may have to do at most, over the mean
 
 
-class Plan(NamedTuple):
+class Chosen(NamedTuple):
     """What runs for one bucket of M and format of x, and how it came to that."""
 
     bucket: int
@@ -63,7 +63,7 @@ def _likely(layout: str, read: str, accumulate: str) -> tuple[Row, ...]:
     )
 
 
-def native_candidates(problem: Problem) -> list[Plan]:
+def native_candidates(problem: Problem) -> list[Chosen]:
     """The able kernels that may be fastest, on one thread and on all, with K slices where the tiles are too few.
 
     Without further row tiles to share a widened panel, widening it is work in vain.
@@ -71,7 +71,7 @@ def native_candidates(problem: Problem) -> list[Plan]:
     work, panels = problem.m * problem.n * problem.k, base(problem.panels)
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
-        Plan(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
+        Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
         for row in _likely(panels, problem.rows, problem.accumulate)
         if row["layout"] == panels or problem.m > row["mr"]
         for threads in sorted(counts)
@@ -98,7 +98,7 @@ def _slices(problem: Problem, row: Row, threads: int) -> list[int]:
     return [1, fair] if fair > 1 else [1]
 
 
-def heuristic(problem: Problem) -> Plan:
+def heuristic(problem: Problem) -> Chosen:
     """A good plan without measuring, on all threads unless the product is small.
 
     The kernel passes over each panel least often, and where equal reads x as it is, does not widen, has the wider tile.
@@ -108,7 +108,7 @@ def heuristic(problem: Problem) -> Plan:
     rows = {row["name"]: row for row in runnable()}
     threads = 1 if problem.m * problem.n * problem.k < _PARALLEL_WORK else problem.threads
 
-    def rank(c: Plan) -> tuple[int, ...]:
+    def rank(c: Chosen) -> tuple[int, ...]:
         row = rows[c.name]
         passes = -(-max(problem.m, 1) // row["mr"])
         converts, widens = row["format"] != row["rows"], row["format"] != problem.packed

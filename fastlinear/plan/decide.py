@@ -27,7 +27,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear.plan import measuring, race, rivals
-from fastlinear.plan.candidates import Plan, able, heuristic, native_candidates
+from fastlinear.plan.candidates import Chosen, able, heuristic, native_candidates
 from fastlinear.plan.memory import Machine, Remembered, TuningCache
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.plan.table import override, runnable
@@ -85,7 +85,7 @@ class Operands(NamedTuple):
         return None if self.spare is None else Operands(self.weight, self.bias, self.spare)
 
 
-def decide(problem: Problem, operands: Operands, *, measure: bool, kernel: str | None = None) -> Plan:
+def decide(problem: Problem, operands: Operands, *, measure: bool, kernel: str | None = None) -> Chosen:
     """What to run: `kernel`, or what FASTLINEAR_KERNEL names, if that can, else the cache's word, else a tuning's (if
     `measure` and FASTLINEAR_AUTOTUNE allow, and it is this caller's turn), else the heuristic's."""
     for name, source in ((kernel, "forced"), (override(), "override")):
@@ -106,12 +106,12 @@ def decide(problem: Problem, operands: Operands, *, measure: bool, kernel: str |
         return _remembered(problem) or _tuned(problem, operands)
 
 
-def native(chosen: Plan) -> _plans.Plan:
+def native(chosen: Chosen) -> _plans.Plan:
     """What an Engine runs for `chosen`, where that is a kernel of the table."""
     return _plans.Plan(chosen.name, chosen.plan_threads, chosen.k_slices)
 
 
-def executable(chosen: Plan, problem: Problem, operands: Operands) -> _plans.Plan | Callable[..., Tensor]:
+def executable(chosen: Chosen, problem: Problem, operands: Operands) -> _plans.Plan | Callable[..., Tensor]:
     """What an Engine runs for `chosen`."""
     if chosen.name in rivals.NAMES:
         names = (chosen.name, rivals.BASELINE)  # a tampered cache may name a way that torch refuses
@@ -123,7 +123,7 @@ def executable(chosen: Plan, problem: Problem, operands: Operands) -> _plans.Pla
 
 
 def _fall_back(
-    chosen: Plan,
+    chosen: Chosen,
     problem: Problem,
     packed: _weights.Packed,
     x: Tensor,
@@ -150,7 +150,7 @@ def _ways(problem: Problem) -> list[Problem]:
     return [problem, plain] if problem.fallback and Precision(plain.packed).takes(DTYPES[problem.x]) else [problem]
 
 
-def _refusing(chosen: Plan, problem: Problem) -> Plan:
+def _refusing(chosen: Chosen, problem: Problem) -> Chosen:
     """`chosen`, which says so if it does not run on the quantized weight."""
     refused = problem.fallback and not any(row["name"] == chosen.name for row in able(problem))
     return chosen._replace(refused=problem.packed if refused else "")
@@ -206,7 +206,7 @@ def _build() -> str:
     return digest.hexdigest()[:12]
 
 
-def _remembered(problem: Problem, of: Problem | None = None) -> Plan | None:
+def _remembered(problem: Problem, of: Problem | None = None) -> Chosen | None:
     """What the cache knows of the problem (or of one like it, `of`), if today it would be a candidate, name and
     numbers; for a frozen layer also what was known of the same layer before, if a kernel had won there."""
     like = problem if of is None else of
@@ -227,15 +227,15 @@ def _measured(tuned: Remembered) -> tuple[int, int]:
     return tuned.numbers.get("rows", 0), tuned.numbers.get("columns", 0)
 
 
-def _among_candidates(tuned: Remembered, problem: Problem) -> Plan | None:
+def _among_candidates(tuned: Remembered, problem: Problem) -> Chosen | None:
     """The candidate that was meant, if there is one."""
     threads, slices = (tuned.numbers.get(number, 1) for number in ("threads", "k_slices"))
-    meant = Plan(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "tuned")
+    meant = Chosen(problem.m, problem.threads, problem.x, tuned.name, threads, slices, "tuned")
     admitted = problem.admits_torch and meant.name in rivals.NAMES and threads == slices == 1
     return meant if admitted or any(meant in native_candidates(each) for each in _ways(problem)) else None
 
 
-def _neighbor(problem: Problem) -> Plan | None:
+def _neighbor(problem: Problem) -> Chosen | None:
     """What was measured for the bucket of M next to this one, or the one after that."""
     up = _engine.bucket(problem.m + 1)
     down = max(1, problem.m - 1 if problem.m <= 8 else _engine.bucket(problem.m * 2 // 3))
@@ -246,10 +246,10 @@ def _neighbor(problem: Problem) -> Plan | None:
     return None
 
 
-def _tuned(problem: Problem, operands: Operands) -> Plan:
+def _tuned(problem: Problem, operands: Operands) -> Chosen:
     small, tensors = _proxy(problem, operands)
     x, beside = _input(small), _beside(small)
-    natives: dict[str, Plan] = {}
+    natives: dict[str, Chosen] = {}
     runs, weights = [], []
     for each, those in zip(_ways(problem), (tensors, tensors.unquantized() or tensors), strict=False):
         found = {spell(c): c for c in native_candidates(each)}
@@ -285,7 +285,7 @@ def _tuned(problem: Problem, operands: Operands) -> Plan:
         measuring.process.failed(problem.key())
         return heuristic(problem)._replace(provisional=measuring.BUSY)
     measuring.process.succeeded(problem.key())
-    winner = natives.get(choice.name) or Plan(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
+    winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
     speedup, spread = ratio or (None, 0.0)
     winner = winner._replace(table=choice.table, speedup=speedup, spread=spread, measured=(small.m, small.n))
     numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices, "rows": small.m, "columns": small.n}
@@ -342,7 +342,7 @@ def _least_seconds(problem: Problem, operands: Operands) -> float:
 
 
 def _call_native(
-    chosen: Plan, problem: Problem, tensors: Operands, x: Tensor, beside: list[Tensor]
+    chosen: Chosen, problem: Problem, tensors: Operands, x: Tensor, beside: list[Tensor]
 ) -> Callable[[], object]:
     plan, steps = native(chosen), epilogue(problem.activation, tensors.out)
     dtype = DTYPES.get(problem.x, torch.float32) if tensors.out is None else tensors.out.dtype
@@ -354,7 +354,7 @@ def _call_native(
     return call
 
 
-def spell(chosen: Plan) -> str:
+def spell(chosen: Chosen) -> str:
     """What the table of a tuning calls it."""
     return f"{chosen.name} t{chosen.plan_threads}" + (f" k/{chosen.k_slices}" if chosen.k_slices > 1 else "")
 

@@ -22,7 +22,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear.plan import measuring, table
-from fastlinear.plan.candidates import Plan, native_candidates
+from fastlinear.plan.candidates import Chosen, native_candidates
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.plan.waits import Waits
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS
@@ -57,7 +57,7 @@ class Roofline(NamedTuple):
         bandwidth = self.bandwidth(working_set)
         return max(2 * m * n * k / self.operations, (weight_bytes + 4 * m * (n + k)) / bandwidth)
 
-    def spot(self, plan: Plan, k: int, milliseconds: float, weight_bytes: float) -> Spot:
+    def spot(self, plan: Chosen, k: int, milliseconds: float, weight_bytes: float) -> Spot:
         """Where a plan's candidate of K = k stands below it. Its time, which the tuner measured, is the geometric mean
         of a call whose weight comes from memory and of one whose weight lies where it did after that."""
         m, n = plan.measured

@@ -17,7 +17,7 @@ import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear import FastLinear
 from fastlinear.plan import decide, measuring, race, table
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.memory import Remembered
 from fastlinear.plan.problem import Problem
 
@@ -46,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[Problem]:
     """The problems that were measured, each in 0.05 s of the clock; the plan is that of the rule."""
     problems: list[Problem] = []
 
-    def tuned(problem: Problem, operands: decide.Operands) -> Plan:
+    def tuned(problem: Problem, operands: decide.Operands) -> Chosen:
         problems.append(problem)
         clock.now += 0.05
         chosen = decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
@@ -91,7 +91,7 @@ def test_nobody_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch, measure
     monkeypatch.setattr(measuring, "MEANWHILE", 0.0)
     begun, may_end, tuned = threading.Event(), threading.Event(), decide._tuned
 
-    def slowly(problem: Problem, operands: decide.Operands) -> Plan:
+    def slowly(problem: Problem, operands: decide.Operands) -> Chosen:
         if problem.k == 31:
             begun.set()
             assert may_end.wait(60)

@@ -34,7 +34,7 @@ from fastlinear.file import manifest
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import Frozen, is_frozen, record_of
 from fastlinear.plan import decide, table
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.problem import Problem
 from fastlinear.spec import int8
 from fastlinear.spec.formats import DTYPES
@@ -170,7 +170,7 @@ def test_plans_go_with_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A process that loads it measures nothing for what was tuned where it was saved; one with another scheme does."""
     keys: list[str] = []
 
-    def tune(problem: Problem, operands: decide.Operands) -> Plan:
+    def tune(problem: Problem, operands: decide.Operands) -> Chosen:
         keys.append(problem.key())
         return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
 

@@ -31,7 +31,7 @@ from fastlinear.layer import linear, packs
 from fastlinear.layer.frozen import Frozen, is_frozen, record_of
 from fastlinear.model import fusion
 from fastlinear.plan import decide, rivals, table
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.problem import Problem
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.precision import Precision
@@ -536,7 +536,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys of what is tuned from here on; the winner is always the best native kernel by rule."""
     keys: list[str] = []
 
-    def tune(problem: Problem, operands: decide.Operands) -> Plan:
+    def tune(problem: Problem, operands: decide.Operands) -> Chosen:
         keys.append(problem.key())
         return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
 

@@ -32,9 +32,11 @@ from machines import (
     F,
     Machine,
     cache,
+    caches,
     machine,
 )
 
+import fastlinear._cpu as _cpu
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 
@@ -205,6 +207,36 @@ def test_the_system_is_asked_once_and_late() -> None:
         assert answers == [errno.EPERM]
     finally:
         _kernels.pretend(None)
+
+
+CPUID_OF_CACHES = {
+    "nothing": ((), (48 * KB, 2048 * KB, 16384 * KB)),
+    "L1d alone": ((cache(1, 1, 8, 64, 64),), (32 * KB, 2048 * KB, 16384 * KB)),
+    "an L2 smaller than L1d": ((cache(1, 1, 8, 64, 64), cache(2, 3, 1, 64, 64)), (32 * KB, 2048 * KB, 16384 * KB)),
+    "all": (
+        (cache(1, 1, 8, 64, 64), cache(2, 3, 8, 64, 1024), cache(3, 3, 16, 64, 8192)),
+        (32 * KB, 512 * KB, 8192 * KB),
+    ),
+}
+
+
+@pytest.mark.parametrize("told", CPUID_OF_CACHES)
+def test_caches_that_cpuid_does_not_tell_are_the_systems(told: str, tmp_path: Path) -> None:
+    """What CPUID tells is believed, level by level; the rest is what Linux says; without either it is unknown."""
+    described, sizes = CPUID_OF_CACHES[told]
+    known = machine(INTEL, "", LEAF1_INTEL, SKX, ZMM, 22, caches=caches(4, *described))
+    for i, (kind, level, size) in enumerate(
+        [("Data", 1, "48K"), ("Instruction", 1, "32K"), ("Unified", 2, "2048K"), ("Unified", 3, "16384K")]
+    ):
+        (tmp_path / f"index{i}").mkdir()
+        for name, text in (("type", kind), ("level", str(level)), ("size", size)):
+            (tmp_path / f"index{i}" / name).write_text(f"{text}\n")
+    found = _kernels.detect(known | {"system": str(tmp_path)})
+    assert (found["l1d"], found["l2"], found["l3"]) == sizes
+    alone = _kernels.detect(known)
+    assert {alone["l1d"], alone["l2"], alone["l3"]} <= {0, *sizes}
+    (tmp_path / "index0/size").write_text("a lot")
+    assert _cpu.caches_of_system(str(tmp_path)) == (0, 2048 * KB, 16384 * KB)
 
 
 def test_below_the_limit_nothing_is_asked() -> None:

@@ -18,7 +18,7 @@ from fastlinear.layer import linear
 from fastlinear.layer.quality import Quality
 from fastlinear.model.reporting import Report
 from fastlinear.model.rows import LayerReport
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.roofline import Roofline, Spot
 from fastlinear.spec.activations import Activation
 
@@ -69,7 +69,7 @@ def test_plans_and_memory_after_calls() -> None:
 def test_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is "torch" where torch won every bucket, "fast" where a kernel won one."""
     fast = OFF(mlp(8, 8))
-    plans: list[Plan] = []
+    plans: list[Chosen] = []
     monkeypatch.setattr(type(fast[0]), "plans", property(lambda self: tuple(plans)))
     for chosen, decision in (
         (answer(8, "torch/linear", "tuned"), "torch"),

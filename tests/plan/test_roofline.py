@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fastlinear.plan import roofline
-from fastlinear.plan.candidates import Plan
+from fastlinear.plan.candidates import Chosen
 from fastlinear.spec.formats import DTYPES, PRODUCTS
 
 
@@ -63,7 +63,7 @@ def test_products_stand_below_it() -> None:
     assert roof.seconds(1000, 100, 100, 4e4) == pytest.approx(2e7 / 1e11)
     assert roof.seconds(1, 1000, 1000, 4e6) == pytest.approx((4e6 + 8e3) / 1e10)
     assert roof.seconds(1, 1000, 1000, 4e6, 4096) == pytest.approx((4e6 + 8e3) / 5e10)
-    plan = Plan(1000, 1, "fp32", "fp32/avx512/6x64", 1, 1, "tuned", measured=(1000, 100))
+    plan = Chosen(1000, 1, "fp32", "fp32/avx512/6x64", 1, 1, "tuned", measured=(1000, 100))
     least = math.sqrt(roof.seconds(1000, 100, 100, 4e4) * roof.seconds(1000, 100, 100, 4e4, 4e4))
     spot = roof.spot(plan, 100, 1e3 * least, 4e4)
     assert spot.share == pytest.approx(1) and spot.operations == pytest.approx(2e7 / least)
