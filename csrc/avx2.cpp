@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -17,6 +18,7 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/avx2/vec.hpp"
 #include "fastlinear/isa/avx2/codes.hpp"
+#include "fastlinear/generic/attention.hpp"
 #include "fastlinear/generic/convert.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
@@ -39,7 +41,8 @@ namespace avx2 {
 constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>,
+                           attentions<F32, 6>};
 
 const Isa kIsa{
     .name = "avx2",

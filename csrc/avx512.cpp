@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -17,6 +18,7 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/avx512/vec.hpp"
 #include "fastlinear/isa/avx512/codes.hpp"
+#include "fastlinear/generic/attention.hpp"
 #include "fastlinear/generic/convert.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
@@ -43,7 +45,8 @@ constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp1
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>,
+                           attentions<F32, 14>};
 
 const Isa kIsa{
     .name = "avx512",

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -15,6 +16,7 @@
 // clang-format off: the vector type comes first
 #include "fastlinear/isa/scalar/vec.hpp"
 #include "fastlinear/isa/scalar/codes.hpp"
+#include "fastlinear/generic/attention.hpp"
 #include "fastlinear/generic/convert.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
@@ -28,7 +30,8 @@ namespace scalar {
 
 constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>};
+constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>,
+                           attentions<F32, 4>};
 
 const Isa kIsa{
     .name = "scalar",

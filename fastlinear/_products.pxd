@@ -24,9 +24,33 @@ cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
         cbool centered
 
 
+cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
+    ctypedef struct Heads:
+        char* data
+        Format format
+        ptrdiff_t batch
+        ptrdiff_t head
+        ptrdiff_t row
+    ctypedef struct AttentionProblem:
+        ptrdiff_t batches
+        ptrdiff_t heads
+        ptrdiff_t kv_heads
+        ptrdiff_t queries
+        ptrdiff_t keys
+        ptrdiff_t size
+        Heads q
+        Heads k
+        Heads v
+        Heads y
+        Heads mask
+        float scale
+        cbool causal
+
+
 cdef ptrdiff_t pool_size() noexcept
 cdef int compute(
     Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
     size_t segments, const COperand* operands
 ) except -1
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
+cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

@@ -33,6 +33,9 @@ cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
     ThreadPool& thread_pool()
     vector[long] thread_ids(const ThreadPool&) except +
 
+cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
+    cbool attend(const AttentionProblem&, const Vectors&, ptrdiff_t)
+
 cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
     cppclass Problems "std::span<const fastlinear::Problem>":
         Problems(const Problem*, size_t)
@@ -285,6 +288,12 @@ def pieces(Plan plan not None, str layout not None, x, ptrdiff_t m, ptrdiff_t n,
 
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
     return normalize(p, vectors, threads)
+
+
+# ---- attention ----
+
+cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
+    return attend(p, vectors, threads)
 
 
 # ---- ceilings ----

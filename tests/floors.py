@@ -1,4 +1,4 @@
-"""The package on a CPU with less than this one has: import, every kernel that may run, and whole layers.
+"""The package on a CPU with less than this one has: import, every kernel that may run, attention, and whole layers.
 
     python tests/floors.py            here, as FASTLINEAR_MAX_ISA allows
     make floors                       below limits, and on older CPUs that QEMU imitates
@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 import fastlinear
+import fastlinear._attention as _attention
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
+from fastlinear.spec import attention as spec
 from fastlinear.spec import int4
 
 SHAPES = [(1, 64, 48), (7, 33, 70)]  # M, K, N
@@ -72,6 +74,18 @@ def kernels() -> int:
     return count
 
 
+def attention() -> int:
+    """Attention of every dtype under its bound; how many."""
+    for dtype in _tensors.FORMATS:
+        q, k = torch.randn(1, 4, 19, 21).to(dtype), torch.randn(1, 2, 35, 21).to(dtype)
+        mask = torch.rand(19, 35) < 0.7
+        y = _attention.attention(q, k, k, mask, grouped=True)
+        want, bound = spec.exact(q, k, k, mask)
+        assert y is not None and ((y.double() - want).abs() <= bound).all(), dtype
+    return len(_tensors.FORMATS)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(f"{' '.join(fastlinear.cpu_info()['isas'])}: {kernels()} products, {layers()} models", file=sys.stderr)
+    counts = f"{kernels()} products, {attention()} of attention, {layers()} models"
+    print(f"{' '.join(fastlinear.cpu_info()['isas'])}: {counts}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Every kernel that runs here, and every activation, against fp64; integer products against their specification."""
+"""Every kernel that runs here, every activation and attention against fp64.
+
+Integer products are held to their specification.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastlinear._attention as _attention
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
-from fastlinear.spec import activations, int4, int8
+from fastlinear.spec import activations, attention, int4, int8
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
 from fastlinear.spec.int8 import Quantized, Rows
 
 _SHAPES = ((1, 64, 64), (5, 33, 7), (16, 96, 130), (67, 70, 301))  # around tiles, panels and the unrolling of K
+_HEADS = ((3, 9, 32), (19, 35, 21), (40, 33, 64))  # queries, keys, and numbers of a head
 _FP16_SUMS = 64  # products that may be added in fp16 before the sum goes on in fp32
 _ULPS, _RELATIVE = 4, 1e-6  # an activation may be off by the larger of the two
 
@@ -38,6 +43,7 @@ def results() -> Iterator[tuple[str, str, float]]:
     for isa, row in {row["isa"]: row for row in reversed(rows) if row["format"] in DTYPES}.items():
         for name in activations.names():
             yield isa, name, _worst_activation(row, name)
+    yield from attentions()
 
 
 def _worst_sum(row: dict[str, Any], layout: str) -> float:
@@ -123,6 +129,30 @@ def _worst_activation(row: dict[str, Any], name: str) -> float:
     return _largest((got - want).abs() / torch.maximum(_ULPS * ulp, _RELATIVE * want.abs()))
 
 
+def attentions() -> Iterator[tuple[str, str, float]]:
+    """(ISA, "attention", its worst error as a share of what is allowed) for all that have vectors and may run."""
+    for isa in _kernels.isas():
+        worst = _worst_attention(isa)
+        if worst is not None:
+            yield isa, "attention", worst
+
+
+def _worst_attention(isa: str) -> float | None:
+    """Largest error of attention over what is allowed; None where the ISA has no vectors of its own, or may not run."""
+    worst = 0.0
+    for dtype, (queries, keys, size), causal in itertools.product(DTYPES.values(), _HEADS, (False, True)):
+        q = torch.randn(2, 4, queries, size, device="cpu").to(dtype)
+        k, v = (torch.randn(2, 2, keys, size, device="cpu").to(dtype) for _ in range(2))
+        mask = None if causal else torch.rand(2, 1, queries, keys, device="cpu") < 0.8
+        try:
+            y = _attention.attention(q, k, v, mask, causal, None, True, isa)
+        except ValueError:
+            return None
+        want, bound = attention.exact(q, k, v, mask, causal)
+        worst = max(worst, float("inf") if y is None else _largest((y.double() - want).abs() / bound))
+    return worst
+
+
 def _run(
     row: dict[str, Any],
     layout: str,
@@ -153,7 +183,7 @@ def _largest(ratios: Tensor) -> float:
 
 
 def check(_: argparse.Namespace) -> int:
-    """Prints the worst error of each kernel and each ISA's activations as a share of what is allowed."""
+    """Prints the worst error of each kernel and each ISA's activations and attention as a share of what is allowed."""
     print(f"{'checked':<24}{'what':<14}{'error':>9}  of what is allowed")
     shares = []
     for checked, what, worst in results():

@@ -1,4 +1,7 @@
-"""Random products on every kernel that runs here, and the self-check if they are many; argument: how many."""
+"""Random products on every kernel that runs here and attention on every ISA, and the self-check if they are many.
+
+Argument: how many.
+"""
 
 import random
 import sys
@@ -6,6 +9,7 @@ from typing import Any
 
 import torch
 
+import fastlinear._attention as _attention
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
@@ -43,6 +47,17 @@ def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     _products.run(packed, plan, epilogue, x, bias, out, rows)
 
 
+def attention(isa: str, draw: random.Random) -> None:
+    queries, keys, size = (draw.choice((1, 2, 7, 13, 16, 17, 31, 33, 40)) for _ in range(3))
+    dtype, groups = draw.choice(list(_tensors.FORMATS)), draw.choice((1, 2))
+    q = torch.randn(2, queries, 2, size).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(2, keys, groups, size).to(dtype).transpose(1, 2) for _ in range(2))
+    mask = draw.choice(
+        (None, torch.rand(2, 1, 1, keys) < 0.5, torch.rand(queries, keys) < 0.5, torch.randn(queries, keys))
+    )
+    _attention.attention(q, k, v, mask, mask is None and draw.random() < 0.5, None, True, isa)
+
+
 def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Packed:
     coding = int4.Coding(draw.choice((16, 32, 128)), int4.table_in(layout), offsets=draw.random() < 0.5)
     codes = int4.quantize_weight(weight, coding)
@@ -52,9 +67,11 @@ def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Pa
 def main() -> None:
     draw, count = random.Random(0), int(sys.argv[1])
     table = [(row, layout) for row in _kernels.kernels() if row["runnable"] for layout in row["reads"]]
+    isas = [isa for isa, what, _ in check.attentions()]
     for i in range(count):
         torch.manual_seed(i)
         product(*table[i % len(table)], draw)
+        attention(isas[i % len(isas)], draw)
     if count < 1000:
         return
     for kernel, what, worst in check.results():

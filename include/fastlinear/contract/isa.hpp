@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "fastlinear/contract/attention.hpp"
 #include "fastlinear/contract/conversion.hpp"
 #include "fastlinear/contract/epilogue.hpp"
 #include "fastlinear/contract/kernel.hpp"
@@ -21,6 +22,7 @@ struct Vectors {
   const Conversion* conversions;  // in the order of enum Format
   const Quantization* quantization;
   Norm norm;
+  const Attention* attention;  // in the order of enum Format, floating ones
 };
 
 struct Isa {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "fastlinear/contract/epilogue.hpp"
-#include "fastlinear/epilogues/math.hpp"
+#include "fastlinear/generic/math.hpp"
 
 namespace fastlinear::epilogues {
 

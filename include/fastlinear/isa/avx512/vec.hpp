@@ -134,6 +134,37 @@ inline float least(F32 a) {
 inline float greatest(F32 a) { return -least(-a); }
 inline bool all_zero(F32 a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0; }
 
+// 4 x 4 within the lanes of 128 bits, then these change places, twice: 64 shuffles.
+[[gnu::always_inline]] inline void transpose(F32 (&rows)[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_maskz_unpacklo_ps(kAll, rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_maskz_unpackhi_ps(kAll, rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: column j of rows i to i + 3, of each lane
+    b[i] = _mm512_maskz_shuffle_ps(kAll, a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_maskz_shuffle_ps(kAll, a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_maskz_shuffle_ps(kAll, a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_maskz_shuffle_ps(kAll, a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 4; ++j) {  // lanes 0 and 2, and 1 and 3, of the upper and of the lower rows
+    a[j] = _mm512_maskz_shuffle_f32x4(kAll, b[j], b[j + 4], 0x88);
+    a[j + 4] = _mm512_maskz_shuffle_f32x4(kAll, b[j], b[j + 4], 0xdd);
+    a[j + 8] = _mm512_maskz_shuffle_f32x4(kAll, b[j + 8], b[j + 12], 0x88);
+    a[j + 12] = _mm512_maskz_shuffle_f32x4(kAll, b[j + 8], b[j + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm512_maskz_shuffle_f32x4(kAll, a[j], a[j + 8], 0x88);
+    rows[j + 4].v = _mm512_maskz_shuffle_f32x4(kAll, a[j + 4], a[j + 12], 0x88);
+    rows[j + 8].v = _mm512_maskz_shuffle_f32x4(kAll, a[j], a[j + 8], 0xdd);
+    rows[j + 12].v = _mm512_maskz_shuffle_f32x4(kAll, a[j + 4], a[j + 12], 0xdd);
+  }
+}
+
 struct I32 {
   __m512i v;
 

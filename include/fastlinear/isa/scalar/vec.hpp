@@ -14,6 +14,7 @@
 //   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
 //   rounded        as fp32 holds it
 //   total          the sum of the lanes
+//   transpose      of `width` vectors, which are the rows of a square
 //   least, greatest, all_zero   of the lanes, none of them NaN for the first two
 // and of I32, `width` int32, which wrap around:
 //   max_magnitude  the larger of them and of the bits of |x|
@@ -79,6 +80,7 @@ inline float total(F32 a) { return static_cast<float>(a.v); }
 inline float least(F32 a) { return static_cast<float>(a.v); }
 inline float greatest(F32 a) { return static_cast<float>(a.v); }
 inline bool all_zero(F32 a) { return a.v == 0.0; }
+inline void transpose(F32 (&)[1]) {}
 
 struct I32 {
   std::uint32_t v;

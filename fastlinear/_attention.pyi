@@ -1,0 +1,12 @@
+from torch import Tensor
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    grouped: bool = ...,
+    isa: str | None = ...,
+) -> Tensor | None: ...

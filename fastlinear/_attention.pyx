@@ -1,0 +1,111 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# distutils: language = c++
+"""Attention over short sequences: softmax(q k^T) v by kernels of our own."""
+
+import torch
+
+from libc.math cimport sqrt
+from libcpp cimport bool as cbool
+
+from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
+from fastlinear._products cimport AttentionProblem, Heads, make_attention, pool_size
+from fastlinear._tensors cimport FP32, Format, View, is_float, look_at
+
+cdef object Tensor = torch.Tensor
+cdef object boolean = torch.bool
+cdef object byte = torch.uint8
+cdef object is_neg = torch.Tensor.is_neg
+
+# Multiplications from which on the GIL is released: about 20 us.
+cdef enum:
+    LARGE = 1 << 21
+
+
+# [batch, head, row, element] of a floating format, elements side by side.
+cdef bint heads_of(object tensor, View* v, Heads* heads) except -1:
+    if type(tensor) is not Tensor or not look_at(tensor, v) or not is_float(v.format) or is_neg(tensor):
+        return False
+    if v.ndim != 4 or (v.stride[3] != 1 and v.shape[3] != 1):
+        return False
+    heads.data, heads.format = v.data, v.format
+    heads.batch, heads.head, heads.row = v.stride[0], v.stride[1], v.stride[2]
+    return True
+
+
+# What is broadcast to [batches, heads, queries, keys].
+cdef bint mask_of(object mask, AttentionProblem* p) except -1:
+    cdef View v
+    cdef ptrdiff_t[4] wanted
+    cdef ptrdiff_t[4] stride
+    cdef int i, missing
+    if type(mask) is not Tensor:
+        return False
+    boolean_mask = mask.dtype is boolean
+    if boolean_mask:
+        mask = mask.view(byte)
+    if not look_at(mask, &v) or is_neg(mask) or v.ndim < 2 or v.ndim > 4:
+        return False
+    if not boolean_mask and v.format != <Format> FP32 and v.format != p.q.format:
+        return False
+    wanted[0], wanted[1], wanted[2], wanted[3] = p.batches, p.heads, p.queries, p.keys
+    missing = 4 - v.ndim
+    for i in range(4):
+        stride[i] = 0
+        if i >= missing:
+            if v.shape[i - missing] == wanted[i]:
+                stride[i] = v.stride[i - missing] if wanted[i] > 1 else 0
+            elif v.shape[i - missing] != 1:
+                return False
+    if stride[3] != 1 and p.keys > 1:
+        return False
+    p.mask.data, p.mask.format = v.data, v.format
+    p.mask.batch, p.mask.head, p.mask.row = stride[0], stride[1], stride[2]
+    return True
+
+
+def attention(q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None):
+    """softmax(q k^T * scale + mask) v, as fastlinear/spec/attention.py says. None for what it does not take: all are
+    dense fp32, bf16 or fp16 CPU tensors of one dtype, whose elements lie side by side.
+
+    q: [B, H, L, D], k, v: [B, G, S, D] with G = H or, where `grouped`, a divisor of it; mask: bool, or fp32 or of their
+    dtype, two to four dimensions that broadcast to [B, H, L, S]; scale: None for 1 / sqrt(D).
+    The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D].
+    isa: whose vectors to use, by name; else the best that may run. ValueError for one that may not, MemoryError where
+    scratch memory ran out. Gradients are the caller's business.
+    """
+    cdef View a, b, c
+    cdef AttentionProblem p
+    cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
+    cdef ptrdiff_t threads
+    cdef cbool done
+    if not heads_of(q, &a, &p.q) or not heads_of(k, &b, &p.k) or not heads_of(v, &c, &p.v):
+        return None
+    if b.format != a.format or c.format != a.format:
+        return None
+    p.batches, p.heads, p.queries, p.size = a.shape[0], a.shape[1], a.shape[2], a.shape[3]
+    p.kv_heads, p.keys = b.shape[1], b.shape[2]
+    if b.shape[0] != p.batches or b.shape[3] != p.size:
+        return None
+    if c.shape[0] != p.batches or c.shape[1] != p.kv_heads or c.shape[2] != p.keys or c.shape[3] != p.size:
+        return None
+    if min(p.batches, p.heads, p.queries, p.kv_heads) == 0 or min(p.keys, p.size) == 0:
+        return None
+    if p.kv_heads != p.heads and (not grouped or p.heads % p.kv_heads != 0):
+        return None
+    p.mask.data = NULL
+    if mask is not None and (causal or not mask_of(mask, &p)):
+        return None
+    p.scale = 1.0 / sqrt(p.size) if scale is None else scale
+    p.causal = causal
+    y = q.new_empty((p.batches, p.queries, p.heads, p.size)).transpose(1, 2)
+    if not heads_of(y, &a, &p.y):
+        return None
+    threads = pool_size()
+    if 2 * p.batches * p.heads * p.queries * p.keys * p.size < LARGE:
+        done = make_attention(p, vectors[0], threads)
+    else:
+        with nogil:
+            done = make_attention(p, vectors[0], threads)
+    if not done:
+        raise MemoryError(f"no memory for the scratch rows of attention over {p.keys} keys of {p.size}")
+    return y

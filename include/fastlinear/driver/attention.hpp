@@ -1,0 +1,143 @@
+// Attention of all heads; threads share them.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+#include <new>
+
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/formats/all.hpp"
+#include "fastlinear/host/memory.hpp"
+#include "fastlinear/host/parallel.hpp"
+
+namespace fastlinear {
+
+// A tensor [batch, head, row, element], elements side by side; strides in elements, and 0 where it is broadcast.
+struct Heads {
+  char* data;
+  Format format;
+  std::ptrdiff_t batch, head, row;
+
+  char* at(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t r = 0) const {
+    return data + (b * batch + h * head + r * row) * element_bytes(format);
+  }
+};
+
+struct AttentionProblem {
+  std::ptrdiff_t batches, heads, kv_heads, queries, keys, size;
+  Heads q, k, v, y;  // of one floating format; heads / kv_heads heads share one of k and v
+  Heads mask;        // as AttentionArgs has it, elements being keys; its data may be null
+  float scale;
+  bool causal;  // query i sees the keys 0 to i
+};
+
+// What answers queries of one problem on one thread.
+class Attender {
+ public:
+  Attender(const AttentionProblem& p, const Vectors& vectors) : p_(p), vectors_(vectors) {}
+
+  // The queries [begin, end) of head h of batch b.
+  void make(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t begin, std::ptrdiff_t end) {
+    const std::ptrdiff_t kv = h / (p_.heads / p_.kv_heads);
+    if (b != batch_ || kv != kv_head_) {
+      k_ = rows(p_.k, b, kv, 0);
+      v_ = rows(p_.v, b, kv, 1);
+      batch_ = b, kv_head_ = kv;
+    }
+    const bool masked = p_.mask.data != nullptr, same = p_.mask.row == 0;
+    const std::ptrdiff_t visible = p_.causal ? begin : p_.keys;
+    vectors_.attention[static_cast<std::size_t>(p_.q.format)]({
+        .q = p_.q.at(b, h, begin),
+        .q_stride = p_.q.row,
+        .y = p_.y.at(b, h, begin),
+        .y_stride = p_.y.row,
+        .k = k_.data,
+        .k_stride = k_.stride,
+        .v = v_.data,
+        .v_stride = v_.stride,
+        .queries = end - begin,
+        .keys = p_.keys,
+        .size = p_.size,
+        .scale = p_.scale,
+        .added = masked && same ? added(p_.mask.at(b, h)) : nullptr,
+        .mask = masked && !same ? p_.mask.at(b, h, begin) : nullptr,
+        .mask_stride = p_.mask.row,
+        .mask_format = p_.mask.format,
+        .diagonal = visible,
+        .scratch = scratch(3).floats(attention_scratch(p_.keys, p_.size)),
+    });
+  }
+
+ private:
+  struct Wide {
+    const float* data;
+    std::ptrdiff_t stride;
+  };
+
+  static Scratch& scratch(std::size_t which) {
+    thread_local Scratch memory[4];
+    return memory[which];
+  }
+
+  void widen(Format format, const char* from, float* to, std::ptrdiff_t n) const {
+    if (format == kNumbers)
+      std::copy_n(reinterpret_cast<const float*>(from), n, to);
+    else
+      vectors_.conversions[static_cast<std::size_t>(format)].widen(from, to, n);
+  }
+
+  // The rows of k or v in fp32, where all can be in L1 at a time: rows of one head lie as far apart as all heads are
+  // wide, often by a power of two, so that they meet in a few sets. A few queries do not pay for a copy.
+  Wide rows(const Heads& heads, std::ptrdiff_t b, std::ptrdiff_t h, std::size_t which) const {
+    const bool copies = p_.queries > kFewQueries || heads.row % kPage == 0;
+    if (heads.format == kNumbers && !copies) return {reinterpret_cast<const float*>(heads.at(b, h)), heads.row};
+    float* const to = scratch(which).floats(p_.keys * p_.size);
+    for (std::ptrdiff_t r = 0; r < p_.keys; ++r) widen(heads.format, heads.at(b, h, r), to + r * p_.size, p_.size);
+    return {to, p_.size};
+  }
+
+  // A mask that is the same for all queries, in fp32.
+  const float* added(const char* mask) {
+    float* const to = scratch(2).floats(p_.keys);
+    if (mask == mask_) return to;
+    mask_ = mask;
+    if (is_float(p_.mask.format)) {
+      widen(p_.mask.format, mask, to, p_.keys);
+    } else {
+      constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+      for (std::ptrdiff_t i = 0; i < p_.keys; ++i) to[i] = mask[i] != 0 ? 0.0f : kUnseen;
+    }
+    return to;
+  }
+
+  static constexpr std::ptrdiff_t kFewQueries = 32, kPage = 1024;  // of floats
+
+  const AttentionProblem& p_;
+  const Vectors& vectors_;
+  std::ptrdiff_t batch_ = -1, kv_head_ = -1;
+  Wide k_{}, v_{};
+  const char* mask_ = nullptr;
+};
+
+// With fewer multiplications than this (about 10 us) a second thread is not worth waking.
+inline constexpr std::ptrdiff_t kSerialAttention = 1 << 20;
+
+// False when memory ran out; y is then undefined.
+inline bool attend(const AttentionProblem& p, const Vectors& vectors, std::ptrdiff_t threads) try {
+  const std::ptrdiff_t heads = p.batches * p.heads;
+  if (2 * heads * p.queries * p.keys * p.size < kSerialAttention) threads = 1;
+  // Whole heads where there are enough of them, since k and v are prepared for each part.
+  const std::ptrdiff_t parts = threads == 1 || heads >= 4 * threads ? 1 : (p.queries + 63) / 64;
+  return share_out(heads * parts, threads, [&] {
+    return [&p, parts, attender = Attender(p, vectors)](std::ptrdiff_t i) mutable {
+      const std::ptrdiff_t head = i / parts, part = i % parts;
+      attender.make(head / p.heads, head % p.heads, share_begin(p.queries, part, parts),
+                    share_begin(p.queries, part + 1, parts));
+    };
+  });
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+}  // namespace fastlinear

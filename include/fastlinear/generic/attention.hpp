@@ -1,0 +1,248 @@
+// attention.hpp's function, written once over a vector type; included inside an ISA's target region.
+//
+// Lanes are queries. So both products are one loop, a broadcast number of k or v times vectors of a panel, read k and v
+// row by row as they lie, and leave the softmax vertical: no sum and no maximum is taken across a vector. What is
+// turned over is small: the queries on their way in and the outputs on their way out.
+//
+//   panel[d][query]  = scale * q          (Lanes = C vectors of queries)
+//   scores[key][query] = sum over d of k[key][d] * panel[d]
+//   scores = exp(scores - maximum), their sum
+//   panel[d][query]  = sum over keys of v[key][d] * scores[key];  y = panel / sum
+//
+// A tile of R rows and C vectors keeps R * C sums in registers: 14 x 2 with AVX-512 (28, 2 of the panel, 1 broadcast
+// from memory), 6 x 2 with AVX2 (12, 2, 1 of 16). A step takes 2 + 14 loads for 28 products: two ports of each are
+// enough.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "fastlinear/contract/attention.hpp"
+#include "fastlinear/formats/bf16.hpp"
+#include "fastlinear/formats/fp16.hpp"
+#include "fastlinear/formats/int8.hpp"
+#include "fastlinear/generic/math.hpp"
+
+namespace fastlinear {
+
+namespace attention_detail {
+
+using Size = std::ptrdiff_t;
+using One = std::integral_constant<Size, 1>;
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// e^x of x <= 0 or NaN. What would be no normal number is 0, so that no denormal slows the products down.
+template <class V>
+[[gnu::always_inline]] inline V exp_below(V x) {
+  const V least = V::set(-87.0f);
+  const epilogues::Reduced<V> e = epilogues::reduce(max(least, x));
+  return select_gt(least, x, V::set(0.0f), scale(epilogues::exp_reduced(e.r), e.n));
+}
+
+// The first `valid` of the elements at p, or all if that is more, and zeros.
+template <class V, class Element>
+[[gnu::always_inline]] inline V load_some(const Element* p, Size valid) {
+  if (valid >= V::width) return V::load(p);
+  Element some[V::width] = {};
+  std::memcpy(some, p, static_cast<std::size_t>(valid) * sizeof(Element));
+  return V::load(some);
+}
+
+template <class V, class Element>
+[[gnu::always_inline]] inline void store_some(Element* p, V x, Size valid) {
+  if (valid >= V::width) return V::store(p, x);
+  Element some[V::width];
+  V::store(some, x);
+  std::memcpy(p, some, static_cast<std::size_t>(valid) * sizeof(Element));
+}
+
+// Rows, `columns` elements each, become the columns of panel[columns][C vectors]: each(number). What is no row is 0.
+template <class V, Size C, class Element, class Each>
+void turn_in(const Element* in, Size stride, Size rows, Size columns, float* panel, const Each& each) {
+  constexpr Size w = V::width;
+  for (Size c = 0; c < C; ++c)
+    for (Size first = 0; first < columns; first += w) {
+      V block[w];
+#pragma GCC unroll 16
+      for (Size i = 0; i < w; ++i) {
+        const Size row = c * w + i;
+        block[i] = row < rows ? each(load_some<V>(in + row * stride + first, columns - first)) : V::set(0.0f);
+      }
+      transpose(block);
+      float* const out = panel + first * C * w + c * w;
+      if (columns - first >= w) {
+#pragma GCC unroll 16
+        for (Size j = 0; j < w; ++j) V::store(out + j * C * w, block[j]);
+      } else {
+#pragma GCC unroll 16
+        for (Size j = 0; j < w; ++j)
+          if (j < columns - first) V::store(out + j * C * w, block[j]);
+      }
+    }
+}
+
+// The reverse, each query's numbers times its factor.
+template <class V, Size C, class Element>
+void turn_out(const float* panel, const V (&factor)[C], Element* out, Size stride, Size rows, Size columns) {
+  constexpr Size w = V::width;
+  for (Size c = 0; c < C; ++c)
+    for (Size first = 0; first < columns; first += w) {
+      V block[w];
+      const float* const in = panel + first * C * w + c * w;
+#pragma GCC unroll 16
+      for (Size j = 0; j < w; ++j) block[j] = j < columns - first ? V::load(in + j * C * w) * factor[c] : V::set(0.0f);
+      transpose(block);
+#pragma GCC unroll 16
+      for (Size i = 0; i < w; ++i)
+        if (c * w + i < rows) store_some(out + (c * w + i) * stride + first, block[i], columns - first);
+    }
+}
+
+// out[R][C vectors] = sum over `depth` of a[r * row + d * deep] * panel[d].
+template <class V, Size C, Size R, class Row, class Deep>
+void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, float* out) {
+  constexpr Size w = V::width;
+  V c[R][C];
+#pragma GCC unroll 16
+  for (Size r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (Size v = 0; v < C; ++v) c[r][v] = V::set(0.0f);
+  for (Size d = 0; d < depth; ++d) {
+    V p[C];
+#pragma GCC unroll 2
+    for (Size v = 0; v < C; ++v) p[v] = V::load(panel + v * w);
+#pragma GCC unroll 16
+    for (Size r = 0; r < R; ++r) {
+      const V x = V::set(a[r * row]);
+#pragma GCC unroll 2
+      for (Size v = 0; v < C; ++v) c[r][v] = fma(x, p[v], c[r][v]);
+    }
+    a += deep;
+    panel += C * w;
+  }
+#pragma GCC unroll 16
+  for (Size r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (Size v = 0; v < C; ++v) V::store(out + (r * C + v) * w, c[r][v]);
+}
+
+// The same of any number of rows: balanced tiles of at most R.
+template <class V, Size C, Size R, class Row, class Deep>
+void product(const float* a, Row row, Deep deep, Size rows, Size depth, const float* panel, float* out) {
+  using Tile = void (*)(const float*, Row, Deep, Size, const float*, float*);
+  constexpr auto tiles = []<std::size_t... I>(std::index_sequence<I...>) {
+    struct Table {
+      Tile of[R];
+    };
+    return Table{{&tile<V, C, Size{I} + 1, Row, Deep>...}};
+  }(std::make_index_sequence<static_cast<std::size_t>(R)>());
+  const Size count = (rows + R - 1) / R;
+  for (Size t = 0, first = 0; t < count; ++t) {
+    const Size end = (t + 1) * rows / count;
+    tiles.of[end - first - 1](a + first * row, row, deep, depth, panel, out + first * C * V::width);
+    first = end;
+  }
+}
+
+template <class V, Size C>
+void turn_mask(const AttentionArgs& args, Size query, Size rows, Size keys, float* to) {
+  const auto turn = [&]<class Element>(const Element* mask, const auto& each) {
+    turn_in<V, C>(mask + query * args.mask_stride, args.mask_stride, rows, keys, to, each);
+  };
+  const auto as_it_is = [](V x) { return x; };
+  const auto seen = [](V x) { return select_gt(x, V::set(0.0f), V::set(0.0f), V::set(-kInfinity)); };
+  switch (args.mask_format) {
+    case Format::fp32:
+      return turn(static_cast<const float*>(args.mask), as_it_is);
+    case Format::bf16:
+      return turn(static_cast<const Bf16*>(args.mask), as_it_is);
+    case Format::fp16:
+      return turn(static_cast<const Fp16*>(args.mask), as_it_is);
+    default:
+      return turn(static_cast<const Int8*>(args.mask), seen);
+  }
+}
+
+// Up to C vectors of queries, from `query` on.
+template <class V, Size R, Size C, class Element>
+void some_queries(const AttentionArgs& args, Size query) {
+  constexpr Size w = V::width, lanes = C * w;
+  const Size rows = std::min(lanes, args.queries - query);
+  const Size first_end = query + args.diagonal;  // the last key that the first query sees
+  const Size keys = std::max(Size{0}, std::min(args.keys, first_end + rows));
+  float* const panel = args.scratch;
+  float* const scores = panel + args.size * lanes;
+  float* const mask = scores + keys * lanes;
+
+  const V factor = V::set(args.scale);
+  turn_in<V, C>(static_cast<const Element*>(args.q) + query * args.q_stride, args.q_stride, rows, args.size, panel,
+                [&](V x) { return x * factor; });
+  product<V, C, R>(args.k, args.k_stride, One(), keys, args.size, panel, scores);
+  if (args.mask != nullptr) turn_mask<V, C>(args, query, rows, keys, mask);
+
+  V maximum[C], sum[C], last[C];
+  float lane[lanes];
+  for (Size i = 0; i < lanes; ++i) lane[i] = static_cast<float>(first_end + i);
+#pragma GCC unroll 2
+  for (Size c = 0; c < C; ++c) maximum[c] = V::set(-kInfinity), sum[c] = V::set(0.0f), last[c] = V::load(lane + c * w);
+  const bool masked = args.added != nullptr || args.mask != nullptr;
+  for (Size key = 0; key < keys; ++key) {
+    float* const s = scores + key * lanes;
+    if (masked || key > first_end) {
+      const V added = V::set(args.added == nullptr ? 0.0f : args.added[key]), at = V::set(static_cast<float>(key));
+#pragma GCC unroll 2
+      for (Size c = 0; c < C; ++c) {
+        V x = V::load(s + c * w) + added;
+        if (args.mask != nullptr) x = x + V::load(mask + key * lanes + c * w);
+        V::store(s + c * w, select_gt(at, last[c], V::set(-kInfinity), x));
+      }
+    }
+#pragma GCC unroll 2
+    for (Size c = 0; c < C; ++c) maximum[c] = max(maximum[c], V::load(s + c * w));
+  }
+#pragma GCC unroll 2
+  for (Size c = 0; c < C; ++c)  // a query that sees nothing: all its scores become 0
+    maximum[c] = select_gt(maximum[c], V::set(-kInfinity), maximum[c], V::set(0.0f));
+  for (Size key = 0; key < keys; ++key)
+#pragma GCC unroll 2
+    for (Size c = 0; c < C; ++c) {
+      float* const s = scores + key * lanes + c * w;
+      const V e = exp_below(V::load(s) - maximum[c]);
+      sum[c] = sum[c] + e;
+      V::store(s, e);
+    }
+#pragma GCC unroll 2
+  for (Size c = 0; c < C; ++c) {
+    const V inverse = V::set(1.0f) / sum[c];
+    sum[c] = select_gt(inverse, V::set(std::numeric_limits<float>::max()), V::set(0.0f), inverse);
+  }
+  product<V, C, R>(args.v, One(), args.v_stride, args.size, keys, scores, panel);
+  turn_out<V, C>(panel, sum, static_cast<Element*>(args.y) + query * args.y_stride, args.y_stride, rows, args.size);
+}
+
+}  // namespace attention_detail
+
+// R: rows of a tile.
+template <class V, std::ptrdiff_t R, class Element>
+void attention(const AttentionArgs& given) {
+  using namespace attention_detail;
+  static_assert(2 * V::width <= kAttentionLanes);
+  const AttentionArgs args = given;
+  Size query = 0;
+  while (args.queries - query > V::width) {
+    some_queries<V, R, 2, Element>(args, query);
+    query += 2 * V::width;
+  }
+  if (query < args.queries) some_queries<V, R, 1, Element>(args, query);
+}
+
+// In the order of enum Format: fp32, bf16, fp16.
+template <class V, std::ptrdiff_t R>
+inline constexpr Attention attentions[] = {attention<V, R, float>, attention<V, R, Bf16>, attention<V, R, Fp16>};
+
+}  // namespace fastlinear

@@ -1,0 +1,161 @@
+"""The native attention against fp64, under a bound, on every ISA that runs here; and what it does not take."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from guard import guarded
+from torch import Tensor
+
+import fastlinear._attention as _attention
+import fastlinear._kernels as _kernels
+import fastlinear._tensors as _tensors
+from fastlinear.spec import attention as spec
+
+DTYPES = list(_tensors.FORMATS)
+# B, H, G, L, S, D: around vectors and tiles of every ISA, the head sizes of models, and groups of heads
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 5, 7, 8),
+    (1, 3, 1, 33, 29, 20),
+    (2, 2, 2, 16, 17, 32),
+    (1, 2, 1, 17, 31, 48),
+    (1, 1, 1, 40, 70, 64),
+    (1, 2, 2, 9, 33, 80),
+    (1, 1, 1, 32, 15, 96),
+    (1, 1, 1, 3, 16, 128),
+]
+MASKS = ("none", "causal", "padding", "bool", "additive", "by head", "by query of a batch")
+
+
+def isas() -> list[str]:
+    """Those with vectors of their own that may run here."""
+    found, one = [], torch.ones(1, 1, 1, 1)
+    for isa in _kernels.isas():
+        try:
+            _attention.attention(one, one, one, isa=isa)
+        except ValueError:
+            continue
+        found.append(isa)
+    assert "scalar" in found
+    return found
+
+
+def heads(b: int, h: int, rows: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As a linear layer makes them."""
+    return torch.randn(b, rows, h * size).to(dtype).view(b, rows, h, size).transpose(1, 2)
+
+
+def mask_of(kind: str, b: int, h: int, queries: int, keys: int, dtype: torch.dtype) -> Tensor | None:
+    return {
+        "none": None,
+        "causal": None,
+        "padding": torch.rand(b, 1, 1, keys) < 0.7,
+        "bool": torch.rand(queries, keys) < 0.7,
+        "additive": torch.randn(b, 1, 1, keys).expand(b, 1, queries, keys),
+        "by head": torch.randn(1, h, queries, keys).to(dtype),
+        "by query of a batch": torch.where(torch.rand(b, 1, queries, keys) < 0.7, 0.0, torch.finfo(dtype).min).to(
+            dtype
+        ),
+    }[kind]
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_is_within_the_bound(isa: str, kind: str) -> None:
+    """Each shape, dtype and mask; where a query sees nothing its output is 0."""
+    for (b, h, g, queries, keys, size), dtype in itertools.product(SHAPES, DTYPES):
+        q, k, v = heads(b, h, queries, size, dtype), heads(b, g, keys, size, dtype), heads(b, g, keys, size, dtype)
+        mask, causal = mask_of(kind, b, h, queries, keys, dtype), kind == "causal"
+        y = _attention.attention(q, k, v, mask, causal, None, True, isa)
+        assert y is not None and y.dtype is dtype and y.shape == q.shape and y.transpose(1, 2).is_contiguous()
+        want, bound = spec.exact(q, k, v, mask, causal)
+        assert ((y.double() - want).abs() <= bound).all(), (dtype, b, h, g, queries, keys, size)
+
+
+def test_the_specification_and_torch_are_within_the_bound() -> None:
+    """Plain torch in fp32, and torch's own attention, are held to the same bound."""
+    for kind in MASKS:
+        q, k, v = heads(2, 4, 19, 32), heads(2, 2, 37, 32), heads(2, 2, 37, 32)
+        mask, causal = mask_of(kind, 2, 4, 19, 37, torch.float32), kind == "causal"
+        want, bound = spec.exact(q, k, v, mask, causal)
+        for y in (
+            spec.attention(q, k, v, mask, causal),
+            F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True),
+        ):
+            assert ((y.double() - want).abs() <= bound).all(), kind
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_nothing_else_is_read(isa: str, at: str) -> None:
+    """Operands that lie against forbidden pages, of sizes that fill no vector."""
+    for dtype in DTYPES:
+        q, k, v = (guarded(torch.randn(1, 1, rows, 21).to(dtype), at) for rows in (19, 35, 35))  # type: ignore[arg-type]
+        for mask in (guarded(torch.randn(19, 35), at), guarded(torch.rand(1, 35) < 0.5, at), None):  # type: ignore[arg-type]
+            y = _attention.attention(q, k, v, mask, isa=isa)
+            assert y is not None and torch.equal(
+                y, _attention.attention(q.clone(), k.clone(), v.clone(), mask, isa=isa)
+            )
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_odd_numbers(isa: str) -> None:
+    """As torch: masks of -inf and of the least number, a query that sees nothing, NaN and infinities of v and k; rows
+    far apart by powers of two."""
+    q, k, v = heads(1, 2, 6, 32), heads(1, 2, 9, 32), heads(1, 2, 9, 32)
+    masks = [torch.zeros(6, 9), torch.zeros(6, 9), torch.zeros(1, 9), torch.full((6, 9), -math.inf)]
+    masks[0][2], masks[0][3, 4:], masks[1][1] = -math.inf, -math.inf, torch.finfo(torch.float32).min
+    masks[2][:, ::2] = -1e4
+    for mask in masks:
+        y = _attention.attention(q, k, v, mask, isa=isa)
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, mask))
+    for number in (math.nan, math.inf):
+        odd = v.clone()
+        odd[0, 1, 4, 7] = number
+        y = _attention.attention(q, k, odd, isa=isa)
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, odd), equal_nan=True)
+    odd = k.clone()
+    odd[0, 0, 3, 3] = math.nan
+    y = _attention.attention(q, odd, v, masks[0], isa=isa)
+    assert y is not None and y[:, 0].isnan().all() and y[:, 1].isfinite().all()
+    wide = torch.randn(1, 50, 1024)[..., :32].unsqueeze(1)
+    y = _attention.attention(wide[:, :, :3], wide, wide, isa=isa)
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(wide[:, :, :3], wide, wide))
+
+
+def test_threads_and_parts() -> None:
+    """Many heads, and one that is cut, on two threads: the bits of one thread, of heads one by one."""
+    for b, h, g, rows, causal in ((3, 8, 2, 40, False), (1, 1, 1, 300, False), (1, 2, 1, 200, True)):
+        q, k, v = heads(b, h, rows, 32), heads(b, g, rows, 32), heads(b, g, rows, 32)
+        one = _attention.attention(q, k, v, None, causal, None, True)
+        torch.set_num_threads(2)
+        two = _attention.attention(q, k, v, None, causal, None, True)
+        torch.set_num_threads(1)
+        assert one is not None and two is not None
+        torch.testing.assert_close(one, two)
+        alone = _attention.attention(q[-1:, -1:], k[-1:, -1:], v[-1:, -1:], None, causal)
+        assert torch.equal(one[-1:, -1:], alone)
+
+
+def test_what_it_does_not_take() -> None:
+    """Other dtypes, devices, shapes, strides and kinds of tensors are left to the caller; a wrong ISA is named."""
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 6, 8)
+    assert _attention.attention(q, k, k, grouped=True) is not None
+    assert _attention.attention(q, k, k) is None
+    assert _attention.attention(q, k[:, :, :, :4], k, grouped=True) is None
+    assert _attention.attention(q, k, k[:, :, :5], grouped=True) is None
+    assert _attention.attention(q.double(), k.double(), k.double(), grouped=True) is None
+    assert _attention.attention(q.bfloat16(), k, k, grouped=True) is None
+    assert _attention.attention(q.to("meta"), k, k, grouped=True) is None
+    assert _attention.attention(q[0], k[0], k[0], grouped=True) is None
+    assert _attention.attention(q[..., ::2], k[..., ::2], k[..., ::2], grouped=True) is None
+    assert _attention.attention(torch._neg_view(q), k, k, grouped=True) is None
+    assert _attention.attention(q[:0], k[:0], k[:0], grouped=True) is None
+    for mask in (torch.zeros(5, 5), torch.zeros(5, 6).double(), torch.zeros(6, 5).t(), torch.zeros(2, 4, 5, 6)):
+        assert _attention.attention(q, k, k, mask, grouped=True) is None or mask.shape == (5, 6)
+    assert _attention.attention(q, k, k, torch.zeros(5, 6), True, grouped=True) is None
+    with pytest.raises(ValueError, match=r"isa is one of scalar.* not 'avx1024'"):
+        _attention.attention(q, k, k, isa="avx1024", grouped=True)
