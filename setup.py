@@ -33,7 +33,7 @@ common = {
     "language": "c++",
     "extra_compile_args": ["-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *optimize],
 }
-modules = ("_attention", "_calls", "_cpu", "_engine", "_kernels", "_plans", "_products", "_rows", "_tensors", "_weights")
+modules = [os.path.basename(path).removesuffix(".pyx") for path in sorted(glob("fastlinear/_*.pyx"))]
 units = {"_kernels": UNITS[target]}
 extensions = [
     Extension(f"fastlinear.{name}", [f"fastlinear/{name}.pyx", *units.get(name, [])], **common) for name in modules

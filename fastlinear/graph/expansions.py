@@ -5,6 +5,7 @@ Each row is the torch op and the same in plain torch, for the arguments for whic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from fastlinear.graph.capture import example
 
@@ -258,7 +260,23 @@ def expand(graph: fx.Graph, node: fx.Node) -> list[fx.Node] | str | None:
     parts = [each for each in graph.nodes if each not in before]
     for part in parts:  # so that layers are still chosen by the classes that they lie in
         part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
+        _trace(part)
     return parts
+
+
+def _trace(node: fx.Node) -> None:
+    """Gives a node the fake value that Dynamo would have traced it with, as patterns ask for that."""
+    if "example_value" in node.meta or any("example_value" not in each.meta for each in node.all_input_nodes):
+        return
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["example_value"])
+    function: Any = node.target
+    fakes = (each.meta["example_value"] for each in node.all_input_nodes)
+    mode: Any = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), contextlib.nullcontext())
+    with torch.no_grad(), mode:
+        if node.op == "call_method":
+            node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.op == "call_function":
+            node.meta["example_value"] = function(*args, **kwargs)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, value: fx.Proxy | None) -> None:

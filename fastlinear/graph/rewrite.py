@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+import fastlinear.graph.attention as attention
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
@@ -61,6 +62,7 @@ class Rewriter:
         if self.options.fuse:
             self._number()
             norms.absorb(self.graph, self.story, self._is_calm, self._is_fresh)
+            attention.absorb(self.graph, self.story, self.options.tune)
         self.graph.lint()
         return layers
 

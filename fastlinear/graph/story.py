@@ -29,6 +29,10 @@ class Story:
             for part in self._parts.get(node, ()):
                 part.why = why
 
+    def row(self, node: fx.Node) -> NodeReport:
+        """The report's row of a node, for those who learn only in calls what becomes of it."""
+        return self._of[node]
+
     def add(self, node: fx.Node, parts: Iterable[fx.Node]) -> None:
         """Goes on with the nodes that were put in the place of one."""
         for part in parts:

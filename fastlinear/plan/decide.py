@@ -176,7 +176,7 @@ def _torch_plan(name: str, problem: Problem, operands: Operands) -> rivals.Rival
 @functools.cache
 def cache() -> TuningCache:
     """What was tuned on this machine, by `Problem.key()`."""
-    names = {row["name"] for row in runnable()} | set(rivals.NAMES)
+    names = {row["name"] for row in runnable()} | {*rivals.NAMES, *rivals.ATTENTION}
     made = TuningCache(_machine(), names.__contains__, _LIMITS)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=made.forked)

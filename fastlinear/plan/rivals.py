@@ -70,6 +70,7 @@ _MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, Packs], Rival]] = 
     "torch/mkldnn": _mkldnn,
 }
 NAMES = tuple(_MAKERS)
+ATTENTION = ("attention/fastlinear", "torch/attention")  # ours and torch's, between which plan/attention.py decides
 
 
 def make(name: str, weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:

@@ -1,0 +1,181 @@
+"""Attention of a graph's call, on kernels of our own where they are faster; and the op fastlinear::attention.
+
+    attention(query, key, value, mask, is_causal, scale, enable_gqa)
+
+is F.scaled_dot_product_attention of tensors [B, H, L, D], without dropout, and always gives the transpose of a
+contiguous [B, L, H, D], so that what follows may view it as [B, L, H * D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlinear._attention as _attention
+import fastlinear._environment as environment
+import fastlinear._tensors as _tensors
+from fastlinear._engine import watched
+from fastlinear.plan import attention as plan
+from fastlinear.plan.attention import Answer, Question
+from fastlinear.spec import attention as spec
+
+SCHEMA = (
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False, "
+    "float? scale=None, bool enable_gqa=False) -> Tensor"
+)
+_MOST = 1024  # kinds of calls that a function remembers the answers for
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def stock(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    """torch's own."""
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Why the kernels do not compute it, of dtypes, devices and numbers of dimensions alone; None where they may."""
+    for t in (q, k, v):
+        if t.device.type != "cpu" or t.dtype not in _tensors.FORMATS or t.layout is not torch.strided or t.is_nested:
+            return "its input is no fp32, bf16 or fp16 tensor on the CPU"
+        if t.dim() != 4 or t.dtype is not q.dtype:
+            return "its input is not of four dimensions and one dtype"
+    if mask is not None and (mask.dim() not in (2, 3, 4) or mask.dtype not in (torch.bool, torch.float32, q.dtype)):
+        return "its mask is of another dtype or number of dimensions"
+    return None
+
+
+def function(
+    causal: bool, scale: float | None, grouped: bool, measure: bool, tell: Callable[[Answer], object] = lambda _: None
+) -> Attention:
+    """attention(q, k, v, mask) -> y, as the op with these arguments, on whatever is faster for each kind of call.
+
+    measure: whether that may be found out in calls; else by a rule. tell: is given each new answer.
+    """
+    answers: dict[Any, Answer] = {}
+    native = _attention.attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if watched() or torch.is_autocast_enabled("cpu") or environment.disabled() or _wants_grad(q, k, v, mask):
+            return stock(q, k, v, mask, causal, scale, grouped)
+        kind = (q.shape, k.shape, q.dtype, None if mask is None else mask.shape, torch.get_num_threads())
+        found = answers.get(kind)
+        if found is None or (found.due and plan.is_due(found)):
+            found = ask(q, k, v, mask)
+            if len(answers) >= _MOST:
+                answers.clear()
+            answers[kind] = found
+            tell(found)
+        y = native(q, k, v, mask, causal, scale, grouped) if found.ours else None
+        return stock(q, k, v, mask, causal, scale, grouped) if y is None else y
+
+    def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
+        if why_not(q, k, v, mask) is not None or native(q, k, v, mask, causal, scale, grouped) is None:
+            return Answer(False, "torch: the kernels do not take these tensors")
+        kind = "causal" if causal else "none"
+        if mask is not None:
+            kind = "row" if mask.shape[-2] == 1 or mask.stride(-2) == 0 else "full"
+        b, h, queries, size = q.shape
+        asked = Question(b * h, queries, k.shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads())
+        return plan.answer(
+            asked,
+            lambda: native(q, k, v, mask, causal, scale, grouped),
+            lambda: stock(q, k, v, mask, causal, scale, grouped),
+            measure=measure,
+        )
+
+    return attention
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _laid_out(y: Tensor) -> Tensor:
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    torch._check(query.dim() == 4, lambda: f"fastlinear::attention: query is [B, H, L, D], not {list(query.shape)}")
+    b, h, length, _ = query.shape
+    return query.new_empty((b, length, h, value.shape[-1])).transpose(1, 2)
+
+
+def _formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return _laid_out(stock(query, key, value, mask, is_causal, scale, enable_gqa))
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    y = None
+    if not environment.disabled():
+        y = _attention.attention(query, key, value, mask, is_causal, scale, enable_gqa)
+    return _formula(query, key, value, mask, is_causal, scale, enable_gqa) if y is None else y
+
+
+def _autograd(keyset: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:
+    """Gradients are those of torch's own, which knows no other derivatives: they are the specification's."""
+    tensors = [t for t in (query, key, value, mask) if t is not None]
+    dual = any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
+    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+        return _laid_out(spec.attention(query, key, value, mask, *rest[:2]))
+    if _wants_grad(*tensors):
+        return _formula(query, key, value, mask, *rest)
+    y: Tensor = _op.redispatch(keyset & torch._C._after_autograd_keyset, query, key, value, mask, *rest)
+    return y
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *rest: Any
+) -> tuple[Tensor, int]:
+    """A batch more is a larger batch."""
+
+    def in_front(t: Tensor, dim: int | None) -> Tensor:
+        return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+    tensors = [in_front(t, dim).flatten(0, 1) for t, dim in zip((query, key, value), in_dims, strict=False)]
+    if mask is not None:
+        mask = in_front(mask, in_dims[3])
+        mask = mask.reshape(info.batch_size, *[1] * (5 - mask.dim()), *mask.shape[1:])
+        mask = mask.expand(info.batch_size, query.shape[0 if in_dims[0] is None else 1], *mask.shape[2:]).flatten(0, 1)
+    y = _op(tensors[0], tensors[1], tensors[2], mask, *rest)
+    return y.unflatten(0, (info.batch_size, -1)), 0
+
+
+_library = torch.library.Library("fastlinear", "FRAGMENT")
+_library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_op = torch.ops.fastlinear.attention.default
+_library.impl("attention", _cpu, "CPU")
+_library.impl("attention", _formula, "CompositeExplicitAutograd")  # every other device
+_library.impl("attention", _formula, "AutocastCPU")  # torch's own casts
+_library.impl("attention", _autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("fastlinear::attention", _fake, lib=_library)
+torch.library.register_vmap("fastlinear::attention", _vmap, lib=_library)

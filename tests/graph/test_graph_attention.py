@@ -1,0 +1,144 @@
+"""Attention of a graph: on kernels of our own by a rule or a measurement, and torch's where that would be wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear.graph import backend
+from fastlinear.model.rows import NodeReport
+from fastlinear.plan import attention as plan
+from fastlinear.plan import decide, race, rivals
+
+sdpa = F.scaled_dot_product_attention
+Heads = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Four heads of 8 between projections; `attend` is what it does with q, k and v [B, H, L, D]."""
+
+    def __init__(self, attend: Heads, heads: int = 4) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(32, 32), nn.Linear(32, 16 * heads), nn.Linear(32, 32)
+        self.attend = attend
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        y = self.attend(self.q(x).unflatten(-1, (4, 8)).transpose(1, 2), k, v)
+        return self.out(y.transpose(1, 2).reshape(*x.shape))
+
+
+def compiled(model: Any, dynamic: bool | None = None, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic, options={"tune": "off"} | options)
+
+
+def told(fast: nn.Module) -> NodeReport:
+    (node,) = (
+        node
+        for graph in fastlinear.report(fast).graphs
+        for node in graph.nodes
+        if node.op == "scaled_dot_product_attention"
+    )
+    return node
+
+
+def check(model: nn.Module, x: Tensor, **options: Any) -> NodeReport:
+    fast = compiled(model, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    return told(fast)
+
+
+TAKEN: dict[str, Heads] = {
+    "plain": lambda q, k, v: sdpa(q, k, v),
+    "causal": lambda q, k, v: sdpa(q, k, v, is_causal=True),
+    "scaled": lambda q, k, v: sdpa(q, k, v, scale=0.3),
+    "masked": lambda q, k, v: sdpa(q, k, v, attn_mask=(q[:, :1] @ k[:, :1].mT) > -3),
+    "added": lambda q, k, v: sdpa(q, k, v, (q[:, :1, :1] @ k[:, :1].mT)),
+}
+LEFT: dict[str, tuple[Heads, str]] = {
+    "dropping": (lambda q, k, v: sdpa(q, k, v, dropout_p=1e-7), "it drops out"),
+    "fp64": (lambda q, k, v: sdpa(q.double(), k.double(), v.double()).float(), "no fp32, bf16 or fp16"),
+    "three dimensions": (lambda q, k, v: sdpa(q[0], k[0], v[0])[None], "not of four dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_attention_is_ours(name: str) -> None:
+    """Each form gives what it gave, by our kernels, and the report says so."""
+    node = check(Attention(TAKEN[name]), torch.randn(1, 10, 32))
+    assert node.outcome == "fast" and node.why == "attention: fastlinear, by rule"
+
+
+def test_groups_of_heads() -> None:
+    """Keys and values of fewer heads are shared by several of the queries."""
+    node = check(Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), 2), torch.randn(2, 10, 32))
+    assert node.outcome == "fast"
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_attention_is_left_to_torch(name: str) -> None:
+    """What the kernels do not compute stays torch's, with the reason."""
+    attend, why = LEFT[name]
+    node = check(Attention(attend), torch.randn(1, 10, 32))
+    assert node.outcome == "torch" and why in node.why
+
+
+def test_few_queries_and_many_keys_are_left_to_torch() -> None:
+    """Each call is answered by its own shapes, and the report tells of the last kind."""
+    fast = compiled(Attention(TAKEN["plain"]), True)
+    with torch.no_grad():
+        for length, outcome in ((3, "torch"), (20, "fast")):
+            fast(torch.randn(1, length, 32))
+            assert told(fast).outcome == outcome, told(fast).why
+    long = plan.Question(8, 64, 1 << 20, 64, "fp32", "none", 1)
+    assert "second-level cache" in (plan.why_never(long) or "")
+
+
+def test_fuse_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fuse=False leaves attention as it was, FASTLINEAR_DISABLE each call."""
+    node = check(Attention(TAKEN["plain"]), torch.randn(1, 10, 32), fuse=False)
+    assert node.outcome == "torch" and not node.why
+    calls: list[object] = []
+    monkeypatch.setattr("fastlinear.layer.sdpa._attention.attention", lambda *args: calls.append(args))
+    monkeypatch.setenv("FASTLINEAR_DISABLE", "1")
+    node = check(Attention(TAKEN["plain"]), torch.randn(1, 10, 32))
+    assert not calls
+
+
+def test_autocast_and_gradients() -> None:
+    """Under autocast, and where gradients are wanted, torch's own runs, with what it returns."""
+    model, x = Attention(TAKEN["plain"]), torch.randn(1, 10, 32)
+    fast = compiled(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert fast(x).dtype is model(x).dtype
+    fast(x).sum().backward()
+    assert model.q.weight.grad is not None
+
+
+def test_what_is_measured_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race decides once for a bucket of shapes; the answer is in the tuning cache and the report."""
+    races: list[list[str]] = []
+    winner = plan.TORCH
+
+    def choose(candidates: Any, baseline: str, **_: Any) -> race.Verdict:
+        races.append([candidate.name for candidate in candidates])
+        for candidate in candidates:
+            assert isinstance(candidate.run(), Tensor)
+        return race.Verdict(winner, ((winner, 1.0),), 1.5, True, 1, 3, 0.01)
+
+    monkeypatch.setattr(race, "choose", choose)
+    q = torch.randn(2, 3, 21, 16)
+    for winner, length in ((plan.OURS, 21), (plan.TORCH, 45)):
+        asked = plan.Question(6, length, length, 16, "fp32", "none", 1)
+        answers = [plan.answer(asked._replace(queries=n), lambda: q, lambda: q) for n in (length, length + 2)]
+        assert {found.ours for found in answers} == {winner == plan.OURS} and len({found.why for found in answers}) == 1
+        remembered = decide.cache().get(asked.bucketed().key())
+        assert remembered is not None and remembered.name == winner
+    assert races == [[*rivals.ATTENTION]] * 2
