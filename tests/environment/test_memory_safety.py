@@ -6,11 +6,8 @@ Resident memory is read from /proc in a process of its own, with margins of some
 import bisect
 import copy
 import gc
-import os
 import pickle
 import random
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import zygote
 from models import OFF
 from torch import nn
 
@@ -43,14 +41,8 @@ def pack(n, k):
 
 
 def child(code: str, **environment: str) -> str:
-    """What a new interpreter prints; a crash fails the test with what it said."""
-    run = subprocess.run(
-        [sys.executable, "-c", SETUP + code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
+    """What a process of its own prints; a crash fails the test with what it said."""
+    run = zygote.run(SETUP + code, **environment)
     assert run.returncode == 0, f"exit {run.returncode}: {run.stderr[-2000:]}"
     return run.stdout
 
