@@ -5,6 +5,7 @@ machine code that ships runs, on whatever thread.
 """
 
 import ctypes
+import fcntl
 import os
 import subprocess
 import tempfile
@@ -21,14 +22,22 @@ from torch import Tensor
 import fastlinear._kernels as _kernels
 
 HERE = Path(__file__).resolve().parent
-_folder = tempfile.TemporaryDirectory(prefix="fastlinear-emulator-")
+
+
+@cache
+def own() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="fastlinear-emulator-")
 
 
 def shared_object(source: Path, *options: str) -> ctypes.CDLL:
-    """A C++ file of the tests, compiled and loaded."""
-    target = Path(_folder.name) / f"{source.stem}.so"
-    flags = ["-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", *options]
-    subprocess.run([*os.environ.get("CXX", "g++").split(), *flags, source, "-o", target], check=True)
+    """A C++ file of the tests, loaded; the processes of a run of the tests compile it once."""
+    folder = Path(os.environ.get("TESTS_BUILD_FOLDER") or own().name)
+    target = folder / f"{source.stem}.so"
+    with (folder / f"{source.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            flags = ["-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", *options]
+            subprocess.run([*os.environ.get("CXX", "g++").split(), *flags, source, "-o", target], check=True)
     return ctypes.CDLL(str(target))
 
 
