@@ -19,9 +19,13 @@ demo: .venv/built
 test: .venv/built
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2
 
-# What `test` samples in full, and long sweeps. In parts: make exhaustive PART=1/24, then 2/24 ...
+# What `test` samples in full, and long sweeps: in parts of at most half an hour on 2 cores, each of which says how long
+# it took. One of them: make exhaustive PART=5/24.
+PARTS := 24
 exhaustive: .venv/built
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2 -m exhaustive $(if $(PART),--part $(PART))
+	set -e; for part in $(if $(PART),$(PART),$(foreach i,$(shell seq $(PARTS)),$(i)/$(PARTS))); do \
+	  echo "part $$part"; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2 -m exhaustive --part $$part; \
+	done
 
 # Instrumented builds have a folder of their own. SHORT=--short is what continuous integration runs.
 sanitize: .venv/ready
