@@ -201,7 +201,8 @@ cdef bint holds(object container, object slot, object marker):
             and _PyType_Lookup(Py_TYPE(container), slot) == NULL and settled(marker))
 
 
-# Whether nobody has put a hook on a marker or its original since, or given that other parameters.
+# Whether nobody has put a hook on a marker or its original since, given that other parameters or its class another
+# forward.
 cdef bint settled(object marker):
     cdef dict state = <dict> PyObject_GenericGetDict(marker, NULL)
     original = state["original"]
@@ -209,6 +210,8 @@ cdef bint settled(object marker):
         return False
     if not isinstance(original, Module):
         return True
+    if _PyType_Lookup(Py_TYPE(original), "forward") != <PyObject*> state["_code"]:  # patched in its class
+        return False
     cdef dict theirs = <dict> PyObject_GenericGetDict(original, NULL)
     for name, value in (<dict> state["_settings"]).items():
         now = theirs.get(name, NOWHERE)

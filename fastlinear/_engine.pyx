@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad, profiler
 from torch.utils._device import DeviceContext
 
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
@@ -44,6 +44,7 @@ cdef extern from "fastlinear/host/dispatch.hpp" namespace "fastlinear" nogil:
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
     PyObject* PyWeakref_GetObject(object)
+    PyObject* _PyType_Lookup(PyTypeObject*, object)
     Py_ssize_t PyTuple_GET_SIZE(object)
     PyObject* PyTuple_GET_ITEM(object, Py_ssize_t)
 
@@ -264,6 +265,7 @@ cdef class Engine:
     cdef dict counts          # calls that it answered, by the words of the report
     cdef object attach        # (x, weight, bias, y, (self, packed), operands) -> y with gradients; may be None
     cdef object bias          # the last one that was found fit
+    cdef tuple stock          # a class, and the `forward` of it that this stands for
     cdef ptrdiff_t answered, waits  # calls by this pack, and those for which a weight has yet to stand still
     cdef tuple planned_for    # layout, n and k of the packs that `plans` are for
     cdef dict plans           # (threads, format of x) -> plans by bucket index
@@ -281,6 +283,14 @@ cdef class Engine:
     def split(self, tuple widths not None):
         """Answers with a tuple of contiguous tensors, which have the columns of the output one after another."""
         self.widths = widths
+
+    def stand_for(self, stock: type, forward):
+        """From now on calls are the module's (`_replaced`) if `stock` has got another forward than this one."""
+        self.stock = stock, forward
+
+    cdef inline bint replaced(self):
+        return self.stock is not None and _PyType_Lookup(
+            <PyTypeObject*> PyTuple_GET_ITEM(self.stock, 0), "forward") != PyTuple_GET_ITEM(self.stock, 1)
 
     def join(self, Engine elsewhere not None, marker, Tickets tickets, out):
         """Leaves to `elsewhere` the calls whose output does not go to `marker` (None: to whatever follows) and from
@@ -381,7 +391,7 @@ cdef class Engine:
     # `module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, compile(),
     # an x that is no plain tensor.
     cdef object called(self, object module, dict state, object x, tuple operands):
-        if not is_plain(x) or not quiet(state):
+        if not is_plain(x) or not quiet(state) or self.replaced():
             return None
         if not dispatch.plain() and is_tracing():  # torch.jit.trace notes in nn.Module.__call__ who is called
             return None
@@ -400,6 +410,8 @@ cdef class Engine:
     def forward(self, module, x, tuple operands=()):
         """`module.forward(x, *operands)`."""
         cdef Engine engine = self if self.elsewhere is None else self.elsewhere
+        if self.replaced():
+            return module._replaced(self.stock[0], x, operands)
         quicken(type(module))
         return engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x, operands)
 

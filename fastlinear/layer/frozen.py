@@ -318,11 +318,10 @@ def _take_over(record: weakref.ref[Frozen], written: Tensor) -> nn.Parameter | N
         frozen = record()
         if frozen is None or not frozen.layers:
             return None
-        whole = isinstance(written, nn.Parameter)
-        weight = written if whole else nn.Parameter(written, frozen.requires_grad)
+        weight: Any = written if isinstance(written, nn.Parameter) else nn.Parameter(written, frozen.requires_grad)
         _log.info("a frozen weight of %d x %d was written to, and is a Parameter again", *written.shape)
         _thaw(frozen, weight)
-        return weight
+        return weight  # type: ignore[no-any-return]
 
 
 def _thaw(frozen: Frozen, weight: nn.Parameter) -> None:

@@ -39,7 +39,7 @@ class TakesOperands(FastModule):
                 return tuple(map(self._tensor, operands))
         return operands
 
-    def _tensor(self, operand: Any) -> Tensor:
+    def _tensor(self, operand: Any) -> Any:
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return torch.full((), operand, dtype=torch.float32, device=self.weight.device)
         if not isinstance(operand, (Tensor, torch.fx.Proxy)):

@@ -72,6 +72,8 @@ class FastLinearGroup(nn.Module):
             return False
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return False
+        if nn.Linear.forward is not FastLinear._stock[1]:
+            return False
         return not any(state["training"] or "forward" in state for state in self._states)
 
     def __getstate__(self) -> dict[str, Any]:

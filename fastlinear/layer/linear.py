@@ -50,6 +50,8 @@ class FastLinear(FastModule, nn.Linear):
     training runs nn.Linear's own code, other dtypes and devices torch's ops.
     """
 
+    _stock = nn.Linear, nn.Linear.forward
+
     def __init__(
         self,
         in_features: int,
@@ -334,7 +336,13 @@ def _twin(cls: type) -> type[FastModule] | None:
 @functools.cache
 def _conv1d_twin(stock: type[nn.Module]) -> type[FastModule]:
     doc = "Conv1D of transformers (GPT-2) as a fast layer."
-    members = {"_transposed": True, "__module__": __name__, "__doc__": doc, "__repr__": nn.Module.__repr__}
+    members = {
+        "_stock": (stock, stock.forward),
+        "_transposed": True,
+        "__module__": __name__,
+        "__doc__": doc,
+        "__repr__": nn.Module.__repr__,
+    }
     twin = type("FastConv1D", (FastModule, stock), members)
     twin.forward = _forward_of_conv1d  # type: ignore[attr-defined]  # not a user's own, so not among the members
     return twin

@@ -42,6 +42,9 @@ class Pair(NamedTuple):
     activation: Activation
 
 
+_GLOBAL_HOOKS = [getattr(nn.modules.module, "_global" + hooks) for hooks in activations.HOOKS]
+
+
 @_calls.redeeming
 class Absorbed(nn.Module):
     """Stands where an activation stood that a linear layer may apply for it, and is that activation to all others.
@@ -58,11 +61,15 @@ class Absorbed(nn.Module):
 
     def __init__(self, original: Any) -> None:
         super().__init__()
-        vars(self).update(original=original, _settings=_settings(original), _tickets=_calls.Tickets(), _linear=None)
+        known = {"_settings": _settings(original), "_code": getattr(type(original), "forward", None)}
+        vars(self).update(original=original, **known, _tickets=_calls.Tickets(), _linear=None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (kwargs or len(args) != 1) and not isinstance(self.original, nn.Module):
-            return self.original(*args, **kwargs)  # F.gelu(y, approximate="tanh")
+        is_function = not isinstance(self.original, nn.Module)
+        # A function knows of more arguments; global hooks are to see the original once, and no marker.
+        direct = (is_function or any(_GLOBAL_HOOKS)) and not has_hooks(self)
+        if direct or (is_function and (kwargs or len(args) != 1)):
+            return self.original(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,7 +83,9 @@ class Absorbed(nn.Module):
         activation = None if isinstance(input, Tensor) else recognize(self.original)
         if activation is not None:  # FX refuses modules that are no submodules
             return activations.apply(activation, input)
-        y: Tensor = self.original(input)
+        # Whoever has patched nn.Module.__call__ has had this call.
+        whole = not isinstance(self.original, nn.Module) or has_hooks(self.original)
+        y: Tensor = self.original(input) if whole else self.original.forward(input)
         return y
 
     def __prepare_scriptable__(self) -> Absorbed:
@@ -113,7 +122,13 @@ class Absorbed(nn.Module):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tickets": _calls.Tickets(), "_linear": None, "_params": None}  # the layer brings itself
+        return {
+            **vars(self),
+            "_tickets": _calls.Tickets(),
+            "_linear": None,
+            "_params": None,
+            "_code": None,
+        }  # the layer brings itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layer = state.pop("linear", None)  # up to version 0.1 the marker held its layer, and that not its marker
@@ -122,7 +137,8 @@ class Absorbed(nn.Module):
             "_tickets": _calls.Tickets(),
             "_linear": None,
         }
-        super().__setstate__({**fresh, **state, "_tickets": _calls.Tickets()})  # type: ignore[no-untyped-call]
+        code = getattr(type(state["original"]), "forward", None)
+        super().__setstate__({**fresh, **state, "_tickets": _calls.Tickets(), "_code": code})  # type: ignore[no-untyped-call]
         if layer is not None:
             vars(layer)["_absorbed"] = self
 

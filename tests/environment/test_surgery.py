@@ -449,6 +449,66 @@ def test_old_pickles() -> None:
     torch.testing.assert_close(fast(x), want)
 
 
+def plus_one(forward: Any) -> Any:
+    return lambda self, *args, **kwargs: forward(self, *args, **kwargs) + 1
+
+
+PATCHES: dict[str, tuple[type, str]] = {
+    "nn.Linear.forward": (nn.Linear, "forward"),
+    "nn.GELU.forward": (nn.GELU, "forward"),
+    "nn.LeakyReLU.forward": (nn.LeakyReLU, "forward"),
+    "nn.Sequential.forward": (nn.Sequential, "forward"),
+    "nn.Module.__call__": (nn.Module, "__call__"),
+}
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("where", PATCHES)
+@pytest.mark.parametrize("options", [{}, {"freeze": True}, {"inplace": True}], ids=["held", "frozen", "in place"])
+def test_a_class_that_is_patched(
+    make: str, where: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is patched in a class of torch's after a conversion is obeyed, and forgotten when it is taken back."""
+    stock, fast, x = made(make), OFF(made(make), **options), torch.randn(5, WIDTH)
+    with torch.no_grad():
+        first = fast(x)
+        for _ in range(2):
+            cls, name = PATCHES[where]
+            with monkeypatch.context() as patch:
+                patch.setattr(cls, name, plus_one(getattr(cls, name)))
+                for _ in range(2):
+                    torch.testing.assert_close(fast(x), stock(x))
+            torch.testing.assert_close(fast(x), first)
+    said = [m._elsewhere for m in fast.modules() if isinstance(m, fastlinear.FastLinear)]
+    assert (where == "nn.Linear.forward") == any("Linear.forward was replaced" in each for each in said)
+
+
+def test_a_group_under_a_patched_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do the layers of a group."""
+    layers, x = [nn.Linear(WIDTH, n).eval() for n in (3, 5)], torch.randn(2, WIDTH)
+    group = fastlinear.FastLinearGroup(layers).eval()
+    with torch.no_grad():
+        group(x)
+        monkeypatch.setattr(nn.Linear, "forward", plus_one(nn.Linear.forward))
+        torch.testing.assert_close(group(x), tuple(layer(x) for layer in layers))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_global_hooks_see_each_module_once(make: str) -> None:
+    """And as what it is: the activation itself, not what stands for it."""
+    seen: list[list[str]] = []
+    for model in (made(make), OFF(made(make))):
+        seen.append([])
+        note = nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: seen[-1].append(module.__class__.__name__.replace("Fast", ""))
+        )
+        try:
+            model(torch.randn(5, WIDTH))
+        finally:
+            note.remove()
+    assert seen[0] == seen[1]
+
+
 def test_files_after_surgery(tmp_path: Any) -> None:
     """A layer whose marker is gone is saved as what it computes then."""
     fast, x = OFF(made("source")), torch.randn(5, WIDTH)
