@@ -55,8 +55,9 @@ class Problem(NamedTuple):
 
     @property
     def admits_torch(self) -> bool:
-        """Whether torch's own ways compute the same: they need the weight, and no integers."""
-        return self.held != FROZEN and (self.packed in DTYPES or self.fallback)
+        """Whether torch's own ways compute the same: they need the weight, and neither integers nor an x, and with it
+        a weight, that is rounded to something narrower before it is multiplied."""
+        return self.held != FROZEN and self.rows == self.x and (self.packed in DTYPES or self.fallback)
 
     def unquantized(self) -> Problem:
         """The same on a weight packed in the parameter's own format."""

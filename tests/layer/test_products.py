@@ -23,7 +23,8 @@ import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear import FastLinear
 from fastlinear.layer import linear, operator
-from fastlinear.plan import candidates
+from fastlinear.plan import candidates, decide, rivals
+from fastlinear.plan.memory import Remembered
 from fastlinear.spec.formats import DTYPES, FP32
 
 NARROW = {name: dtype for name, dtype in DTYPES.items() if name != FP32}
@@ -232,3 +233,21 @@ def test_candidates_multiply_what_is_asked_for() -> None:
         assert rows <= {FP32, products} and (f"products={products}" in problem.key()) == (products != FP32)
         known = {row["rows"] for row in RUNNABLE if problem.panels in row["reads"]}
         assert (products in rows) == (products in known)
+
+
+@EVERY_NARROW
+def test_torch_never_answers_in_other_numbers(products: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own linear, which would multiply x and the weight as they are, is no candidate where they are rounded:
+    named, measured or remembered, it does not run. It is one where rounding changes nothing."""
+    x = torch.randn(4, 37)
+    for dtype, admitted in ((torch.float32, False), (products, True)):
+        layer = layer_of(products).requires_grad_(False)
+        layer(x.to(dtype))
+        problem = layer.problem(layer._engine, layer._engine.packed, 4, _tensors.FORMATS[dtype], 1)  # type: ignore[arg-type]
+        assert problem.admits_torch == admitted
+        tuned = Remembered(rivals.BASELINE, {"threads": 1, "k_slices": 1}, (), None, 0.0)
+        assert (decide._among_candidates(tuned, problem) is not None) == admitted
+    monkeypatch.setenv("FASTLINEAR_KERNEL", rivals.BASELINE)
+    layer = layer_of(products).requires_grad_(False)
+    assert torch.allclose(layer(x).double(), of_rounded(layer, x), atol=1e-5)
+    assert [plan.name for plan in layer.plans] and not {plan.name for plan in layer.plans} & {*rivals.NAMES}
