@@ -29,6 +29,7 @@ LIPSCHITZ: dict[str, Callable[..., float]] = {
     "relu6": lambda: 1.0,
     "gelu": lambda: 1.1290,
     "gelu_tanh": lambda: 1.1300,
+    "quick_gelu": lambda: 1.0999,
     "silu": lambda: 1.0999,
     "sigmoid": lambda: 0.25,
     "tanh": lambda: 1.0,

@@ -76,7 +76,7 @@ def changes(node: fx.Node) -> bool:
     if getattr(target, "__module__", "") == "_operator":
         return target in _IN_PLACE
     module = str(getattr(target, "__module__", None) or "torch")
-    if module.startswith("fastlinear.graph."):
+    if module.startswith(("fastlinear.graph.", "fastlinear.spec.")):
         return False  # ours write to what nobody else reads
     if not module.startswith("torch"):
         return True  # nobody knows

@@ -23,7 +23,7 @@ from fastlinear.graph.capture import Capture, activation_of, example, op_of, sam
 from fastlinear.graph.norms import offset_rms_norm
 from fastlinear.layer.form import Form
 from fastlinear.spec import programs
-from fastlinear.spec.activations import Activation
+from fastlinear.spec.activations import Activation, quick_gelu
 from fastlinear.spec.programs import Step
 
 _COMMUTATIVE = {"add", "mul"}
@@ -95,6 +95,7 @@ COMPOSITES = (
         lambda x: 0.5 * x * (1.0 + torch.tanh(x * _TANH * (1.0 + 0.044715 * x * x))),
         _one(F.gelu, approximate="tanh"),
     ),
+    Composite("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), _one(quick_gelu)),
     Composite("silu", lambda x: x * torch.sigmoid(x), _one(F.silu)),
     Composite("mish", lambda x: x * torch.tanh(F.softplus(x)), _one(F.mish)),
     Composite("rms_norm", _offset_rms, _offset_rms_norm),

@@ -38,6 +38,11 @@ def _hf(*classes: str) -> tuple[str, ...]:
     return tuple(f"transformers.activations.{name}" for name in classes)
 
 
+def quick_gelu(y: Tensor) -> Tensor:
+    """CLIP's gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415), which torch has no function for."""
+    return y * torch.sigmoid(1.702 * y)
+
+
 _DEFINITIONS: dict[str, _Definition] = {
     "relu": _Definition(torch.relu, (F.relu, torch.relu_, F.relu_), _nn("ReLU")),
     "relu6": _Definition(F.relu6, (), _nn("ReLU6")),
@@ -48,6 +53,7 @@ _DEFINITIONS: dict[str, _Definition] = {
         (),
         _hf("GELUTanh", "NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"),
     ),
+    "quick_gelu": _Definition(quick_gelu, (), _hf("QuickGELUActivation")),
     "silu": _Definition(F.silu, (), _nn("SiLU") + _hf("SiLUActivation")),
     "sigmoid": _Definition(torch.sigmoid, (F.sigmoid, torch.sigmoid_), _nn("Sigmoid")),
     "tanh": _Definition(torch.tanh, (F.tanh, torch.tanh_), _nn("Tanh")),
@@ -60,12 +66,20 @@ _DEFINITIONS: dict[str, _Definition] = {
     "mish": _Definition(F.mish, (), _nn("Mish") + _hf("MishActivation")),
 }
 _aten = torch.ops.aten
+
+
+def _quick_gelu_slope(g: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    slope: Tensor = g * s + _aten.sigmoid_backward(g * y, s) * 1.702
+    return slope
+
+
 # slope(g, y, *params): what torch's own backward makes of g, the gradient of function(y).
 _SLOPES: dict[str, Callable[..., Tensor]] = {
     "relu": lambda g, y: _aten.threshold_backward(g, y, 0.0),
     "relu6": lambda g, y: _aten.hardtanh_backward(g, y, 0.0, 6.0),
     "gelu": _aten.gelu_backward,
     "gelu_tanh": functools.partial(_aten.gelu_backward, approximate="tanh"),
+    "quick_gelu": lambda g, y: _quick_gelu_slope(g, y, torch.sigmoid(1.702 * y)),
     "silu": _aten.silu_backward,
     "sigmoid": lambda g, y: _aten.sigmoid_backward(g, torch.sigmoid(y)),
     "tanh": lambda g, y: _aten.tanh_backward(g, torch.tanh(y)),

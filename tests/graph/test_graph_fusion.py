@@ -65,7 +65,8 @@ def test_activations_are_fused(name: str) -> None:
     params = activations.resolve(name).params  # type: ignore[union-attr]
     fast = check(Net(lambda m, x: activations.apply(activations.Activation(name, params), m.a(x))))
     told = [(node.outcome, node.why) for node in nodes(fast)]
-    assert told == [("fast", f"FastLinear 'a' with {name}"), ("fused", "into linear")]
+    assert told[0] == ("fast", f"FastLinear 'a' with {name}")
+    assert {*told[1:]} == {("fused", "into linear")}  # several nodes where torch has no function for it
 
 
 SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {

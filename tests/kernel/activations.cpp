@@ -62,6 +62,7 @@ const Case kCases[] = {
     {"relu6", {}, [](double x, const float*) { return clamp(x, 0, 6); }},
     {"gelu", {}, [](double x, const float*) { return 0.5 * x * std::erfc(-x * M_SQRT1_2); }},
     {"gelu_tanh", {}, [](double x, const float*) { return gelu_tanh(x); }},
+    {"quick_gelu", {}, [](double x, const float*) { return x * sigmoid(1.702 * x); }},
     {"silu", {}, [](double x, const float*) { return x * sigmoid(x); }},
     {"sigmoid", {}, [](double x, const float*) { return sigmoid(x); }},
     {"tanh", {}, [](double x, const float*) { return std::tanh(x); }},

@@ -12,6 +12,7 @@ import torch
 from models import OFF, PAIRINGS, Pairing, inputs, mlp
 from oracle import check
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
@@ -26,7 +27,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 ACTIVATIONS: list[nn.Module] = [
     nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.Hardswish(),
-    nn.Hardsigmoid(), nn.Hardtanh(), nn.LeakyReLU(0.2), nn.ELU(), nn.Softplus(), nn.Mish(),
+    nn.Hardsigmoid(), nn.Hardtanh(), nn.LeakyReLU(0.2), nn.ELU(), nn.Softplus(), nn.Mish(), QuickGELUActivation(),
 ]  # fmt: skip
 assert {a.name for module in ACTIVATIONS if (a := activations.recognize(module))} == set(activations.names())
 

@@ -58,7 +58,7 @@ def _models() -> dict[str, tuple[Callable[[Any], nn.Module], dict[str, Tensor], 
         "t5": (lambda t: t.T5Model(t.T5Config(**t5)), both, 2),
         "t5, gated": (lambda t: t.T5Model(t.T5Config(feed_forward_proj="gated-gelu", **t5)), both, 2),
         "clip, quick_gelu": (
-            lambda t: t.CLIPTextModel(t.CLIPTextConfig(bos_token_id=0, eos_token_id=1, **text)), {"input_ids": ids}, 0
+            lambda t: t.CLIPTextModel(t.CLIPTextConfig(bos_token_id=0, eos_token_id=1, **text)), {"input_ids": ids}, 2
         ),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations
@@ -18,6 +19,7 @@ MODULES: dict[str, tuple[nn.Module, tuple[float, ...], tuple[float, ...]]] = {
     "relu6": (nn.ReLU6(), (), ()),
     "gelu": (nn.GELU(), (), ()),
     "gelu_tanh": (nn.GELU(approximate="tanh"), (), ()),
+    "quick_gelu": (QuickGELUActivation(), (), ()),
     "silu": (nn.SiLU(), (), ()),
     "sigmoid": (nn.Sigmoid(), (), ()),
     "tanh": (nn.Tanh(), (), ()),
@@ -138,7 +140,8 @@ def test_transformers_activations() -> None:
     tanh_forms = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
     assert {found[name] for name in tanh_forms} == {Activation("gelu_tanh")}
     assert {found[name] for name in ("gelu", "gelu_python")} == {Activation("gelu")}
-    assert [found[name] for name in ("quick_gelu", "gelu_10", "relu2", "laplace", "linear", "prelu")] == [None] * 6
+    assert found["quick_gelu"] == Activation("quick_gelu")
+    assert [found[name] for name in ("gelu_10", "relu2", "laplace", "linear", "prelu")] == [None] * 5
 
 
 @pytest.mark.parametrize("name", activations.names())

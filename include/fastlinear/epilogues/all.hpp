@@ -18,6 +18,7 @@
 #include "fastlinear/epilogues/min.hpp"
 #include "fastlinear/epilogues/mish.hpp"
 #include "fastlinear/epilogues/mul.hpp"
+#include "fastlinear/epilogues/quick_gelu.hpp"
 #include "fastlinear/epilogues/relu.hpp"
 #include "fastlinear/epilogues/relu6.hpp"
 #include "fastlinear/epilogues/sigmoid.hpp"
@@ -42,8 +43,9 @@ using Functions =
     FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu, epilogues::GeluTanh,
                  epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish, epilogues::Hardsigmoid,
                  epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus, epilogues::Mish,
-                 epilogues::Add, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min, epilogues::Max,
-                 epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh, epilogues::Swiglu>;
+                 epilogues::QuickGelu, epilogues::Add, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min,
+                 epilogues::Max, epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh,
+                 epilogues::Swiglu>;
 
 // What csrc/registry.cpp shows to the world, and what csrc/<isa>.cpp puts into its row.
 inline constexpr auto& kFunctions = Functions::table;
