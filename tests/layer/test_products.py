@@ -59,8 +59,10 @@ def test_kernels_round_rows_once(kernel: dict[str, Any], products: str) -> None:
             scale = torch.ones(40)
             packed = _weights.Packed(torch.randint(-127, 128, (40, k), dtype=dtype), layout, scale)
         elif dtype is torch.uint8:
-            codes, scales = torch.randint(0, 16, (40, k), dtype=dtype), torch.ones(40, -(-k // 32)).half()
-            packed = _weights.Packed(codes, f"{layout}:32:fp16", scales, None, torch.arange(-8.0, 8.0))
+            wide, scales = layout.startswith("int8g"), torch.ones(40, -(-k // 32)).half()
+            codes = torch.randint(-127, 128, (40, k)).char() if wide else torch.randint(0, 16, (40, k), dtype=dtype)
+            table = None if wide else torch.arange(-8.0, 8.0)
+            packed = _weights.Packed(codes, f"{layout}:32:fp16", scales, None, table)
         else:
             packed = _weights.Packed(torch.randn(40, k).to(dtype), layout)
         x = torch.randn(19, k) * torch.exp2(torch.randint(-140, 20, (19, 1)).float())
