@@ -1,8 +1,10 @@
 // The amx rows of the library, and with them AMX-FP16, which younger CPUs have beside: kernels.
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <iterator>
 #include <span>
 #include <utility>

@@ -1,5 +1,6 @@
 // The avx2 row of the library: kernels, epilogue steps, conversions and quantization.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -28,6 +29,7 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 #include "fastlinear/isa/avx2/fp16.hpp"
 #include "fastlinear/isa/avx2/int8wo.hpp"
 #include "fastlinear/isa/avx2/int8.hpp"
+#include "fastlinear/isa/avx2/dots.hpp"
 // clang-format on
 
 namespace fastlinear {
@@ -38,11 +40,12 @@ extern const Isa kIsa;
 
 namespace avx2 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
-                                                kInt8Kernels, kInt4Kernels, kInt8gKernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kInt8woKernels,
+                                                kInt8Kernels, kInt4Kernels, kInt8gKernels, kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>,
-                           attentions<F32, 6>};
+constexpr Vectors kVectors{epilogue_steps<F32>,     conversions<F32, Codes, Bytes>,
+                           &quantization<F32, I32>, norm<F32>,
+                           attentions<F32, 6>,      expand_scales<F32>};
 
 const Isa kIsa{
     .name = "avx2",

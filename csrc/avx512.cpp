@@ -1,5 +1,6 @@
 // The avx512 row of the library: kernels, epilogue steps, conversions and quantization.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -45,8 +46,9 @@ constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp1
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>,
-                           attentions<F32, 14>};
+constexpr Vectors kVectors{epilogue_steps<F32>,     conversions<F32, Codes, Bytes>,
+                           &quantization<F32, I32>, norm<F32>,
+                           attentions<F32, 14>,     expand_scales<F32>};
 
 const Isa kIsa{
     .name = "avx512",

@@ -1,8 +1,10 @@
 // The avx512_bf16 row of the library: kernels.
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <iterator>
 #include <span>
 #include <utility>

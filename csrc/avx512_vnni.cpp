@@ -1,10 +1,14 @@
 // The avx512_vnni row of the library: kernels.
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <iterator>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
@@ -12,6 +16,7 @@
 
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")
 
+#include "fastlinear/isa/avx512_vnni/dots.hpp"
 #include "fastlinear/isa/avx512_vnni/int8.hpp"
 
 namespace fastlinear {
@@ -22,7 +27,7 @@ extern const Isa kIsa;
 
 namespace avx512_vnni {
 
-constexpr std::span<const Kernel> kKernels[] = {kInt8Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kInt8Kernels, kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512Vnni};
 
 const Isa kIsa{

@@ -1,10 +1,14 @@
 // The avx_vnni row of the library: kernels.
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <iterator>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "fastlinear/contract/isa.hpp"
@@ -12,6 +16,7 @@
 
 FL_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 
+#include "fastlinear/isa/avx_vnni/dots.hpp"
 #include "fastlinear/isa/avx_vnni/int8.hpp"
 
 namespace fastlinear {
@@ -22,7 +27,7 @@ extern const Isa kIsa;
 
 namespace avx_vnni {
 
-constexpr std::span<const Kernel> kKernels[] = {kInt8Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kInt8Kernels, kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvxVnni};
 
 const Isa kIsa{

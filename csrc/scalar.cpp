@@ -1,5 +1,7 @@
 // The scalar row of the library: kernels, epilogue steps, conversions and quantization.
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -22,16 +24,18 @@
 #include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/scalar/kernels.hpp"
+#include "fastlinear/isa/scalar/dots.hpp"
 // clang-format on
 
 namespace fastlinear {
 
 namespace scalar {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
-                                                kInt8Kernels, kInt4Kernels, kInt8gKernels};
-constexpr Vectors kVectors{epilogue_steps<F32>, conversions<F32, Codes, Bytes>, &quantization<F32, I32>, norm<F32>,
-                           attentions<F32, 4>};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kInt8woKernels,
+                                                kInt8Kernels, kInt4Kernels, kInt8gKernels, kDotKernels};
+constexpr Vectors kVectors{epilogue_steps<F32>,     conversions<F32, Codes, Bytes>,
+                           &quantization<F32, I32>, norm<F32>,
+                           attentions<F32, 4>,      expand_scales<F32>};
 
 const Isa kIsa{
     .name = "scalar",

@@ -19,7 +19,7 @@ from fastlinear.model.profiling import profile
 from fastlinear.model.reporting import report
 from fastlinear.model.sensing import sensitivity
 from fastlinear.model.tuning import clear_cache, force, tune
-from fastlinear.spec.schemes import Calibration, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
+from fastlinear.spec.schemes import Calibration, Int4Dynamic, Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 
 __all__ = [
     "Calibration",
@@ -27,6 +27,7 @@ __all__ = [
     "FastLinear",
     "FastLinearGroup",
     "FormatError",
+    "Int4Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
     "Int8Static",

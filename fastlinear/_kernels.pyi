@@ -2,7 +2,6 @@ from collections.abc import Mapping
 from typing import Any
 
 GROUP_SIZES: tuple[int, ...]
-SUPER: int  # k that share the upper level of scales of two
 
 def cpu_info() -> dict[str, Any]: ...
 def detect(machine: Mapping[Any, Any]) -> dict[str, Any]: ...

@@ -6,7 +6,7 @@ the kernels themselves; the others reach them through it."""
 import errno
 import os
 
-from fastlinear._tensors import SCALES
+from fastlinear._tensors import SCALES, SUPER
 
 from fastlinear._cpu cimport CpuSource, describe_cpu, source_of
 from fastlinear._tensors cimport Format, Layout, all_formats, format_at, format_name
@@ -248,7 +248,6 @@ cdef Layout parse_layout(str layout) except *:
 
 
 GROUP_SIZES = tuple(1 << i for i in range(4, 41))
-SUPER = 256  # k that share the fp16 by which small integers scale their groups
 
 
 def __getattr__(name):

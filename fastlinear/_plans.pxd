@@ -83,6 +83,8 @@ cdef extern from "fastlinear/driver/problem.hpp" namespace "fastlinear" nogil:
 cdef extern from *:
     int STATIC "int(fastlinear::RowKind::fixed)"
     int ROUNDED "int(fastlinear::RowKind::rounded)"
+    int GROUPS "int(fastlinear::RowKind::groups)"
+    int SYMMETRIC "int(fastlinear::RowKind::symmetric)"
 
 
 cdef class Plan:

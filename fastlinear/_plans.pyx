@@ -10,7 +10,7 @@ from fastlinear._kernels import functions
 from fastlinear._tensors import FORMATS
 
 from fastlinear._kernels cimport Caches, Kernel, own_caches, reads, reads_layout, runnable_kernel
-from fastlinear._tensors cimport FP32, Format, View, describe, format_of_x, is_float, need, need_vector
+from fastlinear._tensors cimport FP32, INT8, Format, View, describe, format_of_x, is_float, need, need_vector
 from fastlinear._weights cimport Packed
 
 cdef class Plan:
@@ -97,7 +97,7 @@ cdef bint check_affine(scale, zero) except -1:
     return isinstance(zero, int) and 0 <= zero <= 255 and 2.0**-126 <= scale < 3.4e38
 
 
-ROW_KINDS = ("symmetric", "asymmetric", "static")  # in the order of enum RowKind
+ROW_KINDS = ("symmetric", "asymmetric", "static", "groups")  # in the order of enum RowKind
 
 
 cdef class RowQuantizer:
@@ -105,7 +105,8 @@ cdef class RowQuantizer:
     `rounding` has it, the nearest numbers of a floating format.
 
     kind: "symmetric" or "asymmetric", of each row's own range; or "static": by `scale` and `zero`, 0 to 255, also of x
-    that is uint8 already, or int8, which lies 128 lower. smooth: fp32 [K], or None for 1. ValueError otherwise.
+    that is uint8 already, or int8, which lies 128 lower; or "groups", of a weight's that is in groups. smooth: fp32
+    [K], or None for 1. ValueError otherwise.
     """
 
     def __init__(self, str kind not None, scale=0.0, zero=0, smooth=None):
@@ -140,9 +141,14 @@ cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept:
     cdef const Kernel* kernel = plan.plan.kernel
     if not reads_layout(kernel[0], w.shape):
         return False
+    if <int> kernel.rows == INT8:  # in groups
+        return rows is not None and <int> rows.quantizer.kind in (SYMMETRIC, GROUPS) and is_float(x) and (
+            w.read().groups.unit > 0)
     if plan.plan.form != NULL:
-        return rows is not None and rows.quantizer.makes_integers() and (
+        return rows is not None and rows.quantizer.makes_integers() and <int> rows.quantizer.kind != GROUPS and (
             is_float(x) or <int> rows.quantizer.kind == STATIC)
+    if rows is not None and rows.quantizer.makes_integers():
+        return False
     if rows is not None and <int> rows.quantizer.kind == ROUNDED:
         x = rows.quantizer.format if is_float(x) else x
     return is_float(x) and (<int> kernel.rows == FP32 or kernel.rows == x)

@@ -43,6 +43,7 @@ PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes))
           if format_at(i).pack != NULL and not format_at(i).grouped}
 # What weights in groups may be scaled by: floats, and what of each 256 k an fp16 multiplies (formats/scales.hpp).
 SCALES = {**FORMATS, torch.float8_e8m0fnu: "e8m0", torch.int8: "int8", torch.uint8: "uint6"}
+SUPER = 256  # k that share the fp16 by which small integers scale their groups
 GROUPED = tuple(format_name(i) for i in range(len(dtypes)) if format_at(i).grouped)
 cdef dict formats_of_x = {dtypes[i]: i for i in range(len(dtypes)) if format_at(i).floating} | {
     torch.int8: INT8, torch.uint8: UINT8

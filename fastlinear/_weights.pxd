@@ -21,6 +21,7 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
         ptrdiff_t stride_n
         ptrdiff_t stride_k
     ctypedef struct ScaledGroups:
+        float unit
         const char* scales
         const char* offsets
         ptrdiff_t panel_stride
@@ -36,6 +37,7 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     ptrdiff_t packed_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t channel_arrays(Format)
     Weight weight_at(const Layout&, ptrdiff_t, ptrdiff_t, const char*)
+    void find_integers(ScaledGroups&)
     void pack_weight(const Layout&, const WeightView&, void*)
     void pack_channels(const Layout&, const WeightView&, const float*, const int32_t*, char*)
     void unpack_weight(const Layout&, const void*, const WeightView&)
@@ -59,8 +61,8 @@ cdef class Packed:
     cdef int pack_codes(self, WeightView codes, object scale, object zero, object table, object offset,
                         object supers) except -1
     cdef int find(self, const char* panels, bint zeros) except -1
-    cdef bint weight_has_table(self) noexcept
     cdef Weight* read(self) noexcept
     cdef object of_groups(self, const char* values)
     cdef int lay(self, const char* to, object scales, object supers) except -1
+    cdef bint weight_has_table(self) noexcept
     cdef object channels(self, const void* values, object dtype)

@@ -8,12 +8,13 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, P
 from libc.stdint cimport int32_t
 from libc.string cimport memcpy
 
+from fastlinear._tensors import SUPER
+
 from fastlinear._kernels cimport parse_layout
 from fastlinear._tensors cimport (
     INT4, INT8, Groups, Layout, View, dtype_of, format_at, format_name, is_two_level, need, need_groups, need_vector
 )
 
-from fastlinear._kernels import SUPER
 
 cdef PackMemory pack_memory
 
@@ -219,15 +220,18 @@ cdef class Packed:
     cdef int find(self, const char* panels, bint zeros) except -1:
         self.nbytes = packed_bytes(self.shape, self.n, self.k)
         self.weight = weight_at(self.shape, self.n, self.k, panels)
-        self.zeros_known = self.weight.zeros == NULL or not zeros
+        self.zeros_known = (self.weight.zeros == NULL or not zeros) and not self.weight_has_table()
         if not zeros:
             self.weight.zeros = NULL
         return 0
 
-    # What the kernels read. Whether a mapped weight has zero points is looked up at its first use, not when it is
-    # loaded.
+    # What the kernels read. Whether a mapped weight has zero points, and its table integers, is looked up at its first
+    # use, not when it is loaded.
     cdef Weight* read(self) noexcept:
         cdef ptrdiff_t i
+        if not self.zeros_known and self.weight_has_table():
+            find_integers(self.weight.groups)
+            self.zeros_known = True
         if not self.zeros_known:
             for i in range(self.n):
                 if self.weight.zeros[i] != 0:

@@ -65,7 +65,7 @@ def kernels() -> int:
                 w = torch.randn(70, 40).to(dtype)
                 packed = _weights.Packed(w, layout)
             out = torch.empty(5, 70)
-            rows = _plans.RowQuantizer("symmetric") if integers else None
+            rows = _plans.RowQuantizer("symmetric") if integers or row["rows"] == "int8" else None
             plan = _plans.Plan(row["name"])
             _products.run(packed, plan, _plans.Epilogue(), x, None, out, rows)
             bound = x.double().abs() @ w.double().abs().T

@@ -78,7 +78,8 @@ def bench(options: argparse.Namespace) -> int:
     if options.plot:
         plotting.check()
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
-    roofline = Roofline(scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]], options.isa)
+    packed = scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]]
+    roofline = Roofline(packed, options.isa, scheme)
     counts = options.threads or [_products.num_threads()]
     threads = ", ".join(map(str, counts))
     print(f"{_kernels.cpu_info()['model']}, {threads} thread(s), {form}, activation {options.activation}")

@@ -6,9 +6,14 @@ import argparse
 
 import fastlinear._tensors as _tensors
 from fastlinear.plan import table
-from fastlinear.spec.schemes import Int8Dynamic, Int8WeightOnly
+from fastlinear.spec.schemes import Int4Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, Scheme
 
-SCHEMES = {scheme.packed: scheme for scheme in (Int8Dynamic(), Int8WeightOnly())}
+SCHEMES: dict[str, Scheme] = {
+    "int8": Int8Dynamic(),
+    "int8wo": Int8WeightOnly(),
+    "int4": Int4Dynamic(),
+    "int4wo": Int4WeightOnly(),
+}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _tensors.FORMATS}
 
 
@@ -17,7 +22,7 @@ class UsageError(Exception):
 
 
 def add_quantize(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quantize", choices=SCHEMES, help="pack the weights in 8 bits: %(choices)s")
+    command.add_argument("--quantize", choices=SCHEMES, help="pack the weights in 8 or 4 bits: %(choices)s")
 
 
 def add_threads(command: argparse.ArgumentParser) -> None:

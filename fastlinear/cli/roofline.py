@@ -18,6 +18,8 @@ import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear.cli.options import UsageError
 from fastlinear.plan.table import Row, runnable
+from fastlinear.spec.formats import INTEGER_ROWS, PRODUCTS
+from fastlinear.spec.schemes import Scheme
 
 # Operations a cycle of a core's tile unit: a product of 16 x 16 sums and 64 bytes of K takes 16 cycles (Intel 64 and
 # IA-32 Architectures Optimization Reference Manual, chapter 20).
@@ -51,16 +53,19 @@ class Ceiling(NamedTuple):
 
 
 class Roofline:
-    """The ceilings of weights packed in `form`, of one ISA or of the best that runs here.
+    """The ceilings of weights packed in `form`, or as a scheme says, of one ISA or of the best that runs here.
 
     UsageError where that ISA has no kernel for such weights.
     """
 
-    def __init__(self, form: str, isa: str | None) -> None:
+    def __init__(self, form: str, isa: str | None, scheme: Scheme | None = None) -> None:
         self.isa = isa
-        self._rows = [row for row in runnable() if row["format"] == form and isa in (None, row["isa"])]
+        self._coding = None if scheme is None else scheme.coding()
+        of_integers = form in PRODUCTS or (scheme is not None and scheme.integers)
+        rows = [row for row in runnable() if row["format"] == form and (row["rows"] in INTEGER_ROWS) == of_integers]
+        self._rows = [row for row in rows if isa in (None, row["isa"])]
         if not self._rows:
-            has = sorted({str(row["isa"]) for row in runnable() if row["format"] == form})
+            has = sorted({str(row["isa"]) for row in rows})
             raise UsageError(f"--isa {isa} has no kernel for weights in {form}; those that run here: {', '.join(has)}")
         self._isa = str(self._rows[0]["isa"])
         self._rows = [row for row in self._rows if row["isa"] == self._isa]
@@ -79,7 +84,8 @@ class Roofline:
     def measure(self, m: int, k: int, n: int, itemsize: int) -> Ceiling:
         """Of x [m, k], of elements of so many bytes, times a weight [n, k]."""
         row, threads = self._rows[0], _products.num_threads()
-        nbytes = _weights.packed_nbytes(str(row["layout"]), n, k) + itemsize * m * k
+        layout = str(row["layout"]) if self._coding is None else self._coding.layout(str(row["layout"]))
+        nbytes = _weights.packed_nbytes(layout, n, k) + itemsize * m * k
         flops = max(_products.peak(_plans.Plan(name, count)) for name in self.kernels() for count in {1, threads})
         memory = torch.ones(-(-nbytes // 64) * 64, dtype=torch.uint8, device="cpu")
         passes = max(2, _LEAST_BYTES // memory.numel())

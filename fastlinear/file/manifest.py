@@ -34,7 +34,7 @@ import fastlinear._weights as _weights
 from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
 from fastlinear.plan import table
-from fastlinear.spec import programs
+from fastlinear.spec import int4, int8, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
 from fastlinear.spec.int4 import is_table
@@ -275,13 +275,15 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
 def _parse_scheme(who: str, raw: Any, packed: str, k: int) -> StoredScheme | None:
     """What `dump` wrote of a layer of k columns packed in that format; ValueError, calling the layer `who`, where it is
     not so, or the kernels would not take it."""
-    if (raw is None) != (packed not in PRODUCTS):
+    if packed not in _tensors.GROUPED and (raw is None) != (packed not in PRODUCTS):
         raise ValueError(f"{who} is packed in {packed}, and quantized by {shown(raw)}")
     if raw is None:
         return None
     if not isinstance(raw, dict) or raw.keys() != {*_SCHEME} or type(raw["smooth"]) not in (str, type(None)):
         raise ValueError(f"{who} is quantized by {shown(raw)}, which has not just {', '.join(_SCHEME)}")
     kind, *affine = _triple(who, raw["rows"])
+    if kind not in (int4.ROW_KINDS if packed in _tensors.GROUPED else int8.KINDS):
+        raise ValueError(f"{who}, packed in {packed}, cannot have rows that are quantized {shown(kind)}")
     rows, out = Rows(kind, *affine), None
     dtypes = {name_of(dtype): dtype for dtype in BYTES}
     if raw["out"] is not None:
@@ -294,7 +296,7 @@ def _parse_scheme(who: str, raw: Any, packed: str, k: int) -> StoredScheme | Non
         epilogue(None, out)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{who} cannot be quantized as it says: {error}") from error
-    if k > _weights.dot_limit():
+    if packed not in _tensors.GROUPED and k > _weights.dot_limit():
         raise ValueError(f"{who} has {k} columns, more than the {_weights.dot_limit()} that a sum of integers holds")
     return StoredScheme(rows, out, raw["smooth"])
 
@@ -308,11 +310,16 @@ def _check_smoothing(who: str, scheme: StoredScheme | None, k: int, contents: Co
         raise ValueError(f"{who} is smoothed by {shown(scheme.smooth)}, which is no F32 of {k} numbers in this file")
 
 
-def check_channels(who: str, packed: _weights.Packed) -> None:
-    """ValueError where the scales or zero points of a weight are none."""
+def check_channels(who: str, packed: _weights.Packed, quantized: StoredScheme | None) -> None:
+    """ValueError where the scales or zero points of a weight are none, or its codes no integers for integer rows."""
     if packed.grouped:  # the scales may be as odd as the numbers of a weight in floats
         if packed.table is not None and not is_table(tuple(packed.table.tolist())):
             raise ValueError(f"{who} has codes that stand for no numbers")
+        coding = int4.coding_of(packed)
+        if quantized is not None and (
+            coding is None or not coding.is_whole or min(packed.k, coding.group) > _weights.dot_limit()
+        ):
+            raise ValueError(f"{who} has integer rows, and codes that are none, or too many of them in a group")
         return
     scale, zero = packed.scale, packed.zero
     if scale is not None and not is_scale(scale):

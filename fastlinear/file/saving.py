@@ -230,7 +230,7 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
             data = mapped.blob(record.panels, _weights.packed_nbytes(record.layout, record.n, record.k))
             kind = packs.kind_of(is_gated(record.activation))
             packed, origin = kind.over(data, record.layout, record.n, record.k), ""
-            check_channels(f"the layer {shown(record.name)}", packed)
+            check_channels(f"the layer {shown(record.name)}", packed, record.quantized)
             smooth = record.quantized and record.quantized.smooth
             if layouts[record.packed] != table.base(record.layout):
                 packed, origin = packs.repack(packed, layouts[record.packed]), f"repacked from {record.layout}"

@@ -41,22 +41,23 @@ class Chosen(NamedTuple):
 
 
 def able(problem: Problem) -> tuple[Row, ...]:
-    """The kernels that can compute it: they read its panels, and its rows as they are or widened."""
-    return _able(base(problem.panels), problem.rows)
+    """The kernels that can compute it: they read its panels, and its rows as they are or widened; or, where x is to
+    become integers, those."""
+    return _able(base(problem.panels), problem.rows, bool(problem.scheme))
 
 
 @functools.cache
-def _able(layout: str, rows: str) -> tuple[Row, ...]:
-    allowed = {FP32, rows, *INTEGER_ROWS}
+def _able(layout: str, rows: str, integers: bool) -> tuple[Row, ...]:
+    allowed = INTEGER_ROWS if integers else {FP32, rows}
     return tuple(row for row in runnable() if layout in row["reads"] and row["rows"] in allowed)
 
 
 @functools.cache
-def _likely(layout: str, read: str, accumulate: str) -> tuple[Row, ...]:
+def _likely(layout: str, read: str, integers: bool, accumulate: str) -> tuple[Row, ...]:
     """Of the able kernels that read the same things in the same way, only the best ISA's: a tuning has no time for the
     scalar ones. All integers are one way; kernels of whole tiles are one beside those of single rows. Coarse sums have
     to be asked for."""
-    rows = _able(layout, read)
+    rows = _able(layout, read, integers)
     best = {_way(row): row["isa"] for row in reversed(rows)}
     return tuple(
         row for row in rows if row["isa"] == best[_way(row)] and row["accumulate"] not in _COARSE - {accumulate}
@@ -72,7 +73,7 @@ def native_candidates(problem: Problem) -> list[Chosen]:
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
-        for row in _likely(panels, problem.rows, problem.accumulate)
+        for row in _likely(panels, problem.rows, bool(problem.scheme), problem.accumulate)
         if row["layout"] == panels or problem.m > row["mr"]
         for threads in sorted(counts)
         for slices in _slices(problem, row, threads)

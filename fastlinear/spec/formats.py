@@ -13,7 +13,9 @@ from fastlinear.spec.int8 import BYTES
 
 FP32 = _tensors.FORMATS[torch.float32]  # what any row and panel can be widened to
 INTEGER_ROWS = {row["rows"] for row in _kernels.rows()} - {*_tensors.FORMATS.values()}
-PRODUCTS = {row["format"] for row in _kernels.rows() if row["rows"] in INTEGER_ROWS}  # weights that these multiply
+PRODUCTS = {row["format"] for row in _kernels.rows()} - {  # weights that these alone multiply
+    row["format"] for row in _kernels.rows() if row["rows"] not in INTEGER_ROWS
+}
 DTYPES = {name: dtype for dtype, name in _tensors.FORMATS.items()}
 
 

@@ -18,18 +18,20 @@ rounding. Nothing here is meant for speed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import fastlinear._kernels as _kernels
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
+from fastlinear.spec.int8 import TINY
 
 # nf4: Dettmers et al. 2023, arXiv:2305.14314, appendix E; fp4: Open Compute Project, Microscaling Formats (MX) v1.0,
 # section 5.3.3; iq4_nl: ggml's kvalues_iq4nl.
+ROW_KINDS = ("groups", "symmetric")
 TABLES: dict[str, tuple[float, ...]] = {
     "int4": tuple(map(float, range(-8, 8))),
     "nf4": (
@@ -42,7 +44,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 }
 _BYTES = tuple(map(float, range(-128, 128)))
 _SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
-SUPER = _kernels.SUPER  # k that share the upper level of scales of two
+SUPER = _tensors.SUPER  # k that share the upper level of scales of two
 _BLOCK = 1 << 17  # so many numbers are quantized at a time
 
 
@@ -69,6 +71,11 @@ class Coding(NamedTuple):
     def layout(self, base: str) -> str:
         """The layout of such a weight in panels of `base`."""
         return f"{base}:{self.group}:{_tensors.SCALES[self.scales]}" + ":offsets" * self.offsets
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what codes stand for is integers of 8 bits, or halves of such, as integer products want it."""
+        return any(all(n * by == int(n * by) and -128 <= n * by <= 127 for n in self.numbers) for by in (1, 2))
 
     @property
     def packed(self) -> str:
@@ -301,6 +308,52 @@ def _codes(steps: Tensor, table: Tensor, coding: Coding) -> Tensor:
 
 def _take(table: Tensor, codes: Tensor) -> Tensor:
     return table.index_select(0, codes.flatten()).view(codes.shape)
+
+
+def quantize_rows(x: Tensor, group: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Rows of x [..., K] as (u int8 [..., K], scale fp32 [..., groups]), x ~ scale * u; traceable.
+
+    kind: "groups", each scaled by its own largest magnitude, which becomes 127, or "symmetric", all by the row's. A
+    scale below 2^-126 is 0; one of a group, or a row, with an infinity or NaN is NaN, and its u are 0.
+    """
+    k = x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(-1, (-1, group))
+    most = padded.abs().amax(-1)
+    if kind == "symmetric":
+        most = torch.where(most.isnan().any(-1, True), math.nan, most.amax(-1, True)).expand(most.shape)
+    scale = most / 127
+    whole = (scale >= TINY) & scale.isfinite()
+    scale = torch.where(whole | (scale < TINY), torch.where(whole, scale, 0.0), math.nan)
+    steps = torch.round((padded * scale.reciprocal()[..., None]).clamp(-127, 127))
+    u = torch.where(whole[..., None], steps, 0.0).flatten(-2)[..., :k]
+    return u.to(torch.int8), scale
+
+
+def dequantize_rows(u: Tensor, scale: Tensor, group: int) -> Tensor:
+    """The rows [..., K] that the result of `quantize_rows` stands for, in fp32."""
+    return _spread(scale, group, u.shape[-1]) * u.float()
+
+
+def linear(x: Tensor, weight: Coded, kind: str) -> Tensor:
+    """y [M, N] of integer products: those of each group are summed exactly, and then in fp32, one group after another,
+
+        y = fma(float(sum_k u code) * scale_w, scale_x, y)    and with offsets    y = fma(scale_x * sum_k u, offset, y)
+
+    Numbers of the table that are halves are taken twice, and scale_x half.
+    """
+    u, scale_x = quantize_rows(x, weight.group, kind)
+    numbers = weight.codes.double() if weight.table is None else weight.table[weight.codes.long()].double()
+    unit = 1.0 if bool((numbers == numbers.round()).all()) else 0.5
+    scale_w, offset = scales_of(weight)
+    y = x.new_zeros(len(x), len(numbers), dtype=torch.float32)
+    for g in range(scale_x.shape[1]):
+        us, ns = (t[:, g * weight.group : (g + 1) * weight.group] for t in (u.double(), numbers / unit))
+        products = (us @ ns.t()).float() * scale_w[:, g]
+        y = (products.double() * (scale_x[:, g : g + 1] * unit).double() + y.double()).float()
+        if offset is not None:
+            of_x = scale_x[:, g : g + 1] * us.sum(1, keepdim=True).float()
+            y = (of_x.double() * offset[:, g].double() + y.double()).float()
+    return y
 
 
 def is_table(numbers: tuple[float, ...]) -> bool:

@@ -122,8 +122,8 @@ class Wanted(NamedTuple):
         rows, zeros = self.scheme.rows(name), theirs is not None and theirs.zero is not None
         if rows is None:
             return f"{type(self.scheme).__name__} has no zero points, which its weight has" if zeros else None
-        most = _weights.dot_limit(zeros)
-        if k > most:
+        most, coding = _weights.dot_limit(zeros), self.scheme.coding()
+        if (k if coding is None else min(k, coding.group)) > most:
             return f"its {k} input features are more than the {most} whose products an int32 sum holds"
         if rows.smooth is not None and theirs is not None:
             return "its weight is quantized already, and so cannot be smoothed: calibrate it as it is"
@@ -155,7 +155,7 @@ def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = N
         raise ValueError(f"a weight is packed by dtype={dtype} or by quantize={quantize!r}, not by both")
     if products in narrow and dtype not in (None, products):
         raise ValueError(f"products={products} are of weights packed so, not by dtype={dtype}")
-    if products in narrow and quantize is not None and quantize.packed in PRODUCTS:
+    if products in narrow and quantize is not None and (quantize.packed in PRODUCTS or quantize.integers):
         raise ValueError(f"products={products} are none of integers, which quantize={quantize!r} makes")
     if products in narrow and quantize is None:
         dtype = products

@@ -70,6 +70,9 @@ class Reference(NamedTuple):
             return _as(x, wide)
         if rows is None:
             return _straight_through(_as(x.detach().to(DTYPES[self.precision.products]), wide), _as(x, wide))
+        if (coding := self.precision.coding) is not None:
+            u, scale = int4.quantize_rows(x.detach(), coding.group, rows.kind)
+            return _straight_through(_as(int4.dequantize_rows(u, scale, coding.group), wide), _as(x, wide))
         rounded = _as(dequantize_rows(*quantize_rows(x.detach(), rows)), wide)
         if x.dtype in BYTES:
             return rounded

@@ -55,6 +55,7 @@ class Scheme:
     calibration: Calibration | None = None
     fallback: bool = False
     chain: bool = False
+    integers: bool = False  # whether weights that could be multiplied as floats are multiplied as integers
     least: float | None = None  # dB that the weight of a layer must keep, or it is left alone
 
     def __post_init__(self) -> None:
@@ -133,23 +134,61 @@ class Int4WeightOnly(Scheme):
     packed = "int4"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if isinstance(self.group, bool) or not isinstance(self.group, int):
-            raise TypeError(f"{name}(group=...) must be an int, but is {self.group!r}")
-        if self.group not in _kernels.GROUP_SIZES:
-            raise ValueError(f"{name}(group=...) must be a power of two from 16 on, but is {self.group}")
-        if self.table not in TABLES:
-            raise ValueError(f"{name}(table=...) must be {', '.join(map(repr, TABLES))}, but is {self.table!r}")
-        if not isinstance(self.offsets, bool):
-            raise TypeError(f"{name}(offsets=...) must be True or False, but is {self.offsets!r}")
-        if self.scales not in _tensors.FORMATS:
-            allowed = ", ".join(map(str, _tensors.FORMATS))
-            raise ValueError(f"{name}(scales=...) must be one of {allowed}, but is {self.scales!r}")
-        if self.least is not None and (isinstance(self.least, bool) or not isinstance(self.least, (int, float))):
-            raise TypeError(f"{name}(least=...) must be a number of decibels or None, but is {self.least!r}")
+        _check_coding(self, [*TABLES])
 
     def coding(self) -> Coding:
         return Coding(self.group, TABLES[self.table], self.scales, self.offsets)
+
+
+@dataclass(frozen=True)
+class Int4Dynamic(Scheme):
+    """4-bit weights, in groups of inputs that share a scale, and inputs that each call quantizes to 8 bits in the same
+    groups; integer products, the same bits on every CPU.
+
+    group, offsets, scales, least: as of `Int4WeightOnly`.
+    table: "int4", "fp4" or "iq4_nl", whose numbers are integers or halves.
+    by_row: whether the inputs of a row share one scale, as with `Int8Dynamic`. One large input then costs all others
+        of its row their precision, and not only those of its group.
+    Raises TypeError or ValueError for others.
+    """
+
+    group: int = 32
+    table: str = "int4"
+    offsets: bool = False
+    scales: torch.dtype = torch.float16
+    least: float | None = None
+    by_row: bool = False
+
+    packed = "int4"
+    integers = True
+
+    def __post_init__(self) -> None:
+        _check_coding(self, [name for name, numbers in TABLES.items() if Coding(table=numbers).is_whole])
+        if not isinstance(self.by_row, bool):
+            raise TypeError(f"{type(self).__name__}(by_row=...) must be True or False, but is {self.by_row!r}")
+
+    def rows(self, name: str) -> Rows:
+        return Rows("symmetric" if self.by_row else "groups")
+
+    def coding(self) -> Coding:
+        return Coding(self.group, TABLES[self.table], self.scales, self.offsets)
+
+
+def _check_coding(scheme: Int4WeightOnly | Int4Dynamic, tables: list[str]) -> None:
+    name = type(scheme).__name__
+    if isinstance(scheme.group, bool) or not isinstance(scheme.group, int):
+        raise TypeError(f"{name}(group=...) must be an int, but is {scheme.group!r}")
+    if scheme.group not in _kernels.GROUP_SIZES:
+        raise ValueError(f"{name}(group=...) must be a power of two from 16 on, but is {scheme.group}")
+    if scheme.table not in tables:
+        raise ValueError(f"{name}(table=...) must be {', '.join(map(repr, tables))}, but is {scheme.table!r}")
+    if not isinstance(scheme.offsets, bool):
+        raise TypeError(f"{name}(offsets=...) must be True or False, but is {scheme.offsets!r}")
+    if scheme.scales not in _tensors.FORMATS:
+        allowed = ", ".join(map(str, _tensors.FORMATS))
+        raise ValueError(f"{name}(scales=...) must be one of {allowed}, but is {scheme.scales!r}")
+    if scheme.least is not None and (isinstance(scheme.least, bool) or not isinstance(scheme.least, (int, float))):
+        raise TypeError(f"{name}(least=...) must be a number of decibels or None, but is {scheme.least!r}")
 
 
 @dataclass(frozen=True)

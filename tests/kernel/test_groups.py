@@ -11,6 +11,7 @@ import guard
 import library
 import pytest
 import torch
+from grouped import E8M0, coded, pack
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
@@ -28,11 +29,10 @@ ROWS = [
     row | {"on": layout}
     for row in _kernels.kernels()
     for layout in row["reads"]
-    if layout in LAYOUTS and "skipped" not in library.way(row["isa"])
+    if layout in LAYOUTS and "skipped" not in library.way(row["isa"]) and row["rows"] != "int8"  # those: test_dots.py
 ]
 every_kernel = pytest.mark.parametrize("kernel", ROWS, ids=lambda row: f"{row['name']} on {row['on']}")
 SCALES = [*_tensors.SCALES]
-E8M0 = torch.float8_e8m0fnu
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -41,40 +41,13 @@ def tables(kernel: Kernel) -> list[tuple[float, ...]]:
     return [*TABLES.values()] if kernel["on"].startswith("int4") else [()]
 
 
-def small(dtype: torch.dtype, n: int, groups: int) -> Tensor:
-    """Random scales or offsets, of both signs where the dtype has them."""
-    if dtype is E8M0:
-        return torch.randint(120, 130, (n, groups), dtype=torch.uint8).view(dtype)
-    if dtype is torch.uint8:
-        return torch.randint(0, 64, (n, groups), dtype=dtype)
-    return torch.randint(-128, 128, (n, groups)).to(dtype) if dtype is torch.int8 else torch.randn(n, groups).to(dtype)
-
-
-def coded(n: int, k: int, coding: Coding) -> Coded:
-    """A weight of random codes, scales and offsets."""
-    groups, supers = -(-k // coding.group), None
-    if coding.scales in (torch.int8, torch.uint8):
-        supers = (torch.randn(n, (1 + coding.offsets) * -(-k // _kernels.SUPER)) / 32).half()
-    scale, offset = (small(coding.scales, n, groups) for _ in range(2))
-    codes, table = torch.randint(0, 16, (n, k), dtype=torch.uint8), None
-    if coding.table:
-        table = torch.tensor(coding.table)
-    else:
-        codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
-    return Coded(codes, scale, table, coding.group, offset if coding.offsets else None, supers)
-
-
-def pack(weight: Coded, layout: str) -> Packed:
-    return Packed(weight.codes, weight.coding.layout(layout), *weight.contents())
-
-
 def bytes_of_scales(coding: Coding, groups: int, k: int) -> int:
     """Of one channel: 6 bits each and two bytes for each 256 k are what Q4_K has, 8 bits what Q6_K has."""
-    supers = -(-k // _kernels.SUPER)
+    supers = -(-k // _tensors.SUPER)
     if coding.scales is torch.uint8:
         return supers * (8 * 6 // 8 + 2)
     if coding.scales is torch.int8:
-        return supers * (_kernels.SUPER // coding.group + 2)
+        return supers * (_tensors.SUPER // coding.group + 2)
     return groups * coding.scales.itemsize
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastlinear
-from fastlinear import FastLinear, Int4WeightOnly
+import fastlinear._kernels as _kernels
+from fastlinear import FastLinear, Int4Dynamic, Int4WeightOnly
 from fastlinear.spec import int4
 
 SCHEMES = [
@@ -105,6 +106,57 @@ def test_frozen_layers_travel(scheme: Int4WeightOnly, tmp_path: Path) -> None:
     assert torch.equal(fastlinear.unfreeze(frozen)[0].weight, rounded(model, scheme)[0].weight)
 
 
+DYNAMIC = [
+    Int4Dynamic(),
+    Int4Dynamic(16, "iq4_nl", True, torch.bfloat16, by_row=True),
+    Int4Dynamic(128, "fp4", scales=torch.float32),
+]
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC, ids=repr)
+@pytest.mark.parametrize("m", [1, 20])
+def test_integer_products_are_one_set_of_numbers(scheme: Int4Dynamic, m: int, tmp_path: Path) -> None:
+    """The kernels, frozen or not, loaded from a file, in torch's ops and under a tracer: what the specification says of
+    the quantized inputs and weight; gradients are those of them. No plan is of floats."""
+    model, x = stock()[:1], torch.randn(m, K)
+    fast = OFF(model, quantize=scheme)
+    coded, kind = int4.quantize_weight(model[0].weight, scheme.coding()), scheme.rows("").kind
+    want = int4.linear(x, coded, kind) + model[0].bias
+    frozen = fastlinear.freeze(copy.deepcopy(fast))
+    fastlinear.save(frozen, tmp_path / "frozen")
+    loaded = fastlinear.load(tmp_path / "frozen", stock()[:1])
+    for each in (fast, frozen, loaded, copy.deepcopy(fast)):
+        with torch.no_grad():
+            assert close(each(x), want)
+            with forward_ad.dual_level():
+                assert close(each(x), want)
+            if m == 1:
+                assert close(torch.compile(each, backend="eager")(x), want)
+            y = each(x.to(torch.bfloat16))
+        assert y.dtype is torch.bfloat16 and torch.allclose(y.float(), want, atol=0.05 * float(want.abs().max()))
+        assert all(_rows_of(plan.name) == "int8" for plan in each[0].plans)
+        assert each[0].precision.rows is not None and each[0].precision.rows.kind == kind
+    given = x.clone().requires_grad_()
+    fast(given).sum().backward()
+    assert close(given.grad, int4.dequantize(coded).sum(0).expand(m, -1))  # type: ignore[arg-type]
+
+
+def _rows_of(kernel: str) -> str:
+    return next(str(row["rows"]) for row in _kernels.rows() if row["name"] == kernel)
+
+
+def test_integer_products_err_by_eight_bits_of_a_group() -> None:
+    """One large input costs the others of its group their precision, by_row all of its row."""
+    model, x = nn.Linear(256, 64, bias=False).eval(), torch.randn(4, 256)
+    exact = int4.dequantize(int4.quantize_weight(model.weight, Int4Dynamic().coding()))
+    with torch.inference_mode():
+        error = [(OFF(model, quantize=Int4Dynamic(by_row=row))(x) - x @ exact.t()).norm() for row in (False, True)]
+        assert error[0] < error[1] < 0.02 * float((x @ exact.t()).norm())
+        x[:, 3] = 300.0
+        error = [(OFF(model, quantize=Int4Dynamic(by_row=row))(x) - x @ exact.t()).norm() for row in (False, True)]
+        assert error[0] < 0.6 * error[1]
+
+
 def test_memory_is_that_of_the_bits() -> None:
     """4.5 bits a weight in groups of 32, 4.125 in groups of 128, and 2 % for the rest."""
     layer = nn.Linear(1024, 512, bias=False).eval()
@@ -166,3 +218,15 @@ def test_odd_weights_are_left_alone() -> None:
 def test_bad_schemes_are_refused(options: dict[str, Any], error: type[Exception], about: str) -> None:
     with pytest.raises(error, match=about):
         Int4WeightOnly(**options)
+    if "table" not in options:
+        with pytest.raises(error, match=about):
+            Int4Dynamic(**options)
+
+
+def test_bad_dynamic_schemes_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be 'int4', 'fp4', 'iq4_nl', but is 'nf4'"):
+        Int4Dynamic(table="nf4")
+    with pytest.raises(TypeError, match="must be True or False, but is 1"):
+        Int4Dynamic(by_row=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="none of integers"):
+        OFF(stock(), quantize=Int4Dynamic(), products=torch.bfloat16)

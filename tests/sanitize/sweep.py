@@ -18,17 +18,19 @@ import fastlinear._weights as _weights
 from fastlinear.cli import check
 from fastlinear.spec import activations, int4
 from fastlinear.spec.formats import INTEGER_ROWS
-from fastlinear.spec.int8 import Rows
+from fastlinear.spec.int8 import KINDS, Rows
 
 
 def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     m, k, n = (draw.choice((1, 2, 3, 5, 13, 14, 17, 31, 33, 64, 65, 130)) for _ in range(3))
     x, bias = torch.randn(m, k), torch.randn(n) if draw.random() < 0.7 else None
     rows, format = None, layout.split("/")[0]
-    if format == "int4":
+    if format in _tensors.GROUPED:
         packed = coded(torch.randn(n, k), layout, draw)
+        if row["rows"] in INTEGER_ROWS:
+            rows = _plans.RowQuantizer(draw.choice(int4.ROW_KINDS))
     elif row["rows"] in INTEGER_ROWS:
-        rows = _plans.RowQuantizer(*Rows(draw.choice(list(_plans.ROW_KINDS)), 0.03, 100))
+        rows = _plans.RowQuantizer(*Rows(draw.choice(KINDS), 0.03, 100))
         zero = torch.randint(-128, 128, (n,)).int() if draw.random() < 0.5 else None
         packed = _weights.Packed(torch.randint(-128, 128, (n, k), dtype=torch.int8), layout, torch.rand(n), zero)
     elif _tensors.PACKED[format] is torch.int8:

@@ -19,6 +19,10 @@ struct ConvertArgs {
 };
 using ConvertPanel = void (*)(const ConvertArgs&);
 
+// Scales of so many groups that kernels do not read, of nr channels, as fp32 [group][nr].
+using ExpandScales = void (*)(const ScaledGroups& how, const char* from, std::ptrdiff_t groups, std::ptrdiff_t nr,
+                              float* out);
+
 // The functions of one ISA and one format; null where there is nothing to do (fp32) or no use for it. `n` elements at
 // any address, side by side.
 struct Conversion {

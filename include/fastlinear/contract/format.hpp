@@ -66,6 +66,9 @@ struct ScaledGroups {
   Format format = Format::fp32;
   std::ptrdiff_t panel_stride = 0;  // bytes, from one panel's to the next
   const float* table = nullptr;     // of 16, for int4
+  // What codes stand for is integers times this, a power of two; 0 where it is not. Those of the table are `integers`.
+  float unit = 0.0f;
+  std::int8_t integers[16] = {};
 
   // From a later panel, and the group that begins at k, on.
   ScaledGroups at(const Layout& layout, std::ptrdiff_t panel, std::ptrdiff_t k) const;

@@ -23,6 +23,7 @@ struct Vectors {
   const Quantization* quantization;
   Norm norm;
   const Attention* attention;  // in the order of enum Format, floating ones
+  ExpandScales expand_scales;
 };
 
 struct Isa {

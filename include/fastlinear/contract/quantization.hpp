@@ -47,6 +47,19 @@ struct DequantizeArgs {
 // x -> integers; false if there is a NaN among x, which becomes the lowest one.
 using Quantize = bool (*)(const float* x, std::ptrdiff_t n, const Affine& affine, void* out);
 
+// One row of x, made int8 by groups of `size` numbers: x = scale * u, each group by its own largest magnitude, or all
+// by `scale` where that is not negative. What is beside them: contract/kernel.hpp, RowGroups; scales are multiplied by
+// `unit`, in which the weights count.
+struct GroupedRow {
+  const float* x;
+  std::ptrdiff_t n, size;
+  float scale, unit;
+  std::int8_t* out;
+  float* scales;
+  std::int32_t* starts;
+  float* totals;
+};
+
 // A form of integer rows that kernels read.
 struct RowForm {
   Format rows;
@@ -58,7 +71,8 @@ struct RowForm {
 struct Quantization {
   Extremes (*extremes)(const float* x, std::ptrdiff_t n);
   Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
-  RowForm forms[2];                                         // uint8, int16
+  RowForm forms[3];                                         // uint8, int16; int8, which `by_groups` makes
+  void (*by_groups)(const GroupedRow& row);
   // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor), the sums being int32
   void (*dequantize)(const DequantizeArgs& args);
   // y = max(sum * scale_w + bias, floor), the sums being fp32

@@ -45,7 +45,7 @@ double fastest(std::ptrdiff_t threads, int repeats, const Make& make) {
 // L2, and K so long that a tile's beginning and end do not count.
 inline double operations(const Plan& plan) {
   const Kernel& kernel = *plan.kernel;
-  constexpr std::ptrdiff_t kPanelBytes = 128 << 10, kTiles = 100, kLine = 64;
+  constexpr std::ptrdiff_t kPanelBytes = 128 << 10, kTiles = 100, kLine = 64, kGroup = 128;
   const std::ptrdiff_t element = element_bytes(kernel.rows), step = std::max(kernel.k_step, kernel.layout.kr);
   const std::ptrdiff_t step_bytes = kernel.panels * panel_offset(kernel.layout, step);
   const std::ptrdiff_t k = std::max<std::ptrdiff_t>(1, kPanelBytes / step_bytes) * step;
@@ -53,7 +53,7 @@ inline double operations(const Plan& plan) {
   const auto row_bytes = static_cast<std::size_t>((kernel.mr * lda + k) * element);
   const double seconds = fastest(plan.threads, 8, [&](std::ptrdiff_t) {
     return [&] {
-      thread_local Scratch rows, panels, tile;
+      thread_local Scratch rows, panels, tile, scales;
       TileArgs a{};
       char* const x = reinterpret_cast<char*>(rows.bytes(static_cast<std::ptrdiff_t>(row_bytes)));
       char* const w = reinterpret_cast<char*>(panels.bytes(kernel.panels * panel));
@@ -63,6 +63,16 @@ inline double operations(const Plan& plan) {
       a.panel = w, a.panel_stride = panel, a.panels = kernel.panels;
       a.tile = tile.bytes(kernel.mr * kernel.columns() * 4);
       a.prefetch = x;
+      ScaledGroups groups{.size = kGroup};  // of weights that are scaled in groups, and of the rows beside them
+      if (info(kernel.layout.format).grouped) {
+        const std::ptrdiff_t beside = kTableBytes + ceil_div(k, kGroup) * kernel.layout.nr * 4 + kernel.mr * kLine;
+        auto* const zeros = reinterpret_cast<char*>(scales.bytes(beside));
+        std::memset(zeros, 0, static_cast<std::size_t>(beside));
+        groups.scales = zeros;
+        groups.table = reinterpret_cast<const float*>(zeros);
+        a.row_groups = {groups.table, reinterpret_cast<const std::int32_t*>(zeros), groups.table};
+      }
+      a.groups = &groups;
       alignas(kSessionBytes) char state[kSessionBytes];
       if (kernel.session != nullptr) kernel.session->enter(state);
       for (std::ptrdiff_t i = 0; i < kTiles; ++i) kernel.run(a);

@@ -24,11 +24,11 @@ struct Rows {
   }
 };
 
-enum class RowKind : std::uint8_t { symmetric, asymmetric, fixed, rounded, as_they_are };
+enum class RowKind : std::uint8_t { symmetric, asymmetric, fixed, groups, rounded, as_they_are };
 
 // How the rows of x become what is multiplied. Integers: by a scale and zero point of each row's own, or by the given
-// ones; x that is integers already is taken as of the given scale. Rounded: to the nearest number of a floating format,
-// ties to even, whatever the kernel then reads it in.
+// ones, or by a scale for each of the weight's groups; x that is integers already is taken as of the given scale.
+// Rounded: to the nearest number of a floating format, ties to even, whatever the kernel then reads it in.
 struct RowQuantizer {
   RowKind kind = RowKind::as_they_are;
   float scale = 0.0f;

@@ -23,6 +23,7 @@ namespace fastlinear {
 struct PreparedRows {
   Rows rows;
   const RowScale* scales;  // of integer rows
+  RowGroups groups{};      // of those that are scaled in groups
 };
 
 // A kernel walks mr rows side by side, one line of each in L1 at a time. An L1 way holds 4096 bytes, so rows whose
@@ -34,10 +35,10 @@ inline bool rows_collide(std::ptrdiff_t stride, std::ptrdiff_t mr) {
   return (mr + sets - 1) / sets > kWays;
 }
 
-// Elements from one made row to the next: whole lines, one apart, that do not collide.
-inline std::ptrdiff_t made_stride(std::ptrdiff_t k, const Kernel& kernel) {
+// Elements from one made row to the next: whole lines, one apart, that do not collide; `beside` stand behind each row.
+inline std::ptrdiff_t made_stride(std::ptrdiff_t k, const Kernel& kernel, std::ptrdiff_t beside = 0) {
   const std::ptrdiff_t element = element_bytes(kernel.rows), line = 64 / element;
-  const std::ptrdiff_t stride = round_up(round_up(k, kernel.k_step), line) + line;
+  const std::ptrdiff_t stride = round_up(round_up(k, kernel.k_step) + beside, line) + line;
   return rows_collide(stride * element, kernel.mr) ? stride + line : stride;
 }
 
@@ -88,7 +89,9 @@ class Prologue {
     // A kernel that takes whole lines of K uses each of them up at once.
     const bool whole_lines = kernel.k_step * element_bytes(kernel.rows) >= 64;
     const bool ends = round_up(p.k, kernel.k_step) == p.k && round_up(m_, kernel.row_step) == m_;
-    if (plan.form != nullptr)
+    if (kernel.rows == Format::int8)
+      make_ = &Prologue::quantize_in_groups;
+    else if (plan.form != nullptr)
       make_ = is_float(p.x.format) ? &Prologue::quantize : &Prologue::shift;
     else if (p.quantizer.kind == RowKind::rounded && p.x.format != p.quantizer.format)
       make_ = &Prologue::round;
@@ -97,7 +100,13 @@ class Prologue {
     else if (!ends || p.x.index != nullptr ||
              (m_ > 1 && !whole_lines && rows_collide(p.x.stride * element_bytes(kernel.rows), rows_of_a_tile())))
       make_ = &Prologue::copy;
-    if (make_ != nullptr) stride_ = made_stride(p.k, kernel);
+    if (make_ == &Prologue::quantize_in_groups) {
+      groups_ = ceil_div(p.k, p.weight.groups.size);
+      groups_at_ = round_up(p.k, 64);
+      stride_ = made_stride(groups_at_, kernel, 3 * 4 * groups_);
+    } else if (make_ != nullptr) {
+      stride_ = made_stride(p.k, kernel);
+    }
   }
 
   // How many rows there are to make, and of how many bytes each; at 1 to 3 % of the time of the product copies repay
@@ -108,9 +117,10 @@ class Prologue {
   // `data` for all the rows, at a multiple of 64; `scales` for as many.
   PreparedRows place(char* data, RowScale* scales) {
     data_ = data;
-    scales_ = plan_.form == nullptr ? nullptr : scales;
+    const bool grouped = groups_at_ > 0;
+    scales_ = plan_.form == nullptr || grouped ? nullptr : scales;
     if (make_ == nullptr) return {{p_.x.at(first_, 0), p_.x.stride, p_.x.format}, nullptr};
-    return {{data_, stride_, plan_.kernel->rows}, scales_};
+    return {{data_, stride_, plan_.kernel->rows}, scales_, grouped ? beside(data_) : RowGroups{}};
   }
 
   // Makes row r; any thread.
@@ -175,6 +185,24 @@ class Prologue {
     finish(row, to, scale);
   }
 
+  RowGroups beside(char* row) const {
+    auto* const numbers = reinterpret_cast<float*>(row + groups_at_);
+    return {numbers, reinterpret_cast<std::int32_t*>(numbers + groups_), numbers + 2 * groups_};
+  }
+
+  // One scale of the row's own, or one for each group.
+  void quantize_in_groups(std::ptrdiff_t row, char* to) {
+    const Quantization& quantization = *plan_.vectors->quantization;
+    const float* const x = numbers(row);
+    float scale = -1.0f;
+    if (p_.quantizer.kind == RowKind::symmetric)
+      scale = prologue_detail::scale_of(RowKind::symmetric, quantization.magnitude(x, p_.k)).scale;
+    const ScaledGroups& how = p_.weight.groups;
+    auto* const numbers = reinterpret_cast<float*>(to + groups_at_);
+    quantization.by_groups({x, p_.k, how.size, scale, how.unit, reinterpret_cast<std::int8_t*>(to), numbers,
+                            reinterpret_cast<std::int32_t*>(numbers + groups_), numbers + 2 * groups_});
+  }
+
   // Integers already.
   void shift(std::ptrdiff_t row, char* to) {
     const std::uint8_t flip = info(p_.x.format).flip;
@@ -209,6 +237,7 @@ class Prologue {
   const Problem& p_;
   const Plan& plan_;
   std::ptrdiff_t first_, m_, stride_ = 0;
+  std::ptrdiff_t groups_ = 0, groups_at_ = 0;  // how many a row has, and where in it what is beside them begins
   void (Prologue::*make_)(std::ptrdiff_t row, char* to) = nullptr;  // null: rows are read in place
   char* data_ = nullptr;
   RowScale* scales_ = nullptr;

@@ -66,7 +66,7 @@ class Worker {
       a.accumulate = block.begin > slice.begin;
       a.panel = weights + panel_offset(packed, block.begin);
       a.panel_stride = job.panel_bytes;
-      const ScaledGroups groups_here = p.weight.groups.at(packed, panel, block.begin);
+      const ScaledGroups groups_here = expanded(job, p.weight.groups.at(packed, panel, block.begin), a);
       a.groups = &groups_here;
       if (job.converted) convert_panels(job, channel, a);
       // Each row tile brings its share of what comes next into L2: the next K block, or the next group.
@@ -81,6 +81,8 @@ class Worker {
         std::byte* const tile = place(t);
         a.rows = rows.size();
         a.a = job.x.rows.at(rows.begin, block.begin);
+        if (job.x.groups.scales != nullptr)
+          a.row_groups = job.x.groups.at(a.lda, rows.begin, block.begin / p.weight.groups.size);
         a.tile = tile;
         a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
         a.y = last && finishes ? lines_of_y(job, t, u.group) : Lines{};
@@ -90,6 +92,26 @@ class Worker {
       if (last && finishes) finish_tile(job, place(tiles.end - 1), tiles.end - 1, u.group);
       if (last) break;
     }
+  }
+
+  // Scales and offsets that kernels do not read, as fp32, once for all row tiles.
+  ScaledGroups expanded(const Job& job, ScaledGroups groups, const TileArgs& a) {
+    if (groups.size == 0 || is_read(groups.format)) return groups;
+    const std::ptrdiff_t nr = job.p.weight.layout.nr, count = ceil_div(a.k, groups.size);
+    const std::ptrdiff_t panels = ceil_div(a.panels * job.plan.kernel->layout.nr, nr);
+    float* out = scales_.floats(2 * panels * count * nr);
+    const auto expand = [&](const char* from) {
+      const auto* const begin = reinterpret_cast<const char*>(out);
+      for (std::ptrdiff_t i = 0; i < panels; ++i, out += count * nr)
+        job.plan.vectors->expand_scales(groups, from + i * groups.panel_stride, count, nr, out);
+      return begin;
+    };
+    ScaledGroups made = groups;
+    made.scales = expand(groups.scales);
+    if (groups.offsets != nullptr) made.offsets = expand(groups.offsets);
+    made.format = Format::fp32;
+    made.panel_stride = count * nr * element_bytes(Format::fp32);
+    return made;
   }
 
   // Panels in the format that the kernel reads, where they are packed in another. It costs one load, one instruction
@@ -103,7 +125,9 @@ class Worker {
     std::byte* const copies = wide_.bytes(a.panels * bytes);
     for (std::ptrdiff_t i = 0; i < a.panels; ++i) {
       const std::ptrdiff_t first = channel % layout.nr + i * read.nr, panel = first / layout.nr;
-      const ScaledGroups groups = a.groups->at(layout, panel, 0);
+      ScaledGroups groups = *a.groups;
+      groups.scales += panel * groups.panel_stride;
+      if (groups.offsets != nullptr) groups.offsets += panel * groups.panel_stride;
       convert({packed + panel * job.panel_bytes, layout, first % layout.nr, read.nr, a.k, copies + i * bytes, &groups});
     }
     a.panel = copies;
@@ -112,14 +136,14 @@ class Worker {
 
   // Kept from call to call, one for each thread.
   static Scratch& scratch(std::size_t which) {
-    thread_local Scratch memory[2];
+    thread_local Scratch memory[3];
     return memory[which];
   }
 
   std::span<const Job> jobs_;
   const Session* session_;
   alignas(kSessionBytes) char state_[kSessionBytes];
-  Scratch &tiles_ = scratch(0), &wide_ = scratch(1);
+  Scratch &tiles_ = scratch(0), &wide_ = scratch(1), &scales_ = scratch(2);
   std::size_t job_ = 0;
 };
 

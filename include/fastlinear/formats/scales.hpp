@@ -54,34 +54,37 @@ constexpr std::uint32_t unpack_six(std::uint32_t a, std::uint32_t b, std::uint32
   return i == 6 ? a >> 12 | (b >> 12 & 3) << 4 : b >> 14 | c >> 12 << 2;
 }
 
-// Scales of group g, of V::width channels from `at` on; `from` is where those of a panel begin. Products of two levels
-// are exact in fp32.
+// Of V::width channels, the first being number i of the floats at `from`: what kernels ask for.
 template <class V>
-[[gnu::always_inline]] inline V load_scales(const ScaledGroups& how, const char* from, std::ptrdiff_t g,
-                                            std::ptrdiff_t nr, std::ptrdiff_t at) {
-  const auto element = [&](auto* type) { return reinterpret_cast<decltype(type)>(from) + g * nr + at; };
-  switch (how.format) {
-    case Format::fp32:
-      return V::load(element(static_cast<const float*>(nullptr)));
-    case Format::bf16:
-      return V::load(element(static_cast<const Bf16*>(nullptr)));
-    case Format::fp16:
-      return V::load(element(static_cast<const Fp16*>(nullptr)));
-    case Format::e8m0:
-      return V::load(element(static_cast<const E8m0*>(nullptr)));
-    case Format::int8: {
-      const int shift = 8 - std::countr_zero(static_cast<std::size_t>(how.size));  // groups in 256 k, as a power of two
-      const std::ptrdiff_t groups = std::ptrdiff_t{1} << shift;
-      const char* const super = from + (g >> shift) * (groups + 2) * nr;
-      const V small = V::load(reinterpret_cast<const Int8*>(super) + (g & (groups - 1)) * nr + at);
-      return small * V::load(reinterpret_cast<const Fp16*>(super + groups * nr) + at);
+[[gnu::always_inline]] inline V load_scales(Format format, const char* from, std::ptrdiff_t i) {
+  if (format == Format::bf16) return V::load(reinterpret_cast<const Bf16*>(from) + i);
+  if (format == Format::fp16) return V::load(reinterpret_cast<const Fp16*>(from) + i);
+  return V::load(reinterpret_cast<const float*>(from) + i);
+}
+
+// Whether kernels read such scales as they are. All others the driver turns into fp32 first.
+constexpr bool is_read(Format scales) {
+  return scales == Format::fp32 || scales == Format::bf16 || scales == Format::fp16;
+}
+
+// Scales of so many groups, and nr channels, that kernels do not read, as fp32. Products of two levels are exact.
+template <class V>
+void expand_scales(const ScaledGroups& how, const char* from, std::ptrdiff_t groups, std::ptrdiff_t nr, float* out) {
+  const std::ptrdiff_t per = kSuperK / how.size;
+  for (std::ptrdiff_t g = 0; g < groups; ++g)
+    for (std::ptrdiff_t at = 0; at < nr; at += V::width, out += V::width) {
+      if (how.format == Format::e8m0) {
+        V::store(out, V::load(reinterpret_cast<const E8m0*>(from) + g * nr + at));
+      } else if (how.format == Format::int8) {
+        const char* const super = from + g / per * (per + 2) * nr;
+        const V small = V::load(reinterpret_cast<const Int8*>(super) + g % per * nr + at);
+        V::store(out, small * V::load(reinterpret_cast<const Fp16*>(super + per * nr) + at));
+      } else {
+        const char* const super = from + g / per * 8 * nr;
+        const V small = V::load_six(reinterpret_cast<const std::uint16_t*>(super) + at, nr, g % per);
+        V::store(out, small * V::load(reinterpret_cast<const Fp16*>(super + 6 * nr) + at));
+      }
     }
-    default: {
-      const char* const super = from + g / 8 * 8 * nr;
-      const V small = V::load_six(reinterpret_cast<const std::uint16_t*>(super) + at, nr, g % 8);
-      return small * V::load(reinterpret_cast<const Fp16*>(super + 6 * nr) + at);
-    }
-  }
 }
 
 }  // namespace fastlinear

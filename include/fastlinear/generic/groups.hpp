@@ -18,8 +18,6 @@
 #include <type_traits>
 
 #include "fastlinear/contract/kernel.hpp"
-#include "fastlinear/formats/bf16.hpp"
-#include "fastlinear/formats/fp16.hpp"
 #include "fastlinear/formats/int4.hpp"
 #include "fastlinear/formats/int8.hpp"
 #include "fastlinear/formats/scales.hpp"
@@ -63,10 +61,14 @@ void multiply(const TileArgs& t) {
 #pragma GCC unroll 8
   for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] = static_cast<const char*>(t.panel) + p * t.panel_stride;
 
+  for (Lines y = t.y; y.rows > 0;) y.fetch_row();
   if (!t.accumulate)
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
-  for (std::ptrdiff_t k = 0, group = 0; k < t.k; ++group) {
+  const char *scales = g.scales, *offsets = g.offsets;
+  for (std::ptrdiff_t k = 0; k < t.k;) {
     const std::ptrdiff_t end = std::min(t.k, k + g.size);
+    if constexpr (R == 1)
+      for (std::ptrdiff_t p = 0; p < P; ++p) __builtin_prefetch(scales + p * g.panel_stride + kScalesAhead);
     Vector c[R][Count], totals[R];
 #pragma GCC unroll 8
     for (std::ptrdiff_t r = 0; r < R; ++r) {
@@ -77,7 +79,11 @@ void multiply(const TileArgs& t) {
     for (; k + kr <= end; k += kr) {
       add<V, Codes, Summing>(c, totals, table, panels, a + k, t.lda);
 #pragma GCC unroll 8
-      for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] += nr * 4;
+      for (std::ptrdiff_t p = 0; p < P; ++p) {
+        if constexpr (R == 1)
+          for (std::ptrdiff_t line = 0; line < nr * 4; line += 64) __builtin_prefetch(panels[p] + kAhead + line);
+        panels[p] += nr * 4;
+      }
     }
     if (k < end) {  // the last of K: rows end here
       float last[R][kr] = {};
@@ -90,9 +96,9 @@ void multiply(const TileArgs& t) {
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < Count; ++v) {
       const std::ptrdiff_t panel = v / per_panel * g.panel_stride, at = v % per_panel * V::width;
-      const V scale = load_scales<V>(g, g.scales + panel, group, nr, at);
+      const V scale = load_scales<V>(g.format, scales + panel, at);
       V offset = V::set(0.0f);
-      if constexpr (Summing) offset = load_scales<V>(g, g.offsets + panel, group, nr, at);
+      if constexpr (Summing) offset = load_scales<V>(g.format, offsets + panel, at);
 #pragma GCC unroll 8
       for (std::ptrdiff_t r = 0; r < R; ++r) {
         float* const to = sums + r * Columns + v * V::width;
@@ -101,6 +107,9 @@ void multiply(const TileArgs& t) {
         V::store(to, sum);
       }
     }
+    const std::ptrdiff_t next = nr * (g.format == Format::fp32 ? 4 : 2);
+    scales += next;
+    if constexpr (Summing) offsets += next;
   }
 }
 
@@ -128,9 +137,9 @@ template <class V, class Codes, class Visit>
   const std::ptrdiff_t nr = args.layout.nr;
   for (std::ptrdiff_t j = 0; j < args.channels; j += V::width)
     for (std::ptrdiff_t begin = 0, group = 0; begin < args.k; begin += g.size, ++group) {
-      const std::ptrdiff_t end = std::min(args.k, begin + g.size), at = args.first + j;
-      const V scale = load_scales<V>(g, g.scales, group, nr, at);
-      const V offset = g.offsets == nullptr ? V::set(0.0f) : load_scales<V>(g, g.offsets, group, nr, at);
+      const std::ptrdiff_t end = std::min(args.k, begin + g.size), at = group * nr + args.first + j;
+      const V scale = load_scales<V>(g.format, g.scales, at);
+      const V offset = g.offsets == nullptr ? V::set(0.0f) : load_scales<V>(g.format, g.offsets, at);
       for (std::ptrdiff_t k = begin; k < end; k += Codes::layout.kr) {
         const auto* codes = static_cast<const char*>(args.panel) + (k / Codes::layout.kr * nr + args.first + j) * 4;
         const typename Codes::Lanes lanes = table.load(codes);

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "fastlinear/contract/quantization.hpp"
 #include "fastlinear/generic/partial.hpp"
@@ -116,12 +117,51 @@ void scale_columns(const DequantizeArgs& args) {
   }
 }
 
+// Of a group whose scale is none, NaN or infinite, all is NaN, and of too small a one all is 0.
+template <class F, class I>
+void quantize_groups(const GroupedRow& args) {
+  const GroupedRow t = args;
+  const F low = F::set(-127.0f), high = F::set(127.0f);
+  for (std::ptrdiff_t begin = 0, g = 0; begin < t.n; begin += t.size, ++g) {
+    const std::ptrdiff_t n = t.n - begin < t.size ? t.n - begin : t.size;
+    const float* const x = t.x + begin;
+    std::int8_t* const out = t.out + begin;
+    float scale = t.scale;
+    if (!(scale >= 0.0f) && scale == scale) {
+      const Extremes most = magnitude<F, I>(x, n);
+      scale = most.finite ? most.greatest / 127.0f : __builtin_nanf("");
+    }
+    if (scale < std::numeric_limits<float>::min()) scale = 0.0f;
+    const F inverse = F::set(scale > 0.0f ? 1.0f / scale : 0.0f);
+    F sum = F::set(0.0f);
+    const auto integers = [&](F v) {
+      v = round(min(high, max(low, rounded(v * inverse))));
+      v = select_nan(v, F::set(0.0f), v);
+      sum = sum + v;
+      return nearest(v);
+    };
+    std::ptrdiff_t i = 0;
+    for (; i + F::width <= n; i += F::width) I::store(out + i, integers(F::load(x + i)));
+    if (i < n) {
+      std::int8_t last[F::width];
+      I::store(last, integers(load_partial<F>(x + i, n - i)));
+      std::memcpy(out + i, last, static_cast<std::size_t>(n - i));
+    }
+    const float whole = total(sum);
+    t.scales[g] = scale * t.unit;
+    t.starts[g] = -128 * static_cast<std::int32_t>(whole);
+    t.totals[g] = scale * whole;
+  }
+}
+
 template <class F, class I>
 inline constexpr Quantization quantization{
     extremes<F>,
     magnitude<F, I>,
     {{Format::uint8, false, quantize<F, I, std::uint8_t, false>, quantize<F, I, std::uint8_t, true>},
-     {Format::int16, true, quantize<F, I, std::int16_t, false>, quantize<F, I, std::int16_t, true>}},
+     {Format::int16, true, quantize<F, I, std::int16_t, false>, quantize<F, I, std::int16_t, true>},
+     {Format::int8, true, nullptr, nullptr}},
+    quantize_groups<F, I>,
     dequantize<F, I>,
     scale_columns<F>,
 };

@@ -48,6 +48,21 @@ struct Weight {
   ScaledGroups groups{};
 };
 
+// The integers that a table of 16 numbers is, or that its doubles are.
+inline void find_integers(ScaledGroups& groups) {
+  for (const float unit : {1.0f, 0.5f}) {
+    bool all = true;
+    for (std::size_t i = 0; i < Int4::codes; ++i) {
+      const float number = groups.table[i] / unit;
+      const bool fits = number >= -128.0f && number <= 127.0f;
+      groups.integers[i] = static_cast<std::int8_t>(fits ? number : 0.0f);
+      all = all && fits && static_cast<float>(groups.integers[i]) == number;
+    }
+    groups.unit = all ? unit : 0.0f;
+    if (all) return;
+  }
+}
+
 inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k, const char* data) {
   Weight w{.panels = data, .layout = layout, .scales = nullptr, .sums = nullptr, .zeros = nullptr};
   const std::ptrdiff_t arrays = channel_arrays(layout.format), channels = ceil_div(n, layout.nr) * layout.nr;
@@ -61,7 +76,10 @@ inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k
       w.groups.offsets = behind;
       behind += bytes;
     }
-    if (layout.format == Format::int4) w.groups.table = reinterpret_cast<const float*>(behind);
+    w.groups.unit = 1.0f;
+    if (layout.format != Format::int4) return w;
+    w.groups.table = reinterpret_cast<const float*>(behind);
+    w.groups.unit = 0.0f;  // until `find_integers` has been asked
     return w;
   }
   if (arrays > 0) w.scales = reinterpret_cast<const float*>(behind);

@@ -105,6 +105,7 @@ inline F32 scale(F32 x, F32 n) {
   return x * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
 }
 
+inline F32 fused(F32 a, F32 b, F32 c) { return fma(a, b, c); }
 inline F32 rounded(F32 a) { return a; }
 
 inline float total(F32 a) {
@@ -150,6 +151,9 @@ struct I32 {
   static __m128i words(I32 x) { return _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1)); }
   static void store(std::uint8_t* p, I32 x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(x), words(x)));
+  }
+  static void store(std::int8_t* p, I32 x) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words(x), words(x)));
   }
   static void store(std::int16_t* p, I32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words(x)); }
 };

@@ -107,6 +107,7 @@ inline F32 select_nan(F32 a, F32 x, F32 y) {
 inline F32 round(F32 a) { return {_mm512_maskz_roundscale_ps(kAll, a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline F32 scale(F32 x, F32 n) { return {_mm512_maskz_scalef_ps(kAll, x.v, n.v)}; }
 
+inline F32 fused(F32 a, F32 b, F32 c) { return fma(a, b, c); }
 inline F32 rounded(F32 a) { return a; }
 // As formats/bf16.hpp rounds, in fp32.
 inline F32 nearest_bf16(F32 x) {
@@ -171,6 +172,9 @@ struct I32 {
   static I32 set(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
   static I32 load(const void* p) { return {_mm512_loadu_si512(p)}; }
   static void store(std::uint8_t* p, I32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, x.v));
+  }
+  static void store(std::int8_t* p, I32 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(kAll, x.v));
   }
   static void store(std::int16_t* p, I32 x) { F32::store_32_bytes(p, _mm512_maskz_cvtepi32_epi16(kAll, x.v)); }

@@ -12,6 +12,7 @@
 //   select_nan     is a NaN? x : y
 //   round          to the nearest integer, ties to even
 //   scale          x * 2^n for an integral |n| <= 252; the store rounds once, in the denormal range too
+//   fma, fused     a * b + c; the latter is rounded once, to fp32, on every ISA
 //   rounded        as fp32 holds it
 //   total          the sum of the lanes
 //   transpose      of `width` vectors, which are the rows of a square
@@ -19,7 +20,7 @@
 // and of I32, `width` int32, which wrap around:
 //   max_magnitude  the larger of them and of the bits of |x|
 //   nearest        the nearest integers, ties to even
-//   store          to uint8 and int16, which hold them
+//   store          to uint8, int8 and int16, which hold them
 #pragma once
 
 #include <cstddef>
@@ -75,6 +76,9 @@ inline F32 scale(F32 x, F32 n) {
   return {x.v * __builtin_bit_cast(double, bits << 52)};
 }
 
+inline F32 fused(F32 a, F32 b, F32 c) {
+  return {__builtin_fmaf(static_cast<float>(a.v), static_cast<float>(b.v), static_cast<float>(c.v))};
+}
 inline F32 rounded(F32 a) { return {static_cast<float>(a.v)}; }
 inline float total(F32 a) { return static_cast<float>(a.v); }
 inline float least(F32 a) { return static_cast<float>(a.v); }

@@ -1,0 +1,147 @@
+// Integer products of weights that are scaled in groups of K, written once over a vector type V and its integers I.
+//
+// Rows are int8, with a scale for each group. A group's products are summed in int32, exactly, and then
+//
+//   y = fma(float(sum) * scale of W, scale of x, y)    and, with offsets,    y = fma(total of x, offset, y)
+//
+// in fp32, group by group: bits are the same on every ISA. Sums of y are in the tile, in L1: for a group of 32 k that
+// is a conversion, a multiplication, an FMA, a load and a store for 8 dot products of four k.
+//
+// Op, for each ISA one struct a format (isa/<isa>/dots.hpp), is what codes mean as integers:
+//   Sum               V::width int32 sums
+//   layout            of the panels; kr k of a channel share 32 bits
+//   weights(p)        those of V::width channels and kr k, whose codes begin at p
+//   row(a)            kr integers of a row
+//   start(n)          sums before the first product; n is -128 times the sum of the row's integers, for weights that
+//   lie
+//                     128 higher
+//   add(c, w, x)      c + the products of weights and a row, as text: GCC 12 spills sums that it sees change twice
+//   sums(c)           as I
+//   registers         how many there are, where they may hold the weights of all channels of a tile; else 0
+//
+// Included inside an ISA's target region.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/formats/scales.hpp"
+
+namespace fastlinear::dots {
+
+// kr k of R rows, those from `a` on, and of the panels' channels.
+template <class V, class Op, std::ptrdiff_t R, std::ptrdiff_t Count, std::ptrdiff_t P>
+[[gnu::always_inline]] inline void add(typename Op::Sum (&c)[R][Count], const Op& op, const char* const (&panels)[P],
+                                       const std::int8_t* a, std::ptrdiff_t lda) {
+  constexpr std::ptrdiff_t per_panel = Count / P;
+  const auto weights = [&](std::ptrdiff_t v) {
+    return op.weights(panels[v / per_panel] + v % per_panel * V::width * 4);
+  };
+  if constexpr (Op::registers > 0) {  // what a row has is fetched once for all channels
+    typename Op::Weights w[Count];
+#pragma GCC unroll 8
+    for (std::ptrdiff_t v = 0; v < Count; ++v) w[v] = weights(v);
+#pragma GCC unroll 16
+    for (std::ptrdiff_t r = 0; r < R; ++r) {
+      const auto x = Op::row(a + r * lda);
+#pragma GCC unroll 8
+      for (std::ptrdiff_t v = 0; v < Count; ++v) c[r][v] = Op::add(c[r][v], w[v], x);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (std::ptrdiff_t v = 0; v < Count; ++v) {
+      const typename Op::Weights w = weights(v);
+#pragma GCC unroll 16
+      for (std::ptrdiff_t r = 0; r < R; ++r) c[r][v] = Op::add(c[r][v], w, Op::row(a + r * lda));
+    }
+  }
+}
+
+template <class T>
+[[gnu::always_inline]] inline T of_row(const T* first, std::ptrdiff_t row_bytes, std::ptrdiff_t r, std::ptrdiff_t g) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + r * row_bytes)[g];
+}
+
+// R rows of P panels; Columns: of a full tile.
+template <class V, class Op, std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff_t Columns, bool Offsets>
+void multiply(const TileArgs& t) {
+  constexpr std::ptrdiff_t nr = Op::layout.nr, kr = Op::layout.kr, per_panel = nr / V::width, Count = P * per_panel;
+  const ScaledGroups how = *t.groups;
+  const RowGroups x = t.row_groups;
+  const Op op(how);
+  const auto* a = static_cast<const std::int8_t*>(t.a);
+  auto* const sums = static_cast<float*>(t.tile);
+  const char* panels[P];
+#pragma GCC unroll 8
+  for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] = static_cast<const char*>(t.panel) + p * t.panel_stride;
+
+  // The only tile of its panels streams them; others bring some of the next ones. One loop does both, without a branch,
+  // for which GCC 12 would keep a second copy of the sums.
+  const bool streams = t.prefetch_stride == 0;
+  const char* prefetch = streams ? panels[0] + kAhead : t.prefetch;
+  const std::ptrdiff_t step = streams ? nr * 4 : t.prefetch_stride, between = streams ? t.panel_stride : nr * 4;
+
+  for (Lines y = t.y; y.rows > 0;) y.fetch_row();
+  if (!t.accumulate)
+    for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
+  const char *scales = how.scales, *offsets = how.offsets;
+  for (std::ptrdiff_t k = 0, group = 0; k < t.k; ++group) {
+    const std::ptrdiff_t end = std::min(t.k, k + how.size);
+#pragma GCC unroll 8
+    for (std::ptrdiff_t p = 0; p < P; ++p) __builtin_prefetch(scales + p * how.panel_stride + kScalesAhead);
+    typename Op::Sum c[R][Count];
+#pragma GCC unroll 16
+    for (std::ptrdiff_t r = 0; r < R; ++r) {
+      const auto start = Op::start(of_row(x.starts, t.lda, r, group));
+#pragma GCC unroll 8
+      for (std::ptrdiff_t v = 0; v < Count; ++v) c[r][v] = start;
+    }
+    for (; k < end; k += kr) {
+      add<V, Op, R, Count, P>(c, op, panels, a + k, t.lda);
+#pragma GCC unroll 8
+      for (std::ptrdiff_t p = 0; p < P; ++p) {
+        __builtin_prefetch(prefetch + p * between, 0, 2);
+        __builtin_prefetch(prefetch + p * between + 64, 0, 2);
+        panels[p] += nr * 4;
+      }
+      prefetch += step;
+    }
+#pragma GCC unroll 8
+    for (std::ptrdiff_t v = 0; v < Count; ++v) {
+      const std::ptrdiff_t panel = v / per_panel * how.panel_stride, at = v % per_panel * V::width;
+      const V scale = load_scales<V>(how.format, scales + panel, at);
+      V offset = V::set(0.0f);
+      if constexpr (Offsets) offset = load_scales<V>(how.format, offsets + panel, at);
+#pragma GCC unroll 16
+      for (std::ptrdiff_t r = 0; r < R; ++r) {
+        float* const to = sums + r * Columns + v * V::width;
+        const V product = rounded(to_float(Op::sums(c[r][v])) * scale);
+        V sum = fused(product, V::set(of_row(x.scales, t.lda, r, group)), V::load(to));
+        if constexpr (Offsets) sum = fused(V::set(of_row(x.totals, t.lda, r, group)), offset, sum);
+        V::store(to, sum);
+      }
+    }
+    asm volatile("" ::: "memory");  // the tile stays where it is: GCC 12 would keep a second one on the stack
+    const std::ptrdiff_t next = nr * (how.format == Format::fp32 ? 4 : 2);
+    scales += next;
+    if constexpr (Offsets) offsets += next;
+  }
+}
+
+// What kernels::row makes a kernel of.
+template <class V, class Op>
+struct Tile {
+  static constexpr Format rows = Format::int8, accumulate = Format::fp32;
+  static constexpr Layout layout = Op::layout;
+  static constexpr std::ptrdiff_t k_step = Op::layout.kr;
+  template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
+  static void run(const TileArgs& t) {
+    if (t.groups->offsets == nullptr)
+      multiply<V, Op, R, P, Columns, false>(t);
+    else
+      multiply<V, Op, R, P, Columns, true>(t);
+  }
+};
+
+}  // namespace fastlinear::dots

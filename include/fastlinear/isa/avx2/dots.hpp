@@ -1,0 +1,82 @@
+// Weights in groups as integers on AVX2: vpmaddubsw multiplies their magnitudes by rows that have taken their signs.
+// Two products of at most 128 * 127 are an int16, whatever the table, and sums of pairs go on in int32.
+//
+//   tile   accumulators  weights, signs, table, mask, ones  of 16  vector operations for 32 x rows products
+//   2x32   8             7                                  15     2.5 + 2 x 5
+//   1x64   8             7                                  15     2.5 + 5
+#pragma once
+
+#include "fastlinear/formats/int4.hpp"
+#include "fastlinear/formats/int8.hpp"
+#include "fastlinear/generic/dots.hpp"
+#include "fastlinear/generic/tile.hpp"
+#include "fastlinear/isa/avx2/vec.hpp"
+
+namespace fastlinear::avx2 {
+
+extern const Isa kIsa;
+
+struct SignedDots {
+  using Sum = __m256i;
+  static constexpr std::ptrdiff_t registers = 0;
+
+  static __m256i load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Sum start(std::int32_t) { return _mm256_setzero_si256(); }
+  static const std::int8_t* row(const std::int8_t* a) { return a; }
+  static Sum add(Sum c, __m256i w, const std::int8_t* a) {
+    __m256i x, magnitudes;
+    asm("vpbroadcastd %4, %1\n\tvpabsb %3, %2\n\tvpsignb %3, %1, %1\n\tvpmaddubsw %1, %2, %1\n\t"
+        "vpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+&x"(c), "=&x"(x), "=&x"(magnitudes)
+        : "x"(w), "m"(*reinterpret_cast<const char (*)[4]>(a)), "x"(_mm256_set1_epi16(1)));
+    return c;
+  }
+  static I32 sums(Sum c) { return {c}; }
+};
+
+struct CodeDots : SignedDots {
+  static constexpr Layout layout = Int4::layout;
+  struct Weights {
+    __m256i low, high;
+  };
+  __m256i table;
+
+  explicit CodeDots(const ScaledGroups& how)
+      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(how.integers)))) {}
+  Weights weights(const char* p) const {
+    const __m256i lanes = load(p), mask = _mm256_set1_epi8(15);
+    return {_mm256_shuffle_epi8(table, _mm256_and_si256(lanes, mask)),
+            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask))};
+  }
+  // Sums of both halves in int16 would overflow: of magnitudes up to 128 they are up to 4 * 128 * 127.
+  static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
+    __m256i x, magnitudes;
+    asm("vpbroadcastd %5, %1\n\tvpabsb %3, %2\n\tvpsignb %3, %1, %1\n\tvpmaddubsw %1, %2, %1\n\t"
+        "vpmaddwd %7, %1, %1\n\tvpaddd %1, %0, %0\n\t"
+        "vpbroadcastd %6, %1\n\tvpabsb %4, %2\n\tvpsignb %4, %1, %1\n\tvpmaddubsw %1, %2, %1\n\t"
+        "vpmaddwd %7, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+&x"(c), "=&x"(x), "=&x"(magnitudes)
+        : "x"(w.low), "x"(w.high), "m"(*reinterpret_cast<const char (*)[4]>(a)),
+          "m"(*reinterpret_cast<const char (*)[4]>(a + 4)), "x"(_mm256_set1_epi16(1)));
+    return c;
+  }
+};
+
+struct ByteDots : SignedDots {
+  static constexpr Layout layout = Int8InGroups::layout;
+  using Weights = __m256i;
+
+  explicit ByteDots(const ScaledGroups&) {}
+  static Weights weights(const char* p) { return load(p); }
+};
+
+using CodeTile = dots::Tile<F32, CodeDots>;
+using ByteTile = dots::Tile<F32, ByteDots>;
+inline constexpr Kernel kDotKernels[] = {
+    kernels::row<CodeTile, 2, 1>("int4/avx2/dot2x32", kIsa),
+    kernels::row<CodeTile, 1, 2>("int4/avx2/dot1x64", kIsa),
+    kernels::row<ByteTile, 2, 1>("int8g/avx2/dot2x32", kIsa),
+    kernels::row<ByteTile, 1, 2>("int8g/avx2/dot1x64", kIsa),
+};
+
+}  // namespace fastlinear::avx2

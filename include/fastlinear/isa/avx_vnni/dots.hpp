@@ -1,0 +1,78 @@
+// Weights in groups as integers, by the vpdpbusd of 256 bits; see isa/avx512_vnni/dots.hpp.
+//
+//   tile   accumulators  codes, table, mask, rows  of 16
+//   2x32   8             5                         13
+//   1x64   8             5                         13
+#pragma once
+
+#include "fastlinear/formats/int4.hpp"
+#include "fastlinear/formats/int8.hpp"
+#include "fastlinear/generic/dots.hpp"
+#include "fastlinear/generic/tile.hpp"
+#include "fastlinear/isa/avx2/vec.hpp"
+
+namespace fastlinear::avx_vnni {
+
+extern const Isa kIsa;
+
+struct BiasedDots {
+  using Sum = __m256i;
+  static constexpr std::ptrdiff_t registers = 0;
+
+  static __m256i load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Sum start(std::int32_t biased) { return _mm256_set1_epi32(biased); }
+  static const std::int8_t* row(const std::int8_t* a) { return a; }
+  static __m256i biased(__m256i bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80))); }
+  static avx2::I32 sums(Sum c) { return {c}; }
+};
+
+struct CodeDots : BiasedDots {
+  static constexpr Layout layout = Int4::layout;
+  struct Weights {
+    __m256i low, high;
+  };
+  __m256i table;
+
+  explicit CodeDots(const ScaledGroups& how)
+      : table(biased(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(how.integers))))) {}
+  Weights weights(const char* p) const {
+    const __m256i lanes = load(p), mask = _mm256_set1_epi8(15);
+    return {_mm256_shuffle_epi8(table, _mm256_and_si256(lanes, mask)),
+            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask))};
+  }
+  static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
+    __m256i x;
+    asm("vpbroadcastd %4, %1\n\t%{vex%} vpdpbusd %1, %2, %0\n\t"
+        "vpbroadcastd %5, %1\n\t%{vex%} vpdpbusd %1, %3, %0"
+        : "+&x"(c), "=&x"(x)
+        : "x"(w.low), "x"(w.high), "m"(*reinterpret_cast<const char (*)[4]>(a)),
+          "m"(*reinterpret_cast<const char (*)[4]>(a + 4)));
+    return c;
+  }
+};
+
+struct ByteDots : BiasedDots {
+  static constexpr Layout layout = Int8InGroups::layout;
+  using Weights = __m256i;
+
+  explicit ByteDots(const ScaledGroups&) {}
+  static Weights weights(const char* p) { return biased(load(p)); }
+  static Sum add(Sum c, Weights w, const std::int8_t* a) {
+    __m256i x;
+    asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpbusd %1, %2, %0"
+        : "+x"(c), "=&x"(x)
+        : "x"(w), "m"(*reinterpret_cast<const char (*)[4]>(a)));
+    return c;
+  }
+};
+
+using CodeTile = dots::Tile<avx2::F32, CodeDots>;
+using ByteTile = dots::Tile<avx2::F32, ByteDots>;
+inline constexpr Kernel kDotKernels[] = {
+    kernels::row<CodeTile, 2, 1>("int4/avx_vnni/2x32", kIsa),
+    kernels::row<CodeTile, 1, 2>("int4/avx_vnni/1x64", kIsa),
+    kernels::row<ByteTile, 2, 1>("int8g/avx_vnni/2x32", kIsa),
+    kernels::row<ByteTile, 1, 2>("int8g/avx_vnni/1x64", kIsa),
+};
+
+}  // namespace fastlinear::avx_vnni

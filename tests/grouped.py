@@ -1,0 +1,37 @@
+"""Weights in groups, of whatever codes and scales there are."""
+
+import torch
+from torch import Tensor
+
+import fastlinear._tensors as _tensors
+from fastlinear._weights import Packed
+from fastlinear.spec.int4 import Coded, Coding
+
+E8M0 = torch.float8_e8m0fnu
+
+
+def small(dtype: torch.dtype, n: int, groups: int) -> Tensor:
+    """Random scales or offsets, of both signs where the dtype has them."""
+    if dtype is E8M0:
+        return torch.randint(120, 130, (n, groups), dtype=torch.uint8).view(dtype)
+    if dtype is torch.uint8:
+        return torch.randint(0, 64, (n, groups), dtype=dtype)
+    return torch.randint(-128, 128, (n, groups)).to(dtype) if dtype is torch.int8 else torch.randn(n, groups).to(dtype)
+
+
+def coded(n: int, k: int, coding: Coding) -> Coded:
+    """A weight of random codes, scales and offsets."""
+    groups, supers = -(-k // coding.group), None
+    if coding.scales in (torch.int8, torch.uint8):
+        supers = (torch.randn(n, (1 + coding.offsets) * -(-k // _tensors.SUPER)) / 32).half()
+    scale, offset = (small(coding.scales, n, groups) for _ in range(2))
+    codes, table = torch.randint(0, 16, (n, k), dtype=torch.uint8), None
+    if coding.table:
+        table = torch.tensor(coding.table)
+    else:
+        codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
+    return Coded(codes, scale, table, coding.group, offset if coding.offsets else None, supers)
+
+
+def pack(weight: Coded, layout: str) -> Packed:
+    return Packed(weight.codes, weight.coding.layout(layout), *weight.contents())
