@@ -7,7 +7,6 @@ from weakref import ref
 
 import torch
 from torch.autograd import forward_ad, profiler
-from torch.utils._device import DeviceContext
 
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t
@@ -16,6 +15,7 @@ from libcpp.vector cimport vector
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._environment as environment
+import fastlinear._torch as _torch
 from fastlinear._calls cimport Tickets, leads_to, put_in_slot, quiet, stock_call
 from fastlinear._plans cimport (
     MAX_OPERANDS, MEETS, MISSES, STATIC, Bias, COperand, Epilogue, Meeting, Plan, RowQuantizer, Segment, answers,
@@ -97,19 +97,19 @@ UNPLANNED = "unplanned"  # no plan yet for this bucket of M and this number of t
 cdef object Tensor = torch.Tensor
 cdef object Parameter = torch.nn.Parameter
 cdef object is_grad_enabled = torch.is_grad_enabled
-cdef object is_autocast_enabled = torch._C._is_any_autocast_enabled
+cdef object is_autocast_enabled = _torch.any_autocast
 cdef dict forward_ad_state = vars(forward_ad)
 cdef dict profiler_state = vars(profiler)
 cdef tuple modes = (  # each returns None, False or 0 while nothing of its kind watches or rewrites torch calls
-    torch._C._functorch.peek_interpreter_stack,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._is_tracing,
+    _torch.transform,
+    _torch.dispatch_modes,
+    _torch.is_tracing,
 )
-cdef object is_tracing = torch._C._is_tracing
-cdef object function_modes = torch._C._len_torch_function_stack
-cdef object function_mode = torch._C._get_function_stack_at
+cdef object is_tracing = _torch.is_tracing
+cdef object function_modes = _torch.function_modes
+cdef object function_mode = _torch.function_mode_at
 cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of looking it up
-cdef object set_grad_enabled = torch._C._set_grad_enabled
+cdef object set_grad_enabled = _torch.set_grad_enabled
 
 cdef Dispatch dispatch
 cdef str libraries = os.path.join(os.path.dirname(torch.__file__), "lib")
@@ -139,7 +139,7 @@ cdef object mode_of_call():
             dispatch.learn()
     if not dispatch.attached() or dispatch.function_modes() > 0:
         for i in range(<int> function_modes()):
-            if type(function_mode(i)) is not DeviceContext:  # a default device changes nothing but factories
+            if type(function_mode(i)) is not _torch.DeviceContext:  # a default device changes nothing but factories
                 return UNFIT
     if <int> forward_ad_state["_current_level"] >= 0:
         return UNFIT

@@ -16,22 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import fastlinear._torch as _torch
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 
 # Spellings of what patterns ask for that do not carry the name of their Tensor method.
 _SPELLINGS: dict[Any, str] = {
     operator.truediv: "div",
-    torch._C._nn.gelu: "gelu",
-    torch._C._nn.linear: "linear",
+    _torch.nn_gelu: "gelu",
+    _torch.nn_linear: "linear",
     torch.ops.fastlinear.linear.default: "fastlinear",
 }
 
 # What changes how the nodes after it run, so that nothing may be moved over it.
 _MODES = {
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
+    _torch.set_grad_enabled,
+    _torch.enter_autocast,
+    _torch.exit_autocast,
 }
 
 _IN_PLACE = {operator.setitem, operator.delitem} | {
@@ -71,7 +72,7 @@ def changes(node: fx.Node) -> bool:
     if node.target is getattr:  # x.mT, x.shape
         return False
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, _torch.OpOverload):
         return bool(target._schema.is_mutable)
     if getattr(target, "__module__", "") == "_operator":
         return target in _IN_PLACE
@@ -105,7 +106,7 @@ def is_training(node: fx.Node) -> bool:
 
 def wants_grad(node: fx.Node) -> bool:
     """Whether the graph turns gradients on by this node."""
-    return node.target is torch._C._set_grad_enabled and node.args[:1] == (True,)
+    return node.target is _torch.set_grad_enabled and node.args[:1] == (True,)
 
 
 def is_idle(node: fx.Node) -> bool:

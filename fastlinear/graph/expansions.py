@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses import FakeTensor
 
+import fastlinear._torch as _torch
 from fastlinear.graph.capture import example
 
 
@@ -231,8 +232,8 @@ _FORWARD = list(inspect.signature(F.multi_head_attention_forward).parameters)
 
 EXPANSIONS: dict[Any, Expansion] = {
     F.multi_head_attention_forward: Expansion(_forward, _why_not_forward, 2),
-    torch._transformer_encoder_layer_fwd: Expansion(_encoder_layer, _why_not_dense, 1),
-    torch._native_multi_head_attention: Expansion(_attention_and_no_weights, _why_not_attention, 2),
+    _torch.encoder_layer: Expansion(_encoder_layer, _why_not_dense, 1),
+    _torch.native_attention: Expansion(_attention_and_no_weights, _why_not_attention, 2),
 }
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._tensors as _tensors
+import fastlinear._torch as _torch
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import record_of
 
@@ -31,21 +31,21 @@ def _why_switched_off(layer: Any) -> str | None:
 
 def _why_watched() -> str | None:
     """The mode of torch that rewrites or records calls, the innermost first."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
+    interpreter = _torch.transform()
     if interpreter is not None:
         return str(interpreter.key()).rpartition(".")[2].lower()  # vmap, grad, jvp, functionalize
     if torch.compiler.is_exporting():
         return "torch.export"
-    if torch._C._is_tracing():
+    if _torch.is_tracing():
         return "torch.jit.trace"
     if forward_ad._current_level >= 0:
         return "forward-mode AD"
     for depth, mode_at in (
-        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
-        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
+        (_torch.dispatch_modes(), _torch.dispatch_mode_at),
+        (_torch.function_modes(), _torch.function_mode_at),
     ):
         for level in reversed(range(depth)):
-            if type(mode := mode_at(level)) is not DeviceContext:  # which rewrites nothing but factories
+            if type(mode := mode_at(level)) is not _torch.DeviceContext:  # which rewrites nothing but factories
                 return type(mode).__name__
     return None
 

@@ -24,9 +24,10 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import _named_member_accessor, parametrize
+from torch.nn.utils import parametrize
 
 import fastlinear._engine as _engine
+import fastlinear._torch as _torch
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine
 from fastlinear.layer import operator
@@ -185,7 +186,7 @@ class _Parameters(dict[str, Any]):
 
 
 _PARAMETRIZING = parametrize.register_parametrization.__code__  # which makes a buffer of what is no Parameter
-_LENDING = _named_member_accessor.swap_tensor.__code__  # of functional_call, which puts back what it found
+_LENDING = _torch.swap_tensor.__code__  # of functional_call, which puts back what it found
 
 
 def watch_parameters(layer: Freezable) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import fastlinear._plans as _plans
 import fastlinear._products as _products
+import fastlinear._torch as _torch
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine, bucket
 from fastlinear.layer.lock import lock
@@ -233,8 +234,7 @@ def _kept(t: Tensor) -> Tensor:
 
 def _is_transformed(g: Tensor) -> bool:
     """Whether some transform of torch.func is on, or g is a batch of gradients (is_grads_batched)."""
-    functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(g)
+    return _torch.transform() is not None or _torch.is_batched(g)
 
 
 def _through(program: Activation | None, z: Tensor, g: Tensor, operands: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:

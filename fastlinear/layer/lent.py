@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SETTERS = {vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad")}
-_SET_DATA = vars(torch._C.TensorBase)["data"].__set__
+import fastlinear._torch as _torch
+
+_SETTERS = {vars(_torch.TensorBase)[name].__set__ for name in ("grad", "requires_grad")}
+_SET_DATA = vars(_torch.TensorBase)["data"].__set__
 
 
 class Lent:
@@ -50,7 +52,7 @@ class LentTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handed = [*_handed(args), *_handed((kwargs or {}).values())]
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.DisableTorchFunctionSubclass():
             if func is Tensor.__dlpack__ and handed:
                 args = (args[0].clone(), *args[1:])
             result = func(*args, **(kwargs or {}))
@@ -65,7 +67,7 @@ class LentTensor(Tensor):
             return _lend(result, handed)
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:  # which is no torch function
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.DisableTorchFunctionSubclass():
             super().set_(*args, **kwargs)
             _replace(self)
         return self
@@ -127,5 +129,5 @@ def _set(func: Any, tensor: LentTensor, value: Any) -> None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
+import fastlinear._torch as _torch
 import fastlinear._weights as _weights
 from fastlinear.layer import gradient
 from fastlinear.layer.form import FORM, SCHEMA, Form, arguments, key_of
@@ -37,7 +38,7 @@ from fastlinear.spec.formats import DTYPES, name_of
 from fastlinear.spec.packed import numbers
 from fastlinear.spec.programs import is_gated
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = _torch.DispatchKeySet(_torch.DispatchKey.AutocastCPU)
 
 
 def unpack(panels: Tensor, layout: str, n: int, k: int, smooth: Tensor | None = None) -> Tensor:
@@ -136,7 +137,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Ten
     if x.dtype not in _tensors.FORMATS and not integers:  # autocast leaves fp64 alone
         return _formula(x, weight, bias, *rest)
     form = form._replace(packed=form.precision().under(dtype))
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with _torch.ExcludeDispatchKeyGuard(_AUTOCAST):
         y: Tensor = _op(x if integers else x.to(dtype), weight, bias, *form)
     return y
 
@@ -145,18 +146,18 @@ def _autograd(keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest
     """What reverse mode differentiates has a backward of its own; other derivatives are those of torch's ops."""
 
     def below() -> Tensor:
-        y: Tensor = _op.redispatch(keyset & torch._C._after_autograd_keyset, x, weight, bias, *rest)
+        y: Tensor = _op.redispatch(keyset & _torch.after_autograd, x, weight, bias, *rest)
         return y
 
     form = Form(*rest)
     tensors = [t for t in (x, weight, bias, *form.operands) if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     # Dynamo enters forward_ad without its Python level, so the tensors are asked themselves; there is but one level, 0.
-    if any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors):
+    if any(_torch.unpack_dual(t, level=0)[1] is not None for t in tensors):
         return _formula(x, weight, bias, *rest)
     if not differentiated or form.out is not None:
         return below()
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _torch.transform() is not None:
         return _formula(x, weight, bias, *rest)
     with torch.no_grad():
         y = below()
