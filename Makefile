@@ -10,7 +10,7 @@ CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
 COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
-.PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools bench lint docs links chromium clean
+.PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools wheel bench lint docs links chromium clean
 
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
@@ -47,6 +47,12 @@ aarch64: .venv/ready
 
 aarch64-tools:
 	apt-get install -y g++-aarch64-linux-gnu qemu-user
+
+# A wheel in dist/ for each of these interpreters, by PyPI's clang and checked; TWICE=--twice compares a second build's bytes.
+PYTHONS ?= $(BIN)/python
+wheel: .venv/ready
+	$(PYTHON) -m venv .venv-wheel && .venv-wheel/bin/pip install -q -r tests/wheel/requirements.txt
+	.venv-wheel/bin/python tests/wheel/build.py --python $(PYTHONS) $(TWICE)
 
 bench: .venv/built
 	$(BIN)/python benchmarks/bench.py
@@ -88,4 +94,4 @@ chromium:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers build *.egg-info fastlinear/*.so fastlinear/_*.cpp .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-wheel dist build *.egg-info fastlinear/*.so fastlinear/_*.cpp .mypy_cache .pytest_cache .ruff_cache .hypothesis
