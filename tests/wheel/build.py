@@ -2,7 +2,7 @@
 
     python tests/wheel/build.py [--python python3.11 ...] [--twice] [--out dist]
 
-The compiler is clang as PyPI's `ziglang` brings it, against glibc 2.28, so that the wheel is manylinux_2_28 on any Linux,
+The compiler is clang as PyPI's `ziglang` brings it, against glibc 2.28: the wheel is manylinux_2_28 on any Linux,
 without a container. A wheel a Python: the stable ABI has no way to put a function into a type's slot or to look at a
 frame, which is what a call of 2 us stands on (`_calls.pyx`). --twice builds each wheel from a second folder, too, and
 compares the bytes. Run by `make wheel`, in an environment of tests/wheel/requirements.txt.
