@@ -69,6 +69,7 @@ PLACES: dict[str, tuple[tuple[str, ...], object]] = {
     "DisableTorchFunctionSubclass": (("_C.DisableTorchFunctionSubclass", "_C.DisableTorchFunction"), _REQUIRED),
     "swap_tensor": (("nn.utils._named_member_accessor.swap_tensor",), _never),  # of functional_call
     # What graphs of torch.compile call.
+    "FakeTensor": (("_subclasses.FakeTensor",), _NoSuch),
     "OpOverload": (("_ops.OpOverload",), type(torch.ops.aten.add.Tensor)),
     "nn_gelu": (("_C._nn.gelu",), torch.nn.functional.gelu),
     "nn_linear": (("_C._nn.linear",), torch.nn.functional.linear),
@@ -117,6 +118,7 @@ after_autograd = look_up("after_autograd")
 TensorBase = look_up("TensorBase")
 DisableTorchFunctionSubclass = look_up("DisableTorchFunctionSubclass")
 swap_tensor = look_up("swap_tensor")
+FakeTensor = look_up("FakeTensor")
 OpOverload = look_up("OpOverload")
 nn_gelu = look_up("nn_gelu")
 nn_linear = look_up("nn_linear")

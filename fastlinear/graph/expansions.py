@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._subclasses import FakeTensor
 
 import fastlinear._torch as _torch
 from fastlinear.graph.capture import example
@@ -272,7 +271,9 @@ def _trace(node: fx.Node) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["example_value"])
     function: Any = node.target
     fakes = (each.meta["example_value"] for each in node.all_input_nodes)
-    mode: Any = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), contextlib.nullcontext())
+    mode: Any = next(
+        (fake.fake_mode for fake in fakes if isinstance(fake, _torch.FakeTensor)), contextlib.nullcontext()
+    )
     with torch.no_grad(), mode:
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor
 import fastlinear._attention as _attention
 import fastlinear._environment as environment
 import fastlinear._tensors as _tensors
+import fastlinear._torch as _torch
 from fastlinear._engine import watched
 from fastlinear.plan import attention as plan
 from fastlinear.plan.attention import Answer, Question
@@ -144,12 +145,12 @@ def _cpu(
 def _autograd(keyset: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:
     """Gradients are those of torch's own, which knows no other derivatives: they are the specification's."""
     tensors = [t for t in (query, key, value, mask) if t is not None]
-    dual = any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
-    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+    dual = any(_torch.unpack_dual(t, level=0)[1] is not None for t in tensors)
+    if dual or _torch.transform() is not None:
         return _laid_out(spec.attention(query, key, value, mask, *rest[:2]))
     if _wants_grad(*tensors):
         return _formula(query, key, value, mask, *rest)
-    y: Tensor = _op.redispatch(keyset & torch._C._after_autograd_keyset, query, key, value, mask, *rest)
+    y: Tensor = _op.redispatch(keyset & _torch.after_autograd, query, key, value, mask, *rest)
     return y
 
 
