@@ -248,12 +248,3 @@ cdef Layout parse_layout(str layout) except *:
 
 
 GROUP_SIZES = tuple(1 << i for i in range(4, 41))
-
-
-def __getattr__(name):
-    """What stood here before it had modules of its own."""
-    import fastlinear._plans, fastlinear._products, fastlinear._tensors, fastlinear._weights, fastlinear._cpu
-    for module in (fastlinear._tensors, fastlinear._weights, fastlinear._plans, fastlinear._products, fastlinear._cpu):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f"module 'fastlinear._kernels' has no attribute {name!r}")

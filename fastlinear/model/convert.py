@@ -110,7 +110,7 @@ def convert(
         for layer in chosen:
             name, over = names[layer], taken_over(layer, asked)
             if over is not None:  # which `release` would bring back as numbers
-                undo.callback(twin[layer]._parameters.__setitem__, "weight", layer._parameters["weight"])
+                undo.callback(_set_weight, twin[layer], layer._parameters["weight"])
             linear.adopt(twin[layer], activations.get(layer), mode, name, asked.of(name, dtype_of(layer)), over)
             undo.callback(linear.release, twin[layer])
         for layer in fast:
@@ -135,6 +135,10 @@ def convert(
             vars(twin[layer])[REASON] = reason
     _log.info("converted %d of %d linear layers, fused %d activations", len(chosen), len(reasons), len(pairs))
     return result
+
+
+def _set_weight(layer: Any, weight: Any) -> None:
+    layer._parameters["weight"] = weight
 
 
 def _open_up(undo: ExitStack, whole: Any, name: str, mode: str, asked: Wanted) -> None:
