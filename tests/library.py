@@ -89,7 +89,10 @@ def system_headers(source: Path) -> list[str]:
 
 
 class Build:
-    """The sources compiled unit by unit in a folder, so that a mutant compiles what it touches."""
+    """The sources compiled unit by unit in a folder, so that a mutant compiles what it touches.
+
+    That one alone is not optimized: functions of several units that nobody inlines would be one function.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

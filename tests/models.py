@@ -29,10 +29,16 @@ class Pairing(NamedTuple):
         return f"{x} x {packed}" if held == packed else f"{x} x {held} as {packed}"
 
 
-# All that the kernels take: a weight packed in 16 bits, by x of any dtype; a weight in fp32, by x in fp32.
-_PAIRINGS = [Pairing(*dtypes) for dtypes in itertools.product(_tensors.FORMATS, repeat=3)]
+# All that the kernels take: a weight packed in 16 bits, by x of any dtype; a weight in fp32, by x in fp32. Those
+# that are not exhaustive have every two dtypes of different operands together.
+_FLOATS = list(_tensors.FORMATS)
 _FP32 = Pairing(torch.float32, torch.float32, torch.float32)
-PAIRINGS = [pytest.param(p, id=p.id) for p in _PAIRINGS if p == _FP32 or p.packed != torch.float32]
+_COVER = {Pairing(x, held, _FLOATS[1 + (i + j) % 2]) for i, x in enumerate(_FLOATS) for j, held in enumerate(_FLOATS)}
+PAIRINGS = [
+    pytest.param(p, id=p.id, marks=[] if p == _FP32 or p in _COVER else [pytest.mark.exhaustive])
+    for p in itertools.starmap(Pairing, itertools.product(_FLOATS, repeat=3))
+    if p == _FP32 or p.packed != torch.float32
+]
 
 OFF = functools.partial(fastlinear.convert, tune="off")  # for tests that are not about choosing kernels
 

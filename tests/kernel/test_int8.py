@@ -143,6 +143,7 @@ def test_the_limit_of_k() -> None:
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
+SHARES = 4  # of the cases of a kernel
 OUTPUTS = [None, *native.FLOATS, Requantize(torch.uint8, 0.03, 3), Requantize(torch.int8, 0.02, 200)]
 
 
@@ -164,11 +165,13 @@ def factors(kernel: Kernel) -> list[list[Any]]:
     ]
 
 
+@pytest.mark.parametrize("share", range(SHARES))
 @every_integer_kernel
-def test_layers_are_the_specifications(kernel: Kernel) -> None:
+def test_layers_are_the_specifications(kernel: Kernel, share: int) -> None:
     """To the last bit, with every two values of `factors` together; slices may outnumber K."""
     torch.set_num_threads(2)
-    for m, n, k, rows, of_x, zeros, of_bias, step, to, threads, k_slices in native.pairwise(*factors(kernel)):
+    cases = native.pairwise(*factors(kernel))[share::SHARES]
+    for m, n, k, rows, of_x, zeros, of_bias, step, to, threads, k_slices in cases:
         rows = KINDS["static"] if of_x in INTEGERS else rows
         b = None if of_bias is None else torch.randn(n).to(of_bias)
         held(kernel, numbers(of_x, m, k), weight(n, k, zeros), rows, b, step, to, threads=threads, k_slices=k_slices)

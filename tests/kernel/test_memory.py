@@ -67,8 +67,7 @@ def test_rows_that_are_copied_stay_inside(kernel: Kernel) -> None:
     native.in_child(action)
 
 
-@pytest.mark.parametrize("k_slices", [1, 3])
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("size", "k_slices"), list(itertools.product(SHAPES, (1, 3))))
 @every_kernel
 def test_only_the_output_is_written(kernel: Kernel, size: str, k_slices: int) -> None:
     """With rows of out further apart than N, and out in the middle of other data, every other element is intact."""

@@ -298,7 +298,7 @@ HARMLESS = [
 
 
 def edges(kernel: Kernel) -> None:
-    for case in native.pairwise(*test_kernels.factors(kernel))[::5]:
+    for case in native.pairwise(*test_kernels.factors(kernel, 331))[::5]:
         test_kernels.held_to_the_bound(kernel, case)
 
 
@@ -321,7 +321,7 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "promotion": test_formats.test_fp16_sums_are_promoted,
 }
 OF_INTEGERS: dict[str, Callable[[Kernel], None]] = {
-    "layers": test_int8.test_layers_are_the_specifications,
+    **{f"layers {i}": partial(test_int8.test_layers_are_the_specifications, share=i) for i in range(test_int8.SHARES)},
     **{f"odd {kind} rows": partial(test_int8.test_odd_rows, rows=rows, of_x=torch.float32) for kind, rows in KINDS},
     "blocks of rows": partial(test_int8.test_more_rows_than_a_block, rows=test_int8.KINDS["symmetric"]),
     "smoothed rows": partial(test_int8.test_smoothed_rows, rows=test_int8.KINDS["symmetric"]),

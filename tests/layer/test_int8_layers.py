@@ -286,9 +286,9 @@ def test_autocast(scheme: str, cast: torch.dtype) -> None:
 
 
 @every_scheme
-@every_kind
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "freeze", "cast"), list(itertools.product(KINDS, (False, True), (None, torch.bfloat16)))
+)
 def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) -> None:
     """A profile shows the op, a compiled layer is one: the same bits as in an eager call, frozen or not."""
     layer, x = layer_of(scheme, kind=kind), torch.randn(5, K)

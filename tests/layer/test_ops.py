@@ -77,23 +77,21 @@ def no_compiled_code_from_before() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K), (0, K)])
-def test_the_op_keeps_the_rules_of_operators(transposed: bool, bias: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_op_keeps_the_rules_of_operators(transposed: bool, bias: bool, shape: tuple[int, ...], grad: bool) -> None:
     """Schema, fake and autograd registrations, and AOT dispatch with dynamic shapes pass torch's own opcheck."""
-    layer = layer_of(transposed, bias)
-    for grad in (False, True):
-        layer.requires_grad_(grad)
-        torch.library.opcheck(OP, arguments(layer, torch.randn(shape, requires_grad=grad)))
+    layer = layer_of(transposed, bias).requires_grad_(grad)
+    torch.library.opcheck(OP, arguments(layer, torch.randn(shape, requires_grad=grad)))
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_the_rules_for_every_pairing(pairing: Pairing) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_rules_for_every_pairing(pairing: Pairing, grad: bool) -> None:
     """The same for every dtype of x, parameter and pack, of which the output has that of x."""
-    layer = layer_of(held=pairing.held, packed=pairing.packed)
-    for grad in (False, True):
-        layer.requires_grad_(grad)
-        x = torch.randn(5, K, dtype=pairing.x, requires_grad=grad)
-        torch.library.opcheck(OP, arguments(layer, x))
-        assert OP(*arguments(layer, x)).dtype == pairing.x
+    layer = layer_of(held=pairing.held, packed=pairing.packed).requires_grad_(grad)
+    x = torch.randn(5, K, dtype=pairing.x, requires_grad=grad)
+    torch.library.opcheck(OP, arguments(layer, x))
+    assert OP(*arguments(layer, x)).dtype == pairing.x
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
