@@ -50,6 +50,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FORMAT = "include/fastlinear/contract/format.hpp"
 PYX = sorted(ROOT.glob("fastlinear/*.pyx"))
 
 
@@ -73,11 +74,13 @@ def multiply(tree: Path) -> library.Product:
 
 
 @pytest.fixture(autouse=True)
-def grown_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def grown_tables(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/library.py gives formats and functions by their numbers, of which the copy has one more each."""
     last = library.FUNCTIONS.index("mish") + 1
     monkeypatch.setattr(library, "FUNCTIONS", [*library.FUNCTIONS[:last], "squared_relu", *library.FUNCTIONS[last:]])
-    monkeypatch.setattr(library, "FORMATS", [*library.FORMATS, "int16", "int32", "int4", "fp8"])
+    enum = re.search(r"enum class Format : std::uint8_t {(.*)}", (tree / FORMAT).read_text())
+    assert enum is not None
+    monkeypatch.setattr(library, "FORMATS", enum[1].replace(" ", "").split(","))
 
 
 def scalar() -> native.Kernel:

@@ -219,7 +219,7 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a list": (lambda s: s.update(quantized=[]), "[] as its quantized"),
         "a field too many": (quantized(more=1), "not just rows, out, smooth"),
         "a field too few": (lambda s: s["quantized"].pop("out"), "not just rows, out, smooth"),
-        "an unknown kind": (quantized(rows=["wild", 1.0, 0]), "kind is one of"),
+        "an unknown kind": (quantized(rows=["wild", 1.0, 0]), "cannot have rows that are quantized"),
         "rows of nothing": (quantized(rows=[]), "no list of a name, a scale and a zero"),
         "rows of code": (quantized(rows="static"), "no list of a name"),
         "a scale of 0": (quantized(rows=["static", 0.0, 0]), "a scale above 0"),

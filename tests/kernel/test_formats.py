@@ -15,7 +15,9 @@ from torch import Tensor
 
 import fastlinear._kernels as _kernels
 import fastlinear._tensors as _tensors
+from fastlinear.spec.formats import INTEGER_ROWS
 
+GROUPED = set(_tensors.GROUPED)
 SIXTEEN_BIT = [dtype for dtype in native.DTYPES.values() if dtype.itemsize == 2]
 
 
@@ -155,18 +157,21 @@ def test_the_table_pairs_the_formats() -> None:
     for kernel in table:
         assert kernel["reads"][0] == kernel["layout"] and len(set(kernel["reads"])) == len(kernel["reads"])
         assert kernel["format"] == kernel["name"].split("/")[0] == kernel["layout"].split("/")[0]
-        integers = kernel["format"] == "int8"
-        assert kernel["rows"] in (("uint8", "int16") if integers else ("fp32", kernel["format"]))
+        integers, grouped = kernel["format"] == "int8", kernel["format"] in GROUPED
+        assert kernel["rows"] in (
+            ("uint8", "int16") if integers else ("fp32", "int8") if grouped else ("fp32", kernel["format"])
+        )
         assert integers == (kernel["accumulate"] == "int32")
         widens = {layout.split("/")[0] for layout in kernel["reads"][1:]}
         pairs = kernel["format"] == kernel["rows"] == "bf16"
         others = set(formats[1:-1]) if kernel["format"] == "fp32" else {"int8wo"} if pairs else set()
-        assert widens - {"int4"} == others
-        assert ("int4" in widens) == (bool(others) and kernel["columns"] % 32 == 0), kernel["name"]  # whole panels
+        assert widens - GROUPED == others
+        whole_panels = bool(others) and kernel["columns"] % 32 == 0
+        assert widens & GROUPED == (GROUPED if whole_panels else set()), kernel["name"]
     for isa in ("scalar", "avx2", "avx512"):
         own = [kernel for kernel in table if kernel["isa"] == isa]
-        assert {kernel["format"] for kernel in own} == {*formats, "int4"}
-        floating = [kernel for kernel in own if kernel["format"] != "int8"]
+        assert {kernel["format"] for kernel in own} == {*formats, *GROUPED}
+        floating = [kernel for kernel in own if kernel["rows"] not in INTEGER_ROWS]
         assert {kernel["rows"] for kernel in floating} == {kernel["accumulate"] for kernel in floating} == {"fp32"}
     met = {(dtypes.x, dtypes.weight) for kernel in native.ALL for dtypes in kernel["dtypes"]}
     assert met >= set(itertools.product(native.FLOATS, SIXTEEN_BIT))

@@ -407,7 +407,7 @@ REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
         f"^layout '{PLAIN['layout']}' holds no scales$",
         lambda: Packed(torch.ones(N, K), PLAIN["layout"], ONES),
     ),
-    "kind of rows": ("^kind is one of symmetric, asymmetric, static, not 'odd'$", lambda: RowQuantizer("odd")),
+    "kind of rows": ("^kind is one of symmetric, asymmetric, static, groups, not 'odd'$", lambda: RowQuantizer("odd")),
     "static without scale": (f"{STATIC_IS} 0.0 and 0$", lambda: RowQuantizer("static")),
     "negative scale": (f"{STATIC_IS} -1.0 and 0$", lambda: RowQuantizer("static", -1.0)),
     "denormal scale": (f"{STATIC_IS} 1e-39 and 0$", lambda: RowQuantizer("static", 1e-39)),
