@@ -1,9 +1,11 @@
 // Multiplies on every scalar kernel: exact small integers against sums of int64, and random numbers, of whose results a
 // hash is printed that has to be the same on every architecture. At the end, what the library takes the machine for.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <string_view>
 #include <vector>
 
@@ -30,6 +32,13 @@ void store(std::vector<char>& to, std::size_t i, float value) {
   std::memcpy(to.data() + i * sizeof element, &element, sizeof element);
 }
 
+template <class Element>
+Element load(const std::vector<char>& from, std::size_t i) {
+  Element element;
+  std::memcpy(&element, from.data() + i * sizeof element, sizeof element);
+  return element;
+}
+
 // `count` numbers in a format; what they became is left in `values`.
 std::vector<char> in_format(Format format, std::vector<float>& values) {
   const auto bytes = static_cast<std::size_t>(format == Format::int4 ? 1 : element_bytes(format));
@@ -40,7 +49,10 @@ std::vector<char> in_format(Format format, std::vector<float>& values) {
     if (format == Format::fp16) store<Fp16>(data, i, values[i]);
     if (bytes == 1) data[i] = static_cast<char>(static_cast<int>(values[i]));
   }
-  for (std::size_t i = 0; i < values.size() && bytes > 1; ++i) values[i] = read_float(format, data.data(), i);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (format == Format::bf16) values[i] = to_float(load<Bf16>(data, i));
+    if (format == Format::fp16) values[i] = to_float(load<Fp16>(data, i));
+  }
   return data;
 }
 
@@ -55,9 +67,11 @@ std::vector<char> pack(const Layout& layout, Shape s, std::vector<float>& values
   pack_weight(layout, view, packed.data());
   const std::vector<float> ones(static_cast<std::size_t>(s.n * (s.k + 1)), 1.0f);
   if (info(layout.format).grouped) {
-    float table[Int4::codes];
-    for (int i = 0; i < Int4::codes; ++i) table[i] = static_cast<float>(i);
-    pack_groups(layout, view, ones.data(), nullptr, table, packed.data());
+    const Weight w = weight_at(layout, s.n, s.k, packed.data());
+    auto* const scales = reinterpret_cast<float*>(const_cast<char*>(w.groups.scales));
+    std::fill_n(scales, scales_bytes(layout, s.n, s.k) / std::ptrdiff_t{sizeof(float)}, 1.0f);
+    if (w.groups.table != nullptr)
+      std::iota(const_cast<float*>(w.groups.table), const_cast<float*>(w.groups.table) + Int4::codes, 0.0f);
   } else if (info(layout.format).arrays > 0) {
     pack_channels(layout, view, ones.data(), nullptr, packed.data());
   }
