@@ -13,6 +13,7 @@
 #include "fastlinear/driver/plan.hpp"
 #include "fastlinear/host/memory.hpp"
 #include "fastlinear/host/parallel.hpp"
+#include "fastlinear/weight/weight.hpp"
 
 namespace fastlinear::ceiling {
 
