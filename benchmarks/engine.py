@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from apart import serve
-from timing import Rotation, settle
+from timing import Turns
 
 Run = Callable[[], Any]  # the first output
 Build = Callable[[Path, dict[str, Any], int], Run]
@@ -63,7 +63,7 @@ ENGINES: dict[str, Build] = {
 }
 
 
-class Runner:
+class Runner(Turns):
     """What whole.py may ask for; as that of way.py."""
 
     def __init__(self, name: str, threads: int) -> None:
@@ -80,14 +80,7 @@ class Runner:
         return seconds
 
     def rotate(self) -> float:
-        self._rotation = Rotation([lambda _: self._run()], None)
-        settle()
-        return self._rotation.cost
-
-    def sample(self) -> float:
-        seconds = self._rotation.sample()
-        settle()
-        return seconds
+        return self.rotate_over([lambda _: self._run()])
 
 
 def main(name: str, threads: str) -> None:

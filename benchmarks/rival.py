@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from apart import serve
-from timing import Call, Rotation, settle
+from timing import Call, Turns
 
 Bind = Callable[[Any, Any], Call]  # from x [M, K] and y [M, N], both fp32, to a call that writes y
 Build = Callable[[Any, Any, Any], Bind]  # from weight int8 [N, K], its scales fp32 [N] and bias fp32 [N]
@@ -94,7 +94,7 @@ RIVALS: dict[str, Callable[[int], Build]] = {
 }
 
 
-class Rival:
+class Rival(Turns):
     """What remote.py may ask for."""
 
     def __init__(self, name: str, threads: int) -> None:
@@ -118,15 +118,7 @@ class Rival:
 
     def rotate(self, copies: int) -> float:
         """Prepares samples over so many of the layers; seconds that one takes."""
-        self._rotation = Rotation(self._calls[:copies], None)
-        settle()
-        return self._rotation.cost
-
-    def sample(self) -> float:
-        """Seconds a call; the answer comes when the pool has gone to sleep."""
-        seconds = self._rotation.sample()
-        settle()
-        return seconds
+        return self.rotate_over(self._calls[:copies])
 
 
 def main(name: str, threads: str) -> None:

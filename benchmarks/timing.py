@@ -76,6 +76,24 @@ def settle() -> None:
     raise RuntimeError("the threads of this process do not come to rest")
 
 
+class Turns:
+    """What a process that serves (apart.py) takes its turns with."""
+
+    _rotation: Rotation
+
+    def rotate_over(self, calls: Sequence[Call]) -> float:
+        """Prepares samples; seconds that one takes."""
+        self._rotation = Rotation(calls, None)
+        settle()
+        return self._rotation.cost
+
+    def sample(self) -> float:
+        """Seconds a call; the answer comes when the pool has gone to sleep."""
+        seconds = self._rotation.sample()
+        settle()
+        return seconds
+
+
 def race(
     candidates: Mapping[str, Sampled], each_round: Callable[[], None], seconds: float, least: int, most: int
 ) -> dict[str, Timing]:

@@ -16,7 +16,7 @@ import models
 import numpy as np
 import torch
 from apart import serve
-from timing import Rotation, settle
+from timing import Turns
 from torch import nn
 
 import fastlinear
@@ -70,15 +70,15 @@ WAYS: dict[str, Way] = {
 }
 
 
-class Runner:
+class Runner(Turns):
     """What whole.py may ask for."""
 
     def __init__(self, name: str, model: str) -> None:
         self._model = models.build(model)
         self._dtype = torch.bfloat16 if name == "eager bf16" else None
-        self._call = WAYS[name](self._model)
+        call = WAYS[name](self._model)
+        self._call = torch.inference_mode()(lambda *inputs: call(*inputs))
 
-    @torch.inference_mode()
     def prepare(self, folder: str, answer: str) -> float:
         """Calls it with the inputs of `folder` and writes what comes out; seconds of that first call."""
         self._inputs = [torch.from_numpy(array) for array in np.load(Path(folder, "inputs.npz")).values()]
@@ -89,21 +89,11 @@ class Runner:
         np.save(answer, y.float().numpy())
         return seconds
 
-    @torch.inference_mode()
     def rotate(self) -> float:
         """Prepares samples; seconds that one takes."""
         for _ in range(3):
             self._call(*self._inputs)
-        self._rotation = Rotation([lambda _: self._call(*self._inputs)], None)
-        settle()
-        return self._rotation.cost
-
-    @torch.inference_mode()
-    def sample(self) -> float:
-        """Seconds a call; the answer comes when the pool has gone to sleep."""
-        seconds = self._rotation.sample()
-        settle()
-        return seconds
+        return self.rotate_over([lambda _: self._call(*self._inputs)])
 
 
 def export(name: str, folder: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
-from fastlinear.file.matching import Held, listed, tensors_of
+from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
 from fastlinear.layer import embedding, linear, packs
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
@@ -87,11 +87,7 @@ def with_ties(model: nn.Module, sources: Mapping[str, Source]) -> dict[str, Sour
 def _check(model: nn.Module, held: Mapping[str, Held], sources: Mapping[str, Source]) -> None:
     missing = [name for name in held if name not in sources]
     unexpected = [name for name in sources if name not in held]
-    if missing or unexpected:
-        kind = type(model).__name__
-        parts = [f"lacks {listed(missing)} of this {kind}"] if missing else []
-        parts += [f"has {listed(unexpected)} that this {kind} has not"] if unexpected else []
-        raise ValueError(f"it {' and '.join(parts)}")
+    need_the_same(model, missing, unexpected)
     for name, each in held.items():
         shape, source = tuple(each.tensor.shape), sources[name]
         if shape != source.shape:

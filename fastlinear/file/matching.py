@@ -58,16 +58,22 @@ def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
     given = {**stored, **{layer.weight: None for layer in said.layers}}
     missing = [name for name in needed if name not in given]
     unexpected = [name for name in given if name not in held and name not in said.transient]
-    if missing or unexpected:
-        parts = [f"lacks {listed(missing)} of this {type(model).__name__}"] if missing else []
-        parts += [f"has {listed(unexpected)} that this {type(model).__name__} has not"] if unexpected else []
-        raise ValueError(f"it {' and '.join(parts)}")
+    need_the_same(model, missing, unexpected)
     plain = [held[name] for name in needed if name in stored]
     if other := [each.name for each in plain if tuple(each.tensor.shape) != stored[each.name].shape]:
         raise ValueError(f"it has {listed(other)} in other shapes than this {type(model).__name__}")
     modules, slots = dict(model.named_modules()), {fused.layer: fused for fused in said.fused}
     pairs = [_pair(modules, layer, slots.get(layer.name)) for layer in said.layers]
     return Match(modules, stored, plain, [pair for pair in pairs if pair is not None])
+
+
+def need_the_same(model: nn.Module, missing: list[str], unexpected: list[str]) -> None:
+    """ValueError where a file lacks tensors of a model, or has others."""
+    if missing or unexpected:
+        kind = type(model).__name__
+        parts = [f"lacks {listed(missing)} of this {kind}"] if missing else []
+        parts += [f"has {listed(unexpected)} that this {kind} has not"] if unexpected else []
+        raise ValueError(f"it {' and '.join(parts)}")
 
 
 def listed(names: list[str]) -> str:

@@ -33,9 +33,15 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def stock(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    grouped: bool = False,
 ) -> Tensor:
-    """torch's own."""
+    """torch's own, with the op's arguments."""
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
@@ -59,11 +65,11 @@ def function(
     measure: whether that may be found out in calls; else by a rule. tell: is given each new answer.
     """
     answers: dict[Any, Answer] = {}
-    native = _attention.attention
+    native, how = _attention.attention, (causal, scale, grouped)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if watched() or torch.is_autocast_enabled("cpu") or environment.disabled() or _wants_grad(q, k, v, mask):
-            return stock(q, k, v, mask, causal, scale, grouped)
+            return stock(q, k, v, mask, *how)
         kind = (q.shape, k.shape, q.dtype, None if mask is None else mask.shape, torch.get_num_threads())
         found = answers.get(kind)
         if found is None or (found.due and plan.is_due(found)):
@@ -72,11 +78,11 @@ def function(
                 answers.clear()
             answers[kind] = found
             tell(found)
-        y = native(q, k, v, mask, causal, scale, grouped) if found.ours else None
-        return stock(q, k, v, mask, causal, scale, grouped) if y is None else y
+        y = native(q, k, v, mask, *how) if found.ours else None
+        return stock(q, k, v, mask, *how) if y is None else y
 
     def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
-        if why_not(q, k, v, mask) is not None or native(q, k, v, mask, causal, scale, grouped) is None:
+        if why_not(q, k, v, mask) is not None or native(q, k, v, mask, *how) is None:
             return Answer(False, "torch: the kernels do not take these tensors")
         kind = "causal" if causal else "none"
         if mask is not None:
@@ -85,8 +91,8 @@ def function(
         asked = Question(b * h, queries, k.shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads())
         return plan.answer(
             asked,
-            lambda: native(q, k, v, mask, causal, scale, grouped),
-            lambda: stock(q, k, v, mask, causal, scale, grouped),
+            lambda: native(q, k, v, mask, *how),
+            lambda: stock(q, k, v, mask, *how),
             measure=measure,
         )
 
@@ -101,45 +107,19 @@ def _laid_out(y: Tensor) -> Tensor:
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     torch._check(query.dim() == 4, lambda: f"fastlinear::attention: query is [B, H, L, D], not {list(query.shape)}")
-    b, h, length, _ = query.shape
+    b, h, length, _size = query.shape
     return query.new_empty((b, length, h, value.shape[-1])).transpose(1, 2)
 
 
-def _formula(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    return _laid_out(stock(query, key, value, mask, is_causal, scale, enable_gqa))
+def _formula(*args: Any) -> Tensor:
+    return _laid_out(stock(*args))
 
 
-def _cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    y = None
-    if not environment.disabled():
-        y = _attention.attention(query, key, value, mask, is_causal, scale, enable_gqa)
-    return _formula(query, key, value, mask, is_causal, scale, enable_gqa) if y is None else y
+def _cpu(*args: Any) -> Tensor:
+    y = None if environment.disabled() else _attention.attention(*args)
+    return _formula(*args) if y is None else y
 
 
 def _autograd(keyset: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:

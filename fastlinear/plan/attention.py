@@ -14,7 +14,7 @@ import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 from fastlinear._engine import bucket
 from fastlinear.plan import measuring, race, rivals
-from fastlinear.plan.decide import cache, tell
+from fastlinear.plan.decide import believed, cache, remember, tell
 from fastlinear.plan.memory import Remembered
 from fastlinear.plan.waits import Waits
 
@@ -98,12 +98,10 @@ def answer(exact: Question, ours: Callable[[], object], stock: Callable[[], obje
             choice = race.choose(runs, TORCH, budget=race.BUDGET / 2, waited=waited)
     rows = "\n".join(f"  {name:<28} {ms:9.4f} ms" for name, ms in choice.table)
     tell(f"AUTOTUNE {key}\n{rows}\nchosen: {choice.name}")
-    if choice.busy:
-        measuring.process.failed(key)
+    if not believed(key, choice):
         return by_rule(asked)._replace(due=measuring.process.due(key, measuring.BUSY))
-    measuring.process.succeeded(key)
     found = Remembered(choice.name, {}, choice.table, choice.speedup, choice.spread)
-    (cache().put if choice.decided else cache().hold)(key, found)
+    remember(key, choice, found)
     return _told(found)
 
 

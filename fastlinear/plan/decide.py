@@ -281,17 +281,25 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
         if stock is not None:
             ratio = race.compare(chosen, stock, evict=evict, waited=waited, floor=floor)
     _tell(problem, choice)
-    if choice.busy:
-        measuring.process.failed(problem.key())
+    if not believed(problem.key(), choice):
         return heuristic(problem)._replace(provisional=measuring.BUSY)
-    measuring.process.succeeded(problem.key())
     winner = natives.get(choice.name) or Chosen(problem.m, problem.threads, problem.x, choice.name, 1, 1, "tuned")
     speedup, spread = ratio or (None, 0.0)
     winner = winner._replace(table=choice.table, speedup=speedup, spread=spread, measured=(small.m, small.n))
     numbers = {"threads": winner.plan_threads, "k_slices": winner.k_slices, "rows": small.m, "columns": small.n}
-    keep = cache().put if choice.decided else cache().hold
-    keep(problem.key(), Remembered(winner.name, numbers, choice.table, speedup, spread))
+    remember(problem.key(), choice, Remembered(winner.name, numbers, choice.table, speedup, spread))
     return _refusing(winner, problem)
+
+
+def believed(key: str, choice: race.Verdict) -> bool:
+    """Whether a race for `key` told anything, which the process takes down: it did not where others had the CPUs."""
+    (measuring.process.failed if choice.busy else measuring.process.succeeded)(key)
+    return not choice.busy
+
+
+def remember(key: str, choice: race.Verdict, found: Remembered) -> None:
+    """Keeps what a race found: for good, or for this process where it was too noisy to tell."""
+    (cache().put if choice.decided else cache().hold)(key, found)
 
 
 def _stock(problem: Problem, operands: Operands, x: Tensor) -> race.Candidate | None:

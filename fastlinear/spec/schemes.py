@@ -112,7 +112,44 @@ class Int8WeightOnly(Scheme):
 
 
 @dataclass(frozen=True)
-class Int4WeightOnly(Scheme):
+class _Grouped(Scheme):
+    """What schemes of 4-bit weights in groups have in common."""
+
+    group: int = 32
+    table: str = "int4"
+    offsets: bool = False
+    scales: torch.dtype = torch.float16
+    least: float | None = None
+
+    packed = "int4"
+
+    def __post_init__(self) -> None:
+        name, tables = type(self).__name__, self.tables()
+        if isinstance(self.group, bool) or not isinstance(self.group, int):
+            raise TypeError(f"{name}(group=...) must be an int, but is {self.group!r}")
+        if self.group not in _kernels.GROUP_SIZES:
+            raise ValueError(f"{name}(group=...) must be a power of two from 16 on, but is {self.group}")
+        if self.table not in tables:
+            raise ValueError(f"{name}(table=...) must be {', '.join(map(repr, tables))}, but is {self.table!r}")
+        if not isinstance(self.offsets, bool):
+            raise TypeError(f"{name}(offsets=...) must be True or False, but is {self.offsets!r}")
+        if self.scales not in _tensors.FORMATS:
+            allowed = ", ".join(map(str, _tensors.FORMATS))
+            raise ValueError(f"{name}(scales=...) must be one of {allowed}, but is {self.scales!r}")
+        if self.least is not None and (isinstance(self.least, bool) or not isinstance(self.least, (int, float))):
+            raise TypeError(f"{name}(least=...) must be a number of decibels or None, but is {self.least!r}")
+
+    @classmethod
+    def tables(cls) -> list[str]:
+        """Those whose numbers it can multiply."""
+        return [*TABLES]
+
+    def coding(self) -> Coding:
+        return Coding(self.group, TABLES[self.table], self.scales, self.offsets)
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(_Grouped):
     """4-bit weights, in groups of inputs that share a scale, multiplied by inputs in floating point: an eighth of the
     memory of fp32, and of the time to read it.
 
@@ -125,23 +162,9 @@ class Int4WeightOnly(Scheme):
     Raises TypeError or ValueError for others.
     """
 
-    group: int = 32
-    table: str = "int4"
-    offsets: bool = False
-    scales: torch.dtype = torch.float16
-    least: float | None = None
-
-    packed = "int4"
-
-    def __post_init__(self) -> None:
-        _check_coding(self, [*TABLES])
-
-    def coding(self) -> Coding:
-        return Coding(self.group, TABLES[self.table], self.scales, self.offsets)
-
 
 @dataclass(frozen=True)
-class Int4Dynamic(Scheme):
+class Int4Dynamic(_Grouped):
     """4-bit weights, in groups of inputs that share a scale, and inputs that each call quantizes to 8 bits in the same
     groups; integer products, the same bits on every CPU.
 
@@ -152,43 +175,21 @@ class Int4Dynamic(Scheme):
     Raises TypeError or ValueError for others.
     """
 
-    group: int = 32
-    table: str = "int4"
-    offsets: bool = False
-    scales: torch.dtype = torch.float16
-    least: float | None = None
     by_row: bool = False
 
-    packed = "int4"
     integers = True
 
     def __post_init__(self) -> None:
-        _check_coding(self, [name for name, numbers in TABLES.items() if Coding(table=numbers).is_whole])
+        super().__post_init__()
         if not isinstance(self.by_row, bool):
             raise TypeError(f"{type(self).__name__}(by_row=...) must be True or False, but is {self.by_row!r}")
 
     def rows(self, name: str) -> Rows:
         return Rows("symmetric" if self.by_row else "groups")
 
-    def coding(self) -> Coding:
-        return Coding(self.group, TABLES[self.table], self.scales, self.offsets)
-
-
-def _check_coding(scheme: Int4WeightOnly | Int4Dynamic, tables: list[str]) -> None:
-    name = type(scheme).__name__
-    if isinstance(scheme.group, bool) or not isinstance(scheme.group, int):
-        raise TypeError(f"{name}(group=...) must be an int, but is {scheme.group!r}")
-    if scheme.group not in _kernels.GROUP_SIZES:
-        raise ValueError(f"{name}(group=...) must be a power of two from 16 on, but is {scheme.group}")
-    if scheme.table not in tables:
-        raise ValueError(f"{name}(table=...) must be {', '.join(map(repr, tables))}, but is {scheme.table!r}")
-    if not isinstance(scheme.offsets, bool):
-        raise TypeError(f"{name}(offsets=...) must be True or False, but is {scheme.offsets!r}")
-    if scheme.scales not in _tensors.FORMATS:
-        allowed = ", ".join(map(str, _tensors.FORMATS))
-        raise ValueError(f"{name}(scales=...) must be one of {allowed}, but is {scheme.scales!r}")
-    if scheme.least is not None and (isinstance(scheme.least, bool) or not isinstance(scheme.least, (int, float))):
-        raise TypeError(f"{name}(least=...) must be a number of decibels or None, but is {scheme.least!r}")
+    @classmethod
+    def tables(cls) -> list[str]:
+        return [name for name, numbers in TABLES.items() if Coding(table=numbers).is_whole]
 
 
 @dataclass(frozen=True)

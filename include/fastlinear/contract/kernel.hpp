@@ -26,6 +26,10 @@ struct Lines {
     from += stride;
     --rows;
   }
+  // All of them, at once.
+  void fetch() const {
+    for (Lines left = *this; left.rows > 0;) left.fetch_row();
+  }
 };
 
 // What stands beside rows of int8 that are scaled in groups of K: for each group of a row the scale; -128 times the sum

@@ -12,9 +12,8 @@
 //   layout            of the panels; kr k of a channel share 32 bits
 //   weights(p)        those of V::width channels and kr k, whose codes begin at p
 //   row(a)            kr integers of a row
-//   start(n)          sums before the first product; n is -128 times the sum of the row's integers, for weights that
-//   lie
-//                     128 higher
+//   start(n)          sums before the first product; n is -128 times the sum of the row's integers, for weights
+//                     that lie 128 higher
 //   add(c, w, x)      c + the products of weights and a row, as text: GCC 12 spills sums that it sees change twice
 //   sums(c)           as I
 //   registers         how many there are, where they may hold the weights of all channels of a tile; else 0
@@ -82,7 +81,7 @@ void multiply(const TileArgs& t) {
   const char* prefetch = streams ? panels[0] + kAhead : t.prefetch;
   const std::ptrdiff_t step = streams ? nr * 4 : t.prefetch_stride, between = streams ? t.panel_stride : nr * 4;
 
-  for (Lines y = t.y; y.rows > 0;) y.fetch_row();
+  t.y.fetch();
   if (!t.accumulate)
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
   const char *scales = how.scales, *offsets = how.offsets;

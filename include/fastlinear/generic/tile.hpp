@@ -81,9 +81,8 @@ void multiply(const TileArgs& t) {
       c[r][v] = t.accumulate ? Op::load(sums + r * Columns + v * Op::lanes) : Op::zero();
 
   std::ptrdiff_t k = 0;
-  Lines y = t.y;
-  if constexpr (!prefetches || kr > 1)
-    while (y.rows > 0) y.fetch_row();
+  [[maybe_unused]] Lines y = t.y;
+  if constexpr (!prefetches || kr > 1) y.fetch();
   const Weight* w[V];
   for (; k + kr <= t.k; k += kr) {
 #pragma GCC unroll 8
