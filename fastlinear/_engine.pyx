@@ -263,7 +263,8 @@ cdef class Engine:
     cdef object plain         # (x, weight, bias) -> y in torch's ops while training; None until the module has told
     cdef object changing      # the same in the numbers of a pack, while the weight keeps changing; may be None
     cdef dict counts          # calls that it answered, by the words of the report
-    cdef object attach        # (x, weight, bias, y, (self, packed), operands) -> y with gradients; may be None
+    cdef object attach        # (x, weight, bias, y, packed, operands, sums) -> y with gradients; may be None
+    cdef bint keeps           # whether `attach` wants the sums
     cdef object bias          # the last one that was found fit
     cdef tuple stock          # a class, and the `forward` of it that this stands for
     cdef ptrdiff_t answered, waits  # calls by this pack, and those for which a weight has yet to stand still
@@ -368,16 +369,11 @@ cdef class Engine:
             raise ValueError(f"kernel {plan.kernel!r} does not take x of {dtype} and layout {self.packed.layout!r}")
         plans_of(self.plans, threads, x_format)[bucket_of(m).index] = plan
 
-    def kernel_for(self, Packed packed, ptrdiff_t m, ptrdiff_t threads, dtype):
-        """What runs for such an x; None where that is no kernel, or the pack is another by now."""
-        cdef int index = format_of_x(dtype)
-        plan = plans_of(self.plans, threads, <Format> index)[bucket_of(m).index]
-        return plan if type(plan) is Plan and packed is self.packed else None
-
-    def attach_by(self, attach):
+    def attach_by(self, attach, bint keeps):
         """Has `attach` give the answers of the present pack their gradients, where some are wanted: called with x, the
-        parameters weight and bias, the answer, this engine with the pack, and the operands."""
-        self.attach = attach
+        parameters weight and bias, the answer, the pack, the operands, and with `keeps` what the epilogue was applied
+        to, or None where that was not to be had."""
+        self.attach, self.keeps = attach, keeps
 
     def fresh(self, module):
         """True while the packed weight is the module's."""
@@ -431,18 +427,20 @@ cdef class Engine:
     # The output, which autograd can go back from, or why there is none.
     cdef object differentiable(self, dict state, x, tuple operands):
         cdef Packed packed = self.packed
+        cdef list kept = [] if self.keeps else None
         attach = self.attach
         if attach is None or packed is None:
             return GRADIENT if self.waits == 0 else STALE
         set_grad_enabled(False)
         try:
-            y = self.answer(state, x, operands)
+            y = self.answer(state, x, operands, kept)
         finally:
             set_grad_enabled(True)
         if type(y) is str or packed is not self.packed:  # which another thread may have changed meanwhile
             return y if y is STALE else GRADIENT
         params = <dict> state["_parameters"]
-        return attach(x, params.get("weight"), params.get("bias"), y, (self, packed))
+        sums = kept[0] if kept else None
+        return attach(x, params.get("weight"), params.get("bias"), y, packed, operands, sums)
 
     # Torch's answer in training mode or on a weight that keeps changing; `why` where it is for the module to find.
     cdef object in_torch(self, dict state, object x, tuple operands, str why):
@@ -463,14 +461,15 @@ cdef class Engine:
         self.counts[word] = self.counts.get(word, 0) + 1
         return run(x, weight, params.get("bias"))
 
-    def attempt(self, module, x, tuple operands=()):
-        """The output, or None where torch has to compute it; for callers that know that no mode watches."""
-        y = self.answer(<dict> PyObject_GenericGetDict(module, NULL), x, operands)
+    def attempt(self, module, x, tuple operands=(), list kept=None):
+        """The output, or None where torch has to compute it; for callers that know that no mode watches. What the
+        epilogue was applied to is appended to `kept`, where that is to be had."""
+        y = self.answer(<dict> PyObject_GenericGetDict(module, NULL), x, operands, kept)
         return None if type(y) is str else y
 
     # The output, or why there is none.
-    cdef object answer(self, dict state, object x, tuple operands):
-        cdef View v, w, b
+    cdef object answer(self, dict state, object x, tuple operands, list kept=None):
+        cdef View v, w, b, z
         cdef Matrix rows
         cdef Segment out
         cdef Bias added
@@ -504,7 +503,7 @@ cdef class Engine:
             return UNFIT
         if not as_rows(&v, &rows):
             dense = x.contiguous()
-            return UNFIT if dense is x else self.answer(state, dense, operands)
+            return UNFIT if dense is x else self.answer(state, dense, operands, kept)
         added.data = NULL
         if bias is not None:
             if bias is not self.bias:
@@ -537,7 +536,7 @@ cdef class Engine:
                 return UNPLANNED
         self.answered += 1
         if rows.m > 0 and type(plan) is not Plan:
-            return plan(x, weight, bias, *operands)
+            return plan(x, weight, bias, *operands) if kept is None else plan(x, weight, bias, *operands, kept=kept)
 
         if self.widths is not None:
             return self.parts(x, &v, packed, plan, &rows, added)
@@ -546,7 +545,11 @@ cdef class Engine:
         if rows.m > 0 and packed.n > 0:
             look_at(y, &w)
             out.data, out.format, out.stride, out.first = w.data, w.format, columns, 0
-            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out, 1, beside)
+            z.data = NULL
+            if kept is not None:
+                kept.append(new_output(x, &v, packed.n, torch.float32))
+                look_at(kept[0], &z)
+            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out, 1, beside, <float*> z.data)
         return y
 
     # Where the operands lie for y, those laid out that do not lie as kernels read; None where one is unfit.
@@ -585,7 +588,7 @@ cdef class Engine:
                 segment.first += segment.stride
         if rows.m > 0 and packed.n > 0:
             compute(packed, <Plan> plan, self.epilogue, self.rows, rows, bias, segments.data(), segments.size(),
-                    NULL)
+                    NULL, NULL)
         return tuple(ys)
 
 

@@ -79,6 +79,7 @@ cdef extern from "fastlinear/driver/problem.hpp" namespace "fastlinear" nogil:
         EpilogueProgram epilogue
         const COperand* operands
         const int64_t* y_index
+        float* sums
 
 cdef extern from *:
     int STATIC "int(fastlinear::RowKind::fixed)"

@@ -50,7 +50,7 @@ cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
 cdef ptrdiff_t pool_size() noexcept
 cdef int compute(
     Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
-    size_t segments, const COperand* operands
+    size_t segments, const COperand* operands, float* sums
 ) except -1
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

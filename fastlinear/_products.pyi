@@ -23,6 +23,7 @@ def run(
     operands: Sequence[Tensor] = (),
     x_index: Tensor | None = None,
     y_index: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None: ...
 def run_all(plan: Plan, calls: Sequence[Mapping[str, Any]]) -> None: ...
 def pieces(

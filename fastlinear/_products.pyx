@@ -20,7 +20,7 @@ from fastlinear._plans cimport (
     MAX_OPERANDS, Bias, COperand, CPlan, Epilogue, Plan, Problem, RowQuantizer, Segment, Segments, answers,
     as_operand, columns_of
 )
-from fastlinear._tensors cimport Format, Matrix, View, as_rows, describe, format_of_x, is_float, need
+from fastlinear._tensors cimport FP32, Format, Matrix, View, as_rows, describe, format_of_x, is_float, need
 from fastlinear._weights cimport Packed
 
 cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
@@ -145,11 +145,11 @@ cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
 
 cdef int compute(
     Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y, size_t segments,
-    const COperand* operands
+    const COperand* operands, float* sums
 ) except -1:
     cdef Problem p
     ask(&p, w, epilogue, rows, x, bias, y, segments)
-    p.operands = operands
+    p.operands, p.sums = operands, sums
     return answer(&p, 1, plan.plan)
 
 
@@ -162,6 +162,13 @@ cdef const int64_t* as_index(object index, ptrdiff_t rows, str what) except? NUL
     if len(index) > 0 and not (0 <= int(index.min()) and int(index.max()) < rows):
         raise ValueError(f"{what} must lie from 0 to {rows - 1}, not from {int(index.min())} to {int(index.max())}")
     return <const int64_t*> <size_t> index.data_ptr()
+
+
+cdef float* as_sums(object sums, ptrdiff_t m, ptrdiff_t n) except? NULL:
+    cdef View v = need(sums, "sums")
+    if <int> v.format != FP32 or v.ndim != 2 or v.shape[0] != m or v.shape[1] != n or not sums.is_contiguous():
+        raise ValueError(f"sums must be a dense fp32 tensor [{m}, {n}], not {describe(sums)}")
+    return <float*> v.data
 
 
 cdef enum:
@@ -233,7 +240,7 @@ cdef int fill(
 
 def run(
     Packed packed not None, Plan plan not None, Epilogue epilogue not None, x, bias, out, RowQuantizer rows=None,
-    operands=(), x_index=None, y_index=None
+    operands=(), x_index=None, y_index=None, sums=None
 ):
     """out = epilogue(x @ weight.T + bias).
 
@@ -243,12 +250,15 @@ def run(
     must be side by side. `out` may be several tensors, which have the columns one after another. `operands` are those
     that the epilogue names: fp32, bf16 or fp16, [M, N] or what broadcasts to it; one may be `out` itself. With x_index
     (int64 [M]), row i is that of x[x_index[i]]; with y_index, it goes to out[y_index[i]], no two to the same one.
+    `sums`, fp32 [M, N] and dense, gets what the epilogue is applied to, with the bias, in the order of the bias.
     Raises TypeError or ValueError where a tensor is not of that form.
     """
     cdef Problem p
     cdef Segment[MAX_SEGMENTS] segments
     cdef COperand[MAX_OPERANDS] beside
     fill(&p, segments, beside, plan, packed, epilogue, x, bias, out, rows, tuple(operands), x_index, y_index)
+    if sums is not None:
+        p.sums = as_sums(sums, p.m, packed.n)
     answer(&p, 1, plan.plan)
 
 

@@ -6,10 +6,9 @@ g' = g activation'(z):
 
     dx = g' W^,    dW = g'^T x^,    db = sum g'
 
-in fp32. z is not kept: where the derivative cannot be told from y, a product without activation computes it again, so
-that a call whose gradients nobody asks for, in torch's default mode, costs little. What is kept is x, weight
-and y, as far as they are needed, and as torch keeps them: a change of them in place is torch's own error.
-Differentiated twice, all is made of torch's ops.
+in fp32. Where the derivative cannot be told from y, z is kept, too: the product that makes y stores it beside, tile by
+tile. What else is kept is x, weight and y, as far as they are needed, and as torch keeps them: a change of them in
+place is torch's own error. Differentiated twice, all is made of torch's ops.
 
 dx is a product like any other: by W^ in panels of its own, [K, N], which the first backward through a pack makes and
 which go with the pack; but not where the weight wants gradients itself, and so will be another one soon.
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,16 +28,16 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._torch as _torch
 import fastlinear._weights as _weights
-from fastlinear._engine import Engine, bucket
+from fastlinear._engine import bucket
 from fastlinear.layer.lock import lock
 from fastlinear.plan import decide, table
 from fastlinear.plan.problem import FROZEN, Problem
-from fastlinear.spec import activations, gates, programs
+from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import FP32, name_of
 from fastlinear.spec.int8 import handed_on
 from fastlinear.spec.packed import numbers
-from fastlinear.spec.programs import is_gated
+from fastlinear.spec.precision import Precision
 from fastlinear.spec.reference import Reference, width
 
 # Activations with the same slope at y = activation(z) as at z; leaky_relu if it keeps the sign.
@@ -100,9 +99,6 @@ def nbytes(packed: _weights.Packed) -> int:
     return 0 if made is None else made.packed.nbytes
 
 
-Native: TypeAlias = tuple[Engine, _weights.Packed]  # what answered
-
-
 class Attachment:
     """Gives the answers of a layer their gradients. weight: what stands for it where the layer has no Parameter;
     measure: whether products of the backward are tuned. An engine may hold it, and so it holds no engine."""
@@ -110,9 +106,8 @@ class Attachment:
     def __init__(self, reference: Reference, weight: Tensor | None = None, measure: bool = False) -> None:
         self.reference, self.measure = reference, measure
         self._weight, self._out, self.frozen = weight, reference.precision.out, weight is not None
-        activation = reference.activation
-        self.told = self._out is None and _is_told_by_output(activation)
-        self.again = activation is not None and not self.told  # z is needed, and so all that it is made of
+        self.again = needs_sums(reference.activation, reference.precision)  # z is needed, and so all that it is made of
+        self.told = reference.activation is not None and not self.again
 
     def __call__(
         self,
@@ -120,30 +115,21 @@ class Attachment:
         weight: Tensor | None,
         bias: Tensor | None,
         y: Tensor,
-        native: Native | None = None,
+        packed: _weights.Packed | None = None,
         operands: Sequence[Tensor] = (),
+        sums: Tensor | None = None,
     ) -> Tensor:
         """y, which is reference.floats(x, weight, bias, operands) by other means, with the gradients of that in reverse
-        mode. native: what it was computed by, so that the backward need not pack, plan or round again."""
+        mode. packed: what the kernels multiplied, so that the backward need not pack or round again; sums: z, if it
+        was kept."""
         weight = self._weight if weight is None else weight
         y = y if self._out is None else handed_on(y, self._out)
-        return _apply(x, weight, bias, self, native, (y,), *operands)
+        return _apply(x, weight, bias, self, packed, (y, sums), *operands)
 
 
-def _sums(native: Native, x: Tensor, bias: Tensor | None, gated: bool) -> Tensor | None:
-    """x^ W^T + b, in fp32, or None where no kernel computes it."""
-    engine, packed = native
-    m = x.shape[:-1].numel()
-    plan = engine.kernel_for(packed, m, _products.num_threads(), x.dtype)
-    if plan is None:
-        return None
-    z = torch.empty(m, packed.n, dtype=torch.float32, device="cpu")
-    rows = x.reshape(-1, packed.k).contiguous()
-    _products.run(packed, plan, _SUMS, rows, None if gated else bias, z, engine.rows)
-    if gated:
-        z = gates.separate(z.mT, packed.layout).mT
-        z = z if bias is None else z + bias
-    return z.reshape(*x.shape[:-1], packed.n)
+def needs_sums(activation: Activation | None, precision: Precision) -> bool:
+    """Whether the derivative of what follows the product is not told by y."""
+    return activation is not None and (precision.out is not None or not _is_told_by_output(activation))
 
 
 class _Product(torch.autograd.Function):
@@ -154,40 +140,40 @@ class _Product(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         by: Attachment,
-        native: Native | None,
-        answer: tuple[Tensor],
+        packed: _weights.Packed | None,
+        answer: tuple[Tensor, Tensor | None],
         *operands: Tensor,
     ) -> Tensor:
-        ctx.answered = by, native
-        y, again, needs = answer[0], by.again, ctx.needs_input_grad
+        ctx.answered = by, packed
+        (y, sums), again, needs = answer, by.again, ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs[1] else _kept(x) if again else None,
             weight if needs[0] else _kept(weight) if again else None,
             _kept(bias) if again and bias is not None else None,
-            y if by.told else None,
+            y if by.told else sums,
             *map(_kept, operands),
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y, *operands = ctx.saved_tensors
-        by, native = ctx.answered
+        x, weight, bias, kept, *operands = ctx.saved_tensors
+        by, packed = ctx.answered
         reference: Reference = by.reference
         # Differentiated once more, traced or batched, all of it has to be of torch's ops.
-        native = None if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed(g) else native
+        if torch.is_grad_enabled() or type(g) is not Tensor or _is_transformed(g):
+            packed = None
         wide, of_operands = _as(g, width(g)), []
-        if y is not None:
-            wide, *_ = _through(reference.activation, y, wide)
+        if by.told:
+            wide, *_ = _through(reference.activation, kept, wide)
         elif reference.activation is not None:
-            z = None if native is None else _sums(native, x, bias, is_gated(reference.activation))
-            z = reference.sums(x, weight, bias) if z is None else z
+            z = reference.sums(x, weight, bias) if packed is None or kept is None else kept
             wide, *of_operands = _through(reference.activation, z, wide, operands)
         flat, smooth = _flat(wide), reference.precision.smooth
         dx = dw = db = None
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if of_x:
-            dx = _back(by, native and native[1], weight, flat, of_weight)
+            dx = _back(by, packed, weight, flat, of_weight)
             dx = dx if wide.dim() == 2 else dx.view(*wide.shape[:-1], dx.shape[-1])
             dx = dx if smooth is None else dx * smooth
         if of_weight:

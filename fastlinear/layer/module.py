@@ -211,8 +211,10 @@ class FastModule(Freezable):
         if self.training or not self._differentiated(x, operands):
             return self._native(x, packed_as, bare, operands)
         frozen = record_of(self)
+        keeps = gradient.needs_sums(*self.computes(bare))
+        kept: list[Tensor] | None = [] if keeps else None
         with torch.no_grad():
-            y = self._native(x, packed_as, bare, operands)
+            y = self._native(x, packed_as, bare, operands, kept)
         engine = self._engine_for(packed_as, bare)
         packed, weight = engine.packed, self._parameters.get("weight")
         if y is None or packed is None or (weight is None and frozen is None):  # None: thawed meanwhile
@@ -222,8 +224,8 @@ class FastModule(Freezable):
             None if frozen is None else frozen.panels,
             self._tune == "lazy",
         )
-        engine.attach_by(attach)
-        return attach(x, weight, self.bias, y, (engine, packed), operands)
+        engine.attach_by(attach, keeps)
+        return attach(x, weight, self.bias, y, packed, operands, kept[-1] if kept else None)
 
     def _reference(self, precision: Precision, frozen: Frozen | None, bare: bool) -> Reference:
         panels = ("", 0, 0) if frozen is None else frozen.form
@@ -247,18 +249,23 @@ class FastModule(Freezable):
         return self._absorbed is not None or self._precision.out is not None
 
     def _native(
-        self, x: Tensor, packed_as: str, bare: bool = False, operands: tuple[Tensor, ...] = ()
+        self,
+        x: Tensor,
+        packed_as: str,
+        bare: bool = False,
+        operands: tuple[Tensor, ...] = (),
+        kept: list[Tensor] | None = None,
     ) -> Tensor | None:
         """The answer of the engine with a pack in that format, packed and planned for if need be; None where torch has
-        to compute it."""
+        to compute it. `kept` gets what the epilogue was applied to, where that is to be had."""
         engine = self._engine_for(packed_as, bare)
-        y = engine.attempt(self, x, operands)
+        y = engine.attempt(self, x, operands, kept)
         if y is not None or not self._precision_in(engine, packed_as).takes(x.dtype):
             return y
         fit = not x.is_nested and x.dim() > 0 and x.shape[-1] == self._columns()
         off = self.training or environment.disabled()
         if fit and not off and not self._differentiated(x, operands) and prepare(self, engine, packed_as, x):
-            y = engine.attempt(self, x, operands)
+            y = engine.attempt(self, x, operands, kept)
         return y
 
     def _columns(self) -> int:

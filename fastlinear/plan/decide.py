@@ -130,11 +130,16 @@ def _fall_back(
     weight: Tensor,
     bias: Tensor | None,
     *operands: Tensor,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     rows, shape = x.reshape(-1, problem.k), (*x.shape[:-1], problem.columns)
-    out = x.new_empty(len(rows), problem.columns)
+    out, sums = x.new_empty(len(rows), problem.columns), None
+    if kept is not None:
+        sums = x.new_empty(len(rows), packed.n, dtype=torch.float32)
+        kept.append(sums.view(*x.shape[:-1], packed.n))
     beside = [operand.expand(shape).reshape(out.shape) for operand in operands]
-    _products.run(packed, native(chosen), epilogue(problem.activation, None), rows, bias, out, operands=beside)
+    steps = epilogue(problem.activation, None)
+    _products.run(packed, native(chosen), steps, rows, bias, out, operands=beside, sums=sums)
     return out.view(shape)
 
 

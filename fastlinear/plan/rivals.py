@@ -19,23 +19,28 @@ Packs: TypeAlias = dict[str, Tensor]
 
 
 class Rival(NamedTuple):
-    """(x, weight as the module holds it, bias, *operands) -> y, and the packed weight it holds, if it holds one."""
+    """(x, weight as the module holds it, bias, *operands) -> y, and the packed weight it holds, if it holds one. What
+    the activation is applied to is appended to a list that is given as `kept`."""
 
     run: Callable[..., Tensor]
     packed: Tensor | None = None
 
 
+# (x, weight as the module holds it, bias) -> x W^T + b, and the weight as it is packed for that.
+_Sums: TypeAlias = tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], Tensor | None]
+
+
 _ROWS = 32  # that MKL and oneDNN are told to pack for; what that makes of other numbers of rows, the tuner sees
 
 
-def _linear(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
-        return programs.linear(x, weight.t() if transposed else weight, bias, activation, operands)
+def _linear(weight: Tensor, transposed: bool, packs: Packs) -> _Sums:
+    def sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return programs.linear(x, weight.t() if transposed else weight, bias, None)
 
-    return Rival(run)
+    return sums, None
 
 
-def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
+def _mkl(weight: Tensor, transposed: bool, packs: Packs) -> _Sums:
     """MKL's prepacked sgemm. Its packs do not depend on M, as little as those of IPEX, which packs once for all; torch
     asks whether a call's rows are as many as it is told the pack was made for, and else uses `dense`."""
     dense = weight.t() if transposed else weight
@@ -44,13 +49,13 @@ def _mkl(weight: Tensor, transposed: bool, activation: Activation | None, packs:
         packs["torch/mkl"] = torch.ops.mkl._mkl_reorder_linear_weight(dense.contiguous(), _ROWS)
     packed = packs["torch/mkl"]
 
-    def run(x: Tensor, _: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
-        return programs.apply(activation, linear(x, packed, dense, bias, x.numel() // x.shape[-1]), operands)
+    def sums(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, packed, dense, bias, x.numel() // x.shape[-1])  # type: ignore[no-any-return]
 
-    return Rival(run, packed)
+    return sums, packed
 
 
-def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:
+def _mkldnn(weight: Tensor, transposed: bool, packs: Packs) -> _Sums:
     """oneDNN's prepacked inner product, which packs anew in a call whose rows want another form."""
     linear = torch.ops.mkldnn._linear_pointwise.default
     if "torch/mkldnn" not in packs:
@@ -58,13 +63,13 @@ def _mkldnn(weight: Tensor, transposed: bool, activation: Activation | None, pac
         packs["torch/mkldnn"] = torch.ops.mkldnn._reorder_linear_weight(dense, _ROWS)
     packed = packs["torch/mkldnn"]
 
-    def run(x: Tensor, _: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
-        return programs.apply(activation, linear(x, packed, bias, "none", [], ""), operands)
+    def sums(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
 
-    return Rival(run, packed)
+    return sums, packed
 
 
-_MAKERS: dict[str, Callable[[Tensor, bool, Activation | None, Packs], Rival]] = {
+_MAKERS: dict[str, Callable[[Tensor, bool, Packs], _Sums]] = {
     BASELINE: _linear,
     "torch/mkl": _mkl,
     "torch/mkldnn": _mkldnn,
@@ -79,7 +84,17 @@ def make(name: str, weight: Tensor, transposed: bool, activation: Activation | N
 
     Raises AttributeError or RuntimeError where this torch lacks the operator, or it refuses the shape.
     """
-    return _MAKERS[name](weight, transposed, activation, packs)
+    sums, packed = _MAKERS[name](weight, transposed, packs)
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        z = sums(x, weight, bias)
+        if kept is not None:
+            kept.append(z)
+        return programs.apply(activation, z, operands)
+
+    return Rival(run, packed)
 
 
 def memory(tensor: Tensor) -> tuple[int, int]:

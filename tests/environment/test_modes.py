@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
+import fastlinear._products as _products
 from fastlinear import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from fastlinear.spec import activations, int4
 from fastlinear.spec.int8 import (
@@ -30,6 +31,7 @@ from fastlinear.spec.int8 import (
     quantize_weight,
     signal_to_noise,
 )
+from fastlinear.spec.reference import Reference
 
 K, N = 24, 20
 SAME = 100  # dB between two modes: the rounding of fp32 sums
@@ -173,6 +175,24 @@ def test_grad_mode_runs_the_kernels(scheme: str) -> None:
     assert layer.plans and not layer._elsewhere and y.requires_grad
     with torch.no_grad():
         assert torch.equal(layer(x), y)
+
+
+@every_scheme
+@every_activation
+def test_the_backward_multiplies_once(scheme: str, activation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an activation's derivative is told by is kept by the forward, whose bits are those without gradients: the
+    backward of x is one product, by the weight, for every format."""
+    layer, x = layer_of(scheme, activation, True), torch.randn(5, K, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).sum(), x)  # cold, which packs the weight for the way back
+    products = []
+    real = _products.run
+    monkeypatch.setattr(_products, "run", lambda *args, **more: products.append(args) or real(*args, **more))
+    monkeypatch.setattr(Reference, "sums", None)
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), wanted)
+    assert len(products) == 1 and not layer._elsewhere
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

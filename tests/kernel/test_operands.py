@@ -81,7 +81,8 @@ def test_numbers_and_nan(name: str, kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", [native.parameter(k) for k in native.ALL if k["runnable"]])
 def test_gates(kernel: Kernel) -> None:
-    """Of every kernel: y has half the columns, act(gate) * through, whatever N is, with bias, operands and K slices."""
+    """Of every kernel: y has half the columns, act(gate) * through, for any N, with bias, operands and K slices, and
+    sums that are kept beside it are in the order of the parameter."""
     torch.manual_seed(0)
     dtypes = kernel["dtypes"][0]
     integers = dtypes.weight is torch.int8
@@ -102,6 +103,35 @@ def test_gates(kernel: Kernel) -> None:
         _products.run(packed, plan, _plans.Epilogue([(name, ()), ("add", (), 0)]), x, b, y, rows, [operand])
         expected = activations.apply(activation, both[:, :columns]) * both[:, columns:] + operand
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        again, sums = torch.empty_like(y), torch.empty_like(both)
+        steps = _plans.Epilogue([(name, ()), ("add", (), 0)])
+        _products.run(packed, plan, steps, x, b, again, rows, [operand], sums=sums)
+        assert torch.equal(again, y) and torch.equal(sums, both)
+
+
+@pytest.mark.parametrize("kernel", [native.parameter(k) for k in native.ALL if k["runnable"]])
+def test_sums_kept_beside(kernel: Kernel) -> None:
+    """Of every kernel: what the epilogue is applied to, with the bias, as a product without steps gives it, and y is
+    what it is without them, to the bit."""
+    torch.manual_seed(0)
+    dtypes = kernel["dtypes"][0]
+    integers = dtypes.weight is torch.int8
+    rows = _plans.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
+    for m, n, k_slices, name, bias in ((3, 83, 1, "gelu", True), (41, 33, 2, "relu", False), (9, 64, 1, "tanh", True)):
+        x = torch.randn(m, K).to(dtypes.x)
+        w = torch.randint(-9, 9, (n, K), dtype=torch.int8) if integers else torch.randn(n, K).to(dtypes.weight)
+        packed = native.pack(w, kernel["layout"], *([torch.rand(n) / K] if integers else []))
+        b, plan = torch.randn(n) if bias else None, _plans.Plan(kernel["name"], 2, k_slices)
+        bare, kept = torch.empty(m, n), torch.empty(m, n)
+        _products.run(packed, plan, _plans.Epilogue(), x, b, bare, rows)
+        for dtype in native.FLOATS:
+            y, again = torch.empty(m, n, dtype=dtype), torch.empty(m, n, dtype=dtype)
+            steps = _plans.Epilogue([(name, ())])
+            _products.run(packed, plan, steps, x, b, y, rows)
+            _products.run(packed, plan, steps, x, b, again, rows, sums=kept.fill_(torch.nan))
+            assert torch.equal(again, y) and torch.equal(kept, bare)
+    with pytest.raises(ValueError, match="sums must be a dense fp32"):
+        _products.run(packed, plan, _plans.Epilogue(), x, b, bare, rows, sums=kept[1:])
 
 
 @pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel["isa"])

@@ -62,6 +62,25 @@ inline void store_row(const Job& job, const float* row, std::ptrdiff_t n, Format
   if (to.flip != 0) prologue_detail::flip_bytes(y, n, to.flip);
 }
 
+// Sums with the bias, in the order of the parameter, to where the problem wants them kept.
+inline void keep_sums(const Job& job, StepArgs s, std::ptrdiff_t first_row, std::ptrdiff_t column) {
+  const Problem& p = job.p;
+  float* const to = p.sums + (job.part.begin + first_row) * p.n;
+  if (!p.epilogue.gated) {
+    s.params = p.epilogue.steps[0].params.data();
+    s.ld_out = p.n;
+    s.out = to + column;
+    return job.plan.vectors->steps[kIdentity](s);
+  }
+  for (std::ptrdiff_t c = 0; c < s.cols; ++c) {  // of a panel the gates' half comes first
+    const std::ptrdiff_t first = c / (2 * s.gate) * (2 * s.gate), width = std::min(s.gate, (s.cols - first) / 2);
+    const std::ptrdiff_t half = (c - first) / width;
+    const std::ptrdiff_t channel = half * (p.n / 2) + (column + first) / 2 + (c - first) % width;
+    const float bias = job.bias == nullptr ? 0.0f : job.bias[channel];
+    for (std::ptrdiff_t r = 0; r < s.rows; ++r) to[r * p.n + channel] = s.in[r * s.ld_in + c] + bias;
+  }
+}
+
 }  // namespace finish_detail
 
 // The lines of y that a tile will be stored to, which are fetched while its sums are made: rows of y are far apart, and
@@ -112,12 +131,13 @@ inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile
   std::size_t i = 0;
   if (p.weight.scales != nullptr) {  // with the first step, where that is a maximum or nothing
     const std::size_t function = p.epilogue.steps[0].function;
-    const bool relu = function == kRelu;
-    i = relu || function == kIdentity;
+    const bool relu = function == kRelu && p.sums == nullptr;
+    i = relu || (function == kIdentity && p.sums == nullptr);
     to_y(i == p.epilogue.count);
     dequantize_tile(job, s, relu ? 0.0f : -kInfinity, rows.begin, first_sum);
     s.bias = nullptr;
   }
+  if (p.sums != nullptr) keep_sums(job, s, rows.begin, first_sum);
   if (job.bias != nullptr && p.epilogue.gated) {  // as the parameter has it: those of all gates first
     s.bias = job.bias + column;
     s.bias_through = s.bias + p.n / 2;

@@ -70,6 +70,7 @@ struct Problem {
   EpilogueProgram epilogue;
   const Operand* operands = nullptr;      // as many as the epilogue names
   const std::int64_t* y_index = nullptr;  // row r of the result goes to row y_index[r] of y; no two to the same one
+  float* sums = nullptr;                  // m x n: x W^T + b, channels as the bias has them, is kept here; or null
 };
 
 }  // namespace fastlinear
