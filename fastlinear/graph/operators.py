@@ -156,7 +156,7 @@ def group(spec: Spec, layers: Sequence[Operator]) -> tuple[Callable[..., tuple[T
 
     def linears(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         stack: Stack | None = stacks.get(id(tensors[0])) or _adopt_all(stacks, spec, tensors)
-        ys = None if stack is None else stack(x, tensors)
+        ys: tuple[Tensor, ...] | None = None if stack is None else stack(x, tensors)
         if ys is not None:
             return ys
         return tuple(single(x, w, b) for single, w, b in zip(singles, tensors[:half], tensors[half:], strict=True))
@@ -164,7 +164,22 @@ def group(spec: Spec, layers: Sequence[Operator]) -> tuple[Callable[..., tuple[T
     return linears, stacks
 
 
-def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...]) -> Any:
+def gated(
+    spec: Spec, layers: Sequence[Operator], gate: Activation, alone: Callable[..., Tensor]
+) -> tuple[Callable[..., Tensor], Layers]:
+    """gate(x, weight of the gate, of what it lets through, their biases): both products and the gate as one; and its
+    stacks, as of `group`. alone: the same, where they have to be two."""
+    stacks: Layers = {id(layers[0].weight): _stack_for(spec, layers, gate)}
+
+    def opened(x: Tensor, *tensors: Any) -> Tensor:
+        stack: Stack | None = stacks.get(id(tensors[0])) or _adopt_all(stacks, spec, tensors, gate)
+        y: Tensor | None = None if stack is None else stack(x, tensors)
+        return alone(x, *tensors) if y is None else y
+
+    return opened, stacks
+
+
+def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...], gate: Activation | None = None) -> Any:
     """A stack for parameters that the graph was not made with; None where they have to be alone."""
     half, layers = len(tensors) // 2, []
     for weight, bias in zip(tensors[:half], tensors[half:], strict=True):
@@ -172,14 +187,14 @@ def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...]) -> Any:
         if layer is None or why_not(spec, layer) is not None:
             return None
         layers.append(layer)
-    if why_not_together(layers) is not None:
+    if why_not_together(layers, gate is not None) is not None:
         return None
-    return _remember(stacks, tensors[0], _stack_for(spec, layers))
+    return _remember(stacks, tensors[0], _stack_for(spec, layers, gate))
 
 
-def _stack_for(spec: Spec, layers: Sequence[Operator]) -> Stack:
-    key = (*map(id, layers), spec.key())
+def _stack_for(spec: Spec, layers: Sequence[Operator], gate: Activation | None = None) -> Stack:
+    key = (*map(id, layers), spec.key(), gate)
     stack = _stacks.get(key)
     if stack is None or any(a is not b for a, b in zip(stack.layers, layers, strict=True)):
-        stack = _stacks[key] = Stack(layers, spec.tune, spec.name)
+        stack = _stacks[key] = Stack(layers, spec.tune, spec.name, gate)
     return stack

@@ -342,6 +342,24 @@ def _gate(capture: Capture, product: Product, node: fx.Node) -> Product | None:
     return None if grown is None else replace(grown, nodes=[*product.nodes, *between, last])
 
 
+class Gate(NamedTuple):
+    """Two products that are one with this program. opens_inner: whether the inner one is what the activation is of."""
+
+    program: Activation
+    opens_inner: bool
+
+
+def gate_of(outer: Product, inner: Product) -> Gate | None:
+    """activation(gate(x)) * up(x), where `inner` is the operand of `outer`'s multiplication; None for other pairs."""
+    if outer.x is not inner.x or (outer.bias is None) is not (inner.bias is None) or inner.operands:
+        return None
+    steps, opened = (() if p.activation is None else programs.steps_of(p.activation) for p in (outer, inner))
+    if len(steps) + len(opened) != 2 or not steps or steps[-1].name != "mul" or steps[-1].operand is None:
+        return None
+    program = _GATES.get(Activation(*(*steps[:-1], *opened)[0][:2]))
+    return None if program is None else Gate(Activation(program), bool(opened))
+
+
 ABSORPTIONS = (
     Absorption("activation", _activation),
     Absorption("binary", _binary),

@@ -11,6 +11,7 @@ import bisect
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -22,7 +23,7 @@ from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
-from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, product_at
+from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, gate_of, product_at
 from fastlinear.graph.story import Story
 from fastlinear.layer.stack import why_not_together
 from fastlinear.spec.formats import DTYPES, name_of
@@ -55,9 +56,12 @@ class Rewriter:
                 else:
                     taken.append(found)
                     self._absorbed.update(found[0].nodes)
-        groups = self._siblings(taken) if self.options.fuse else []
-        together = {id(each) for members in groups for each in members}
-        layers = [self._place_group(members) for members in groups]
+        gates = self._gates(taken) if self.options.fuse else []
+        together = {id(each) for members in gates for each in members}
+        groups = self._siblings([each for each in taken if id(each) not in together]) if self.options.fuse else []
+        together |= {id(each) for members in groups for each in members}
+        layers = [self._place_gate(*members) for members in gates]
+        layers += [self._place_group(members) for members in groups]
         layers += [self._place(*each) for each in taken if id(each) not in together]
         if self.options.fuse:
             self._number()
@@ -170,6 +174,62 @@ class Rewriter:
             else:
                 return product
             product = grown
+
+    def _gates(self, taken: Sequence[Any]) -> list[tuple[Any, Any]]:
+        """The pairs of products whose second is the operand of the first, which makes a gate of both."""
+        by_root = {product.root: each for each in taken for product in each[:1]}
+        pairs = []
+        for outer in taken:
+            product = outer[0]
+            inner = by_root.get(product.operands[0]) if len(product.operands) == 1 else None
+            if inner is not None and gate_of(product, inner[0]) is not None and self._may_be_gate(outer, inner):
+                pairs.append((outer, inner))
+        return pairs
+
+    def _may_be_gate(self, outer: Any, inner: Any) -> bool:
+        keys = {spec._replace(activation=None).key() for _, spec, _ in (outer, inner)}
+        products = [product for product, *_ in (outer, inner)]
+        first = min((product.nodes[0] for product in products), key=self._order.__getitem__)
+        parameters = (p for product in products for p in (product.weight, product.bias) if p is not None)
+        alone = len(inner[0].root.users) == 1 and outer[0].weight is not inner[0].weight
+        if len(keys) > 1 or not alone or any(spec.form is not None for _, spec, _ in (outer, inner)):
+            return False
+        if not self._is_calm(first, outer[0].root) or any(self._order[p] > self._order[first] for p in parameters):
+            return False
+        return why_not_together(self._bare(outer, inner), gated=True) is None
+
+    @staticmethod
+    def _bare(*members: Any) -> list[Operator]:
+        """The layers of products without what they have absorbed."""
+        layers = []
+        for _, spec, layer in members:
+            bias = layer._parameters["bias"]
+            layers.append(operators.operator_for(spec._replace(activation=None), layer.weight, bias))
+        return layers
+
+    def _place_gate(self, outer: Any, inner: Any) -> operators.Layers:
+        gate = gate_of(outer[0], inner[0])
+        assert gate is not None
+        through = outer if gate.opens_inner else inner
+        members = [inner, outer] if gate.opens_inner else [outer, inner]
+        names = [spec.name for _, spec, _ in members]
+        spec = members[0][1]._replace(activation=None, name=_common(names))
+        first, last = (operators.product(spec, layer)[0] for _, spec, layer in (inner, outer))
+        inside = int(through is inner)  # the place of the inner product's parameters
+
+        def alone(x: Any, *t: Any) -> Any:
+            return last(x, t[1 - inside], t[3 - inside], first(x, t[inside], t[2 + inside]))
+
+        function, stacks = operators.gated(spec, self._bare(*members), gate.program, alone)
+        products = [product for product, *_ in members]
+        args = (self._now(outer[0].x), *(p.weight for p in products), *(p.bias for p in products))
+        with self.graph.inserting_before(outer[0].root):
+            node = self.graph.call_function(function, args)
+        root = outer[0].root
+        both = replace(outer[0], nodes=[*inner[0].nodes, *outer[0].nodes])
+        self._finish(both, node, f"one product of {', '.join(p.nodes[0].name for p in products)}, {gate.program.name}")
+        self._moved[root] = node
+        return stacks
 
     def _siblings(self, taken: Sequence[Any]) -> list[list[Any]]:
         """The products that read the same x and are one product better."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastlinear._engine import Siblings, quicken_group
 from fastlinear.layer.linear import FastLinear, is_fast
 from fastlinear.layer.stack import Stack
-from fastlinear.spec.activations import HOOKS
 from fastlinear.spec.schemes import Scheme
 
 
@@ -29,8 +29,7 @@ class FastLinearGroup(nn.Module):
 
     layers: nn.ModuleList
     _stack: Stack
-    _states: list[dict[str, Any]]
-    _hooks: tuple[Mapping[int, Any], ...]
+    _siblings: Siblings  # where the engine finds the stack's hot path
 
     def __init__(
         self,
@@ -53,32 +52,25 @@ class FastLinearGroup(nn.Module):
         self._look_at(fast)
 
     def _look_at(self, layers: list[Any]) -> None:
-        """Notes where to look for what a call depends on; going through nn.Module would cost as much as a product."""
-        states = [vars(layer) for layer in layers]
-        hooks = tuple(state[kind] for state in states for kind in HOOKS)
-        vars(self).update(_stack=Stack(layers), _states=states, _hooks=hooks)
+        stack = Stack(layers)
+        vars(self).update(_stack=stack, _siblings=stack.siblings)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        if not torch.compiler.is_dynamo_compiling() and self._may_stack():
-            parameters = [state["_parameters"] for state in self._states]
-            ys = self._stack(input, (*[p["weight"] for p in parameters], *[p["bias"] for p in parameters]))
+        if not torch.compiler.is_dynamo_compiling():
+            if type(self) is FastLinearGroup:
+                quicken_group(FastLinearGroup)  # a patch of nn.Module.__call__ that is gone has ended that
+            parameters = None if self.training or not self._siblings.are_in(self) else self._siblings.parameters()
+            ys: tuple[Tensor, ...] | None = None if parameters is None else self._stack(input, parameters)
             if ys is not None:
                 return ys
         return tuple(layer(input) for layer in self.layers)
 
-    def _may_stack(self) -> bool:
-        """Whether no gradient of a parameter is wanted, and nobody watches a layer's calls."""
-        if self.training or any(self._hooks):
-            return False
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return False
-        if nn.Linear.forward is not FastLinear._stock[1]:
-            return False
-        return not any(state["training"] or "forward" in state for state in self._states)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_stack", "_states", "_hooks")}
+        return {key: value for key, value in vars(self).items() if key not in ("_stack", "_siblings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._look_at([*self.layers])
+
+
+quicken_group(FastLinearGroup)

@@ -1,4 +1,4 @@
-"""Several linear layers on one input as one product: their weights are packed one behind the other.
+"""Several linear layers on one input as one product: their weights are packed one behind the other, or as a gate.
 
 x is then read, converted or quantized once for all of them, and one kernel call has columns enough for every thread.
 """
@@ -13,12 +13,13 @@ from torch import Tensor
 
 import fastlinear._engine as _engine
 import fastlinear._weights as _weights
-from fastlinear._engine import Engine, Fingerprint
+from fastlinear._engine import Engine, Fingerprint, Siblings
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.linear import FastLinear, is_fast
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack
+from fastlinear.spec.activations import Activation
 from fastlinear.spec.precision import Precision
 
 Parameters: TypeAlias = tuple[Tensor | None, ...]  # the layers' weights, and then their biases
@@ -28,62 +29,78 @@ class Stack:
     """The fast layers `layers`, all of one input width, precision and dtype, packed as one weight.
 
     The pack is made at the first call, and again when a parameter has changed; like a layer's, not at once where that
-    happens all the time. `tune` and `name` are as for a layer. Raises ValueError for what cannot be one product.
+    happens all the time. `tune` and `name` are as for a layer. gate: one of `programs.GATES`, which makes one output of
+    two layers: that of the first, activated, times that of the second. Raises ValueError for what cannot be one
+    product.
     """
 
-    def __init__(self, layers: Sequence[Any], tune: str = "lazy", name: str = "") -> None:
-        reason = why_not_together(layers)
+    def __init__(
+        self, layers: Sequence[Any], tune: str = "lazy", name: str = "", gate: Activation | None = None
+    ) -> None:
+        reason = why_not_together(layers, gate is not None)
         if reason is not None:
             raise ValueError(f"the layers {name or 'of a group'} cannot be one product: {reason}")
         self.layers = tuple(layers)
         self.widths = tuple(layer.out_features for layer in layers)
-        self.whole = _Whole(layers, self.widths, tune, name)
+        self.whole = _Whole(layers, self.widths, tune, name, gate)
+        self.siblings = Siblings(self.layers, self.whole)
         # Of the parameters that are packed, or that are left to torch for some more calls: see Engine.
-        self._known: tuple[Fingerprint | None, ...] = (None,)
-        self._answered, self._waits = _engine.trial, 0
+        self._last: tuple[Fingerprint | None, ...] = ()
+        self._waits = 0
 
-    def __call__(self, x: Tensor, parameters: Parameters) -> tuple[Tensor, ...] | None:
-        """The outputs, each contiguous; None where the layers have to answer one by one.
+    def __call__(self, x: Tensor, parameters: Parameters) -> Any:
+        """The outputs, each contiguous, or that of a gate; None where the layers have to answer one by one.
 
         For callers that know that no gradients of the parameters are wanted.
         """
-        if not (_engine.all_fit(self._known, parameters) and not self._waits) and not self._pack(parameters):
-            return None
-        self._answered += 1
-        ys: Any = self.whole._engine.forward(self.whole, x)
-        return ys  # type: ignore[no-any-return]
+        ys = self.siblings.answer(x, parameters)
+        if ys is None and not self.siblings.fit(parameters) and self._pack(parameters):
+            ys = self.siblings.answer(x, parameters)
+        return ys
 
     def _pack(self, parameters: Parameters) -> bool:
         """Packs the parameters as they are now; False where the last ones did not last, until these have."""
         with lock:
-            if _engine.watched() or why_not_together(self.layers) is not None:
+            gated = self.whole._gated
+            if _engine.watched() or why_not_together(self.layers, gated) is not None:
                 return False
             known = tuple(None if p is None else Fingerprint(p) for p in parameters)
-            if self._waits and _engine.all_fit(self._known, parameters):
+            if self._waits and _fit(self._last, parameters):
                 self._waits -= 1
             else:
-                self._waits = _engine.trial if self._answered < _engine.trial else 0
-            self._answered, self._known = 0, known if self._waits else (None,)  # not fresh until all the rest is set
+                self._waits = _engine.trial if self._last and self.siblings.answered < _engine.trial else 0
+            self._last = known
+            self.siblings.know(())  # until all the rest is set
             if self._waits:
                 return False
             half = len(parameters) // 2
             weights = [weight.detach() for weight in parameters[:half] if weight is not None]
             rows = [w.t() if layer._transposed else w for w, layer in zip(weights, self.layers, strict=True)]
-            packed = pack(torch.cat(rows), self.layers[0].precision)
+            packed = pack(torch.cat(rows), self.layers[0].precision, gated=gated)
             self.whole.hold(packed, weights[0].dtype, _side_by_side(parameters[half:], self.widths))
-            self._known = known
+            self.siblings.know(known)
         return True
 
 
+def _fit(known: Sequence[Fingerprint | None], parameters: Parameters) -> bool:
+    pairs = zip(known, parameters, strict=True)
+    return all(p is None if k is None else p is not None and k.fits(p) for k, p in pairs)
+
+
 class _Whole(FastLinear):
-    """The product of a stack: a frozen layer with several outputs, which answers natively or, with None, not at all."""
+    """The product of a stack: a frozen layer with several outputs, or gated, which answers natively or, with None, not
+    at all."""
 
     _widths: tuple[int, ...] = ()
 
-    def __init__(self, layers: Sequence[Any], widths: tuple[int, ...], tune: str, name: str) -> None:
+    def __init__(
+        self, layers: Sequence[Any], widths: tuple[int, ...], tune: str, name: str, gate: Activation | None
+    ) -> None:
         super().__init__(layers[0].in_features, sum(widths), bias=False, device="meta")
         vars(self)["_widths"] = widths
         vars(self).update(_precision=layers[0]._precision, _tune=tune, _name=name, training=False)
+        if gate is not None:
+            vars(self).update(activation=gate, out_features=widths[0])
 
     def hold(self, packed: _weights.Packed, dtype: torch.dtype, bias: Tensor | None) -> None:
         hold(self, Frozen(packed, dtype))
@@ -91,17 +108,20 @@ class _Whole(FastLinear):
 
     def _new_engine(self, precision: Precision, bare: bool = False) -> Engine:
         engine = super()._new_engine(precision, bare)
-        engine.split(self._widths)
+        if not self._gated:
+            engine.split(self._widths)
         return engine
 
     def _slow(self, x: Tensor, why: str, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Any:
         return self._native(x, self.packed_as) if why in (_engine.STALE, _engine.UNPLANNED) else None
 
 
-def why_not_together(layers: Sequence[Any]) -> str | None:
-    """Why these modules cannot be one product, in a few words; None if they can."""
+def why_not_together(layers: Sequence[Any], gated: bool = False) -> str | None:
+    """Why these modules cannot be one product, or a gate and what it lets through, in a few words; None if they can."""
     if len(layers) < 2:
         return "there are fewer than two"
+    if gated and len({layer.out_features for layer in layers}) > 1:
+        return f"they make {' and '.join(str(layer.out_features) for layer in layers)} features"
     first, biases = layers[0], {layer.bias.dtype for layer in layers if layer.bias is not None}
     for layer in layers:
         if not is_fast(layer):

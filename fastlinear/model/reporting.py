@@ -117,15 +117,18 @@ def report(model: nn.Module, example: Any = None) -> Report:
     own = [graph for graph in graphs if graph.is_of(model)]
     placed = {id(weight): each for graph in own for each in graph.layers for weight in each[1]}
     rows: dict[Any, LayerReport] = {}
+    of_rows: list[tuple[str, Any]] = []
     for layer, names in linear_layers(model).items():
         running, weights = placed.get(id(_held(layer)), (layer, ()))
+        of_rows.append((names[0], running))
         if running not in rows:
             name = names[0] if len(weights) < 2 else running._name
             described = describe(name, running, otherwise)
             rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
     found = Report(rows.values())
     found.graphs = tuple(own)
-    found.share = share_of(model, {row.name for row in found if row.decision not in ("skipped", "elsewhere")}, example)
+    fast = {name for name, running in of_rows if rows[running].decision not in ("skipped", "elsewhere")}
+    found.share = share_of(model, fast, example)
     return found
 
 

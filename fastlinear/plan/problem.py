@@ -55,9 +55,10 @@ class Problem(NamedTuple):
 
     @property
     def admits_torch(self) -> bool:
-        """Whether torch's own ways compute the same: they need the weight, and neither integers nor an x, and with it
-        a weight, that is rounded to something narrower before it is multiplied."""
-        return self.held != FROZEN and self.rows == self.x and (self.packed in DTYPES or self.fallback)
+        """Whether torch's own ways compute the same: they need the weight, which they cast to the dtype of x, and
+        neither integers nor an x, or a weight, that is rounded to something narrower before it is multiplied."""
+        same = self.packed in DTYPES and self.packed in (self.held, self.x)
+        return self.held != FROZEN and self.rows == self.x and (same or self.fallback)
 
     def unquantized(self) -> Problem:
         """The same on a weight packed in the parameter's own format."""

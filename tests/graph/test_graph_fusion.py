@@ -16,6 +16,7 @@ from fastlinear.graph.expansions import EXPANSIONS
 from fastlinear.graph.patterns import COMPOSITES
 from fastlinear.model.rows import NodeReport
 from fastlinear.spec import activations
+from fastlinear.spec.activations import Activation
 
 OFF = {"tune": "off"}
 
@@ -224,6 +225,52 @@ def test_what_is_no_gate(function: Any) -> None:
     """The other half first, other dimensions, sums, second uses, other functions."""
     fast = check(Net(function), torch.randn(2, 4, 8))
     assert outcomes(fast, "chunk") == {"torch"}
+
+
+GATED: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
+    "gate first": (lambda m, x: F.silu(m.a(x)) * m.b(x), True),
+    "gate last": (lambda m, x: m.b(x) * F.silu(m.a(x)), True),
+    "through first": (lambda m, x: (up := m.b(x)) * F.gelu(m.a(x), approximate="tanh") + 0 * up[:1, :1].sum(), False),
+    "both": (lambda m, x: (up := m.b(x), F.relu(m.a(x)) * up)[1], True),
+    "used next": (lambda m, x: m.a(torch.sigmoid(m.a(x)) * m.b(x)), True),
+    "no gate": (lambda m, x: torch.tanh(m.a(x)) * m.b(x), False),
+    "two activations": (lambda m, x: F.silu(m.a(x)) * F.silu(m.b(x)), False),
+    "other x": (lambda m, x: F.silu(m.a(x)) * m.b(x + 1), False),
+    "other widths": (lambda m, x: F.silu(m.a(x)[..., :1]) * m.c(x), False),
+    "one layer": (lambda m, x: F.silu(m.a(x)) * m.a(x), False),
+    "used twice": (lambda m, x: (up := m.b(x)) * F.silu(m.a(x)) + up, False),
+    "gate used twice": (lambda m, x: (gate := F.silu(m.a(x))) * m.b(x) + gate, False),
+    "sum": (lambda m, x: F.silu(m.a(x)) + m.b(x), False),
+    "written between": (lambda m, x: ((gate := m.a(x)), x.mul_(2), F.silu(gate) * m.b(x))[2], False),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_two_layers_are_one_gate(name: str) -> None:
+    """activation(gate(x)) * up(x) is one product on one pack, where nobody else reads or writes what is between."""
+    function, together = GATED[name]
+    fast = check(Net(function))
+    assert any("one product of" in node.why for node in nodes(fast)) == together, nodes(fast)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gates_follow_their_parameters(bias: bool) -> None:
+    """In fp32, bf16 and int8, with biases and without: the pack is of both layers, follows what changes in either, and
+    each layer answers for itself while they keep changing."""
+    for given in ({}, {"dtype": torch.bfloat16}, {"quantize": fastlinear.Int8Dynamic()}):
+        net, x = Net(lambda m, x: F.silu(m.a(x)) * m.b(x)), torch.randn(3, 8)
+        net.a.bias = net.a.bias if bias else None
+        net.b.bias = net.b.bias if bias else None
+        fast = compiled(net, **given)
+        with torch.no_grad():
+            for factor in (1.0, 2.0, *[1.0] * 10, 0.5, 3.0):
+                if factor != 1.0:
+                    net.b.weight.mul_(factor)
+                torch.testing.assert_close(fast(x), net(x), rtol=0.05 if given else 1e-5, atol=0.05 if given else 1e-5)
+        found = fastlinear.report(fast)
+        (row,) = (row for row in found if row.activation is not None)
+        assert (row.name, row.out_features, row.activation) == ("(a, b)", 8, Activation("swiglu"))
+        assert found.share.fast_weights == 2 * 8 * 8
 
 
 def test_chains_of_converted_models() -> None:

@@ -194,3 +194,23 @@ def test_bad_operands_are_refused(operands: list[Tensor], message: str) -> None:
     """The message says what is allowed and what was given."""
     with pytest.raises(ValueError, match=message):
         computed(kernels()[0], [("add", (), 0)], operands, torch.empty(M, N))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kernel", [k for k in native.RUNNABLE if k["layout"].startswith("int8")], ids=lambda kernel: kernel["name"]
+)
+def test_integers_meet_operands(kernel: Kernel, form: str) -> None:
+    """A residual is added where the sums of integers become numbers: the bits are those of an addition afterwards."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(M, K), torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.randn(N)
+    packed, plan = native.pack(w, kernel["layout"], torch.rand(N) + 0.5), _plans.Plan(kernel["name"])
+    rows = None if kernel["layout"].startswith("int8wo") else _plans.RowQuantizer("asymmetric")
+    bare, y = torch.full((2, M, N), torch.nan)
+    _products.run(packed, plan, _plans.Epilogue(), x, b, bare, rows)
+    for dtype in native.FLOATS:
+        operand = FORMS[form]().to(dtype)
+        for after in ([], [("relu", ())]):
+            _products.run(packed, plan, _plans.Epilogue([("add", (), 0), *after]), x, b, y, rows, [operand])
+            expected = bare + operand.float()
+            assert torch.equal(y, expected.relu() if after else expected)

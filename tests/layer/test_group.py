@@ -115,6 +115,45 @@ def test_hooks_are_called() -> None:
     assert len(seen) == 1 and seen[0] is ys[1]
 
 
+def test_other_layers_answer() -> None:
+    """A layer that takes another's place in the group, is told something else or is released answers as it is now."""
+    stock, x = layers(), torch.randn(3, 16)
+    group = FastLinearGroup(stock).eval()
+    check(group, stock, x)
+    stock[0] = nn.Linear(16, 24)
+    group.layers[0] = stock[0]
+    check(group, stock, x)
+    stock = layers()
+    group = FastLinearGroup(stock).eval()
+    check(group, stock, x)
+    fastlinear.unconvert(group)
+    check(group, stock, x)
+
+
+def test_calls_that_somebody_watches() -> None:
+    """Hooks on the group, global ones, a forward of one layer, training of one, FASTLINEAR_DISABLE: nothing is missed
+    that a module's call does."""
+    stock, x, seen = layers(), torch.randn(3, 16), []
+    group = FastLinearGroup(stock).eval()
+    check(group, stock, x)
+    for registers in (group.register_forward_hook, group.layers[1].register_forward_hook):
+        handle = registers(lambda m, i, o: seen.append(m))
+        check(group, stock, x)
+        handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m) if m is group else None)
+    check(group, stock, x)
+    handle.remove()
+    assert seen == [group, group.layers[1], group]
+    check(group, stock, x)
+    assert len(seen) == 3
+    group.layers[1].forward = lambda x: x[..., :8] * 0
+    with torch.no_grad():
+        assert not group(x)[1].any()
+    del group.layers[1].forward
+    group.layers[1].train()
+    check(group, stock, x)
+
+
 @pytest.mark.parametrize("how", ["copy", "pickle", "freeze", "compile"])
 def test_a_group_is_a_module(how: str) -> None:
     """Copied, pickled, frozen or compiled it answers what it did; its state dict is that of its layers."""

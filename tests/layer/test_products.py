@@ -249,6 +249,13 @@ def test_torch_never_answers_in_other_numbers(products: torch.dtype, monkeypatch
         assert problem.admits_torch == admitted
         tuned = Remembered(rivals.BASELINE, {"threads": 1, "k_slices": 1}, (), None, 0.0)
         assert (decide._among_candidates(tuned, problem) is not None) == admitted
+    for held, x_dtype in ((torch.float32, torch.float32), (torch.float32, products), (products, torch.float32)):
+        layer = (
+            fastlinear.FastLinear.from_linear(nn.Linear(37, 16).to(held), dtype=products).eval().requires_grad_(False)
+        )
+        layer(torch.randn(4, 37, dtype=x_dtype))
+        problem = layer.problem(layer._engine, layer._engine.packed, 4, _tensors.FORMATS[x_dtype], 1)  # type: ignore[arg-type]
+        assert problem.admits_torch == (held is products or x_dtype is products)
     monkeypatch.setenv("FASTLINEAR_KERNEL", rivals.BASELINE)
     layer = layer_of(products).requires_grad_(False)
     assert torch.allclose(layer(x).double(), of_rounded(layer, x), atol=1e-5)

@@ -27,8 +27,8 @@ struct EpilogueFunction {
   bool gate;             // half of the columns go in, times the function of the other half
 };
 
-// The numbers of the first two, in whose place dequantizing has a maximum that costs nothing.
-inline constexpr std::size_t kIdentity = 0, kRelu = 1;
+// The numbers of those that dequantizing does on the way where they come first: nothing, a maximum, a residual.
+inline constexpr std::size_t kIdentity = 0, kRelu = 1, kAdd = 16;
 
 struct EpilogueStep {
   std::uint32_t function;

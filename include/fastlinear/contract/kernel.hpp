@@ -14,16 +14,23 @@ namespace fastlinear {
 
 struct Isa;
 
-// Lines of memory that will be written soon: `rows` of `bytes` each, so far apart. None where nobody knows.
+// Lines of memory that a tile will be finished with: `rows` rows of y, which will be written, and as many of a tensor
+// that the epilogue reads beside them, of `bytes` each and so far apart. No bytes of what nobody knows.
 struct Lines {
-  const char* from = nullptr;
-  std::ptrdiff_t stride = 0, rows = 0, bytes = 0;
+  struct Part {
+    const char* from = nullptr;
+    std::ptrdiff_t stride = 0, bytes = 0;
+  };
+  std::ptrdiff_t rows = 0;
+  Part y{}, beside{};
 
   // Brings the next row of them.
   void fetch_row() {
     constexpr std::ptrdiff_t kLine = 64;
-    for (std::ptrdiff_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 1);
-    from += stride;
+    for (std::ptrdiff_t at = 0; at < y.bytes; at += kLine) __builtin_prefetch(y.from + at, 1);
+    for (std::ptrdiff_t at = 0; at < beside.bytes; at += kLine) __builtin_prefetch(beside.from + at, 0);
+    y.from += y.stride;
+    beside.from += beside.stride;
     --rows;
   }
   // All of them, at once.
@@ -61,7 +68,7 @@ struct TileArgs {
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
-  Lines y;                         // where the tile goes, to be fetched while there is time
+  Lines lines;                     // where the tile goes and what it meets, to be fetched while there is time
 };
 
 // What a thread does before its first tile of a call and after its last: state of the CPU that belongs to nobody is put

@@ -42,6 +42,8 @@ struct DequantizeArgs {
   const std::int32_t* sums = nullptr;    // of the columns of W
   const std::int32_t* zeros = nullptr;   // of the columns, or null where all are 0
   const RowScale* row_scales = nullptr;  // of the rows
+  const float* added = nullptr;          // rows x cols, after all else, of which no more may be read; or null
+  std::ptrdiff_t ld_added = 0;
 };
 
 // x -> integers; false if there is a NaN among x, which becomes the lowest one.
@@ -73,9 +75,9 @@ struct Quantization {
   Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
   RowForm forms[3];                                         // uint8, int16; int8, which `by_groups` makes
   void (*by_groups)(const GroupedRow& row);
-  // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor), the sums being int32
+  // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor) + added, of int32 sums
   void (*dequantize)(const DequantizeArgs& args);
-  // y = max(sum * scale_w + bias, floor), the sums being fp32
+  // y = max(sum * scale_w + bias, floor) + added, of fp32 sums
   void (*scale_columns)(const DequantizeArgs& args);
 };
 

@@ -10,12 +10,13 @@ namespace fastlinear {
 
 namespace finish_detail {
 
-// The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out.
-inline void dequantize_tile(const Job& job, const StepArgs& s, float floor, std::ptrdiff_t first_row,
+// The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out; with the operand, if `adds`.
+inline void dequantize_tile(const Job& job, const StepArgs& s, float floor, bool adds, std::ptrdiff_t first_row,
                             std::ptrdiff_t column) {
   const Weight& w = job.p.weight;
   const Quantization& quantization = *job.plan.vectors->quantization;
   DequantizeArgs args{s.in, s.ld_in, s.out, s.ld_out, s.rows, s.cols, w.scales + column, s.bias, floor};
+  if (adds) args.added = s.operand, args.ld_added = s.ld_operand;
   if (job.x.scales == nullptr) return quantization.scale_columns(args);
   args.sums = w.sums + column;
   args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
@@ -83,61 +84,90 @@ inline void keep_sums(const Job& job, StepArgs s, std::ptrdiff_t first_row, std:
 
 }  // namespace finish_detail
 
-// The lines of y that a tile will be stored to, which are fetched while its sums are made: rows of y are far apart, and
-// each line that is not there would be waited for. None where y is not one matrix.
-inline Lines lines_of_y(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
+// What a group of panels makes of the columns of y. A gate makes one column of two sums.
+struct TileColumns {
+  std::ptrdiff_t first_sum, sums;  // in the order of the panels
+  std::ptrdiff_t first, count;     // in y
+  std::size_t segment;             // the one that they begin in
+  bool one_segment;                // whether they end in it, too
+
+  TileColumns(const Job& job, std::ptrdiff_t group) {
+    const Problem& p = job.p;
+    const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1;
+    first_sum = group * job.plan.kernel->columns();
+    sums = std::min(job.plan.kernel->columns(), p.n - first_sum);
+    first = first_sum / halves, count = sums / halves;
+    segment = 0;
+    while (segment + 1 < p.y.size() && p.y[segment + 1].first <= first) ++segment;
+    one_segment = segment + 1 == p.y.size() || p.y[segment + 1].first >= first + count;
+  }
+};
+
+// The lines that a tile will be finished with, which are fetched while its sums are made: rows of y are far apart, and
+// each line that is not there would be waited for; so are those of the first operand that has a number for each. None
+// where the tile does not go to rows side by side of one segment.
+inline Lines lines_of(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
   const Problem& p = job.p;
-  if (p.y.size() > 1 || p.y_index != nullptr) return {};
-  const Segment& y = p.y[0];
+  const TileColumns columns(job, group);
+  if (!columns.one_segment || p.y_index != nullptr) return {};
+  const Segment& y = p.y[columns.segment];
   const Range rows = job.grid.rows_of(row_tile);
-  const std::ptrdiff_t columns = job.plan.kernel->columns(), first_sum = group * columns;
-  const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1, element = element_bytes(y.format);
-  const std::ptrdiff_t first = (job.part.begin + rows.begin) * y.stride + first_sum / halves;
-  return {y.data + first * element, y.stride * element, rows.size(),
-          std::min(columns, p.n - first_sum) / halves * element};
+  const std::ptrdiff_t row = job.part.begin + rows.begin;
+  const auto part = [&](const char* data, std::ptrdiff_t stride, std::ptrdiff_t column, Format format) {
+    const std::ptrdiff_t element = element_bytes(format);
+    return Lines::Part{data + (row * stride + column) * element, stride * element, columns.count * element};
+  };
+  Lines lines{rows.size(), part(y.data, y.stride, columns.first - y.first, y.format)};
+  for (std::size_t i = 0; i < p.epilogue.count; ++i) {
+    if (p.epilogue.steps[i].operand < 0) continue;
+    const Operand& from = p.operands[p.epilogue.steps[i].operand];
+    if (from.row_stride == 0 || from.column_stride == 0) continue;
+    lines.beside = part(from.data, from.row_stride, columns.first, from.format);
+    break;
+  }
+  return lines;
 }
 
 // Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
-// then row by row what each segment has of it. A gate makes one column of y of two of the tile.
+// then row by row what each segment has of it.
 inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
   using namespace finish_detail;
   const Problem& p = job.p;
   const Range rows = job.grid.rows_of(row_tile);
-  const std::ptrdiff_t columns = job.plan.kernel->columns(), first_sum = group * columns;
-  const std::ptrdiff_t sums = std::min(columns, p.n - first_sum);
-  const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1;
-  const std::ptrdiff_t column = first_sum / halves, cols = sums / halves;
-
-  std::size_t first = 0;  // the segment that the tile begins in
-  while (first + 1 < p.y.size() && p.y[first + 1].first <= column) ++first;
-  const bool one_segment = first + 1 == p.y.size() || p.y[first + 1].first >= column + cols;
+  const std::ptrdiff_t ld = job.plan.kernel->columns(), halves = p.epilogue.gated ? 2 : 1;
+  const TileColumns columns(job, group);
+  const std::ptrdiff_t column = columns.first, cols = columns.count;
+  const std::size_t first = columns.segment;
   const auto y_at = [&](const Segment& to, std::ptrdiff_t row, std::ptrdiff_t at) {
     const std::ptrdiff_t r = job.part.begin + rows.begin + row;
     const std::ptrdiff_t place = p.y_index == nullptr ? r : static_cast<std::ptrdiff_t>(p.y_index[r]);
     return to.data + (place * to.stride + at - to.first) * element_bytes(to.format);
   };
-  const bool at_once = one_segment && p.y[first].format == kNumbers && p.y_index == nullptr;
+  const bool at_once = columns.one_segment && p.y[first].format == kNumbers && p.y_index == nullptr;
 
   auto* const numbers = reinterpret_cast<float*>(tile);
-  StepArgs s{numbers, columns, numbers, columns, rows.size(), sums,
-             nullptr, nullptr, nullptr, 0,       false,       p.weight.layout.nr / 2,
+  StepArgs s{numbers, ld,      numbers, ld, rows.size(), columns.sums,
+             nullptr, nullptr, nullptr, 0,  false,       p.weight.layout.nr / 2,
              nullptr};
   const auto to_y = [&](bool last) {
     if (!last || !at_once) return;
     s.out = reinterpret_cast<float*>(y_at(p.y[first], 0, column));
     s.ld_out = p.y[first].stride;
   };
-  if (job.bias != nullptr && !p.epilogue.gated) s.bias = job.bias + first_sum;
+  if (job.bias != nullptr && !p.epilogue.gated) s.bias = job.bias + columns.first_sum;
   std::size_t i = 0;
-  if (p.weight.scales != nullptr) {  // with the first step, where that is a maximum or nothing
-    const std::size_t function = p.epilogue.steps[0].function;
-    const bool relu = function == kRelu && p.sums == nullptr;
-    i = relu || (function == kIdentity && p.sums == nullptr);
+  if (p.weight.scales != nullptr) {  // with the first step, where dequantizing does that on the way
+    const EpilogueStep& step = p.epilogue.steps[0];
+    const bool relu = step.function == kRelu && p.sums == nullptr;
+    bool adds = step.function == kAdd && step.operand >= 0 && p.sums == nullptr;
+    if (adds) set_operand(job, step, rows.begin, column, s);
+    adds = adds && !s.one_a_row;
+    i = relu || adds || (step.function == kIdentity && p.sums == nullptr);
     to_y(i == p.epilogue.count);
-    dequantize_tile(job, s, relu ? 0.0f : -kInfinity, rows.begin, first_sum);
+    dequantize_tile(job, s, relu ? 0.0f : -kInfinity, adds, rows.begin, columns.first_sum);
     s.bias = nullptr;
   }
-  if (p.sums != nullptr) keep_sums(job, s, rows.begin, first_sum);
+  if (p.sums != nullptr) keep_sums(job, s, rows.begin, columns.first_sum);
   if (job.bias != nullptr && p.epilogue.gated) {  // as the parameter has it: those of all gates first
     s.bias = job.bias + column;
     s.bias_through = s.bias + p.n / 2;
@@ -152,14 +182,14 @@ inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile
     s.cols = cols;
   }
   if (at_once) return;
-  if (one_segment && p.y_index == nullptr && is_float(p.y[first].format))  // of 16 bits then
+  if (columns.one_segment && p.y_index == nullptr && is_float(p.y[first].format))  // of 16 bits then
     return job.plan.vectors->conversions[static_cast<std::size_t>(p.y[first].format)].narrow_rows(
-        numbers, columns, y_at(p.y[first], 0, column), p.y[first].stride, s.rows, cols);
+        numbers, ld, y_at(p.y[first], 0, column), p.y[first].stride, s.rows, cols);
   for (std::size_t g = first; g < p.y.size() && p.y[g].first < column + cols; ++g) {
     const std::ptrdiff_t begin = std::max(column, p.y[g].first);
     const std::ptrdiff_t end = std::min(column + cols, g + 1 < p.y.size() ? p.y[g + 1].first : p.n / halves);
     for (std::ptrdiff_t r = 0; r < s.rows; ++r)
-      store_row(job, numbers + r * columns + begin - column, end - begin, p.y[g].format, y_at(p.y[g], r, begin));
+      store_row(job, numbers + r * ld + begin - column, end - begin, p.y[g].format, y_at(p.y[g], r, begin));
   }
 }
 

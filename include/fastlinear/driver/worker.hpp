@@ -85,7 +85,7 @@ class Worker {
           a.row_groups = job.x.groups.at(a.lda, rows.begin, block.begin / p.weight.groups.size);
         a.tile = tile;
         a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
-        a.y = last && finishes ? lines_of_y(job, t, u.group) : Lines{};
+        a.lines = last && finishes ? lines_of(job, t, u.group) : Lines{};
         kernel.run(a);
         if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), t - 1, u.group);
       }

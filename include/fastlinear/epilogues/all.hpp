@@ -47,6 +47,10 @@ using Functions =
                  epilogues::Max, epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh,
                  epilogues::Swiglu>;
 
+static_assert(Functions::table[kIdentity].name == epilogues::Identity::name);
+static_assert(Functions::table[kRelu].name == epilogues::Relu::name);
+static_assert(Functions::table[kAdd].name == epilogues::Add::name);
+
 // What csrc/registry.cpp shows to the world, and what csrc/<isa>.cpp puts into its row.
 inline constexpr auto& kFunctions = Functions::table;
 

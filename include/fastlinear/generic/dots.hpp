@@ -81,7 +81,7 @@ void multiply(const TileArgs& t) {
   const char* prefetch = streams ? panels[0] + kAhead : t.prefetch;
   const std::ptrdiff_t step = streams ? nr * 4 : t.prefetch_stride, between = streams ? t.panel_stride : nr * 4;
 
-  t.y.fetch();
+  t.lines.fetch();
   if (!t.accumulate)
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
   const char *scales = how.scales, *offsets = how.offsets;

@@ -61,7 +61,7 @@ void multiply(const TileArgs& t) {
 #pragma GCC unroll 8
   for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] = static_cast<const char*>(t.panel) + p * t.panel_stride;
 
-  t.y.fetch();
+  t.lines.fetch();
   if (!t.accumulate)
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
   const char *scales = g.scales, *offsets = g.offsets;

@@ -84,8 +84,16 @@ bool quantize(const float* x, std::ptrdiff_t n, const Affine& affine, void* out)
   return all_zero(quantizing.odd);
 }
 
-template <class F, class I>
-void dequantize(const DequantizeArgs& args) {
+template <bool Adds, class F>
+[[gnu::always_inline]] inline F with_added(const DequantizeArgs& t, std::ptrdiff_t row, std::ptrdiff_t column, F y) {
+  if constexpr (Adds)
+    return y + load_valid<F>(t.added + row * t.ld_added + column, t.cols - column);
+  else
+    return y;
+}
+
+template <class F, class I, bool Adds>
+void dequantize_tile(const DequantizeArgs& args) {
   const DequantizeArgs t = args;  // a copy, which the tile cannot alias
   const F floor = F::set(t.floor);
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
@@ -99,22 +107,34 @@ void dequantize(const DequantizeArgs& args) {
       I sum = I::load(static_cast<const std::int32_t*>(t.in) + r * t.ld_in + c) - shift;
       if (t.zeros != nullptr) sum = sum - I::set(row.sum) * I::load(t.zeros + c);
       const F y = rounded(rounded(to_float(sum) * scale) * F::set(row.scale)) + bias;
-      store_valid(t.out + r * t.ld_out + c, max(floor, y), t.cols - c);
+      store_valid(t.out + r * t.ld_out + c, with_added<Adds>(t, r, c, max(floor, y)), t.cols - c);
     }
   }
 }
 
-template <class F>
-void scale_columns(const DequantizeArgs& args) {
+template <class F, class I>
+void dequantize(const DequantizeArgs& args) {
+  if (args.added == nullptr) return dequantize_tile<F, I, false>(args);
+  dequantize_tile<F, I, true>(args);
+}
+
+template <class F, bool Adds>
+void scale_tile(const DequantizeArgs& args) {
   const DequantizeArgs t = args;
   const F floor = F::set(t.floor);
   for (std::ptrdiff_t c = 0; c < t.cols; c += F::width) {
     const F scale = F::load(t.scales + c), bias = load_bias<F>(t.bias, c, t.cols - c);
     for (std::ptrdiff_t r = 0; r < t.rows; ++r) {
       const F y = rounded(F::load(static_cast<const float*>(t.in) + r * t.ld_in + c) * scale) + bias;
-      store_valid(t.out + r * t.ld_out + c, max(floor, y), t.cols - c);
+      store_valid(t.out + r * t.ld_out + c, with_added<Adds>(t, r, c, max(floor, y)), t.cols - c);
     }
   }
+}
+
+template <class F>
+void scale_columns(const DequantizeArgs& args) {
+  if (args.added == nullptr) return scale_tile<F, false>(args);
+  scale_tile<F, true>(args);
 }
 
 // Of a group whose scale is none, NaN or infinite, all is NaN, and of too small a one all is 0.

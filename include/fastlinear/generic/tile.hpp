@@ -81,15 +81,15 @@ void multiply(const TileArgs& t) {
       c[r][v] = t.accumulate ? Op::load(sums + r * Columns + v * Op::lanes) : Op::zero();
 
   std::ptrdiff_t k = 0;
-  [[maybe_unused]] Lines y = t.y;
-  if constexpr (!prefetches || kr > 1) y.fetch();
+  [[maybe_unused]] Lines lines = t.lines;
+  if constexpr (!prefetches || kr > 1) lines.fetch();
   const Weight* w[V];
   for (; k + kr <= t.k; k += kr) {
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < V; ++v) w[v] = panel[v / per_panel] + k * nr + v % per_panel * Op::lanes * kr;
     if constexpr (prefetches) {
       if constexpr (kr == 1)
-        if (y.rows > 0) y.fetch_row();
+        if (lines.rows > 0) lines.fetch_row();
       __builtin_prefetch(prefetch, 0, 2);  // 2: into L2
       if constexpr (two_lines) __builtin_prefetch(prefetch + 64, 0, 2);
       prefetch += t.prefetch_stride;

@@ -12,8 +12,8 @@
 // prefetching it took more of the ports than it gave. What comes next is brought from beyond L2, each line once. Loads
 // stand between products, which never wait for the one before: the four sums are apart.
 //
-// The lines of y that the tile goes to are fetched meanwhile, a row a step: all at once they would take all buffers of
-// the core, and the loads of tiles would wait behind them (a tenth to a third of the time at K = 768).
+// The lines that the tile is finished with are fetched meanwhile, a row a step: all at once they would take all buffers
+// of the core, and the loads of tiles would wait behind them (a tenth to a third of the time at K = 768).
 //
 // All tiles keep their full shape, so that one configuration serves a whole call: rows come in sixteens (`row_step`)
 // and steps of K are whole (`k_step`), filled up with zeros by the driver; the last groups of a panel are copied beside
@@ -121,10 +121,10 @@ struct Block {
       (load<I>(at(tile, tile_stride, I), tile_stride), ...);
     else
       (zero<I>(), ...);
-    Lines y = t.y;
-    const std::ptrdiff_t y_rows = steps > 0 ? ceil_div(y.rows, steps) : 0;
+    Lines lines_of_end = t.lines;
+    const std::ptrdiff_t rows_a_step = steps > 0 ? ceil_div(lines_of_end.rows, steps) : 0;
     for (std::ptrdiff_t s = 0; s < steps; ++s) {
-      for (std::ptrdiff_t r = 0; r < y_rows && y.rows > 0; ++r) y.fetch_row();
+      for (std::ptrdiff_t r = 0; r < rows_a_step && lines_of_end.rows > 0; ++r) lines_of_end.fetch_row();
       (product<I>(rows, lda, panels), ...);
       rows += kBytes;
       for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] += kGroups * kGroupBytes;

@@ -35,7 +35,7 @@ struct Halves {
     const auto* a = static_cast<const _Float16*>(t.a);
     float* sums = static_cast<float*>(t.tile);
     [[maybe_unused]] const char* prefetch = t.prefetch;
-    t.y.fetch();
+    t.lines.fetch();
     bool add = t.accumulate;
     std::ptrdiff_t k = 0;
     do {  // once at least: without a k the sums are zeros
