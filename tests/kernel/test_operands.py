@@ -198,7 +198,7 @@ def test_bad_operands_are_refused(operands: list[Tensor], message: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "kernel", [k for k in native.RUNNABLE if k["layout"].startswith("int8")], ids=lambda kernel: kernel["name"]
+    "kernel", [k for k in native.RUNNABLE if k["name"].startswith("int8")], ids=lambda kernel: kernel["name"]
 )
 def test_integers_meet_operands(kernel: Kernel, form: str) -> None:
     """A residual is added where the sums of integers become numbers: the bits are those of an addition afterwards."""
