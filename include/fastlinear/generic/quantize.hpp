@@ -87,7 +87,7 @@ bool quantize(const float* x, std::ptrdiff_t n, const Affine& affine, void* out)
 template <bool Adds, class F>
 [[gnu::always_inline]] inline F with_added(const DequantizeArgs& t, std::ptrdiff_t row, std::ptrdiff_t column, F y) {
   if constexpr (Adds)
-    return y + load_valid<F>(t.added + row * t.ld_added + column, t.cols - column);
+    return rounded(y) + load_valid<F>(t.added + row * t.ld_added + column, t.cols - column);
   else
     return y;
 }
