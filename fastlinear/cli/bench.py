@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
-from fastlinear.cli import plotting
+from fastlinear.cli import plotting, tables
 from fastlinear.cli.loading import shapes_of
-from fastlinear.cli.options import DTYPES, SCHEMES, UsageError, check_override
+from fastlinear.cli.options import DTYPES, SCHEMES, UsageError, check_files, check_override
 from fastlinear.cli.roofline import Ceiling, Roofline
 from fastlinear.layer import linear
 from fastlinear.plan import measuring, rivals
@@ -36,6 +35,12 @@ _SAMPLE = 200e-6  # of calls between two looks at the clock
 _MOST_OTHER = 512 << 20  # bytes that are read to make weights cold
 _STOLEN = 0.05  # of the time, in which threads waited for CPUs that others had: figures are marked
 _RIVALS = {"torch": rivals.BASELINE, "mkl": "torch/mkl", "onednn": "torch/mkldnn", "inductor": ""}
+
+_HEAD = ("M x K x N", "threads", "nn.Linear", "FastLinear", "speed-up", "GFLOP/s", "GB/s", "roofline")
+_NOTES = {
+    "!": f"others had the CPUs for more than {_STOLEN:.0%} of the time: measure again when they have gone",
+    "?": "the tuner could not tell which kernel is fastest, for the same reason: a rule chose it",
+}
 
 _log = logging.getLogger("fastlinear")
 
@@ -54,6 +59,12 @@ class Result(NamedTuple):
     ceiling: Ceiling
     against: dict[str, float | None]  # microseconds of each rival, None where it cannot do it
     waited: float
+    provisional: bool  # what runs was chosen by a rule, since the tuner could not measure
+
+    @property
+    def notes(self) -> set[str]:
+        """Signs behind the row, which _NOTES explains."""
+        return set("!" * (self.waited > _STOLEN) + "?" * self.provisional)
 
     def record(self) -> dict[str, Any]:
         """For --json."""
@@ -62,6 +73,7 @@ class Result(NamedTuple):
             **{name: getattr(self, name) for name in ("m", "k", "n", "threads", "torch_us", "us", "runs_on")},
             "against_us": self.against,
             "waited": self.waited,
+            "provisional": self.provisional,
             "speedup": self.torch_us / self.us,
             "gflops": 2e-9 * self.m * self.n * self.k / seconds,
             "read_gbs": 1e-9 * self.ceiling.nbytes / seconds,
@@ -72,11 +84,12 @@ class Result(NamedTuple):
 def bench(options: argparse.Namespace) -> int:
     """Prints the times of FastLinear and of nn.Linear followed by the activation, and the share of the roofline."""
     check_override()
+    check_files(json=options.json, plot=options.plot)
+    if options.plot:
+        plotting.check()
     activation = None if options.activation == "none" else activations.resolve(options.activation)
     scheme, results = SCHEMES.get(options.quantize), []
     shapes = shapes_of(options.like) if options.like else options.shapes
-    if options.plot:
-        plotting.check()
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
     packed = scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]]
     roofline = Roofline(packed, options.isa, scheme)
@@ -85,39 +98,31 @@ def bench(options: argparse.Namespace) -> int:
     print(f"{_kernels.cpu_info()['model']}, {threads} thread(s), {form}, activation {options.activation}")
     state = "from memory" if options.cold else "warm"
     print(f"Microseconds of a whole call, weights {state}. Roofline: {roofline.says()}\n")
-    calculated = "calculated" if roofline.tiles else ""
-    print(
-        f"{'M x K x N':<18}{'threads':>7}{'nn.Linear':>11}{'FastLinear':>12}{'speed-up':>10}{'GFLOP/s':>10}{'GB/s':>8}"
-        f"{'roofline':>10}{calculated:>12}{''.join(f'{name:>10}' for name in options.against)}  runs on"
-    )
+    head = [*_HEAD, *["calculated"] * roofline.tiles, *options.against, "runs on"]
     todo = [(count, shape) for count in counts for shape in shapes]
-    interrupted = marked = False
-    try:
-        for done, (count, (m, k, n)) in enumerate(todo):
-            _progress(f"{m}x{k}x{n}, {done + 1} of {len(todo)}")
-            torch.set_num_threads(count)
-            result = _measure(m, k, n, DTYPES[options.dtype], scheme, activation, roofline, options)
-            results.append(result.record())
-            _progress("")
-            print(_line(result), flush=True)
-            marked |= result.waited > _STOLEN
-    except KeyboardInterrupt:
-        _progress("")
-        interrupted = True
+    interrupted, notes = False, set()
+    widths = [max(len("x".join(map(str, shape))) for shape in shapes), *[8] * (len(head) - 2), 24]
+    with tables.growing(head, widths, f"<{'>' * (len(head) - 2)}<") as table:
+        try:
+            for done, (count, (m, k, n)) in enumerate(todo):
+                table.progress(f"{m}x{k}x{n}, {done + 1} of {len(todo)}")
+                torch.set_num_threads(count)
+                result = _measure(m, k, n, DTYPES[options.dtype], scheme, activation, roofline, options)
+                results.append(result.record())
+                table.progress("")
+                table.add(_cells(result))
+                notes |= result.notes
+        except KeyboardInterrupt:
+            table.progress("")
+            interrupted = True
+    if interrupted:
         print(f"interrupted: {len(results)} of {len(todo)} are done")
-    if marked:
-        print(f"\n! others had the CPUs for more than {_STOLEN:.0%} of the time: measure again when they have gone")
+    print(*(f"{note} {_NOTES[note]}" for note in sorted(notes)), sep="\n", end="\n" * bool(notes))
     if options.json:
         _write(options, results)
     if options.plot:
         plotting.draw(options.plot, results)
     return 130 if interrupted else 0
-
-
-def _progress(text: str) -> None:
-    """On a terminal, in a line of its own that the next one replaces."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _measure(
@@ -132,7 +137,7 @@ def _measure(
 ) -> Result:
     stock, x = nn.Linear(k, n, dtype=dtype, device="cpu").eval(), torch.randn(m, k, dtype=dtype, device="cpu")
     calls: list[Callable[[Tensor], object]] = [functools.partial(_stock, stock, activation)]
-    names = ["nn.Linear"]
+    names, provisional = ["nn.Linear"], [False]
     with torch.inference_mode():
         for kernel in [""] if roofline.isa is None else roofline.kernels():
             fast = linear.FastLinear.from_linear(stock, activation, quantize=scheme).eval()
@@ -140,6 +145,7 @@ def _measure(
                 fast(x)
             calls.append(fast)
             names.append(" ".join(plan.name for plan in fast.plans) or "torch/linear")
+            provisional.append(any(plan.provisional for plan in fast.plans))
         native = len(calls)
         others = {name: _rival(name, stock, activation, x) for name in options.against}
         calls += [call for call in others.values() if call is not None]
@@ -151,7 +157,10 @@ def _measure(
     best = min(range(1, native), key=times.__getitem__)
     left = iter(times[native:])
     against = {name: None if call is None else next(left) for name, call in others.items()}
-    return Result(m, k, n, torch.get_num_threads(), times[0], times[best], names[best], ceiling, against, waited)
+    return Result(
+        m, k, n, torch.get_num_threads(), times[0], times[best], names[best], ceiling, against, waited,
+        provisional[best],
+    )  # fmt: skip
 
 
 def _rival(name: str, stock: nn.Linear, activation: Activation | None, x: Tensor) -> Callable[[Tensor], object] | None:
@@ -220,15 +229,14 @@ def _only(kernel: str) -> Iterator[None]:
             os.environ["FASTLINEAR_KERNEL"] = before
 
 
-def _line(result: Result) -> str:
+def _cells(result: Result) -> list[str]:
     record = result.record()
-    calculated = f"{record['calculated']:>12.0%}" if "calculated" in record else ""
-    others = "".join("         -" if us is None else f"{us:>10.1f}" for us in result.against.values())
-    return (
-        f"{f'{result.m}x{result.k}x{result.n}':<18}{result.threads:>7}{result.torch_us:>11.1f}{result.us:>12.1f}"
-        f"{record['speedup']:>9.2f}x{record['gflops']:>10.1f}{record['read_gbs']:>8.1f}{record['roofline']:>10.0%}"
-        f"{calculated}{others}  {result.runs_on}{' !' if result.waited > _STOLEN else ''}"
-    )
+    shape, times = f"{result.m}x{result.k}x{result.n}", [f"{us:.1f}" for us in (result.torch_us, result.us)]
+    rates = [f"{record['speedup']:.2f}x", f"{record['gflops']:.1f}", f"{record['read_gbs']:.1f}"]
+    shares = [f"{record[name]:.0%}" for name in ("roofline", "calculated") if name in record]
+    others = ["-" if us is None else f"{us:.1f}" for us in result.against.values()]
+    runs_on = " ".join([result.runs_on, *sorted(result.notes)])
+    return [shape, str(result.threads), *times, *rates, *shares, *others, runs_on]
 
 
 def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:

@@ -6,20 +6,28 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from fastlinear.cli import bench, check, info, inspect, tune
-from fastlinear.cli.options import DTYPES, UsageError, add_quantize, add_threads, to_batches, to_shapes
+from fastlinear.cli.options import DTYPES, UsageError, add_quantize, add_threads, to_batches, to_dtype, to_shapes
 from fastlinear.spec import activations
 
 SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage, which --help has."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0, 1 if `check` found an error, 2 if the command cannot be done. A pipe that closes ends it."""
-    parser = argparse.ArgumentParser(prog="fastlinear", description="Fast linear layers for PyTorch on CPUs.")
+    """Runs one command; 0, 1 if `check` found an error, 2 if the command cannot be done, 130 after Ctrl-C. A pipe that
+    closes ends it."""
+    parser = _Parser(prog="fastlinear", description="Fast linear layers for PyTorch on CPUs.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("info", help="what runs here: to be pasted into an issue")
     command.add_argument("--json", action="store_true", help="as data, for programs")
@@ -48,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         return 0
+    except KeyboardInterrupt:
+        print("fastlinear: interrupted", file=sys.stderr)
+        return 130
     finally:
         torch.set_num_threads(before)
 
@@ -67,7 +78,8 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--plot", metavar="FILE", help="a picture of the shares of the roofline; needs matplotlib")
     command.add_argument("--threads", type=to_batches, help="numbers of threads, as 1,2 (default: torch's own choice)")
     command.add_argument("--isa", type=bench.isa_of, metavar="NAME", help="only kernels of this instruction set")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and inputs: %(choices)s")
+    names = ", ".join(DTYPES)
+    command.add_argument("--dtype", type=to_dtype, default="float32", metavar="NAME", help=f"of weights and x: {names}")
     add_quantize(command)
     allowed = ("none", *activations.names())
     command.add_argument("--activation", choices=allowed, default="relu", metavar="NAME", help=", ".join(allowed))

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
-from fastlinear.cli import limits
+from fastlinear.cli import limits, tables
 from fastlinear.plan import decide
 
 _PACKAGES = ("fastlinear", "torch", "numpy", "safetensors", "transformers")
@@ -26,11 +27,18 @@ def info(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     print(*(f"{name + ':':<15}{value}" for name, value in _lines(facts)), "", sep="\n")
-    print(f"{'kernel':<24}{'rows x columns':>15}  {'packed as':<12}{'runs here'}")
-    for row in facts["kernels"]:
-        tile = f"{row['rows']} x {row['columns']}"
-        print(f"{row['name']:<24}{tile:>15}  {row['packed as']:<12}{'yes' if row['runs here'] else 'no'}")
+    tables.show(("kernels", "rows x columns", "packed as", "run here"), [*_kernel_rows(facts)])
     return 0
+
+
+def _kernel_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One for those of an ISA that read the same weights, whose names are all of it: int8/avx2/6x8."""
+    alike: dict[Any, list[str]] = {}
+    for row in facts["kernels"]:
+        family, _, tile = row["name"].rpartition("/")
+        alike.setdefault((family, row["packed as"], row["runs here"]), []).append(tile)
+    for (family, layout, runs), tiles in alike.items():
+        yield f"{family}/", " ".join(tiles), layout, "yes" if runs else "no"
 
 
 def collect() -> dict[str, Any]:
@@ -96,14 +104,16 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     quota = "no CPU quota" if threads["quota"] is None else f"a quota of {threads['quota']:g} CPUs"
     limit = facts["memory"]["limit"]
     memory = "no memory limit" if limit is None else f"{limit / 2**30:.1f} GiB of memory"
-    file = cache["file"]
+    file, refused = cache["file"], dict[str, list[str]]()
+    for isa, why in facts["isas"]["refused"].items():
+        refused.setdefault(why, []).append(isa)
     cached = "in memory only: there is no home folder" if file is None else f"{file}, {cache['entries']} entries"
     return [
         *((name, text) for name, text in facts["versions"].items() if text is not None),
         ("system", facts["system"]),
         ("CPU", f"{cpu['model']} ({cpu['vendor']} {cpu['family']}/{cpu['number']}/{cpu['stepping']}), {caches}"),
         ("ISAs in use", " ".join(facts["isas"]["used"])),
-        *(("without", f"{isa}: {why}") for isa, why in facts["isas"]["refused"].items()),
+        *(("without", f"{' '.join(isas)}: {why}") for why, isas in refused.items()),
         ("threads", f"{threads['used']} of {threads['affinity']} CPUs, {threads['pool']} pool"),
         ("container", f"{quota}, {memory}"),
         *(("warning", text) for text in warnings(threads)),

@@ -14,6 +14,8 @@ def inspect(options: argparse.Namespace) -> int:
     check_override()
     try:
         print(inspection.describe(options.file))
-    except (FormatError, OSError) as error:
+    except FormatError as error:
         raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"{options.file} cannot be read: {error.strerror}") from None
     return 0

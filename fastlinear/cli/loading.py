@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,10 @@ from torch import Tensor, nn
 from fastlinear.cli.options import UsageError
 from fastlinear.model.selection import linear_layers
 from fastlinear.model.tuning import call, check_example
+
+Result = TypeVar("Result")
+# Whose frames tell users nothing: torch, this package, importlib.
+_LIBRARIES = (os.path.dirname(torch.__file__), str(Path(__file__).parent.parent), "<frozen")
 
 
 def load_model(spec: str) -> tuple[nn.Module, Any]:
@@ -27,13 +35,38 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(f"module {module_name!r} cannot be imported from {os.getcwd()}: {error}") from error
+    except Exception as error:  # whatever its code raises
+        raise UsageError(f"module {module_name!r} raises {type(error).__name__} when imported: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(f"module {module_name!r} has no function {function_name!r}")
-    made = function()
+        named = [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+        near = get_close_matches(function_name, named, 3, 0.0)
+        raise UsageError(f"module {module_name!r} has no function {function_name!r}; the nearest are {near or 'none'}")
+    made = attempt(spec, function)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise UsageError(f"{spec} must return (model, example_inputs), an nn.Module first, not {type(made).__name__}")
     return made
+
+
+def run(spec: str, function: Callable[..., Any], model: nn.Module, example: Any) -> None:
+    """function(model, example), which calls the model; UsageError where that, or the example, will not do."""
+    try:
+        check_example(example)
+    except TypeError as error:
+        raise UsageError(str(error)) from None
+    attempt(spec, function, model, example)
+
+
+def attempt(spec: str, function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments), which runs the user's code; UsageError with what that raises, and where."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        own = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_LIBRARIES)
+        ]
+        where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+        raise UsageError(f"{spec} raised {type(error).__name__}{where}: {' '.join(str(error).split())}") from error
 
 
 def shapes_of(spec: str) -> list[tuple[int, ...]]:
@@ -50,11 +83,7 @@ def shapes_of(spec: str) -> list[tuple[int, ...]]:
         for layer in linear_layers(model):
             stack.callback(layer.register_forward_hook(note).remove)
         stack.enter_context(torch.no_grad())
-        try:
-            check_example(example)
-            call(model, example)
-        except TypeError as error:
-            raise UsageError(str(error)) from None
+        run(spec, call, model, example)
     if not found:
         raise UsageError(f"no linear layer is called in a run of what {spec} returns")
     return [*found]

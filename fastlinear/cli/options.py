@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 import fastlinear._tensors as _tensors
 from fastlinear.plan import table
@@ -15,6 +17,9 @@ SCHEMES: dict[str, Scheme] = {
     "int4wo": Int4WeightOnly(),
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _tensors.FORMATS}
+
+
+_SHORT = {format: str(dtype).removeprefix("torch.") for dtype, format in _tensors.FORMATS.items()}  # fp32 ...
 
 
 class UsageError(Exception):
@@ -36,10 +41,31 @@ def check_override() -> None:
         raise UsageError(str(error)) from None
 
 
+def check_files(**files: str | None) -> None:
+    """UsageError where a file of an option cannot be written, before minutes go by; by the option's name."""
+    for option, file in files.items():
+        if file is None:
+            continue
+        folder = Path(file).absolute().parent
+        if Path(file).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            what = (
+                "is a folder" if Path(file).is_dir() else f"cannot be written: there is no folder {folder} to write to"
+            )
+            raise UsageError(f"--{option}: {file} {what}")
+
+
+def to_dtype(text: str) -> str:
+    """The name of a dtype as torch has it, given that or the short one of the kernels."""
+    name = _SHORT.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DTYPES)}, or {', '.join(_SHORT)} for short")
+    return name
+
+
 def to_shapes(text: str) -> list[tuple[int, ...]]:
     shapes = [tuple(map(positive, shape.split("x"))) for shape in text.split(",")]
     if any(len(shape) != 3 for shape in shapes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form MxKxN,MxKxN,...")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form MxKxN,MxKxN,... as 1x768x3072,32x768x3072")
     return shapes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from fastlinear.cli import tables
-from fastlinear.cli.loading import load_model
-from fastlinear.cli.options import SCHEMES, UsageError, check_override
+from fastlinear.cli.loading import load_model, run
+from fastlinear.cli.options import SCHEMES, UsageError, check_files, check_override
 from fastlinear.file.plans import save_plans
 from fastlinear.file.safetensors import FormatError
 from fastlinear.model import tuning
 from fastlinear.model.convert import convert
-from fastlinear.model.reporting import report
+from fastlinear.model.reporting import Report, report
+from fastlinear.model.selection import linear_layers
+from fastlinear.model.table import sides_of
 from fastlinear.plan import decide
 
 
@@ -25,6 +28,7 @@ def tune(options: argparse.Namespace) -> int:
     check_override()
     if options.model is None and not (options.show or options.clear):
         raise UsageError("tune takes a module:function, --show or --clear")
+    check_files(out=options.out, html=options.html)
     if options.clear:
         tuning.clear_cache()
     if options.model is not None:
@@ -36,11 +40,13 @@ def tune(options: argparse.Namespace) -> int:
 
 def _tune(options: argparse.Namespace) -> None:
     model, example = load_model(options.model)
+    if not linear_layers(model):
+        raise UsageError(f"the {type(model).__name__} that {options.model} returns has no linear layer")
     fast = convert(model, quantize=SCHEMES.get(options.quantize))
     for batch in options.batch or [None]:
-        tuning.tune(fast, example if batch is None else _of_batch(example, batch))
+        run(options.model, tuning.tune, fast, example if batch is None else _of_batch(example, batch))
     found = report(fast)
-    print(found)
+    _print(found)
     try:
         if options.html is not None:
             found.to_html(options.html)
@@ -48,6 +54,18 @@ def _tune(options: argparse.Namespace) -> None:
             print(f"\n{save_plans(fast, options.out)} plans in {options.out}")
     except (OSError, FormatError) as error:
         raise UsageError(str(error)) from None
+    if any(plan.provisional for layer in found for plan in layer.buckets):
+        print("some plans are provisional, and in no file: run this again while nothing else runs", file=sys.stderr)
+
+
+def _print(found: Report) -> None:
+    if tables.are_drawn():
+        above, (head, *rows), below = found.parts()
+        print(*above, sep="\n")
+        tables.show(head, rows, sides_of(head))
+        print(*below, sep="\n")
+    else:
+        print(found)
 
 
 def _of_batch(example: Any, batch: int) -> Any:

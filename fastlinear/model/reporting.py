@@ -47,8 +47,12 @@ class Report(tuple[LayerReport, ...]):
         return sum(layer.pack_mib for layer in self)
 
     def __str__(self) -> str:
+        return table.text_of(self.parts())
+
+    def parts(self) -> table.Parts:
+        """What str() is made of: the lines above the table, its rows with their head, the lines below."""
         share = "" if self.share is None else self.share.text()
-        return table.text_of(self, share, self.summary(), self.graphs)
+        return table.parts_of(self, share, self.summary(), self.graphs)
 
     def _repr_html_(self) -> str:
         lines = [] if self.share is None else [self.share.text()]

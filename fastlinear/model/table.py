@@ -24,15 +24,30 @@ WIDTH, _TAIL_WIDTH = 120, 40
 _FORMATS = {str(dtype).removeprefix("torch."): name for dtype, name in _tensors.FORMATS.items()}
 
 
-def text_of(layers: Sequence[LayerReport], share: str, summary: Iterable[str], graphs: Iterable[Graph]) -> str:
+Parts = tuple[list[str], list[tuple[str, ...]], list[str]]
+
+
+def parts_of(layers: Sequence[LayerReport], share: str, summary: Iterable[str], graphs: Iterable[Graph]) -> Parts:
+    """The lines above the table, its rows, of which the first is the head, and the lines below."""
     alike: dict[Any, list[LayerReport]] = {}
     for layer in layers:
         alike.setdefault(_likeness(layer), []).append(layer)
-    rows = _aligned([_HEADER, *(row for layers in alike.values() for row in _rows(layers))])
-    below = (part for line in summary for part in textwrap.wrap(line, WIDTH))
-    told = (line for graph in graphs for line in ("", *_of_graph(graph)))
+    below = [part for line in summary for part in textwrap.wrap(line, WIDTH)]
+    told = [line for graph in graphs for line in ("", *_of_graph(graph))]
     above = [*textwrap.wrap(share, WIDTH), ""] if share else []
-    return "\n".join((*above, rows[0], "-" * max(map(len, rows)), *rows[1:], "", *below, *told))
+    rows = [_HEADER, *(row for layers in alike.values() for row in _rows(layers))]
+    return above, _with_contents(rows), ["", *below, *told]
+
+
+def sides_of(head: Sequence[str]) -> str:
+    """ "<" or ">" for each column: where its cells keep to."""
+    return "".join(_SIDES[_HEADER.index(name)] for name in head)
+
+
+def text_of(parts: Parts) -> str:
+    above, rows, below = parts
+    lines = _aligned(rows)
+    return "\n".join((*above, lines[0], "-" * max(map(len, lines)), *lines[1:], *below))
 
 
 def _of_graph(graph: Graph) -> Iterator[str]:
@@ -106,9 +121,8 @@ def _worst(layers: list[LayerReport]) -> str:
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Columns as wide as their contents, but that of the names, which has what is left."""
-    hidden = {column for column in (_NOISE, _ROOF) if not any(len(row) > column and row[column] for row in rows[1:])}
-    rows, sides = [_without(row, hidden) for row in rows], _without(_SIDES, hidden)
-    columns, first = len(sides), _TAIL - len(hidden & {_NOISE})  # of the tail
+    sides = sides_of(rows[0])
+    columns, first = len(sides), rows[0].index(_HEADER[_TAIL])
     whole = [row for row in rows if len(row) == columns]
     widths = [max(len(row[i]) for row in (rows if i < first else whole)) for i in range(columns)]
     tail = max(_TAIL_WIDTH, len(" ".join("-" * width for width in widths[first:])))
@@ -116,6 +130,12 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     names = [row[0] if len(row[0]) <= widths[0] else "..." + row[0][3 - widths[0] :] for row in rows]
     lines = [zip((name, *row[1:]), sides, widths, strict=False) for name, row in zip(names, rows, strict=True)]
     return [" ".join(f"{cell:{side}{width}}" for cell, side, width in line).rstrip() for line in lines]
+
+
+def _with_contents(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Without the columns that may be empty, and are."""
+    hidden = {column for column in (_NOISE, _ROOF) if not any(len(row) > column and row[column] for row in rows[1:])}
+    return [_without(row, hidden) for row in rows]
 
 
 def _without(cells: Sequence[str], hidden: set[int]) -> tuple[str, ...]:

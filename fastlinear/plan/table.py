@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -20,14 +21,24 @@ def runnable() -> tuple[Row, ...]:
 
 
 def override() -> str | None:
-    """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise."""
+    """FASTLINEAR_KERNEL, if it names a kernel that runs here or one of torch's ways; ValueError otherwise, with the
+    nearest of those."""
     name = environment.kernel()
     if name is None:
         return None
-    allowed = [*(row["name"] for row in runnable()), *rivals.NAMES]
+    allowed = [*(str(row["name"]) for row in runnable()), *rivals.NAMES]
     if name not in allowed:
-        raise ValueError(f"FASTLINEAR_KERNEL is {name!r}; on this CPU it may be one of {', '.join(allowed)}")
+        raise ValueError(f"FASTLINEAR_KERNEL is {name!r}, {why_unknown(name, allowed)}")
     return name
+
+
+def why_unknown(name: str, allowed: Sequence[str]) -> str:
+    """Of a kernel that is not allowed: that it does not run here, or that there is none, and the nearest that are."""
+    isa = next((str(row["isa"]) for row in _kernels.kernels() if row["name"] == name), None)
+    refused = None if isa is None else _kernels.cpu_info()["refused"].get(isa)
+    what = "which is no kernel" if isa is None else "which does not run here" + (f" ({refused})" if refused else "")
+    near = ", ".join(get_close_matches(name, allowed, 4, 0.0))
+    return f"{what}; near it are {near}, and `python -m fastlinear info` lists all"
 
 
 def layout(packed: str) -> str:

@@ -26,6 +26,18 @@ def make():
 
 def no_model():
     return torch.zeros(3), None
+
+def broken():
+    raise OSError("no weights here")
+
+def misfit():
+    return make()[0], torch.zeros(3, 25)
+
+def list_for_example():
+    return make()[0], [1]
+
+def no_layers():
+    return nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2)
 """
 
 
@@ -46,7 +58,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     except SystemExit as exit:
         code = exit.code
     assert code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_module_and_script_are_the_same_command() -> None:
@@ -65,7 +78,8 @@ def test_info_is_a_block_for_an_issue(capsys: pytest.CaptureFixture[str], monkey
     assert torch.__version__ in text and fastlinear.cpu_info()["model"] in text
     assert re.search(r"tuning cache: .*\.json, \d+ entries", text) and "FASTLINEAR_VERBOSE=0" in text
     for row in fastlinear.kernels():
-        assert re.search(rf"^{row['name']} .* {'yes' if row['runnable'] else 'no'}$", text, re.MULTILINE)
+        family, _, tile = row["name"].rpartition("/")
+        assert re.search(rf"^{family}/ .*\b{tile} .* {'yes' if row['runnable'] else 'no'}$", text, re.MULTILINE)
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__ and facts["overrides"]["FASTLINEAR_VERBOSE"] == "0"
@@ -286,13 +300,23 @@ def test_check_sees_a_wrong_kernel(
         (["tune", "no_such_module:make"], "'no_such_module'"),
         (["tune", "users_model:mke"], "'mke'"),
         (["tune", "users_model:no_model"], "users_model:no_model"),
+        (["tune", "users_model:broken"], "users_model:broken raised OSError at "),
+        (["bench", "--like", "users_model:misfit"], "users_model:misfit raised RuntimeError: "),
+        (["tune", "users_model:misfit"], "(3, 25)"),
+        (["tune", "users_model:list_for_example"], "is of type list"),
+        (["tune", "users_model:no_layers"], "no linear layer"),
+        (["tune", "users_model:make", "--html", "no/such/page.html"], "--html: no/such/page.html"),
+        (["bench", "--plot", "no/such/plot.png"], "--plot: no/such/plot.png"),
+        (["inspect", "no_such_file"], "no_such_file cannot be read: No such file"),
+        (["inspect", "."], ". cannot be read"),
         (["polish"], "'polish'"),
+        ([], "command"),
     ],
 )
 def test_what_cannot_be_done_is_named(
     arguments: list[str], named: str, user_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2 and a message with the value that was given, no traceback."""
+    """Exit code 2 and one line with the value that was given, no usage and no traceback."""
     assert named in refusal(arguments, capsys)
 
 
@@ -300,4 +324,10 @@ def test_an_unknown_override_is_named(capsys: pytest.CaptureFixture[str], monkey
     """FASTLINEAR_KERNEL with a typing error stops bench before it measures anything."""
     monkeypatch.setenv("FASTLINEAR_KERNEL", "fp32/avx512/9x99")
     message = refusal(["bench", "--shapes", "1x8x8"], capsys)
-    assert "FASTLINEAR_KERNEL" in message and "fp32/avx512/9x99" in message
+    assert "FASTLINEAR_KERNEL" in message and "'fp32/avx512/9x99', which is no kernel" in message and len(message) < 300
+
+
+def test_dtypes_have_short_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """bf16 is bfloat16, as in the names of kernels."""
+    assert cli.main(["bench", "--shapes", "1x8x8", "--dtype", "bf16"]) == 0
+    assert " bfloat16, " in capsys.readouterr().out

@@ -35,3 +35,17 @@ def test_rich_on_a_terminal(
     text = capsys.readouterr().out
     cells: list[Any] = [cell for row in (HEAD, *ROWS) for cell in row]
     assert all(cell in text for cell in cells) and text.isascii() != installed
+
+
+def test_rows_that_come_one_by_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain columns of a given width, without progress in a pipe; on a terminal rich draws the same cells."""
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda now=terminal: now, raising=False)
+        with tables.growing(HEAD, [20, 1], "<>") as table:
+            table.progress("working")
+            for row in ROWS:
+                table.add(row)
+            table.progress("")
+        text = capsys.readouterr().out
+        assert all(cell in text for row in (HEAD, *ROWS) for cell in row)
+        assert terminal or text.splitlines()[2] == "fp32/avx2/6x16          a"
