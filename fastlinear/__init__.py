@@ -8,6 +8,7 @@ from fastlinear.file.checkpoints import load_quantized
 from fastlinear.file.plans import load_plans, save_plans
 from fastlinear.file.safetensors import FormatError
 from fastlinear.file.saving import load, save
+from fastlinear.layer.experts import FastExperts
 from fastlinear.layer.gated import FastGatedLinear
 from fastlinear.layer.group import FastLinearGroup
 from fastlinear.layer.linear import FastLinear
@@ -23,6 +24,7 @@ from fastlinear.spec.schemes import Calibration, Int4Dynamic, Int4WeightOnly, In
 
 __all__ = [
     "Calibration",
+    "FastExperts",
     "FastGatedLinear",
     "FastLinear",
     "FastLinearGroup",

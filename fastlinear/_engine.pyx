@@ -186,6 +186,10 @@ cdef class Fingerprint:
             self.sample.take(self.view.data, element, shape, stride)
         elif self.view.ndim == 2:
             self.sample.take(self.view.data, element, self.view.shape, self.view.stride)
+        elif self.view.ndim == 3 and self.view.stride[0] == self.view.shape[1] * self.view.stride[1]:  # of experts
+            shape[0], shape[1] = self.view.shape[0] * self.view.shape[1], self.view.shape[2]
+            stride[0], stride[1] = self.view.stride[1], self.view.stride[2]
+            self.sample.take(self.view.data, element, shape, stride)
 
     @property
     def memory(self):

@@ -1,7 +1,11 @@
+from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
 
 from fastlinear._kernels cimport Vectors
-from fastlinear._plans cimport Bias, COperand, Epilogue, Format, Packed, Plan, RowQuantizer, Rows, Segment
+from fastlinear._plans cimport (
+    Bias, COperand, CPlan, Epilogue, Format, Packed, Plan, Problem, RowQuantizer, Rows, Segment
+)
 from fastlinear._tensors cimport Matrix
 
 # What runs the driver is in _products.pyx: it must be compiled in one shared library only.
@@ -22,6 +26,26 @@ cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
         float offset
         float eps
         cbool centered
+
+
+cdef extern from "fastlinear/driver/experts.hpp" namespace "fastlinear" nogil:
+    ctypedef struct Routing:
+        ptrdiff_t tokens
+        ptrdiff_t top_k
+        ptrdiff_t experts
+        const int64_t* ids
+    cppclass Routes:
+        vector[int64_t] first
+        vector[int64_t] pairs
+        vector[int64_t] tokens
+    cbool route(const Routing&, Routes&) except +
+    ctypedef struct Mixture:
+        Routing routing
+        ptrdiff_t n
+        const float* parts
+        const float* weights
+        char* y
+        Format format
 
 
 cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
@@ -52,5 +76,7 @@ cdef int compute(
     Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
     size_t segments, const COperand* operands, float* sums
 ) except -1
+cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1
+cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

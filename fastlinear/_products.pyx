@@ -54,6 +54,9 @@ cdef extern from "fastlinear/driver/cut.hpp" namespace "fastlinear" nogil:
         Range k
     vector[Piece] cut "fastlinear::cut"(const Problem&, const CPlan&) except +
 
+cdef extern from "fastlinear/driver/experts.hpp" namespace "fastlinear" nogil:
+    cbool mix(const Mixture&, const Vectors&, ptrdiff_t)
+
 cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
     cbool normalize(const NormProblem&, const Vectors&, ptrdiff_t)
 
@@ -292,6 +295,12 @@ def pieces(Plan plan not None, str layout not None, x, ptrdiff_t m, ptrdiff_t n,
     return [(found[i].part, found[i].thread, (found[i].rows.begin, found[i].rows.end),
              (found[i].columns.begin, found[i].columns.end), (found[i].k.begin, found[i].k.end))
             for i in range(found.size())]
+
+
+# ---- experts ----
+
+cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
+    return mix(p, vectors, threads)
 
 
 # ---- norms ----

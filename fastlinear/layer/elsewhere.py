@@ -19,7 +19,7 @@ from fastlinear.layer.frozen import record_of
 def why_elsewhere(layer: Any, x: Any, stale: bool) -> str:
     """The first of all reasons that there are for a call layer(x) not to be answered by the kernels. stale: whether the
     weight was not packed, or changed since."""
-    reason = _why_switched_off(layer) or _why_watched() or _why_input(layer, x) or why_unread(layer)
+    reason = _why_switched_off(layer) or why_watched() or _why_input(layer, x) or why_unread(layer)
     return reason or (_engine.CHANGING if stale else "the form of its tensors")
 
 
@@ -29,7 +29,7 @@ def _why_switched_off(layer: Any) -> str | None:
     return "FASTLINEAR_DISABLE" if environment.disabled() else None
 
 
-def _why_watched() -> str | None:
+def why_watched() -> str | None:
     """The mode of torch that rewrites or records calls, the innermost first."""
     interpreter = _torch.transform()
     if interpreter is not None:

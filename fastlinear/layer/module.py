@@ -408,5 +408,5 @@ FastModule.__jit_unused_properties__ = [name for name, _ in getmembers(FastModul
 
 def _spell(program: Activation) -> str:
     steps = tuple((step.name, *step.params) if step.params else step.name for step in programs.steps_of(program))
-    alone = program.name in (*activations.names(), *programs.GATES)
+    alone = program.name in (*activations.names(), *programs.GATES, *programs.LIMITED)
     return f"activation={steps[0]!r}" if alone else f"epilogue={steps!r}"

@@ -101,6 +101,12 @@ def pack(
     return packed
 
 
+def pack_apart(dense: Tensor, precision: Precision, gated: bool = False) -> _weights.Packed:
+    """A weight [n, k] as `pack` packs it, but one that nobody else has."""
+    contents = _contents(dense.detach(), precision)
+    return kind_of(gated)(contents[0], layout_of(precision), *contents[1:])
+
+
 def _forget(key: tuple[Any, ...], reference: weakref.ref[_weights.Packed]) -> None:
     if _packs.get(key, (None, None))[1] is reference:
         del _packs[key]

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import attention, linear
+from fastlinear.layer import attention, experts, linear
 from fastlinear.layer.fitness import dtype_of, taken_over
 from fastlinear.model import chains, fusion
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
 from fastlinear.model.freezing import unfreeze
-from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose
+from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose, is_fast
 from fastlinear.model.tuning import check_example, check_module, fast_layers, run_to_tune
 from fastlinear.spec.precision import Precision, Wanted, wanted
 from fastlinear.spec.schemes import Scheme
@@ -53,8 +53,9 @@ def convert(
     The copy shares parameters and buffers with `model`, which stays as it is; `inplace=True` changes `model` itself.
     State dict, hooks, training and gradients work as before. In training mode a layer computes on its plain parameter,
     in eval mode on the weight as it is packed, with gradients through that. Converted are nn.Linear (`model` itself may
-    be one), transformers' Conv1D, and both projections of nn.MultiheadAttention, which then is a FastMultiheadAttention
-    with layers called `in_proj` and `out_proj`; `report` names the layers that were left alone, and why.
+    be one), transformers' Conv1D and the experts of its mixtures (MoE), and both projections of nn.MultiheadAttention,
+    which then is a FastMultiheadAttention with layers called `in_proj` and `out_proj`; `report` names the layers that
+    were left alone, and why.
 
     include, exclude: dotted names, globs or module types, one or several; `exclude` wins. A name or type of a
         container means all layers in it; a glob must match a whole dotted name ("encoder.*.fc1"), or the front of one
@@ -95,8 +96,10 @@ def convert(
     _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
     asked = wanted(dtype, accumulate, quantize, products)
     reasons = choose(model, include, exclude, filter_fn, asked)
-    chosen = [layer for layer, reason in reasons.items() if reason is None and not linear.is_fast(layer)]
-    fast = [layer for layer, reason in reasons.items() if reason is None and linear.is_fast(layer)]
+    wished = [layer for layer, reason in reasons.items() if reason is None]
+    mixtures = [layer for layer in wished if experts.are_experts(layer)]
+    chosen = [layer for layer in wished if not experts.are_experts(layer) and not linear.is_fast(layer)]
+    fast = [layer for layer in wished if linear.is_fast(layer)]
     pairs = fusion.find_pairs(model, set(chosen)) if fuse else []
     activations = {pair.linear: pair.activation for pair in pairs}
 
@@ -115,6 +118,8 @@ def convert(
             undo.callback(linear.release, twin[layer])
         for layer in fast:
             _set_precision(undo, twin[layer], _next(layer, asked, names[layer]))
+        for layer in mixtures:
+            _adopt_experts(undo, twin[layer], names[layer], mode, asked)
         for pair in pairs:
             there = pair._replace(linear=twin[pair.linear], holder=twin[pair.holder])
             fusion.absorb(there)
@@ -131,9 +136,14 @@ def convert(
             run_to_tune(result, example_inputs, None)
         undo.pop_all()
     for layer, reason in reasons.items():
-        if reason is not None and not linear.is_fast(layer):
+        if reason is not None and not is_fast(layer):
             vars(twin[layer])[REASON] = reason
-    _log.info("converted %d of %d linear layers, fused %d activations", len(chosen), len(reasons), len(pairs))
+    _log.info(
+        "converted %d of %d linear layers and experts, fused %d activations",
+        len(chosen) + len(mixtures),
+        len(reasons),
+        len(pairs),
+    )
     return result
 
 
@@ -150,11 +160,20 @@ def _open_up(undo: ExitStack, whole: Any, name: str, mode: str, asked: Wanted) -
     undo.callback(linear.release, whole.in_proj)
 
 
+def _adopt_experts(undo: ExitStack, module: Any, name: str, mode: str, asked: Wanted) -> None:
+    if experts.is_fast_experts(module):
+        undo.callback(experts.set_precision, module, module._precision)
+        experts.set_precision(module, _next(module, asked, name))
+    else:
+        experts.adopt(module, mode, name, asked.of(name, experts.dtype_of(module)))
+        undo.callback(experts.release, module)
+
+
 def _next(layer: nn.Module, asked: Wanted, name: str) -> Precision:
     """What a layer that is fast already is told to compute in."""
     if asked.packed is None:
         return linear.precision_of(layer)._replace(accumulate=asked.everywhere.accumulate)
-    return asked.of(name, dtype_of(layer))
+    return asked.of(name, layer.held if experts.is_fast_experts(layer) else dtype_of(layer))  # type: ignore[arg-type]
 
 
 def _set_precision(undo: ExitStack, layer: nn.Module, precision: Precision) -> None:
@@ -179,6 +198,8 @@ def unconvert(model: Model) -> Model:
     for name, module in model.named_modules():
         vars(module).pop(REASON, None)
         allow_bypass(module)
+        if experts.is_fast_experts(module):
+            experts.release(module)
         if linear.is_fast(module) and not linear.has_own_activation(module):
             linear.release(module)
         elif linear.is_fast(module):
@@ -210,6 +231,9 @@ def refresh(model: Model) -> Model:
     check_module("refresh", model)
     for layer in fast_layers(model):
         linear.refresh(layer)
+    for module in model.modules():
+        if experts.is_fast_experts(module):
+            module._reset()  # type: ignore[operator]
     return model
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastlinear.layer import experts
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.form import address_of
 from fastlinear.layer.frozen import Freezable, is_frozen, thaw_layer
@@ -35,10 +36,14 @@ def freeze(model: Model) -> Model:
     """
     _check("freeze", model)
     layers = [module for module in model.modules() if isinstance(module, Freezable)]
-    if not layers:
+    mixtures = [module for module in model.modules() if experts.is_fast_experts(module)]
+    if not layers and not mixtures:
         warnings.warn(f"nothing to freeze: {type(model).__name__} has no fast layer", stacklevel=2)
     for tied in _alone(model):
         freeze_layer(*tied)
+    for module in mixtures:
+        if module.why_unread() is None:  # type: ignore[operator]
+            experts.freeze(module)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what casts and copies took: up to a sixth
     if trim is not None:
         trim(0)
@@ -55,6 +60,8 @@ def unfreeze(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, Freezable):
             thaw_layer(module)
+        elif experts.is_fast_experts(module):
+            experts.thaw(module)
     return model
 
 

@@ -72,7 +72,7 @@ def _cells(row: list[str]) -> str:
 
 def _rows(layer: LayerReport) -> list[list[str]]:
     said = layer.to_dict()
-    head = [layer.name or "(the model)", f"{layer.in_features}x{layer.out_features}", layer.dtype]
+    head = [layer.name or "(the model)", layer.shape, layer.dtype]
     tail = [f"{layer.pack_mib:.2f}"]
     told = [layer.reason or ""] if layer.reason else [f"{n} elsewhere: {why}" for why, n in layer.elsewhere.items()]
     rows = [[str(p["rows"]), p["x"], p["runs_on"], _ratio(p), _percent(p["roofline"])] for p in said["plans"]]

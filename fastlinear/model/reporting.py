@@ -16,12 +16,12 @@ from torch import nn
 
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
-from fastlinear.layer import linear
+from fastlinear.layer import experts, linear
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.quality import UNKNOWN, quality_of
 from fastlinear.model import page, table
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
-from fastlinear.model.selection import linear_layers, why_skipped
+from fastlinear.model.selection import expert_layers, linear_layers, why_skipped
 from fastlinear.model.shares import Share, share_of
 from fastlinear.plan import roofline
 from fastlinear.plan.candidates import Chosen
@@ -129,7 +129,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
             name = names[0] if len(weights) < 2 else running._name
             described = describe(name, running, otherwise)
             rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
-    found = Report(rows.values())
+    mixtures = [row for each, names in expert_layers(model).items() for row in describe_experts(names[0], each)]
+    found = Report([*rows.values(), *mixtures])
     found.graphs = tuple(own)
     fast = {name for name, running in of_rows if rows[running].decision not in ("skipped", "elsewhere")}
     found.share = share_of(model, fast, example)
@@ -178,6 +179,34 @@ def describe(name: str, layer: Any, otherwise: str = "convert was not called on 
         weight_mib=_weight_bytes(layer) / 2**20,
         roofline=tuple(_spot(layer, plan) for plan in buckets),
     )
+
+
+def describe_experts(name: str, module: Any) -> Iterator[LayerReport]:
+    """A row for each of the two products of a mixture."""
+    fast, reason = experts.is_fast_experts(module), None
+    if not fast:
+        reason = why_skipped(module) or "convert was not called on it"
+    for which, own in enumerate(experts.names_of(module)):
+        count, n, k = experts.sizes_of(module)[which]
+        buckets = module.plans[which] if fast else ()
+        elsewhere = dict(module._elsewhere) if fast else {}
+        frozen = module._frozen_experts if fast else None
+        yield LayerReport(
+            name=f"{name}.{own}" if name else own,
+            in_features=k,
+            out_features=n,
+            dtype=module.dtypes if fast else str(experts.dtype_of(module)).removeprefix("torch."),
+            activation=module._form.program if fast and which == 0 else None,
+            decision=_decision(buckets, elsewhere) if fast else "skipped",
+            buckets=buckets,
+            pack_mib=module.pack_nbytes[which] / 2**20 if fast else 0.0,
+            reason=reason,
+            frozen=frozen is not None,
+            origin="" if frozen is None else frozen.origin,
+            elsewhere=elsewhere,
+            weight_mib=count * n * k * experts.dtype_of(module).itemsize / 2**20,
+            experts=count,
+        )
 
 
 def _weight_bytes(layer: Any) -> int:

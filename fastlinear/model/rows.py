@@ -33,7 +33,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer, by its first name in the model."""
+    """One linear layer by its first name in the model, or one product of all experts of a mixture by its weight's."""
 
     name: str
     in_features: int
@@ -52,6 +52,13 @@ class LayerReport:
     elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
     weight_mib: float = 0.0  # what the weight takes, or took before it was frozen
     roofline: tuple[Spot | None, ...] = ()  # of each bucket: where it stands below the roofline, if measured
+    experts: int = 0  # how many weights of this size there are, where the layer is one product of a mixture of experts
+
+    @property
+    def shape(self) -> str:
+        """ "768x3072", or of 8 experts "8x768x3072"."""
+        sizes = [self.experts] * bool(self.experts) + [self.in_features, self.out_features]
+        return "x".join(map(str, sizes))
 
     @property
     def memory_mib(self) -> float:
@@ -64,6 +71,8 @@ class LayerReport:
             return ""
         if plan.source in ("heuristic", "neighbor", "override", "forced"):
             return SOURCES[plan.source]
+        if self.experts:
+            return "it was measured for the rows of one expert"
         if self.frozen:
             return "the weight is frozen: there is no nn.Linear to compare with"
         return "x is not of the weight's dtype, which nn.Linear refuses"
@@ -75,6 +84,7 @@ class LayerReport:
             "name": self.name,
             "in_features": self.in_features,
             "out_features": self.out_features,
+            "experts": self.experts,
             "dtype": self.dtype,
             "activation": None if self.activation is None else [self.activation.name, *self.activation.params],
             "decision": self.decision,

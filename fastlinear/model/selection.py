@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlinear.layer import attention, linear
+from fastlinear.layer import attention, experts, linear
 from fastlinear.layer.fitness import conv1d, dtype_of, why_not
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.spec.formats import DTYPES, name_of
@@ -33,6 +33,20 @@ def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     return layers
 
 
+def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The modules of `model` that hold the experts of a mixture as parameters, fast or not, with all their names."""
+    layers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if experts.are_experts(module):
+            layers.setdefault(module, []).append(name)
+    return layers
+
+
+def is_fast(layer: nn.Module) -> bool:
+    """True for fast linear layers and fast experts."""
+    return linear.is_fast(layer) or experts.is_fast_experts(layer)
+
+
 def attentions(model: nn.Module) -> dict[nn.Module, nn.MultiheadAttention]:
     """By its `out_proj`, each attention that holds its other projection itself: both are converted, or neither."""
     return {module.out_proj: module for module in model.modules() if type(module) is nn.MultiheadAttention}
@@ -41,7 +55,7 @@ def attentions(model: nn.Module) -> dict[nn.Module, nn.MultiheadAttention]:
 def why_skipped(layer: nn.Module) -> str | None:
     """Why `layer` is not fast; None where nothing stands against it."""
     reason: str | None = vars(layer).get(REASON)
-    return reason or why_not(layer)
+    return reason or (experts.why_not(layer) if experts.are_experts(layer) else why_not(layer))
 
 
 def choose(
@@ -51,28 +65,33 @@ def choose(
     filter_fn: Filter | None,
     asked: Wanted = ANYHOW,
 ) -> dict[nn.Module, str | None]:
-    """For every linear layer the reason to leave it alone, or None to convert it (arguments as in `convert`).
+    """For every linear layer, and the experts of every mixture, the reason to leave it alone, or None to convert it
+    (arguments as in `convert`).
 
     Warns of a pattern that matches no layer, and when there is nothing to convert.
     """
     included_by, excluded_by = as_patterns("include", include), as_patterns("exclude", exclude)
-    layers = linear_layers(model)
+    layers = linear_layers(model) | expert_layers(model)
     included = _hits(model, layers, "include", included_by or [])
     excluded = _hits(model, layers, "exclude", excluded_by or [])
-    heads = attentions(model)
+    heads, mixtures = attentions(model), expert_layers(model)
     uses: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(parameter, []).append(name)
 
     def reason(layer: nn.Module, name: str) -> str | None:
-        if linear.is_fast(layer) and _is_already(layer, name, asked):
+        if is_fast(layer) and _is_already(layer, name, asked):
             return "already fast"
-        if is_frozen(layer):
+        of_experts = layer in mixtures
+        if experts.are_frozen(layer) if of_experts else is_frozen(layer):
             return "frozen in another precision, which unfreeze makes room for"
         if layer in excluded:
             return f"excluded by {excluded[layer]}"
         if included_by is not None and layer not in included:
             return "not among the included layers"
+        if of_experts:
+            refused = experts.why_not(layer, asked, name)
+            return refused or (None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn")
         whole = heads.get(layer)
         obstacle = (
             why_not(layer, asked, name) if whole is None else attention.why_not(whole, asked, name.rpartition(".")[0])
@@ -101,6 +120,8 @@ def _is_already(layer: Any, name: str, asked: Wanted) -> bool:
         return True
     if asked.why_not(name, layer.in_features) is not None:
         return False
+    if experts.is_fast_experts(layer):
+        return linear.precision_of(layer).is_as(experts.own(asked.of(name, layer.held)))
     return linear.precision_of(layer).is_as(asked.of(name, dtype_of(layer)))
 
 

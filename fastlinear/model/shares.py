@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastlinear.layer import experts
 from fastlinear.layer.frozen import record_of
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.selection import linear_layers
@@ -62,12 +64,26 @@ def _weights(model: nn.Module, fast: set[str]) -> Share:
         size = held.numel() if isinstance(held, Tensor) else held.packed.n * held.packed.k
         sizes[names[0] in fast] += size
         slow += [] if names[0] in fast else [(names[0], size)]
+    for name, module in model.named_modules():
+        for own, count in _of_frozen_experts(module):
+            full = f"{name}.{own}" if name else own
+            sizes[full in fast] += count
+            slow += [] if full in fast else [(full, count)]
+        if experts.are_experts(module):
+            looked_up |= {id(each) for own, each in module._parameters.items() if own.endswith("_bias")}
     for name, parameter in model.named_parameters():
         if id(parameter) not in seen | looked_up and not is_lazy(parameter) and parameter.dim() > 1:
-            sizes[False] += parameter.numel()
-            slow.append((name, parameter.numel()))
+            sizes[name in fast] += parameter.numel()
+            slow += [] if name in fast else [(name, parameter.numel())]
     largest = sorted(slow, key=lambda each: -each[1])[:_LARGEST]
     return Share(sum(sizes), sizes[True], tuple(largest))
+
+
+def _of_frozen_experts(module: Any) -> Iterator[tuple[str, int]]:
+    """Names and elements of the weights of frozen experts, which are no parameters any more."""
+    if experts.are_frozen(module):
+        for name, (n, k) in zip(module.names, module.shapes, strict=True):
+            yield name, module.count * n * k
 
 
 def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Share:
@@ -82,12 +98,27 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
                 counted[0] += arguments[0].numel() // max(1, arguments[0].shape[-1]) * layer.weight.numel()
 
         stock.get_submodule(name).register_forward_pre_hook(count)
+    for name, module in stock.named_modules():
+        if experts.are_experts(module):
+            if hasattr(getattr(module, "config", None), "_experts_implementation"):
+                module.config._experts_implementation = "eager"  # torch does not count those of a grouped product
+            for own, (_, n, k) in zip(experts.names_of(module), experts.sizes_of(module), strict=True):
+                if (f"{name}.{own}" if name else own) in fast:
+                    module.register_forward_pre_hook(functools.partial(_count_pairs, counted, n * k), with_kwargs=True)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter:
         warnings.simplefilter("ignore")
         call(stock, example)
     total = max(counter.get_total_flops() // 2, counted[0])
     return found._replace(multiply_adds=total, fast_multiply_adds=counted[0])
+
+
+def _count_pairs(
+    counted: list[int], work: int, module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]
+) -> None:
+    """Adds what an expert does with a row, for each pair of a token and one of its experts."""
+    ids = [each for each in (*arguments, *named.values()) if isinstance(each, Tensor) and each.dtype is torch.int64]
+    counted[0] += work * ids[0].numel() if ids else 0
 
 
 def _of(model: nn.Module, names: set[str]) -> Iterator[str]:

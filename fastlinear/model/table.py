@@ -67,7 +67,7 @@ def _of_graph(graph: Graph) -> Iterator[str]:
 def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     """Equal for layers that share a row: those of repeated blocks."""
     runs = tuple((c.x, c.bucket, c.name, c.speedup, c.refused, c.provisional) for c in layer.buckets)
-    shape = (layer.in_features, layer.out_features, layer.dtype, layer.frozen)
+    shape = (layer.shape, layer.dtype, layer.frozen)
     known = layer.quality == UNKNOWN
     return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, known, (*layer.elsewhere,)
 
@@ -81,7 +81,7 @@ def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
     first = layers[0]
     name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
     dtype = " ".join(_FORMATS.get(word, word) for word in (*first.dtype.split(), *["frozen"] * first.frozen))
-    shape, noise = f"{first.in_features}x{first.out_features}", _worst(layers)
+    shape, noise = first.shape, _worst(layers)
     head: tuple[str, ...] = (name, str(len(layers)), shape, dtype, noise, _text(first.activation))
     mib = f"{sum(layer.pack_mib for layer in layers):.2f}"
     for plan, spot in zip(first.buckets, first.roofline or [None] * len(first.buckets), strict=True):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import linear
+from fastlinear.layer import experts, linear
 from fastlinear.layer.planning import watching
 from fastlinear.plan import decide, measuring
 
@@ -67,7 +67,8 @@ def clear_cache() -> None:
 
 def run_to_tune(model: nn.Module, example: Any, progress: bool | None, again: bool = False) -> None:
     pending = set(fast_layers(model))
-    if not pending:
+    mixtures: list[Any] = [module for module in model.modules() if experts.is_fast_experts(module)]
+    if not pending and not mixtures:
         warnings.warn(f"nothing to tune: {type(model).__name__} has no fast layer", stacklevel=3)
     if any(layer.training for layer in pending):
         warnings.warn(f"{type(model).__name__} is in training mode, where fast layers run as torch's do", stacklevel=3)
@@ -85,6 +86,10 @@ def run_to_tune(model: nn.Module, example: Any, progress: bool | None, again: bo
             decide.cache().forget(key for layer in pending for key in layer.problem_keys())
         for layer in tuple(pending):
             layer.ask_again(again)
+        for mixture in mixtures:
+            if again:
+                decide.cache().forget(mixture.problem_keys())
+            mixture.ask_again(again)
         stack.enter_context(measuring.process.thorough())
         stack.enter_context(watching(done))
         stack.enter_context(torch.no_grad())

@@ -39,6 +39,27 @@ GATES = {
     "geglu_tanh": Activation("gelu_tanh"),
     "swiglu": Activation("silu"),
 }
+
+
+def _swiglu_oai(gate: Tensor, through: Tensor, alpha: float, limit: float) -> Tensor:
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(gate * alpha) * (through.clamp(-limit, limit) + 1)
+
+
+def _swiglu_limited(gate: Tensor, through: Tensor, limit: float) -> Tensor:
+    return F.silu(gate.clamp(max=limit)) * through.clamp(-limit, limit)
+
+
+class Limited(NamedTuple):
+    """A gate of more than an activation: apply(gate, through, *params)."""
+
+    params: int
+    apply: Callable[..., Tensor]
+
+
+# Those of experts: of gpt-oss (alpha 1.702, limit 7), and of DeepSeek V4.
+LIMITED = {"swiglu_oai": Limited(2, _swiglu_oai), "swiglu_limited": Limited(1, _swiglu_limited)}
+_COUNTS = dict.fromkeys(GATES, 0) | {name: gate.params for name, gate in LIMITED.items()}  # of a gate's parameters
 _NAMES = frozenset(activations.names())
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,15 +77,20 @@ def apply(program: Activation | None, y: Tensor, operands: Sequence[Tensor] = ()
     if program is None or program.name in _NAMES:
         return activations.apply(program, y)
     for name, params, operand in steps_of(program):
-        if name in GATES:
-            gate, through = y.chunk(2, -1)
-            y = activations.apply(GATES[name], gate) * through
+        if name in _COUNTS:
+            y = _gated(name, params, *y.chunk(2, -1))
         elif name in BINARY:
             other = y.new_tensor(params[0]) if operand is None else operands[operand]
             y = BINARY[name](y, other if other.dtype is y.dtype else other.to(y.dtype))
         else:
             y = activations.apply(Activation(name, params), y)
     return y
+
+
+def _gated(name: str, params: tuple[float, ...], gate: Tensor, through: Tensor) -> Tensor:
+    if name in GATES:
+        return activations.apply(GATES[name], gate) * through
+    return LIMITED[name].apply(gate, through, *params)
 
 
 def linear(
@@ -90,7 +116,10 @@ def _steps_of(program: Activation) -> tuple[Step, ...]:
         name, mark, place = spelled.partition("@")
         if mark and not (name in BINARY and place.isdecimal()):
             raise ValueError(f"{program.name!r} is no epilogue program")
-        count = int(name in BINARY and not mark) if name in BINARY | GATES else activations.parameters_of(name)
+        if name in _COUNTS:
+            count = _COUNTS[name]
+        else:
+            count = int(not mark) if name in BINARY else activations.parameters_of(name)
         if len(params) < count:
             raise ValueError(f"the epilogue program {program.name!r} takes more than {len(program.params)} parameters")
         steps.append(Step(name, tuple(params[:count]), int(place) if mark else None))
@@ -118,7 +147,7 @@ def count_operands(program: Activation | None) -> int:
 
 def is_gated(program: Activation | None) -> bool:
     """Whether the program begins with a gate."""
-    return program is not None and program.name.partition("+")[0] in GATES
+    return program is not None and program.name.partition("+")[0] in _COUNTS
 
 
 def parsed(name: str, params: Sequence[float]) -> Activation:
@@ -128,11 +157,13 @@ def parsed(name: str, params: Sequence[float]) -> Activation:
         raise ValueError(f"the epilogue program {name!r} has no such parameters: {', '.join(odd)} for a float")
     program = Activation(name, tuple(params))
     steps = steps_of(program)
-    gates = [step for step in steps[1:] if step.name in GATES]
+    gates = [step for step in steps[1:] if step.name in _COUNTS]
     places = sorted({step.operand for step in steps if step.operand is not None})
     if gates or len(steps) > MAX_STEPS or places != list(range(len(places))):
         raise ValueError(f"{name!r} is no epilogue program")
-    checked = spelled(step if step.name in BINARY | GATES else _activation(step.name, step.params) for step in steps)
+    checked = spelled(
+        step if step.name in BINARY.keys() | _COUNTS.keys() else _activation(step.name, step.params) for step in steps
+    )
     if checked != program:
         raise ValueError(f"the epilogue program {name!r} has no such parameters: {params!r}")
     return program

@@ -12,7 +12,8 @@ from torch import Tensor
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
-from fastlinear.spec import activations, gates, programs
+from fastlinear.spec import gates, programs
+from fastlinear.spec.activations import Activation
 
 M, N, K = 9, 83, 21
 BINARY = programs.BINARY
@@ -34,7 +35,9 @@ FORMS: dict[str, Callable[[], Tensor]] = {
 def test_every_function_of_two_operands_is_tested() -> None:
     """A new one has to say in the specification what it means; so has a gate."""
     assert {name for name, (_, operands, _) in _kernels.functions().items() if operands} == BINARY.keys()
-    assert {name for name, (*_, gate) in _kernels.functions().items() if gate} == programs.GATES.keys()
+    assert {
+        name for name, (*_, gate) in _kernels.functions().items() if gate
+    } == programs.GATES.keys() | programs.LIMITED
 
 
 def kernels() -> list[Kernel]:
@@ -86,9 +89,9 @@ def test_gates(kernel: Kernel) -> None:
     torch.manual_seed(0)
     dtypes = kernel["dtypes"][0]
     integers = dtypes.weight is torch.int8
-    for (name, activation), columns, k_slices in zip(
-        programs.GATES.items(), (1, 7, 16, 45, 83), (1, 3, 1, 2, 1), strict=True
-    ):
+    gates_of_all = [(name, ()) for name in programs.GATES] + [("swiglu_oai", (1.5, 2.0)), ("swiglu_limited", (1.0,))]
+    sizes = zip((1, 7, 16, 45, 83, 21, 40), (1, 3, 1, 2, 1, 1, 2), strict=True)
+    for (name, params), (columns, k_slices) in zip(gates_of_all, sizes, strict=True):
         x = torch.randn(M, K).to(dtypes.x)
         w = torch.randint(-9, 9, (2 * columns, K), dtype=torch.int8) if integers else torch.randn(2 * columns, K)
         w = w if integers else w.to(dtypes.weight)
@@ -100,8 +103,8 @@ def test_gates(kernel: Kernel) -> None:
         rows = _plans.RowQuantizer("symmetric") if kernel["accumulate"] == "int32" else None
         plan, both, y = _plans.Plan(kernel["name"], 2, k_slices), torch.empty(M, 2 * columns), torch.empty(M, columns)
         _products.run(native.pack(w, layout, *scale), plan, _plans.Epilogue(), x, b, both, rows)
-        _products.run(packed, plan, _plans.Epilogue([(name, ()), ("add", (), 0)]), x, b, y, rows, [operand])
-        expected = activations.apply(activation, both[:, :columns]) * both[:, columns:] + operand
+        _products.run(packed, plan, _plans.Epilogue([(name, params), ("add", (), 0)]), x, b, y, rows, [operand])
+        expected = programs.apply(Activation(name, params), both) + operand
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         again, sums = torch.empty_like(y), torch.empty_like(both)
         steps = _plans.Epilogue([(name, ()), ("add", (), 0)])

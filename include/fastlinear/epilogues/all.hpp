@@ -45,7 +45,7 @@ using Functions =
                  epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus, epilogues::Mish,
                  epilogues::QuickGelu, epilogues::Add, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min,
                  epilogues::Max, epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh,
-                 epilogues::Swiglu>;
+                 epilogues::Swiglu, epilogues::SwigluOai, epilogues::SwigluLimited>;
 
 static_assert(Functions::table[kIdentity].name == epilogues::Identity::name);
 static_assert(Functions::table[kRelu].name == epilogues::Relu::name);

@@ -49,8 +49,8 @@ template <class V, class F>
   const V bias = load_bias<V>(s.bias, out, valid), bias_through = load_bias<V>(s.bias_through, out, valid);
   for (std::ptrdiff_t r = 0; r < s.rows; ++r) {
     const float* const in = s.in + r * s.ld_in;
-    const V y =
-        F::template apply<V>(V::load(in + c) + bias, params) * (load_valid<V>(in + through, valid) + bias_through);
+    const V opened = F::template apply<V>(V::load(in + c) + bias, params);
+    const V y = opened * F::template through<V>(load_valid<V>(in + through, valid) + bias_through, params);
     store_valid(s.out + r * s.ld_out + out, y, valid);
   }
 }

@@ -1,0 +1,215 @@
+"""Mixtures of experts of transformers' models: converted, frozen, compiled, and left as they were where they must."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlinear
+from fastlinear.layer import experts
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "max_position_embeddings": 128,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"intermediate_size": 56, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "Qwen2Moe": {
+        "intermediate_size": 56,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "Qwen3Moe": {"moe_intermediate_size": 20, "head_dim": 12, "num_experts": 6, "num_experts_per_tok": 6},
+    "GptOss": {"intermediate_size": 40, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+# Rounding sends tokens to other experts of so small a model, and so is not held against its own numbers alone.
+ERRORS: dict[Any, float] = {None: 1e-5, fastlinear.Int8Dynamic(): 0.6, fastlinear.Int4WeightOnly(): 0.9}
+TOKENS = torch.arange(18).view(2, 9) * 5
+
+
+@functools.cache
+def _made(name: str) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**COMMON, **CONFIGS[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 3:
+                parameter.normal_(0.0, 0.2)  # without which experts add next to nothing
+        return model, model(TOKENS).logits
+
+
+def made(name: str) -> Any:
+    model, logits = _made(name)
+    return copy.deepcopy(model), logits
+
+
+def mixtures(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if experts.are_experts(module)]
+
+
+def error(y: torch.Tensor, want: torch.Tensor) -> float:
+    return float((y - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_converted(name: str) -> None:
+    """The model's logits and text, on the kernels alone; the original stays, and unconvert gives it back."""
+    model, want = made(name)
+    keys = list(model.state_dict())
+    for quantize, most in ERRORS.items():
+        fast = fastlinear.convert(model, quantize=quantize, tune="off")
+        assert all(map(experts.is_fast_experts, mixtures(fast))) and len(mixtures(fast)) == 2
+        assert not any(map(experts.is_fast_experts, mixtures(model)))
+        y = fast(TOKENS).logits
+        assert error(y, want) < most and not any(mixture._elsewhere for mixture in mixtures(fast))
+        with FlopCounterMode(display=False):  # the specification answers
+            assert error(fast(TOKENS).logits, y) < 2e-2
+        assert torch.equal(fastlinear.freeze(fast)(TOKENS).logits, y) and list(fast.state_dict()) == keys
+        assert not [n for n, p in fast.named_parameters() if p.dim() == 3]
+        assert torch.equal(copy.deepcopy(fast)(TOKENS).logits, y)
+    fast = fastlinear.convert(model, tune="off")
+    told = [m.generate(TOKENS, max_new_tokens=6, do_sample=False) for m in (model, fast)]
+    assert torch.equal(*told)
+    again = fastlinear.unconvert(fastlinear.freeze(fast))
+    assert torch.equal(again(TOKENS).logits, want)
+    assert list(map(type, again.modules())) == list(map(type, model.modules()))
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+@torch.no_grad()
+def test_compiled(name: str) -> None:
+    """By our own backend, experts an op in its graph."""
+    model, want = made(name)
+    fast = fastlinear.convert(model, tune="off")
+    compiled = torch.compile(fast, backend="fastlinear")
+    assert error(compiled(TOKENS).logits, want) < 1e-5
+    assert "experts" in [node.op for graph in fastlinear.report(compiled).graphs for node in graph.nodes]
+    assert not any(mixture._elsewhere for mixture in mixtures(fast))
+
+
+@torch.no_grad()
+def test_report() -> None:
+    """A row for each product of the experts, and their share of weights and of an example's multiply-adds."""
+    model, _ = made("Mixtral")
+    before = fastlinear.report(model, (TOKENS,))
+    rows = {row.name: row for row in before}
+    row = rows["model.layers.0.mlp.experts.gate_up_proj"]
+    assert row.decision == "skipped" and row.reason == "convert was not called on it" and row.shape == "5x48x112"
+    assert before.share is not None and before.share.fast_weights == before.share.fast_multiply_adds == 0
+    fast = fastlinear.convert(model, quantize=fastlinear.Int8Dynamic(), tune="off")
+    fast(TOKENS)
+    for frozen in (False, True):
+        fast = fastlinear.freeze(fast) if frozen else fast
+        found = fastlinear.report(fast, (TOKENS,))
+        rows = {row.name: row for row in found}
+        for own, shape in (("gate_up_proj", "5x48x112"), ("down_proj", "5x56x48")):
+            row = rows[f"model.layers.1.mlp.experts.{own}"]
+            assert (row.decision, row.frozen, row.shape, row.dtype) == ("fast", frozen, shape, "float32 as int8")
+            assert row.buckets[0].bucket == 8 and row.pack_mib > 0
+        share = found.share
+        assert share is not None and before.share.weights == share.weights
+        assert before.share.multiply_adds == share.multiply_adds
+        # All but the head, the routers and attention's own products.
+        assert 0.9 < share.fast_weights / share.weights < 1.0
+        assert share.fast_multiply_adds is not None and share.multiply_adds is not None
+        attention = 18 * (48 * 48 * 2 + 48 * 24 * 2)
+        assert share.fast_multiply_adds == 2 * (attention + 18 * 2 * 3 * 48 * 56)
+        assert share.fast_multiply_adds + 18 * 48 * 99 < share.multiply_adds
+        assert "gate_up_proj" in str(found) and "gate_up_proj" in found._repr_html_()
+
+
+@torch.no_grad()
+def test_choice() -> None:
+    """include, exclude and filter_fn mean experts, too; what is fast already is told another precision."""
+    model, want = made("Mixtral")
+    first = "model.layers.0.mlp.experts"
+    fast = fastlinear.convert(model, exclude=first)
+    assert [experts.is_fast_experts(each) for each in mixtures(fast)] == [False, True]
+    assert fastlinear.report(fast)[-4].reason == f"excluded by {first!r}"
+    fast = fastlinear.convert(model, include=first)
+    assert [experts.is_fast_experts(each) for each in mixtures(fast)] == [True, False]
+    fast = fastlinear.convert(model, filter_fn=lambda module, name: not experts.are_experts(module))
+    assert not any(map(experts.is_fast_experts, mixtures(fast)))
+    fast = fastlinear.convert(fastlinear.convert(model, tune="off"), dtype=torch.bfloat16)
+    assert {each.packed_as for each in mixtures(fast)} == {"bf16"} and 1e-4 < error(fast(TOKENS).logits, want) < 0.6
+
+
+def _without(model: Any, _mixture: Any) -> None:
+    del model.model.layers[0].mlp.experts.has_gate
+
+
+def _normed(_model: Any, mixture: Any) -> None:
+    mixture.has_post_expert_norm = True
+
+
+def _spread(_model: Any, mixture: Any) -> None:
+    mixture._is_expert_parallel = True
+
+
+def _odd(_model: Any, mixture: Any) -> None:
+    mixture.act_fn = nn.Softshrink()
+
+
+def _replaced(_model: Any, mixture: Any) -> None:
+    mixture.forward = lambda *_: None
+
+
+def _infinite(_model: Any, mixture: Any) -> None:
+    with torch.no_grad():
+        mixture.down_proj[0, 0, 0] = torch.inf
+
+
+REASONS = {
+    _without: "no class of experts that transformers hands to an implementation",
+    _normed: "followed by a norm",
+    _spread: "spread over processes",
+    _odd: "an activation that is none of fastlinear's",
+    _replaced: "its forward was replaced",
+    _infinite: "its down_proj has infinities or NaN",
+}
+
+
+@pytest.mark.parametrize("spoil", REASONS, ids=lambda spoil: spoil.__name__.strip("_"))
+def test_experts_that_are_left_alone(spoil: Any) -> None:
+    """The report names them, with the reason, and their share of the weights."""
+    model, _ = made("Mixtral")
+    mixture = mixtures(model)[0]
+    spoil(model, mixture)
+    fast = fastlinear.convert(model, quantize=fastlinear.Int8Dynamic(), tune="off")
+    assert [experts.is_fast_experts(each) for each in mixtures(fast)] == [False, True]
+    found = fastlinear.report(fast)
+    (reason,) = {row.reason for row in found if row.name.startswith("model.layers.0.mlp.experts")}
+    assert REASONS[spoil] in str(reason)
+    assert found.share is not None
+    assert ("model.layers.0.mlp.experts.gate_up_proj", 5 * 112 * 48) in found.share.slow
+
+
+def test_training() -> None:
+    """Converted experts train as they did, and what is learned is what they then compute."""
+    model, _ = made("Mixtral")
+    fast = fastlinear.convert(model, tune="off")
+    grads = []
+    for each in (model, fast):
+        each.train()
+        each(TOKENS, labels=TOKENS).loss.backward()
+        grads.append(mixtures(each)[0].down_proj.grad)
+        each.zero_grad()
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        fast.eval()
+        mixtures(fast)[0].down_proj.mul_(0.5)
+        assert error(fast(TOKENS).logits, model.eval()(TOKENS).logits) < 1e-5
