@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._torch as _torch
 from fastlinear.layer.form import address_of
-from fastlinear.spec.experts import Form, computed, spelling_of
+from fastlinear.spec.experts import computed, spelling_of
 
 _modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -58,8 +59,7 @@ def _is_of(module: Any, tensors: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
-@torch.library.custom_op("fastlinear::experts", mutates_args=())
-def experts(
+def _cpu(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
@@ -70,20 +70,19 @@ def experts(
     form: str,
     handle: int,
 ) -> Tensor:
-    tensors = (first, second, first_bias, second_bias)
-    module, how = _modules.get(handle), _form(form)
-    y = None
+    tensors, y = (first, second, first_bias, second_bias), None
+    module = _modules.get(handle)
     if module is not None and module._spelled == form and _may_answer(module, x, ids, weights, tensors):
         y = module.native(x, ids, weights)
-    return _formula(how, x, ids, weights, tensors) if y is None else y
+    return _formula(x, ids, weights, *tensors, form, handle) if y is None else y
 
 
-def _formula(form: Form, x: Tensor, ids: Tensor, weights: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    return computed(form, x, ids, weights, *tensors).contiguous()  # type: ignore[arg-type]
+def _formula(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    *tensors, form, _handle = rest
+    return computed(_form(form), x, ids, weights, *tensors).contiguous()
 
 
-@experts.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -115,7 +114,7 @@ def _gradients(
     return [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(found, asked, strict=True)]
 
 
-def _autograd(keyset: Any, *arguments: Any) -> list[Tensor]:
+def _back_autograd(keyset: Any, *arguments: Any) -> list[Tensor]:
     """Where autograd still is, which it is not below this; whoever traces gets the op."""
     if not _engine.watched():
         return _gradients(*arguments)
@@ -128,31 +127,54 @@ def _fake_gradients(grad: Tensor, *rest: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, want in zip(given, wanted, strict=True) if want and t is not None]
 
 
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, below: Any, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*arguments[:-2])
+        ctx.form = arguments[-2]
+        y: Tensor = _op.redispatch(below, *arguments)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[1:]
+        wanted = [bool(needs[i]) for i in _DIFFERENTIABLE]
+        found = iter(_back(grad.contiguous(), *ctx.saved_tensors, ctx.form, wanted))
+        grads: list[Any] = [None] * len(needs)
+        for i, want in zip(_DIFFERENTIABLE, wanted, strict=True):
+            grads[i] = next(found) if want else None
+        return None, *grads
+
+
+def _autograd(keyset: Any, *arguments: Any) -> Tensor:
+    """What reverse mode differentiates has a backward of its own; other derivatives are those of torch's ops."""
+    tensors = [t for t in arguments[:-2] if t is not None]
+    dual = any(_torch.unpack_dual(t, level=0)[1] is not None for t in tensors)
+    if dual or _torch.transform() is not None:
+        how: Any = _form(arguments[-2])
+        return computed(how, *arguments[:-2], True)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        y: Tensor = _Mixture.apply(keyset & _torch.after_autograd, *arguments)  # type: ignore[no-untyped-call]
+        return y
+    return _op.redispatch(keyset & _torch.after_autograd, *arguments)  # type: ignore[no-any-return]
+
+
+_PARAMETERS = (
+    "Tensor x, Tensor ids, Tensor weights, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias"
+)
 _library = torch.library.Library("fastlinear", "FRAGMENT")
+_library.define(f"experts({_PARAMETERS}, str form, int handle) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    "experts_backward(Tensor grad, Tensor x, Tensor ids, Tensor weights, Tensor first, Tensor second, "
-    "Tensor? first_bias, Tensor? second_bias, str form, bool[] wanted) -> Tensor[]",
+    f"experts_backward(Tensor grad, {_PARAMETERS}, str form, bool[] wanted) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_op = torch.ops.fastlinear.experts.default
 _back = torch.ops.fastlinear.experts_backward.default
+_library.impl("experts", _cpu, "CPU")
+_library.impl("experts", _formula, "CompositeExplicitAutograd")  # every other device
+_library.impl("experts", _autograd, "Autograd", with_keyset=True)
 _library.impl("experts_backward", _gradients, "CompositeExplicitAutograd")
-_library.impl("experts_backward", _autograd, "Autograd", with_keyset=True)
+_library.impl("experts_backward", _back_autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("fastlinear::experts", _fake, lib=_library)
 torch.library.register_fake("fastlinear::experts_backward", _fake_gradients, lib=_library)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, form, _handle = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.form = form
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    wanted = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
-    found = iter(_back(grad.contiguous(), *ctx.saved_tensors, ctx.form, wanted))
-    grads: list[Any] = [None] * 9
-    for i, want in zip(_DIFFERENTIABLE, wanted, strict=True):
-        grads[i] = next(found) if want else None
-    return tuple(grads)
-
-
-experts.register_autograd(_backward, setup_context=_keep)

@@ -138,12 +138,8 @@ def convert(
     for layer, reason in reasons.items():
         if reason is not None and not is_fast(layer):
             vars(twin[layer])[REASON] = reason
-    _log.info(
-        "converted %d of %d linear layers and experts, fused %d activations",
-        len(chosen) + len(mixtures),
-        len(reasons),
-        len(pairs),
-    )
+    told = len(chosen), len(mixtures), len(reasons), len(pairs)
+    _log.info("converted %d linear layers and experts of %d mixtures of %d, fused %d activations", *told)
     return result
 
 
