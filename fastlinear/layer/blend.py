@@ -136,7 +136,7 @@ class _Mixture(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[1:]
         wanted = [bool(needs[i]) for i in _DIFFERENTIABLE]
@@ -152,8 +152,7 @@ def _autograd(keyset: Any, *arguments: Any) -> Tensor:
     tensors = [t for t in arguments[:-2] if t is not None]
     dual = any(_torch.unpack_dual(t, level=0)[1] is not None for t in tensors)
     if dual or _torch.transform() is not None:
-        how: Any = _form(arguments[-2])
-        return computed(how, *arguments[:-2], True)
+        return functools.partial(computed, dense=True)(_form(arguments[-2]), *arguments[:-2])
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         y: Tensor = _Mixture.apply(keyset & _torch.after_autograd, *arguments)  # type: ignore[no-untyped-call]
         return y

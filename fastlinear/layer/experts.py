@@ -29,6 +29,7 @@ from fastlinear.layer.lent import Lent
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack_apart
 from fastlinear.layer.shelf import Shelf, shelve
+from fastlinear.layer.stack import fit
 from fastlinear.plan import decide, measuring
 from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.problem import FROZEN, Problem
@@ -294,11 +295,11 @@ class ExpertsModule(nn.Module):
         """The packed weights, packed now if need be; None where they kept changing, until they have stood still."""
         parameters = self._watched()
         ready = self._ready
-        if ready is not None and not self._waits and _engine.all_fit(self._known, parameters):
+        if ready is not None and not self._waits and fit(self._known, parameters):
             return ready
         with lock:
             known = tuple(None if p is None else _engine.Fingerprint(p) for p in parameters)
-            if self._waits and _engine.all_fit(self._known, parameters):
+            if self._waits and fit(self._known, parameters):
                 self._waits -= 1
             elif self._ready is not None:
                 self._waits = _engine.trial if self._answered < _engine.trial else 0

@@ -65,7 +65,7 @@ class Stack:
             if _engine.watched() or why_not_together(self.layers, gated) is not None:
                 return False
             known = tuple(None if p is None else Fingerprint(p) for p in parameters)
-            if self._waits and _fit(self._last, parameters):
+            if self._waits and fit(self._last, parameters):
                 self._waits -= 1
             else:
                 self._waits = _engine.trial if self._last and self.siblings.answered < _engine.trial else 0
@@ -82,7 +82,10 @@ class Stack:
         return True
 
 
-def _fit(known: Sequence[Fingerprint | None], parameters: Parameters) -> bool:
+def fit(known: Sequence[Fingerprint | None], parameters: Parameters) -> bool:
+    """Whether each parameter is, and holds, what it did when its fingerprint was taken, None where it was None."""
+    if len(known) != len(parameters):
+        return False
     pairs = zip(known, parameters, strict=True)
     return all(p is None if k is None else p is not None and k.fits(p) for k, p in pairs)
 
