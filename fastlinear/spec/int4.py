@@ -14,6 +14,12 @@ consecutive k share, which fp32 holds exactly.
 The scale of a group is searched for: the codes that each of some scales rounds to, with the scale, and the offset if
 there are any, of least squares for those codes; the best of all is kept, and never one that is worse than plain
 rounding. Nothing here is meant for speed.
+
+What codes of 4 bits stand for is quantized to those codes again, bit for bit: numbers that some scale of a few hold
+exactly get the first such scale, and what a search has found is spelled by the first that holds it, too. Several may:
+of "int4" without -8 its negative, of even codes its double. Those few take the largest magnitude of a group to one of
+the larger numbers of the table, or its extremes to numbers near the ends; none of those, and plain rounding is kept; a
+group that its offset leaves no bits for becomes that offset.
 """
 
 from __future__ import annotations
@@ -45,6 +51,8 @@ TABLES: dict[str, tuple[float, ...]] = {
 _BYTES = tuple(map(float, range(-128, 128)))
 _SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
 SUPER = _tensors.SUPER  # k that share the upper level of scales of two
+_NEAR = 0.6  # of the largest magnitude of the table: the search takes that of a group to no smaller one
+_BITS = {torch.bfloat16: 8, torch.float16: 11}  # of scales and offsets; of those in fp32 12
 _BLOCK = 1 << 17  # so many numbers are quantized at a time
 
 
@@ -188,7 +196,7 @@ def quantize_weight(weight: Tensor, coding: Coding) -> Coded:
     """
     w = weight.detach()
     with torch.autocast("cpu", enabled=False):
-        parts = [quantize_channels(part, coding) for part in w.split(max(1, _BLOCK // max(1, w.shape[1])))]
+        parts = [quantize_channels(part, coding, True) for part in w.split(max(1, _BLOCK // max(1, w.shape[1])))]
         codes, scale, *offset = map(torch.cat, zip(*parts, strict=True))
     if not all(bool(each.isfinite().all()) for each in (scale, *offset)):
         odd = (~w.isfinite()).nonzero()
@@ -202,9 +210,9 @@ def quantize_weight(weight: Tensor, coding: Coding) -> Coded:
     return Coded(codes, scale, table, coding.group, *offset)
 
 
-def quantize_channels(weight: Tensor, coding: Coding) -> tuple[Tensor, ...]:
+def quantize_channels(weight: Tensor, coding: Coding, eager: bool = False) -> tuple[Tensor, ...]:
     """The codes uint8 or int8 [..., N, K], scales [..., N, groups] and offsets, if there are any, of `quantize_weight`,
-    but unchecked and traceable."""
+    but unchecked, and traceable unless `eager`, which looks at groups only as long as something is left to be found."""
     k, group = weight.shape[-1], coding.group
     padding = -k % group
     w = torch.nn.functional.pad(weight.float(), (0, padding)).unflatten(-1, (-1, group))
@@ -215,11 +223,14 @@ def quantize_channels(weight: Tensor, coding: Coding) -> tuple[Tensor, ...]:
     plain, starts = _starts(w, inside, table, coding.offsets)
     fitted = _fitted(w, inside, table, coding, starts)
     first, second = (_rounded(w, inside, table, coding, *each) for each in (plain, fitted))
-    worse = second[0] < first[0]
-    codes = torch.where(worse[..., None], second[1], first[1]).flatten(-2)[..., :k]
+    found = _where(second[0] < first[0], second[1:], first[1:])
+    if coding.table:
+        inside = None if inside is None else inside.expand(w.shape)
+        found = _spelled(w, inside, table, coding, found, first[1:], eager)
+    codes, scale, offset = found
+    codes = codes.flatten(-2)[..., :k]
     codes = codes.to(torch.uint8) if coding.table else (codes - 128).to(torch.int8)
-    scale = torch.where(worse, second[2], first[2])
-    return (codes, scale, torch.where(worse, second[3], first[3])) if coding.offsets else (codes, scale)
+    return (codes, scale, offset) if coding.offsets else (codes, scale)
 
 
 def table_of(coding: Coding, beside: Tensor) -> Tensor:
@@ -273,14 +284,114 @@ def _fitted(w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, sta
     return best
 
 
+Spelling = tuple[Tensor, Tensor, Tensor]  # codes int32 [..., groups, group], and scale and offset as they are held
+
+
 def _rounded(
     w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, scale: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squared error [..., groups], codes int32 [..., groups, group], and scale and offset as they are held."""
-    scale, offset = scale.to(coding.scales), offset.to(coding.scales)
+    """Squared error [..., groups], and the spelling."""
+    scale, offset = _held(scale, offset, coding)
     codes = _codes(_steps(w, scale.float(), offset.float()), table, coding)
-    error = w - scale.float()[..., None] * _take(table, codes) - offset.float()[..., None]
+    error = w - _stands_for(table, (codes, scale, offset))
     return (error if inside is None else error * inside).square().sum(-1), codes, scale, offset
+
+
+def _held(scale: Tensor, offset: Tensor, coding: Coding) -> Affine:
+    """Scale and offset in `coding.scales`, with no more bits than the numbers of a group tell again: 12 of fp32, no
+    offset that is lost in the largest of them, no scale that is lost in an offset."""
+    far, span = max(map(abs, coding.numbers)), max(coding.numbers) - min(coding.numbers)
+    if coding.scales is torch.float32:
+        scale, offset = (t * 4097 - (t * 4097 - t) for t in (scale, offset))  # Dekker 1971
+    scale, offset = scale.to(coding.scales), offset.to(coding.scales)
+    if not coding.offsets or not coding.table:
+        return scale, offset
+    reach, least = scale.float().abs(), offset.float().abs()
+    more = 2.0 ** (21 - _BITS.get(coding.scales, 12))  # that fp32 has than these, but for two roundings
+    scale = torch.where(least > reach * span * more, 0.0, scale)
+    return scale, torch.where(least < reach * far / more, 0.0, offset)
+
+
+def _stands_for(table: Tensor, spelling: Spelling) -> Tensor:
+    codes, scale, offset = spelling
+    return scale.float()[..., None] * _take(table, codes) + offset.float()[..., None]
+
+
+def _where(chosen: Tensor, these: Spelling, others: Spelling) -> Spelling:
+    """Of each group."""
+    codes, scale, offset = (
+        torch.where(chosen if a.dim() == chosen.dim() else chosen[..., None], a, b)
+        for a, b in zip(these, others, strict=True)
+    )
+    return codes, scale, offset
+
+
+def _spelled(
+    w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, found: Spelling, plain: Spelling, eager: bool
+) -> Spelling:
+    """What was found, or plain rounding, spelled by the first scale that holds it; or w, if some scale holds that."""
+
+    def exact(values: Tensor, inside: Tensor | None, least: int = 0) -> tuple[Tensor, Spelling]:
+        starts = _ends(values, inside, coding)
+        if eager and least:  # what no scale holds shows at the first numbers
+            few = None if inside is None else inside[..., :least]
+            likely, _ = _exact(values[..., :least], few, table, coding, starts, eager)
+            if not bool(likely.any()):
+                return likely, found
+        return _exact(values, inside, table, coding, starts, eager)
+
+    held, again = exact(_stands_for(table, found), inside)
+    if not eager or not bool(held.all()):
+        of_plain, plainly = exact(_stands_for(table, plain), inside)
+        if coding.offsets:  # what is not told again then is lost in the offset, or finer than scales are
+            middle = plain[2].float() + plain[1].float() * (table.max() + table.min()) / 2
+            _, *level = _rounded(w, inside, table, coding, torch.zeros_like(middle), middle)
+            plain = level[0], level[1], level[2]
+        again = _where(held, again, _where(of_plain, plainly, plain))
+    own, spelled = exact(w, inside, 8)
+    return again if eager and not bool(own.any()) else _where(own, spelled, again)
+
+
+def _ends(w: Tensor, inside: Tensor | None, coding: Coding) -> list[Affine]:
+    """The scales and offsets that take the extremes of a group to numbers near the ends of the table."""
+    numbers = sorted({*coding.numbers})
+    if coding.offsets:
+        held = w if inside is None else torch.where(inside > 0, w, w[..., :1])
+        least, most = held.amin(-1), held.amax(-1)
+        found = []
+        for low, high in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):
+            scale = (most - least) / (numbers[-1 - high] - numbers[low])
+            scale = torch.where(scale == 0, scale, _held(scale, most, coding._replace(offsets=False))[0].float())
+            found.append((scale, most - scale * numbers[-1 - high]))
+        return found
+    masked = w if inside is None else w * inside
+    most, least = masked.amax(-1), masked.amin(-1)
+    extreme, far = torch.where(most >= -least, most, least), max(map(abs, numbers))
+
+    def is_like_its_negative(number: float) -> bool:
+        return number > 0 and all(-each in numbers for each in numbers if abs(each) <= number)
+
+    ends = [each for each in numbers if abs(each) >= _NEAR * far and not is_like_its_negative(each)]
+    return [(extreme / end, torch.zeros_like(extreme)) for end in sorted(ends, key=lambda end: (-abs(end), end))]
+
+
+def _exact(
+    w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, starts: list[Affine], eager: bool
+) -> tuple[Tensor, Spelling]:
+    """Which groups some start holds without an error, and the spelling by the first that does."""
+    error, *spelled = _rounded(w, inside, table, coding, *starts[0])
+    fits, spelling = error == 0, (spelled[0], spelled[1], spelled[2])
+    if len(starts) == 1 or (eager and bool(fits.all())):
+        return fits, spelling
+    if not eager:
+        others, more = _exact(w, inside, table, coding, starts[1:], eager)
+        return fits | others, _where(fits, spelling, more)
+    rest = ~fits
+    starts = [(scale[rest], offset[rest]) for scale, offset in starts[1:]]
+    others, more = _exact(w[rest], None if inside is None else inside[rest], table, coding, starts, eager)
+    for to, of in zip((fits, *spelling), (others, *more), strict=True):
+        to[rest] = of
+    return fits, spelling
 
 
 def _steps(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
