@@ -2,21 +2,18 @@
 
 The installed library runs everything of the table: what CPUID allows as users run it, what it hides on a machine that
 it is made to believe in, natively where a probe shows that the CPU executes it, else with the help of tests/emulator.
-A build of its sources with one of them changed makes the mutants.
+A build of its sources with some of them changed makes the mutants.
 """
 
 import ctypes
 import faulthandler
-import fcntl
 import mmap
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -88,61 +85,22 @@ def system_headers(source: Path) -> list[str]:
     return re.findall(r"^#include <(\w+|immintrin\.h)>$", source.read_text(), re.MULTILINE)
 
 
-class Build:
-    """The sources compiled unit by unit in a folder, so that a mutant compiles what it touches.
-
-    That one alone is not optimized: functions of several units that nobody inlines would be one function.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.units = [*sorted(ROOT.glob("csrc/*.cpp")), ROOT / "tests/kernel/product.cpp"]
-        self.objects = [folder / f"{unit.stem}.o" for unit in self.units]
-        self.unchanged = folder / "unchanged.so"
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist share the folder
-            if not self.unchanged.exists():
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    list(pool.map(lambda unit, to: self.compile(unit, ROOT, to), self.units, self.objects))
-                names = sorted({name for unit in ROOT.rglob("include/**/*.hpp") for name in system_headers(unit)})
-                (folder / "system.hpp").write_text("".join(f"#include <{name}>\n" for name in names))
-                self.compile(folder / "system.hpp", ROOT, folder / "system.hpp.gch", "-O0", "-x", "c++-header")
-                self.link("unchanged", self.objects)
-
-    @staticmethod
-    def compile(unit: Path, tree: Path, target: Path, *more: str | Path) -> Path:
-        compiler = os.environ.get("CXX", "g++").split()
-        options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{tree / 'include'}"]
-        subprocess.run([*compiler, *options, *more, "-c", unit, "-o", target], check=True)
-        return target
-
-    def link(self, name: str, objects: list[Path]) -> Path:
-        library = self.folder / f"{name}.so"
-        subprocess.run([*os.environ.get("CXX", "g++").split(), "-shared", *objects, "-o", library, "-ldl"], check=True)
-        return library
-
-    def changed(self, name: str, file: str, old: str, new: str, unit: str) -> Path:
-        """The library with `old` in `file`, a header that `unit` includes, replaced by `new`.
-
-        Each has a name of its own, since dlopen knows libraries by their names.
-        """
-        tree = self.folder / name.replace(" ", "-")
-        shutil.copytree(ROOT / "include", tree / "include")
-        text = (tree / file).read_text()
-        assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}: mutant is stale"
-        (tree / file).write_text(text.replace(old, new))
-        soon = ("-O0", "-include", self.folder / "system.hpp")  # which is precompiled
-        objects = [
-            self.compile(source, tree, tree / "changed.o", *soon) if source.stem == unit else unchanged
-            for source, unchanged in zip(self.units, self.objects, strict=True)
-        ]
-        return self.link(tree.name, objects)
+PRODUCT = ROOT / "tests/kernel/product.cpp"
 
 
-@cache
-def build() -> Build:
-    """The sources as they are, compiled when a process of a run of the tests first asks for them."""
-    return Build(Path(os.environ["TESTS_BUILD_FOLDER"]))
+def compile(unit: Path, tree: Path, target: Path, *more: str | Path) -> Path:
+    """A unit and the headers of a tree, not optimized."""
+    compiler = os.environ.get("CXX", "g++").split()
+    options = ["-std=c++20", "-O0", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{tree / 'include'}"]
+    subprocess.run([*compiler, *options, *more, "-c", unit, "-o", target], check=True)
+    return target
+
+
+def link(library: Path, objects: list[Path]) -> Path:
+    """dlopen knows libraries by their names."""
+    compiler = os.environ.get("CXX", "g++").split()
+    subprocess.run([*compiler, "-shared", *objects, "-o", library, "-ldl"], check=True)
+    return library
 
 
 _caches: list[tuple[int, int, int]] = []
@@ -244,8 +202,8 @@ def affine(out: tuple[torch.dtype, float, int] | None) -> Affine:
 Product = Callable[..., Tensor]
 
 
-def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels: panels) -> Product:
-    """`native.product` on a library built here; `place` moves the packed panels [bytes] to other memory."""
+def product_of(library: Path) -> Product:
+    """`native.product` on a library built here."""
     function = ctypes.CDLL(str(library)).product
     function.restype = ctypes.c_bool
 
@@ -265,7 +223,7 @@ def product_of(library: Path, place: Callable[[Tensor], Tensor] = lambda panels:
         if way(str(kernel["isa"])) == EMULATED:
             emulator.install()
         format, shape = packed.layout.split("/")
-        panels = place(packed.data)
+        panels = packed.data
         smooth = torch.zeros(0) if rows is None or rows.smooth is None else rows.smooth
         smooth = torch.nn.functional.pad(smooth, (0, -len(smooth) % 16))
         parts = (

@@ -15,6 +15,8 @@ import native
 import pytest
 import torch
 
+import fastlinear._kernels as _kernels
+
 ROOT = library.ROOT
 PAGE = ROOT / "docs/kernels.md"
 
@@ -65,12 +67,10 @@ def multiply(tree: Path) -> library.Product:
     kept = [name for name in re.findall(r"&\w+::kIsa", listed) if name in ("&toy::kIsa", "&scalar::kIsa")]
     assert len(kept) == 2
     (small / "registry.cpp").write_text(table.replace(start + listed, start + ", ".join(kept)))
-    units = [small / "registry.cpp", tree / "csrc/scalar.cpp", tree / "csrc/toy.cpp", ROOT / "tests/kernel/product.cpp"]
+    units = [small / "registry.cpp", tree / "csrc/scalar.cpp", tree / "csrc/toy.cpp", library.PRODUCT]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda unit: library.Build.compile(unit, tree, small / f"{unit.stem}.o"), units))
-    made = small / "recipes.so"
-    subprocess.run([*os.environ.get("CXX", "g++").split(), "-shared", *objects, "-o", made, "-ldl"], check=True)
-    return library.product_of(made)
+        objects = list(pool.map(lambda unit: library.compile(unit, tree, small / f"{unit.stem}.o"), units))
+    return library.product_of(library.link(small / "recipes.so", objects))
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,16 @@ def test_a_kernel_and_an_isa(multiply: library.Product, name: str) -> None:
             native.check(
                 scalar(), multiply(scalar() | {"name": name}, packed, x, b, [], 1, k_slices, y), x, w, b, exact=True
             )
+
+
+def test_every_epilogue_of_an_isa(multiply: library.Product) -> None:
+    """The new ISA has the vectors of the one that it is based on, and every activation that they know."""
+    for name, params in _kernels.activations().items():
+        x, w, b = native.random_case(7, 37, 11, scalar()["dtypes"][0])
+        packed, y, expected = native.pack(w, "fp32/16x1"), torch.empty(7, 37), torch.empty(7, 37)
+        multiply(scalar() | {"name": "fp32/toy/3x16"}, packed, x, b, [(name, params)], 2, 3, y)
+        native.run(scalar(), x, w, b, [(name, params)], threads=2, k_slices=3, out=expected)
+        assert native.same_bits(y, expected), name
 
 
 def meaning(tree: Path) -> ModuleType:

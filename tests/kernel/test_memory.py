@@ -5,7 +5,8 @@ What may die runs in a forked child, so that an overrun is one failed test with 
 
 import itertools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import guard
 import native
@@ -15,7 +16,9 @@ import torch
 from native import Kernel, Note, every_integer_kernel, every_kernel
 from torch import Tensor
 
+import fastlinear._weights as _weights
 from fastlinear.spec.int8 import Quantized, Requantize, Rows
+from kernel import test_int8
 
 SHAPES = ("one", "tile", "tile and one", "ragged")
 EDGES: tuple[Literal["start", "end"], ...] = ("start", "end")
@@ -51,6 +54,56 @@ def test_nothing_outside_the_operands_is_touched(kernel: Kernel, size: str, k_sl
                 assert native.same_bits(y, expected)
 
     native.in_child(action)
+
+
+def fenced_pack(at: Literal["start", "end"]) -> Callable[..., _weights.Packed]:
+    """`native.pack`, whose panels, with what stands behind them, lie flush against a forbidden page."""
+    pack = native.pack
+
+    def fenced(*weight: Any) -> _weights.Packed:
+        packed = pack(*weight)
+        return _weights.Packed.over(guard.guarded(packed.data, at), packed.layout, packed.n, packed.k)
+
+    return fenced
+
+
+@pytest.mark.parametrize("at", EDGES)
+@every_kernel
+def test_panels_are_not_left(kernel: Kernel, at: Literal["start", "end"], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed panels flush against forbidden pages: no kernel reads a byte beyond them."""
+    monkeypatch.setattr(native, "pack", fenced_pack(at))
+
+    def action(note: Note) -> None:
+        for m, n, k, k_slices in panels_of(kernel):
+            note(f"{m} x {n} x {k}, {k_slices} slices")
+            x, w, _ = native.exact_case(kernel, m, n, k, kernel["dtypes"][0])
+            native.check(kernel, native.run(kernel, x, w, k_slices=k_slices), x, w, exact=True)
+
+    native.in_child(action)
+
+
+@pytest.mark.parametrize("at", EDGES)
+@every_integer_kernel
+def test_integer_panels_are_not_left(
+    kernel: Kernel, at: Literal["start", "end"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor beyond the scales, sums and zero points behind the panels of integer products."""
+    monkeypatch.setattr(native, "pack", fenced_pack(at))
+
+    def action(note: Note) -> None:
+        for m, n, k, k_slices in panels_of(kernel):
+            note(f"{m} x {n} x {k}, {k_slices} slices")
+            q = test_int8.weight(n, k, zeros=True)
+            test_int8.held(kernel, torch.randn(m, k), q, test_int8.KINDS["asymmetric"], k_slices=k_slices)
+
+    native.in_child(action)
+
+
+def panels_of(kernel: Kernel) -> list[tuple[int, int, int, int]]:
+    """(M, N, K, slices of K) that end within a panel, with it and within the next."""
+    columns = (1, kernel["nr"], kernel["columns"], 2 * kernel["columns"] + 1)
+    rows = [(1, 1, 1), (kernel["mr"] + 1, 23, 1), (2 * kernel["mr"], 23, 3)]
+    return [(m, n, k, k_slices) for n in columns for m, k, k_slices in rows]
 
 
 @every_kernel

@@ -14,7 +14,10 @@ namespace fastlinear {
 
 template <class F>
 struct ExtremesSoFar {
-  F least = F::set(0.0f), greatest = F::set(0.0f), odd = F::set(0.0f);
+  F least, greatest, odd;
+
+  // An implicit constructor is compiled for the baseline: where nothing is inlined it calls F::set by another ABI.
+  ExtremesSoFar() : least(F::set(0.0f)), greatest(least), odd(least) {}
 
   // x * 0 is NaN where x is not finite.
   [[gnu::always_inline]] void add(F x) {
