@@ -41,7 +41,7 @@ ROOMS = {
     "formats": _cpp("formats", "what an element is", "contract"),
     "weight": _cpp("weight", "a weight [N, K] to panels, and back", "contract", "formats", "host"),
     "generic": _cpp("generic", "written once over a vector", "contract", "formats"),
-    "epilogues": _cpp("epilogues", "one file a function", "contract", "generic"),
+    "epilogues": _cpp("epilogues", "a file for a function, or those of one kind", "contract", "generic"),
     "isa": _cpp("isa", "one folder an instruction set", "contract", "formats", "generic"),
     "driver": _cpp("driver", "from a problem to y", "contract", "formats", "host", "weight"),
     "csrc": Room(

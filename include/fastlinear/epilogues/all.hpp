@@ -1,10 +1,9 @@
 // The functions an epilogue may apply, in the order of the registry: activations, those of two operands, gates. To add
-// one: a file, and a name in this list.
+// one: a file, or a struct in one of its kind, and a name in this list.
 #pragma once
 
 #include "fastlinear/contract/epilogue.hpp"
-#include "fastlinear/epilogues/add.hpp"
-#include "fastlinear/epilogues/div.hpp"
+#include "fastlinear/epilogues/binary.hpp"
 #include "fastlinear/epilogues/elu.hpp"
 #include "fastlinear/epilogues/gates.hpp"
 #include "fastlinear/epilogues/gelu.hpp"
@@ -14,17 +13,13 @@
 #include "fastlinear/epilogues/hardtanh.hpp"
 #include "fastlinear/epilogues/identity.hpp"
 #include "fastlinear/epilogues/leaky_relu.hpp"
-#include "fastlinear/epilogues/max.hpp"
-#include "fastlinear/epilogues/min.hpp"
 #include "fastlinear/epilogues/mish.hpp"
-#include "fastlinear/epilogues/mul.hpp"
 #include "fastlinear/epilogues/quick_gelu.hpp"
 #include "fastlinear/epilogues/relu.hpp"
 #include "fastlinear/epilogues/relu6.hpp"
 #include "fastlinear/epilogues/sigmoid.hpp"
 #include "fastlinear/epilogues/silu.hpp"
 #include "fastlinear/epilogues/softplus.hpp"
-#include "fastlinear/epilogues/sub.hpp"
 #include "fastlinear/epilogues/tanh.hpp"
 #include "fastlinear/generic/step.hpp"
 
