@@ -16,7 +16,7 @@ from timing import Call, Rotation, Sampled
 from torch import Tensor, nn
 
 import fastlinear
-import fastlinear._engine as _engine
+import fastlinear._plans as _plans
 from fastlinear.plan import decide, measuring
 from fastlinear.plan.candidates import Chosen
 from fastlinear.spec.int8 import quantize_weight
@@ -181,7 +181,7 @@ class Fast:
         with measuring.process.thorough():
             first(x)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        (chosen,) = (plan for plan in first.plans if plan.bucket == _engine.bucket(len(x)))
+        (chosen,) = (plan for plan in first.plans if plan.bucket == _plans.bucket(len(x)))
         with mock.patch.object(decide, "decide", return_value=chosen):
             for module in others:
                 module(x)

@@ -120,3 +120,26 @@ cdef Meeting meet(View* operand, View* x, ptrdiff_t columns, COperand* found) no
 cdef ptrdiff_t columns_of(Packed w, Epilogue epilogue) noexcept
 cdef COperand as_operand(object tensor, ptrdiff_t m, ptrdiff_t columns) except *
 cdef bint answers(Plan plan, Packed w, RowQuantizer rows, Format x) noexcept
+
+# Buckets of M: exact to 8, then two an octave (12 16 24 32 48 64 ...) up to 2^40, which stands for all beyond it: more
+# rows than memory holds, unless they are one row expanded.
+cdef enum:
+    LAST_OCTAVE = 40
+    BUCKETS = 9 + 2 * (LAST_OCTAVE - 3)
+
+cdef struct Bucket:
+    int index       # in a list of plans
+    ptrdiff_t rows  # the largest M in it, or 2^40
+
+cdef inline Bucket bucket_of(ptrdiff_t m) noexcept:
+    cdef Bucket b
+    cdef int octave = 4
+    b.index, b.rows = <int> m, m
+    if m <= 8:
+        return b
+    while octave < LAST_OCTAVE and m > (<ptrdiff_t> 1) << octave:
+        octave += 1
+    b.index, b.rows = 8 + 2 * (octave - 3), (<ptrdiff_t> 1) << octave
+    if m <= b.rows // 4 * 3:
+        b.index, b.rows = b.index - 1, b.rows // 4 * 3
+    return b

@@ -15,6 +15,8 @@ class Plan:
         self, kernel: str, threads: int = 1, k_slices: int = 1, caches: tuple[int, int, int] | None = None
     ) -> None: ...
 
+def bucket(m: int) -> int: ...
+
 Step = tuple[str, tuple[float, ...]] | tuple[str, tuple[float, ...], int]
 
 class Epilogue:

@@ -47,6 +47,11 @@ cdef class Plan:
         return f"Plan({self.kernel!r}, threads={self.plan.threads}, k_slices={self.plan.k_slices})"
 
 
+def bucket(ptrdiff_t m):
+    """The bucket of M: the smallest of 0..8, 12, 16, 24, 32, 48, 64, 96 ... that is not below it; at most 2^40."""
+    return bucket_of(m).rows
+
+
 cdef class Epilogue:
     """What happens to the sums: the bias is added, then each (activation name, parameters) is applied in turn.
 

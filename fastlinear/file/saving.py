@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-import fastlinear._engine as _engine
+import fastlinear._fingerprints as _fingerprints
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.file import manifest, matching, safetensors
@@ -271,4 +271,4 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
 def _take(layer: Any, frozen: Frozen) -> None:
     """Spares a fast layer the packing of its weight."""
     for engine in filter(None, (layer._engine, layer._engine.elsewhere)):
-        engine.take(layer.weight, _engine.Fingerprint(layer.weight), frozen.packed)
+        engine.take(layer.weight, _fingerprints.Fingerprint(layer.weight), frozen.packed)

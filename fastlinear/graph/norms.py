@@ -16,7 +16,7 @@ from torch import Tensor, fx
 import fastlinear._rows as _rows
 import fastlinear._tensors as _tensors
 import fastlinear.spec.norms as spec
-from fastlinear._engine import watched
+from fastlinear._modes import watched
 from fastlinear.graph.capture import example, op_of, same_shape
 from fastlinear.graph.story import Story
 from fastlinear.spec.norms import Norm

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import fastlinear._engine as _engine
+import fastlinear._modes as _modes
 import fastlinear._environment as environment
 import fastlinear._torch as _torch
 from fastlinear.layer.form import address_of
@@ -116,7 +116,7 @@ def _gradients(
 
 def _back_autograd(keyset: Any, *arguments: Any) -> list[Tensor]:
     """Where autograd still is, which it is not below this; whoever traces gets the op."""
-    if not _engine.watched():
+    if not _modes.watched():
         return _gradients(*arguments)
     return _back.redispatch(keyset & _torch.after_autograd, *arguments)  # type: ignore[no-any-return]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import fastlinear._engine as _engine
 import fastlinear._environment as environment
+import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 import fastlinear._torch as _torch
 from fastlinear.layer.fitness import dtype_of, why_unread
@@ -20,12 +20,12 @@ def why_elsewhere(layer: Any, x: Any, stale: bool) -> str:
     """The first of all reasons that there are for a call layer(x) not to be answered by the kernels. stale: whether the
     weight was not packed, or changed since."""
     reason = _why_switched_off(layer) or why_watched() or _why_input(layer, x) or why_unread(layer)
-    return reason or (_engine.CHANGING if stale else "the form of its tensors")
+    return reason or (_reasons.CHANGING if stale else "the form of its tensors")
 
 
 def _why_switched_off(layer: Any) -> str | None:
     if layer.training:
-        return _engine.TRAINING
+        return _reasons.TRAINING
     return "FASTLINEAR_DISABLE" if environment.disabled() else None
 
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._engine as _engine
+import fastlinear._fingerprints as _fingerprints
+import fastlinear._modes as _modes
+import fastlinear._reasons as _reasons
 import fastlinear._environment as environment
 import fastlinear._experts as _experts
 import fastlinear._plans as _plans
@@ -76,7 +79,7 @@ class ExpertsModule(nn.Module):
     _name: str
     _frozen_experts: Frozen | None = None
     _ready: _Ready | None
-    _known: tuple[_engine.Fingerprint | None, ...]
+    _known: tuple[_fingerprints.Fingerprint | None, ...]
     _decided: dict[tuple[int, int, str, int], tuple[Chosen, float]]
     _elsewhere: dict[str, int]  # calls that the kernels did not answer, by reason
     _answered: int
@@ -193,21 +196,21 @@ class ExpertsModule(nn.Module):
             y = self.native(hidden_states, ids, weights)
             if y is not None:
                 return y
-            why = _engine.CHANGING
+            why = _reasons.CHANGING
         count = self._elsewhere[why] = self._elsewhere.get(why, 0) + 1
         if count == 1:
             decide.tell(f"{label(self)} goes round the kernels: {why}")
-        if why in (_engine.TRAINING, "FASTLINEAR_DISABLE"):
+        if why in (_reasons.TRAINING, "FASTLINEAR_DISABLE"):
             return self.in_training(hidden_states, ids, weights)
-        return self.in_torch(hidden_states, ids, weights, dense=_engine.watched())
+        return self.in_torch(hidden_states, ids, weights, dense=_modes.watched())
 
     def _why_elsewhere(self, x: Any, ids: Any, weights: Any) -> str | None:
         """Why the kernels do not answer a call, in a few words; None where they may."""
         if self.training:
-            return _engine.TRAINING
+            return _reasons.TRAINING
         if environment.disabled():
             return "FASTLINEAR_DISABLE"
-        if _engine.watched():
+        if _modes.watched():
             return why_watched() or "a mode of torch"
         return self.why_not_these(x, ids, weights) or self.why_unread()
 
@@ -298,7 +301,7 @@ class ExpertsModule(nn.Module):
         if ready is not None and not self._waits and fit(self._known, parameters):
             return ready
         with lock:
-            known = tuple(None if p is None else _engine.Fingerprint(p) for p in parameters)
+            known = tuple(None if p is None else _fingerprints.Fingerprint(p) for p in parameters)
             if self._waits and fit(self._known, parameters):
                 self._waits -= 1
             elif self._ready is not None:
@@ -316,7 +319,7 @@ class ExpertsModule(nn.Module):
         names = (first, second, f"{first}_bias", f"{second}_bias")
         return tuple(self._parameters.get(name) for name in names)
 
-    def _hold(self, shelves: tuple[Shelf, Shelf], known: tuple[_engine.Fingerprint | None, ...]) -> None:
+    def _hold(self, shelves: tuple[Shelf, Shelf], known: tuple[_fingerprints.Fingerprint | None, ...]) -> None:
         biases = [None if b is None else b.detach() for b in self.tensors()[2:]]
         biases[0] = self._form.bias(biases[0])
         steps = (self._form.program, None)
@@ -339,12 +342,12 @@ class ExpertsModule(nn.Module):
     def _plan(self, which: int, rows: int, pairs: int, x: torch.dtype, ready: _Ready) -> _plans.Plan:
         """What runs the one product or the other, of so many rows an expert."""
         threads = _products.num_threads()
-        key = (which, threads, name_of(x), _engine.bucket(rows))
+        key = (which, threads, name_of(x), _plans.bucket(rows))
         found, due = self._decided.get(key, (None, 0.0))
         if found is None or (due and time.monotonic() >= due):
             shelf = ready.shelves[which]
             bias = self.tensors()[2 + which]
-            problem = self._problem(which, shelf, threads, name_of(x), _engine.bucket(rows))
+            problem = self._problem(which, shelf, threads, name_of(x), _plans.bucket(rows))
             own = None if bias is None else bias.detach()[0].contiguous()
             operands = decide.Operands(None, own, shelf.packs[0], self._quantizer)
             found = decide.decide(problem, operands, measure=self._tune == "lazy")
@@ -420,7 +423,7 @@ class ExpertsModule(nn.Module):
     def _handed_out(self, name: str) -> Tensor:
         """A frozen weight for others than the module; whoever writes to it makes it a Parameter again."""
         weight = self._unpacked(name)
-        if torch.compiler.is_dynamo_compiling() or _engine.watched():
+        if torch.compiler.is_dynamo_compiling() or _modes.watched():
             return weight
         lent = Lent(weight, functools.partial(_take_over, self, name))
         return lent.hand_out(lent.whole)

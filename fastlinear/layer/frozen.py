@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-import fastlinear._engine as _engine
+import fastlinear._modes as _modes
 import fastlinear._torch as _torch
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine
@@ -271,7 +271,7 @@ class Freezable(nn.Module):
 
 def _handed_out(frozen: Frozen, transposed: bool) -> Tensor:
     """The weight for others than the layer; whoever records or rewrites what is done with it gets plain ops."""
-    plain = torch.compiler.is_dynamo_compiling() or _engine.watched()
+    plain = torch.compiler.is_dynamo_compiling() or _modes.watched()
     return frozen.unpack(transposed) if plain else frozen.read(transposed)
 
 

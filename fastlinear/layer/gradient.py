@@ -28,7 +28,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._torch as _torch
 import fastlinear._weights as _weights
-from fastlinear._engine import bucket
+from fastlinear._plans import bucket
 from fastlinear.layer.lock import lock
 from fastlinear.plan import decide, table
 from fastlinear.plan.problem import FROZEN, Problem

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear._engine import Siblings, quicken_group
+from fastlinear._siblings import Siblings, quicken_group
 from fastlinear.layer.linear import FastLinear, is_fast
 from fastlinear.layer.stack import Stack
 from fastlinear.spec.schemes import Scheme

@@ -17,6 +17,7 @@ from torch import Tensor
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._products as _products
+import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine
@@ -48,7 +49,7 @@ _UNSAVED = (
     "__jit_ignored_attributes__",
 )
 
-_BY_TORCH = (_engine.UNFIT, _engine.TRAINING, _engine.DISABLED)
+_BY_TORCH = (_reasons.UNFIT, _reasons.TRAINING, _reasons.DISABLED)
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -152,18 +153,18 @@ class FastModule(Freezable):
 
     def _slow(self, x: Tensor, why: str, bare: bool, operands: tuple[Tensor, ...] = ()) -> Tensor:
         """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
-        if why == _engine.PROFILED:
+        if why == _reasons.PROFILED:
             return operator.linear(self, x, bare, operands)
-        if isinstance(x, torch.fx.Proxy) and not self.training and why != _engine.DISABLED:
+        if isinstance(x, torch.fx.Proxy) and not self.training and why != _reasons.DISABLED:
             return operator.recorded(self, x, bare, operands)
-        if why == _engine.AUTOCAST:
+        if why == _reasons.AUTOCAST:
             y = self._under_autocast(x, bare, operands)
         else:
             y = None if why in _BY_TORCH else self._answer(x, self.packed_as, bare, operands)
         if y is None:
             self._count(x, why)
             y = self._torch(x, bare, operands)
-            if why not in (_engine.UNFIT, _engine.DISABLED, _engine.AUTOCAST) and record_of(self) is None:
+            if why not in (_reasons.UNFIT, _reasons.DISABLED, _reasons.AUTOCAST) and record_of(self) is None:
                 self._teach(self._engine_for(self.packed_as, bare), bare)
         return y
 
@@ -176,7 +177,7 @@ class FastModule(Freezable):
         engine.plainly(plain, None if is_quantized(precision) else changing, self._elsewhere)
 
     def _count(self, x: Tensor, why: str) -> None:
-        self._tell(why_elsewhere(self, x, why in (_engine.STALE, _engine.GRADIENT)))
+        self._tell(why_elsewhere(self, x, why in (_reasons.STALE, _reasons.GRADIENT)))
 
     def _tell(self, reason: str) -> None:
         count = self._elsewhere[reason] = self._elsewhere.get(reason, 0) + 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastlinear._engine as _engine
+import fastlinear._fingerprints as _fingerprints
 import fastlinear._weights as _weights
 from fastlinear.plan import table
 from fastlinear.spec import gates, int4
@@ -19,7 +19,7 @@ from fastlinear.spec.precision import Precision, is_same
 
 # (memory of the weight, whether it is transposed, layout, smoothing) -> what it was when it was packed, and its pack.
 # No reference to a Parameter is held, not even a weak one, which torch.utils.swap_tensors refuses.
-_packs: dict[tuple[Any, ...], tuple[_engine.Fingerprint, weakref.ref[_weights.Packed]]] = {}
+_packs: dict[tuple[Any, ...], tuple[_fingerprints.Fingerprint, weakref.ref[_weights.Packed]]] = {}
 
 
 class GatedPacked(_weights.Packed):
@@ -76,7 +76,7 @@ def pack(
     precision: Precision,
     transposed: bool = False,
     compare: bool = False,
-    fingerprint: _engine.Fingerprint | None = None,
+    fingerprint: _fingerprints.Fingerprint | None = None,
     gated: bool = False,
 ) -> _weights.Packed:
     """The weight [n, k], or [k, n] if transposed, in the format `precision.packed` and the layout of this machine.
@@ -87,7 +87,7 @@ def pack(
     """
     layout, smooth, coding = layout_of(precision), precision.smooth, precision.coding
     # Before the contents are read: what is written meanwhile is then seen at the next call.
-    fingerprint = fingerprint or _engine.Fingerprint(weight)
+    fingerprint = fingerprint or _fingerprints.Fingerprint(weight)
     key = (fingerprint.memory, transposed, gated, layout, coding, None if smooth is None else smooth.numpy().tobytes())
     known, shared = _packs.get(key, (None, None))
     packed = shared() if shared is not None and known is not None and known.fits(weight) else None

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastlinear._engine as _engine
+import fastlinear._fingerprints as _fingerprints
+import fastlinear._plans as _plans
 import fastlinear._products as _products
 from fastlinear._engine import Engine
 from fastlinear.layer.fitness import why_unread
@@ -58,7 +59,7 @@ def prepare(layer: Any, engine: Engine, packed_as: str, x: Tensor) -> bool:
             quantized = layer._is_own(engine) and is_quantized(precision)
             if frozen is None and not engine.ready(weight) and not quantized:
                 return False
-            fingerprint = _engine.Fingerprint(weight)
+            fingerprint = _fingerprints.Fingerprint(weight)
             packed = pack(weight, precision, layer._transposed, fingerprint=fingerprint, gated=layer._gated)
             if frozen is not None:
                 engine.hold(packed)
@@ -67,7 +68,7 @@ def prepare(layer: Any, engine: Engine, packed_as: str, x: Tensor) -> bool:
                     del layer._plans[key]
     m = x.shape[:-1].numel()
     if m > 0:
-        _plan(layer, engine, _engine.bucket(m), x.dtype)
+        _plan(layer, engine, _plans.bucket(m), x.dtype)
     for done in _watchers:
         done(layer)
     return True
@@ -97,7 +98,7 @@ def _plan(layer: Any, engine: Engine, m: int, x: torch.dtype) -> None:
             holding = f"bare {spare.format}" if engine.bare else spare.format  # counts, and shares, its memory
             holder = layer._casting.setdefault(holding, layer._new_engine(layer._cast, engine.bare))
             if not holder.fresh(layer):
-                holder.take(weight, _engine.Fingerprint(weight), spare)
+                holder.take(weight, _fingerprints.Fingerprint(weight), spare)
 
 
 def _settled(layer: Any, key: tuple[Engine, int, str, int], x: torch.dtype) -> bool:

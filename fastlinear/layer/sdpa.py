@@ -19,7 +19,7 @@ import fastlinear._attention as _attention
 import fastlinear._environment as environment
 import fastlinear._tensors as _tensors
 import fastlinear._torch as _torch
-from fastlinear._engine import watched
+from fastlinear._modes import watched
 from fastlinear.plan import attention as plan
 from fastlinear.plan.attention import Answer, Question
 from fastlinear.spec import attention as spec

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 import fastlinear._engine as _engine
+import fastlinear._modes as _modes
+import fastlinear._reasons as _reasons
 import fastlinear._weights as _weights
-from fastlinear._engine import Engine, Fingerprint, Siblings
+from fastlinear._engine import Engine
+from fastlinear._fingerprints import Fingerprint
+from fastlinear._siblings import Siblings
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.frozen import Frozen, hold
 from fastlinear.layer.linear import FastLinear, is_fast
@@ -62,7 +66,7 @@ class Stack:
         """Packs the parameters as they are now; False where the last ones did not last, until these have."""
         with lock:
             gated = self.whole._gated
-            if _engine.watched() or why_not_together(self.layers, gated) is not None:
+            if _modes.watched() or why_not_together(self.layers, gated) is not None:
                 return False
             known = tuple(None if p is None else Fingerprint(p) for p in parameters)
             if self._waits and fit(self._last, parameters):
@@ -116,7 +120,7 @@ class _Whole(FastLinear):
         return engine
 
     def _slow(self, x: Tensor, why: str, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Any:
-        return self._native(x, self.packed_as) if why in (_engine.STALE, _engine.UNPLANNED) else None
+        return self._native(x, self.packed_as) if why in (_reasons.STALE, _reasons.UNPLANNED) else None
 
 
 def why_not_together(layers: Sequence[Any], gated: bool = False) -> str | None:

@@ -12,7 +12,7 @@ import torch
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
-from fastlinear._engine import bucket
+from fastlinear._plans import bucket
 from fastlinear.plan import measuring, race, rivals
 from fastlinear.plan.decide import believed, cache, remember, tell
 from fastlinear.plan.memory import Remembered

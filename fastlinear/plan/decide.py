@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import fastlinear._cpu as _cpu
-import fastlinear._engine as _engine
 import fastlinear._environment as environment
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
@@ -242,9 +241,9 @@ def _among_candidates(tuned: Remembered, problem: Problem) -> Chosen | None:
 
 def _neighbor(problem: Problem) -> Chosen | None:
     """What was measured for the bucket of M next to this one, or the one after that."""
-    up = _engine.bucket(problem.m + 1)
-    down = max(1, problem.m - 1 if problem.m <= 8 else _engine.bucket(problem.m * 2 // 3))
-    for m in (down, up, _engine.bucket(max(1, problem.m // 2)), _engine.bucket(2 * problem.m)):
+    up = _plans.bucket(problem.m + 1)
+    down = max(1, problem.m - 1 if problem.m <= 8 else _plans.bucket(problem.m * 2 // 3))
+    for m in (down, up, _plans.bucket(max(1, problem.m // 2)), _plans.bucket(2 * problem.m)):
         known = _remembered(problem, of=problem._replace(m=m))
         if known is not None:
             return known._replace(source="neighbor", table=(), measured=(0, 0))

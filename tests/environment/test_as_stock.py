@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastlinear
-import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
+import fastlinear._reasons as _reasons
 from fastlinear import FastLinear
 from fastlinear.layer import fitness, lookup
 
@@ -218,7 +218,7 @@ def test_disable_is_obeyed_by_planned_layers(how: dict[str, Any], monkeypatch: p
         fast(x), fast(x)
         monkeypatch.delenv("FASTLINEAR_DISABLE")
         assert torch.equal(fast(x), y)
-    assert why == [_engine.DISABLED] * 2
+    assert why == [_reasons.DISABLED] * 2
 
 
 @pytest.mark.parametrize("name", [row["name"] for row in _kernels.kernels() if row["runnable"]])

@@ -20,7 +20,7 @@ from models import OFF
 from torch import nn
 
 import fastlinear
-import fastlinear._engine as _engine
+import fastlinear._plans as _plans
 import fastlinear._weights as _weights
 from fastlinear.layer import linear
 from fastlinear.plan import candidates, decide, rivals, table
@@ -299,9 +299,9 @@ def test_buckets_are_bounded() -> None:
     all_of_them = sorted({*range(9), *(3 << i for i in range(2, 39)), *(1 << i for i in range(4, 41))})
     numbers = random.Random(0)
     for m in [*range(3000), *(numbers.getrandbits(numbers.randint(1, 40)) for _ in range(3000))]:
-        assert _engine.bucket(m) == all_of_them[bisect.bisect_left(all_of_them, m)]
+        assert _plans.bucket(m) == all_of_them[bisect.bisect_left(all_of_them, m)]
     for m in (2**40, 2**40 + 1, 2**47, 2**62 + 1, 2**63 - 1):
-        assert _engine.bucket(m) == 2**40
+        assert _plans.bucket(m) == 2**40
 
 
 def test_more_rows_than_32_bits_count() -> None:

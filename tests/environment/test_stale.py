@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
-import fastlinear._engine as _engine
+import fastlinear._fingerprints as _fingerprints
+import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.layer.planning import prepare
@@ -264,7 +265,7 @@ def test_the_sample_is_spread(layout: str, dtype: torch.dtype) -> None:
     beside the weight."""
     for n, k in SIZES:
         weight = LAYOUTS[layout](torch.randn(n, k, dtype=dtype))
-        fingerprint = _engine.Fingerprint(weight)
+        fingerprint = _fingerprints.Fingerprint(weight)
         assert fingerprint.fits(weight)
         for parts, axis in ((min(8, n), 0), (min(4, k), 1)):
             for part in weight.data.tensor_split(parts, axis):
@@ -279,10 +280,10 @@ def test_the_sample_is_spread(layout: str, dtype: torch.dtype) -> None:
 def test_nan_and_zeros(dtype: torch.dtype) -> None:
     """Bits are compared: NaN is equal to itself, and -0 is not 0."""
     weight = torch.full((N, K), torch.nan, dtype=dtype)
-    assert (fingerprint := _engine.Fingerprint(weight)).fits(weight)
+    assert (fingerprint := _fingerprints.Fingerprint(weight)).fits(weight)
     weight.data.zero_()
     assert not fingerprint.fits(weight)
-    fingerprint = _engine.Fingerprint(weight)
+    fingerprint = _fingerprints.Fingerprint(weight)
     weight.data.neg_()
     assert not fingerprint.fits(weight)
 
@@ -290,9 +291,9 @@ def test_nan_and_zeros(dtype: torch.dtype) -> None:
 def test_no_shape_is_read_beyond_its_memory() -> None:
     """Empty, expanded and one-element weights have a fingerprint, too."""
     for weight in (torch.empty(0, 5), torch.empty(5, 0), torch.ones(1).expand(1 << 20, 1 << 20), torch.ones(3, 1)):
-        assert _engine.Fingerprint(weight).fits(weight)
+        assert _fingerprints.Fingerprint(weight).fits(weight)
     with pytest.raises(TypeError, match="weight must be a dense"):
-        _engine.Fingerprint(torch.empty(3, 3, device="meta"))
+        _fingerprints.Fingerprint(torch.empty(3, 3, device="meta"))
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def test_torch_is_called_at_once(train: bool, dtype: torch.dtype | None, kind: t
             torch.testing.assert_close(got, want)
     del fast[0]._slow
     assert type(fast[0])._slow is slow
-    word = _engine.TRAINING if train else _engine.CHANGING
+    word = _reasons.TRAINING if train else _reasons.CHANGING
     assert list(fast[0]._elsewhere) == [word]
     assert fast[0]._elsewhere[word] in ((20,) if train else (18, 19))  # the first changes may each find a pack
     assert f"calls elsewhere: {word}" in " ".join(str(fastlinear.report(fast)).split())

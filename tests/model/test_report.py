@@ -11,8 +11,8 @@ from reports import answer, entry
 from torch import nn
 
 import fastlinear
-import fastlinear._engine as _engine
 import fastlinear._kernels as _kernels
+import fastlinear._plans as _plans
 import fastlinear._products as _products
 from fastlinear.layer import linear
 from fastlinear.layer.quality import Quality
@@ -61,7 +61,7 @@ def test_plans_and_memory_after_calls() -> None:
         for rows in (100, 3):
             fast(torch.randn(rows, 64))
     (row,) = fastlinear.report(fast)
-    assert [chosen.bucket for chosen in row.buckets] == [3, _engine.bucket(100)]
+    assert [chosen.bucket for chosen in row.buckets] == [3, _plans.bucket(100)]
     assert {chosen.source for chosen in row.buckets} == {"heuristic"}
     assert row.decision == "fast" and row.pack_mib >= 64 * 64 * 4 / 2**20
 
@@ -183,7 +183,7 @@ def test_each_format_of_x_has_its_rows() -> None:
         for dtype, rows in ((torch.float32, 3), (torch.float16, 100), (torch.float16, 3)):
             fast(torch.randn(rows, 64, dtype=dtype))
         (row,) = fastlinear.report(fast)
-        assert [(c.x, c.bucket) for c in row.buckets] == [("fp16", 3), ("fp16", _engine.bucket(100)), ("fp32", 3)]
+        assert [(c.x, c.bucket) for c in row.buckets] == [("fp16", 3), ("fp16", _plans.bucket(100)), ("fp32", 3)]
         with torch.autocast("cpu", torch.bfloat16):
             fast(torch.randn(3, 64))
     (after,) = fastlinear.report(fast)
