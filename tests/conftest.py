@@ -64,12 +64,13 @@ FEW = 8  # parameters of one test that `make test` runs in full
 
 
 def sample(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Items of one test in which each value of every `parametrize` appears, and, where it has three or more, every two
-    values of different ones together. The same ones in every run."""
+    """Items of one test in which each value of every `parametrize` appears, and, where it has three or more and is not
+    costly, every two values of different ones together. The same ones in every run."""
     rows = [(item, item.callspec._idlist) for item in items]
     random.Random(0).shuffle(rows)
     factors = range(len(rows[0][1]))
-    together = [(i,) for i in factors] if len(factors) < 3 else list(combinations(factors, 2))
+    alone = len(factors) < 3 or rows[0][0].get_closest_marker("costly")
+    together = [(i,) for i in factors] if alone else list(combinations(factors, 2))
     kept, met = set(), set()
     for item, values in rows:
         new = {(which, *(values[i] for i in which)) for which in together} - met
@@ -105,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
             tests[item.nodeid.split("[")[0]].append(item)
     for several in tests.values():
-        if len(several) > FEW:
+        if len(several) > FEW or several[0].get_closest_marker("costly"):
             for item in set(several) - sample(several):
                 item.add_marker("exhaustive")
     yield

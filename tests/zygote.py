@@ -1,10 +1,11 @@
 """Programs that run in a process of their own without importing torch anew: each is forked from an interpreter that has
-imported torch and fastlinear and has done nothing else.
+imported torch, or fastlinear, and has done nothing else.
 
-For what wants a fresh heap, a crash of its own or a pool that never ran. What the environment decides at the import
-wants a fresh interpreter instead.
+For what wants a fresh heap, a crash of its own or a pool that never ran; with `imported="torch"` also for what the
+environment tells fastlinear at its import. What it tells torch wants a fresh interpreter instead.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -20,13 +21,14 @@ SECONDS = 120  # that a program may take
 def serve() -> str:
     """Forks a process for each line of stdin, and writes its exit code; returns, there, the program that it runs."""
     for line in iter(sys.stdin.readline, ""):
-        program, environment, out, error = json.loads(line)
+        program, arguments, environment, out, error = json.loads(line)
         child = os.fork()
         if child == 0:
             for to, path in enumerate((os.devnull, out, error)):
                 os.dup2(os.open(path, os.O_RDWR), to)
             os.environ.clear()
             os.environ.update(environment)
+            sys.argv = ["-c", *arguments]
             signal.alarm(SECONDS)
             return str(program)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -34,26 +36,37 @@ def serve() -> str:
 
 
 @cache
-def server() -> "subprocess.Popen[str]":
+def server(imported: str) -> "subprocess.Popen[str]":
     """One for each process of tests; it ends with that, by the end of its input."""
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, __file__, imported], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
-def run(program: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """`python -c program` in today's environment and `environment`, as `subprocess.run` with its output captured."""
-    process = server()
+def run(
+    program: str, *arguments: str, imported: str = "fastlinear", **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """`python -c program arguments` in today's environment and `environment`, as `subprocess.run` with its output
+    captured."""
+    process = server(imported)
     assert process.stdin is not None and process.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         out, error = (Path(folder, name) for name in ("out", "error"))
         out.touch()
         error.touch()
-        request = [program, {**os.environ, **environment}, str(out), str(error)]
+        request = [program, arguments, {**os.environ, **environment}, str(out), str(error)]
         print(json.dumps(request), file=process.stdin, flush=True)
         code = int(process.stdout.readline())
         return subprocess.CompletedProcess(program, code, out.read_text(), error.read_text())
 
 
-if __name__ == "__main__":
-    import fastlinear  # noqa: F401  # what all the programs would begin with; it imports torch
+def checked(program: str, *arguments: str, imported: str = "torch", **environment: str) -> str:
+    """What such a program prints; AssertionError unless it ends well."""
+    done = run(program, *arguments, imported=imported, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
+
+if __name__ == "__main__":
+    importlib.import_module(sys.argv[1])
     exec(compile(serve(), "<program>", "exec"), {"__name__": "__main__"})

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import fastlinear._modes as _modes
 import fastlinear._environment as environment
+import fastlinear._modes as _modes
 import fastlinear._torch as _torch
 from fastlinear.layer.form import address_of
 from fastlinear.spec.experts import computed, spelling_of

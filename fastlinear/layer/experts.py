@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._engine as _engine
-import fastlinear._fingerprints as _fingerprints
-import fastlinear._modes as _modes
-import fastlinear._reasons as _reasons
 import fastlinear._environment as environment
 import fastlinear._experts as _experts
+import fastlinear._fingerprints as _fingerprints
+import fastlinear._modes as _modes
 import fastlinear._plans as _plans
 import fastlinear._products as _products
+import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 from fastlinear.layer import blend
 from fastlinear.layer.elsewhere import why_watched

@@ -1,14 +1,13 @@
 """fastlinear.hf: what transformers loads with a FastLinearConfig is what convert makes of the stock model."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import zygote
 from models import fast_names
 from torch import Tensor, nn
 
@@ -180,10 +179,10 @@ for there in (None, "4.57.1"):
     except ImportError as error:
         print(error)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    printed = zygote.checked(program)
     needs = "fastlinear.hf needs transformers 5.0 or newer"
     remedy = "pip install 'fastlinear[hf]'"
-    assert run.stdout.splitlines() == [
+    assert printed.splitlines() == [
         f"{needs}, which is not installed: {remedy}",
         f"{needs}, but 4.57.1 is installed: {remedy}",
     ]

@@ -1,7 +1,6 @@
 """The AMX kernels in instructions, which stand for time where no machine is at hand; their session; whole layers."""
 
 import ctypes
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ import machines
 import native
 import pytest
 import torch
+import zygote
 from models import other_kernels
 from torch import Tensor, nn
 
@@ -257,8 +257,7 @@ torch.save(results, sys.argv[2])
 
 def outputs(by: str, file: Path) -> list[Tensor]:
     """The products by "silicon" or "emulator", in a process of its own: tiles that were asked for fault no more."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", PRODUCTS, by, str(file)], env=environment, check=True)
+    zygote.checked(PRODUCTS, by, str(file))
     found: list[Tensor] = torch.load(file)
     return found
 

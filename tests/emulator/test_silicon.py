@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
@@ -11,6 +9,7 @@ import library
 import native
 import pytest
 import torch
+import zygote
 from refusal import refuse_tiles
 from torch import Tensor
 from torch.nn import functional as F
@@ -127,5 +126,4 @@ assert "amx" not in info["isas"] and "signal stack" in info["refused"]["amx"], i
 @on_silicon
 def test_a_small_signal_stack_stands_in_the_way() -> None:
     """Linux refuses tiles while a thread's signal stack is too small for them; `info` says that."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", SMALL_STACK], env=environment, check=True)
+    zygote.checked(SMALL_STACK)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zygote
 
 import fastlinear._products as _products
 from fastlinear.plan import waits
@@ -80,10 +81,10 @@ from fastlinear import FastLinear
 from torch import nn
 
 torch.set_num_threads(2)
-layers = [FastLinear(k, n).eval().requires_grad_(False) for k, n in ((256, 256), (512, 768), (768, 512), (1024, 256))]
+layers = [FastLinear(k, n).eval().requires_grad_(False) for k, n in ((256, 256), (512, 768), (1024, 256))]
 with torch.no_grad():
     for fast in layers:
-        for m in (1, 16, 48):
+        for m in (1, 48):
             x = torch.randn(m, fast.in_features)
             torch.testing.assert_close(fast(x), nn.functional.linear(x, fast.weight, fast.bias), rtol=1e-3, atol=1e-4)
 plans = [c for fast in layers for c in fast.plans]
@@ -95,11 +96,8 @@ def test_no_wonders_beside_spinning_processes(spinners: list[int], tmp_path: Pat
     """Two threads beside processes that take their CPUs: whatever was measured is believable, what was not is the
     rule's, without a speed-up, and marked unless the seconds were spent, and the cache has nothing of it. fp32 products
     win 8x over torch nowhere."""
-    environment = {**os.environ, "FASTLINEAR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    plans = json.loads(done.stdout)
-    assert len(plans) == 12
+    plans = json.loads(zygote.checked(CHILD, imported="fastlinear", FASTLINEAR_CACHE_DIR=str(tmp_path)))
+    assert len(plans) == 6
     for name, source, provisional, speedup in plans:
         assert speedup is None or speedup < 8, (name, speedup)
         assert source == "tuned" or (source in ("heuristic", "neighbor") and speedup is None)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import native
 import pytest
 import torch
+import zygote
 from torch import Tensor, nn
 
 import fastlinear._kernels as _kernels
@@ -65,11 +66,13 @@ def in_threads(count: int, work: Callable[[int], object]) -> None:
         raise failures[0]
 
 
-def child(code: str, **env: str) -> tuple[str, str]:
-    """(stdout, stderr) of a fresh Python that runs `code` and must end well."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+def child(code: str, imported: str = "", **env: str) -> tuple[str, str]:
+    """(stdout, stderr) of a fresh Python, or one that has imported something, that runs `code` and must end well."""
+    fresh = [sys.executable, "-c", code]
+    if imported:
+        done = zygote.run(code, imported=imported, **env)
+    else:
+        done = subprocess.run(fresh, env=os.environ | env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -288,7 +291,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 @pytest.mark.parametrize("isa", _kernels.cpu_info()["isas"][:3])
 def test_max_isa(isa: str) -> None:
     """FASTLINEAR_MAX_ISA hides every kernel above it from the table, the tuner and the plans, in every dtype."""
-    out, err = child(ISA, FASTLINEAR_MAX_ISA=isa)
+    out, err = child(ISA, imported="torch", FASTLINEAR_MAX_ISA=isa)
     isas, *tuned = out.splitlines()
     known = _kernels.cpu_info()["isas"]
     allowed = known[: 1 + known.index(isa)]
@@ -304,7 +307,7 @@ FORMATS = _tensors.FORMATS.values()
 def test_an_unknown_isa_is_told() -> None:
     """At import, in one sentence that names the variable, the value and what is allowed."""
     code = "try:\n    import fastlinear\nexcept ValueError as error:\n    print(error)"
-    out, _ = child(code, FASTLINEAR_MAX_ISA="mmx")
+    out, _ = child(code, imported="torch", FASTLINEAR_MAX_ISA="mmx")
     allowed = "scalar, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16, amx, amx_fp16"
     assert out == f"FASTLINEAR_MAX_ISA is 'mmx'; it may be one of {allowed}\n"
 
@@ -411,5 +414,5 @@ os._exit(0)
 
 def test_a_fork_while_another_thread_packs_for_its_backward() -> None:
     """The child goes back through its own pack: the lock of packing is its own, too."""
-    out, _ = child(FORK_IN_BACKWARD)
+    out, _ = child(FORK_IN_BACKWARD, imported="fastlinear")
     assert out == "0\n"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import zygote
 from forge import Small, forge_metadata, on_meta, split
 from models import OFF, PAIRINGS, Model, Pairing, fast_names, mlp, same_tensors
 from torch import Tensor, nn
@@ -520,8 +521,7 @@ from torch import nn
 torch.manual_seed(0)
 fastlinear.save(fastlinear.convert(nn.Sequential(nn.Linear(37, 70)), tune="off"), {str(path)!r})
 """
-    environment = {**os.environ, "FASTLINEAR_MAX_ISA": "scalar"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+    zygote.checked(program, FASTLINEAR_MAX_ISA="scalar")
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(37, 70))
     model = fastlinear.load(path, on_meta(lambda: nn.Sequential(nn.Linear(37, 70))))

@@ -11,7 +11,14 @@ from torch._dynamo.utils import counters
 import fastlinear
 
 
-@pytest.mark.parametrize(("architecture", "graphs"), [("llama", 2), ("qwen3", 2), ("gemma3", 3)])
+@pytest.mark.parametrize(
+    ("architecture", "graphs"),
+    [
+        pytest.param("llama", 2, marks=pytest.mark.exhaustive),
+        pytest.param("qwen3", 2, marks=pytest.mark.exhaustive),
+        ("gemma3", 3),
+    ],
+)
 def test_no_token_compiles_anew(
     architecture: str, graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,8 +86,13 @@ def _compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True, options={"tune": "off", **options})
 
 
+ALIKE = ("vit", "qwen2", "mistral")  # of the same modules as others
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in ALIKE else []) for name in MODELS]
+)
 def test_models(name: str, dtype: torch.dtype) -> None:
     """Every architecture is one graph whose linear layers all run fast, as near to fp64 as the model itself."""
     model, inputs, products = _made(name, dtype)
@@ -104,6 +109,7 @@ def test_models(name: str, dtype: torch.dtype) -> None:
     assert len(graph.layers) >= products and all(layer.decision == "fast" for layer in found)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("frozen", [False, True], ids=["converted", "frozen"])
 @pytest.mark.parametrize("scheme", [None, fastlinear.Int8Dynamic()], ids=["plain", "int8"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "encoder"])

@@ -3,12 +3,11 @@
 import errno
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import native
 import pytest
+import zygote
 from machines import (
     AMD,
     AVX,
@@ -248,7 +247,5 @@ answers = [0]
 _kernels.pretend(SPR_WITH_TILES | {"tiles": answers})
 print(_kernels.cpu_info()["refused"]["amx"], answers)
 """
-    environment = os.environ | {"FASTLINEAR_MAX_ISA": "avx512_bf16", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    said = zygote.checked(script, FASTLINEAR_MAX_ISA="avx512_bf16")
     assert said == "FASTLINEAR_MAX_ISA is avx512_bf16 [0]\n"

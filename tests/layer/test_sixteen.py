@@ -2,10 +2,7 @@
 
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zygote
 from models import OFF, PAIRINGS, Model, Pairing, inputs, mlp, other_kernels, same_tensors
 from native import FP16_BLOCK
 from oracle import FP32_SUMS, Sums, check
@@ -492,13 +490,9 @@ for held, packed, x in [(torch.float32, None, torch.float32), (torch.bfloat16, N
 
 def test_a_second_process_finds_what_was_tuned(tmp_path: Any) -> None:
     """Plans of every format come from the file afterwards, each its own; what was too noisy to tell is tuned again."""
-    environment = {**os.environ, "FASTLINEAR_CACHE_DIR": str(tmp_path)}
-    first, second = (
-        subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    )
-    assert first.stdout.count("'tuned'") == 4
-    both = list(zip(first.stdout.splitlines(), second.stdout.splitlines(), strict=True))
+    first, second = (zygote.checked(CHILD, FASTLINEAR_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first.count("'tuned'") == 4
+    both = list(zip(first.splitlines(), second.splitlines(), strict=True))
     found = [(a, b) for a, b in both if "'cache'" in b]
     assert found and all(b == a.replace("'tuned'", "'cache'") for a, b in found)
 
