@@ -107,7 +107,7 @@ def test_gates(kernel: Kernel) -> None:
         expected = programs.apply(Activation(name, params), both) + operand
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         again, sums = torch.empty_like(y), torch.empty_like(both)
-        steps = _plans.Epilogue([(name, ()), ("add", (), 0)])
+        steps = _plans.Epilogue([(name, params), ("add", (), 0)])
         _products.run(packed, plan, steps, x, b, again, rows, [operand], sums=sums)
         assert torch.equal(again, y) and torch.equal(sums, both)
 
