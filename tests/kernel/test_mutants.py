@@ -78,8 +78,8 @@ INTEGERS = [
     (
         "ReLU is done and the next step with it",
         FINISH,
-        "i = «relu || function == kIdentity»;",
-        "2 * relu + (function == kIdentity)",
+        "i = «relu || adds || (step.function == kIdentity && p.sums == nullptr)»;",
+        "2 * relu + (step.function == kIdentity)",
         QUADS,
     ),
     ("the zero points of W are not subtracted", QUANTIZE, "if («t.zeros != nullptr»)", "false", BYTES),
@@ -147,14 +147,14 @@ BROKEN = [
     Mutant(
         "a column too many is stored",
         FINISH,
-        "sums = «std::min(columns, p.n - first_sum)»",
-        "std::min(columns, p.n - first_sum + 1)",
+        "sums = «std::min(job.plan.kernel->columns(), p.n - first_sum)»",
+        "std::min(job.plan.kernel->columns(), p.n - first_sum + 1)",
     ),
     Mutant(
         "a column too few is stored",
         FINISH,
-        "sums = «std::min(columns, p.n - first_sum)»",
-        "std::min(columns, p.n - first_sum - 1)",
+        "sums = «std::min(job.plan.kernel->columns(), p.n - first_sum)»",
+        "std::min(job.plan.kernel->columns(), p.n - first_sum - 1)",
     ),
     Mutant("the second K slice is lost", DRIVER, "slice = «1»; slice < ", "2"),
     Mutant(
