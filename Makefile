@@ -10,7 +10,7 @@ CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
 COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
-.PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools wheel bench lint docs links chromium clean
+.PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools wheel wheel-test bench lint docs links chromium clean
 
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
@@ -48,11 +48,18 @@ aarch64: .venv/ready
 aarch64-tools:
 	apt-get install -y g++-aarch64-linux-gnu qemu-user
 
-# A wheel in dist/ for each of these interpreters, by PyPI's clang and checked; TWICE=--twice compares a second build's bytes.
-PYTHONS ?= $(BIN)/python
-wheel: .venv/ready
-	$(PYTHON) -m venv .venv-wheel && .venv-wheel/bin/pip install -q -r tests/wheel/requirements.txt
+# The source distribution and a wheel for each Python that is here, or each of PYTHONS, in dist/: by PyPI's clang, and
+# checked. TWICE=--twice builds each a second time, in another folder, and compares the bytes.
+wheel: .venv-wheel/ready
 	.venv-wheel/bin/python tests/wheel/build.py --python $(PYTHONS) $(TWICE)
+
+.venv-wheel/ready: tests/wheel/requirements.txt
+	$(PYTHON) -m venv .venv-wheel && .venv-wheel/bin/pip install -q -r $<
+	touch $@
+
+# Both in empty environments, without a compiler and without torch; TORCH="2.13.0 2.14.1" for other versions of it.
+wheel-test:
+	$(PYTHON) tests/wheel/check.py $(if $(TORCH),--torch $(TORCH))
 
 bench: .venv/built
 	$(BIN)/python benchmarks/bench.py
