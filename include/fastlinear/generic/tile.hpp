@@ -29,20 +29,26 @@ template <class Op, std::ptrdiff_t R, std::ptrdiff_t V>
 [[gnu::always_inline]] inline void step(typename Op::Vector (&c)[R][V], const typename Op::Weight* const (&weights)[V],
                                         const typename Op::Row* a, std::ptrdiff_t lda, std::ptrdiff_t s, bool last) {
   using Vector = typename Op::Vector;
+  const auto next_row = [&] {
+    const Vector x = last ? Op::last_row(a) : Op::row(a);
+    a += lda;
+    asm("" : "+r"(a));  // row by row: clang would keep the multiples of lda in memory, a load for each
+    return x;
+  };
   if constexpr (R * V + V + 1 <= Op::registers) {
     Vector w[V];
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < V; ++v) w[v] = Op::weights(weights[v], s);
 #pragma GCC unroll 16
     for (std::ptrdiff_t r = 0; r < R; ++r) {
-      const Vector x = last ? Op::last_row(a + r * lda) : Op::row(a + r * lda);
+      const Vector x = next_row();
 #pragma GCC unroll 8
       for (std::ptrdiff_t v = 0; v < V; ++v) c[r][v] = Op::multiply_add(x, w[v], c[r][v]);
     }
   } else {
     Vector x[R];
 #pragma GCC unroll 16
-    for (std::ptrdiff_t r = 0; r < R; ++r) x[r] = last ? Op::last_row(a + r * lda) : Op::row(a + r * lda);
+    for (std::ptrdiff_t r = 0; r < R; ++r) x[r] = next_row();
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < V; ++v) {
       const Vector w = Op::weights(weights[v], s);
