@@ -15,6 +15,7 @@ cdef class Engine:
     cdef object marker, out         # where the output of this one goes, see leads_to
     cdef Tickets tickets            # of the marker
     cdef object weight        # the parameter that was packed; None for a frozen layer
+    cdef bint by_memory       # any other tensor over the memory that was packed is as good
     cdef Fingerprint fingerprint    # of it as it was then
     cdef object candidate     # the parameter that waits to be packed
     cdef Fingerprint last     # of it as it was at the last call
@@ -32,6 +33,7 @@ cdef class Engine:
     cdef ptrdiff_t threads
     cdef Format x_format
 
+    cdef bint same(self, object weight, object known)
     cdef bint replaced(self)
     cdef bint replace(self, weight, Fingerprint fingerprint, Packed packed) except -1
     cdef bint holds(self, object weight) except -1

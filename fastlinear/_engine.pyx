@@ -68,6 +68,7 @@ cdef class Engine:
         self.transposed = transposed
         self.rows = rows
         self.bare = bare
+        self.by_memory = False
         self.drop()
 
     def split(self, tuple widths not None):
@@ -77,6 +78,14 @@ cdef class Engine:
     def stand_for(self, stock: type, forward):
         """From now on calls are the module's (`_replaced`) if `stock` has got another forward than this one."""
         self.stock = stock, forward
+
+    def follow_memory(self):
+        """From now on a weight is the one that was packed if it lies where that lay, and holds what it held: each call
+        may be lent a tensor of its own."""
+        self.by_memory = True
+
+    cdef bint same(self, object weight, object known):
+        return weight is known or self.by_memory and known is not None and is_plain(weight)
 
     cdef bint replaced(self):
         return self.stock is not None and _PyType_Lookup(
@@ -103,7 +112,7 @@ cdef class Engine:
         if self.waits == 0:
             return True
         cdef Fingerprint last = self.last
-        if weight is self.candidate and last.holds(weight):
+        if self.same(weight, self.candidate) and last.holds(weight):
             self.waits -= 1
         else:
             last = Fingerprint(weight)
@@ -171,7 +180,7 @@ cdef class Engine:
     cdef bint holds(self, object weight) except -1:
         if weight is None:
             return self.weight is None and self.packed is not None
-        return self.packed is not None and weight is self.weight and self.fingerprint.holds(weight)
+        return self.packed is not None and self.same(weight, self.weight) and self.fingerprint.holds(weight)
 
     # `module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, compile(),
     # an x that is no plain tensor.

@@ -13,6 +13,7 @@ from fastlinear.file.safetensors import Contents, Entry, shown
 from fastlinear.layer import linear
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
+from fastlinear.layer.shard import local
 from fastlinear.model import fusion
 from fastlinear.spec.activations import recognize
 
@@ -30,7 +31,8 @@ class Held(NamedTuple):
 
 
 def tensors_of(model: nn.Module) -> Iterator[Held]:
-    """All that torch knows of, and frozen weights as tensors on meta. A module at two places goes by its first name."""
+    """All that torch knows of, and frozen weights as tensors on meta; where processes share one, this one's part. A
+    module at two places goes by its first name."""
     for prefix, module in model.named_modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None and attribute == "weight" and is_frozen(module):
@@ -38,7 +40,7 @@ def tensors_of(model: nn.Module) -> Iterator[Held]:
             if tensor is not None and attribute != PLACEHOLDER:
                 kind = "transient" if attribute in module._non_persistent_buffers_set else "buffer"
                 kind = "parameter" if attribute in module._parameters else kind
-                yield Held(module, attribute, member(prefix, attribute), tensor, kind)
+                yield Held(module, attribute, member(prefix, attribute), local(tensor), kind)
 
 
 class Match(NamedTuple):
@@ -59,11 +61,15 @@ def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
     missing = [name for name in needed if name not in given]
     unexpected = [name for name in given if name not in held and name not in said.transient]
     need_the_same(model, missing, unexpected)
-    plain = [held[name] for name in needed if name in stored]
-    if other := [each.name for each in plain if tuple(each.tensor.shape) != stored[each.name].shape]:
-        raise ValueError(f"it has {listed(other)} in other shapes than this {type(model).__name__}")
     modules, slots = dict(model.named_modules()), {fused.layer: fused for fused in said.fused}
     pairs = [_pair(modules, layer, slots.get(layer.name)) for layer in said.layers]
+    plain = [held[name] for name in needed if name in stored]
+    if other := [each for each in plain if tuple(each.tensor.shape) != stored[each.name].shape]:
+        first = other[0]
+        raise ValueError(
+            f"it has {listed([each.name for each in other])} in other shapes than this {type(model).__name__}, the "
+            f"first {list(stored[first.name].shape)}, not {list(first.tensor.shape)}"
+        )
     return Match(modules, stored, plain, [pair for pair in pairs if pair is not None])
 
 
@@ -94,8 +100,11 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
     if reason is not None:
         raise ValueError(f"its layer {layer.name!r} is fast, but in this model {reason}")
     shape = (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
-    if _weight_shape(module) != shape or is_transposed(module) != layer.transposed:
-        raise ValueError(f"its layer {layer.name!r} is {layer.k} x {layer.n}, but {module!r} in this model")
+    held = _weight_shape(module)
+    if held != shape or is_transposed(module) != layer.transposed:
+        k, n = held if is_transposed(module) else held[::-1]
+        part = "" if linear.shared_as(module) is None else f", of which this process has {k} x {n},"
+        raise ValueError(f"its layer {layer.name!r} is {layer.k} x {layer.n}, but {module!r}{part} in this model")
     holder = modules.get(fused.holder) if fused else None
     there = _at(holder, fused.slot) if fused and holder is not None else None
     if fast:
@@ -119,7 +128,4 @@ def _at(holder: nn.Module, slot: str) -> object:
 
 def _weight_shape(module: Any) -> tuple[int, ...]:
     """Unread, where it is frozen."""
-    if not is_frozen(module):
-        return tuple(module.weight.shape)
-    shape = module.in_features, module._channels
-    return shape if module._transposed else shape[::-1]
+    return module.weight_shape if linear.is_fast(module) else tuple(local(module.weight).shape)

@@ -24,7 +24,9 @@ from fastlinear.layer import attention, linear, packs
 from fastlinear.layer.embedding import is_packed
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import Frozen, hold, record_of
+from fastlinear.layer.shard import local, shard_of
 from fastlinear.model import fusion
+from fastlinear.model.agreement import agreed
 from fastlinear.model.encoders import forbid_bypasses
 from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.memory import Remembered
@@ -48,7 +50,8 @@ def save(model: nn.Module, path: AnyPath) -> None:
     The file is in the format of safetensors. It takes the place of an old one in a single step, so processes that have
     that one loaded keep it, and a save that fails or is killed leaves it. Tensors that share memory are stored once; a
     fast layer's weight that something else uses too, an embedding, say, is stored plain beside its pack. With it go the
-    plans tuned so far, for machines like this one. `model` stays as it is.
+    plans tuned so far, for machines like this one. Of a model that processes share, each saves its part. `model` stays
+    as it is.
 
     Raises TypeError for what is no nn.Module, and for parameters, buffers and extra state that no file can hold;
     OSError as the system gives it.
@@ -96,7 +99,7 @@ def save(model: nn.Module, path: AnyPath) -> None:
             entry = packed.removesuffix(_PACKED) + _SMOOTH
             if tensors.setdefault(entry, smooth) is not smooth:
                 raise ValueError(f"two tensors of the file would be called {entry!r}")
-        weight = module._parameters.get("weight")
+        weight = local(module._parameters.get("weight"))
         if weight is not None and _identity(weight) in stored:
             ties[member(name, "weight")] = stored[_identity(weight)]
     plans = {key: tuned._asdict() for module in layers for key, tuned in _plans(module)}
@@ -125,19 +128,20 @@ def _blob(layer: Any) -> tuple[Blob, Hashable]:
     if frozen is not None:
         data = frozen.packed.data
         return Blob(data.nbytes, lambda: data), id(frozen)
-    weight, precision, transposed = layer._parameters["weight"], layer.precision, layer._transposed
+    weight, precision, transposed = local(layer._parameters["weight"]), layer.precision, layer._transposed
     layout = packs.layout_of(precision)
-    nbytes = _weights.packed_nbytes(layout, layer._channels, layer.in_features)
+    nbytes = _weights.packed_nbytes(layout, *_shape(layer))
     key = _identity(weight), precision.packed, precision.coding, transposed, layer._gated, id(precision.smooth)
     return Blob(nbytes, lambda: packs.pack(weight, precision, transposed, gated=layer._gated).data), key
 
 
 def _record(layer: Any, name: str, panels: str) -> Layer:
     frozen, packed = record_of(layer), layer.packed_as
+    n, k = _shape(layer)
     return Layer(
         name=name,
-        n=layer._channels,
-        k=layer.in_features,
+        n=n,
+        k=k,
         held=_tensors.FORMATS[dtype_of(layer)],
         packed=packed,
         layout=packs.layout_of(layer.precision) if frozen is None else frozen.packed.layout,
@@ -150,6 +154,12 @@ def _record(layer: Any, name: str, panels: str) -> Layer:
         quantized=_scheme(layer._precision, panels),
         products=layer._precision.products,
     )
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """n and k of what is packed."""
+    n, k = layer.weight_shape[::-1] if layer._transposed else layer.weight_shape
+    return n, k
 
 
 def _scheme(precision: Precision, panels: str) -> StoredScheme | None:
@@ -185,12 +195,13 @@ def load(path: AnyPath, model: Model) -> Model:
     and now, which `report` tells. Buffers that no state dict has are taken from the file where the model's are on meta.
 
     Raises FormatError for a file that is damaged, newer, or of another model, whose missing and unexpected names it
-    tells; OSError as the system gives it. The model is then as it was.
+    tells; OSError as the system gives it. The model is then as it was. Where processes share the model (its parameters
+    are DTensors), each loads a file of its own, and where one raises, all do, with RuntimeError.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load() fills an nn.Module, but was given {type(model).__name__}")
-    mapped = safetensors.open_mapped(path)
-    with faults_of(path), ExitStack() as undo:
+    with agreed(model, "load"), faults_of(path), ExitStack() as undo:
+        mapped = safetensors.open_mapped(path)
         said = manifest.parse(mapped.contents)
         for module in _attentions(model, said):
             attention.open_up(module)
@@ -248,6 +259,8 @@ def _assign(match: Match, said: Manifest, mapped: Mapped) -> None:
         if name not in parameters:
             parameters[name] = nn.Parameter(mapped.tensor(name), requires_grad=False)
         tensor = parameters[name] if held.kind == "parameter" else parameters[name].data
+        if (shard := shard_of(getattr(held.module, held.attribute))) is not None:
+            tensor = nn.Parameter(shard.whole(parameters[name].data), requires_grad=False)
         setattr(held.module, held.attribute, tensor)
 
 
@@ -255,6 +268,7 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
     """Makes a layer fast, and frozen unless its weight is stored plain, too; it then has that and its pack."""
     packed = None if record.packed == record.held else record.packed
     coding = coding_of(frozen.packed)
+    frozen.shard = linear.shared_as(module)
     precision = Precision(packed, record.accumulate, products=record.products, coding=coding)
     if record.quantized is not None:
         rows = record.quantized.rows._replace(smooth=frozen.smooth)
@@ -271,4 +285,5 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
 def _take(layer: Any, frozen: Frozen) -> None:
     """Spares a fast layer the packing of its weight."""
     for engine in filter(None, (layer._engine, layer._engine.elsewhere)):
-        engine.take(layer.weight, _fingerprints.Fingerprint(layer.weight), frozen.packed)
+        weight = local(layer.weight)
+        engine.take(weight, _fingerprints.Fingerprint(weight), frozen.packed)

@@ -14,6 +14,7 @@ import fastlinear._tensors as _tensors
 from fastlinear.layer.frozen import Freezable, Frozen, record_of
 from fastlinear.layer.packs import pack_quantized
 from fastlinear.layer.quality import coded_snr
+from fastlinear.layer.shard import is_shared, local, why_unshared
 from fastlinear.spec.foreign import foreign
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import ANYHOW, Wanted
@@ -37,7 +38,8 @@ def why_no_twin(module: nn.Module) -> str | None:
         return "the attention around it reads its weight and never calls it"
     if type(module) not in (nn.Linear, conv1d()):
         return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
-    if not runs_its_own(module, "forward") and not ("_hf_hook" in vars(module) and runs_its_own(module, HOOKED)):
+    hooked = "_hf_hook" in vars(module) and runs_its_own(module, HOOKED)
+    if not runs_its_own(module, "forward") and not hooked and not runs_its_part(module):
         return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
     return None
 
@@ -49,6 +51,36 @@ def runs_its_own(module: nn.Module, attribute: str) -> bool:
         return attribute == "forward"
     own = isinstance(method, types.MethodType) and method.__func__ is type(module).forward
     return own and method.__self__ is module
+
+
+def runs_its_part(module: nn.Module) -> bool:
+    """Whether transformers' tensor parallelism is around the module's forward: a function that lends it this process's
+    parts of the parameters, which are DTensors, and keeps the forward of its class in its closure."""
+    return any(map(is_shared, module._parameters.values())) and _kept(vars(module).get("forward")) is not None
+
+
+def _kept(function: Any) -> types.MethodType | None:
+    """The forward of a module that a function around it keeps."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held = [cell for cell in cells if isinstance(cell, types.MethodType) and isinstance(cell.__self__, nn.Module)]
+    kind: Any = type(held[0].__self__) if len(held) == 1 else None
+    return held[0] if kind is not None and held[0].__func__ is kind.forward else None
+
+
+def around(module: nn.Module, cls: type[nn.Module]) -> types.FunctionType:
+    """What stands for the forward of a module that `runs_its_part`, around that of `cls`. In a copy it is a function
+    around the original's."""
+    function: types.FunctionType = vars(module)["forward"]
+    kept: Any = _kept(function)
+    instead = {id(kept): types.MethodType(cls.forward, module), id(kept.__self__): module}
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    closure = tuple(types.CellType(instead.get(id(cell), cell)) for cell in cells)
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(vars(function))
+    return made
 
 
 def conv1d() -> Any:
@@ -65,7 +97,7 @@ def _why_unpacked(layer: Any, asked: Wanted, name: str) -> str | None:
     reason = why_unread(layer)
     if reason is not None or asked.scheme is None:
         return reason
-    weight = layer.weight
+    weight = local(layer.weight)
     reason = asked.why_not(name, weight.shape[0 if is_transposed(layer) else 1])
     if reason is None and weight.numel() > 0 and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
         reason = "its weight has infinities or NaN, which no integers stand for"
@@ -88,6 +120,10 @@ def why_unread(module: nn.Module, but: str = "") -> str | None:
         return "its bias is computed by a hook or parametrization"
     if but == "weight":
         weight = None
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if (reason := why_unshared(tensor)) is not None:
+            return f"its {what} {reason}"
+    weight, bias = local(weight), local(bias)
     if weight is not None and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
     for what, tensor in (("weight", weight), ("bias", bias)):

@@ -34,6 +34,7 @@ from fastlinear.layer import operator
 from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import GatedPacked, kind_of, repack
+from fastlinear.layer.shard import Shard
 from fastlinear.plan import table
 from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import gates
@@ -50,7 +51,8 @@ class Frozen:
 
     packed: the weight [n, k]; dtype: what the Parameter was in, and will be again; requires_grad: likewise; origin: for
     the report, in a few words, where the pack comes from if it was not packed here ("repacked from bf16/32x2"); smooth:
-    fp32 [k] that the columns of the weight were divided by before they were packed, None for 1.
+    fp32 [k] that the columns of the weight were divided by before they were packed, None for 1; shard: where processes
+    share the weight, of which `packed` is a part.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class Frozen:
         requires_grad: bool = False,
         origin: str = "",
         smooth: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.packed, self.dtype, self.requires_grad, self.origin = packed, dtype, requires_grad, origin
-        self.smooth = smooth
+        self.smooth, self.shard = smooth, shard
         self.layers: WeakSet[Freezable] = WeakSet()  # those that are tied by this
         self.reads = 0  # by others than the layer itself
         self.kept: Lent | None = None  # what is lent, once it is read often
@@ -97,10 +100,14 @@ class Frozen:
         return lent.hand_out(lent.whole)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:  # copied layers are tied by the copy
-        return Frozen(self.packed, self.dtype, self.requires_grad, self.origin, self.smooth)
+        return Frozen(self.packed, self.dtype, self.requires_grad, self.origin, self.smooth, self.shard)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         packed = self.packed
+        if self.shard is not None:
+            raise TypeError(
+                "a frozen weight that processes share cannot be pickled: unfreeze the model, or save its file"
+            )
         rest = self.dtype, self.requires_grad, self.smooth, self.gated
         if packed.grouped:  # whose layout is the same on every machine
             data = _bytes_of(packed.data) if protocol > 2 else packed.data
@@ -212,14 +219,21 @@ class Freezable(nn.Module):
         raise NotImplementedError
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
     def precision(self) -> Precision:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             frozen = record_of(self)
-            if frozen is not None:
+            if frozen is not None and frozen.shard is None:
                 return _handed_out(frozen, self._transposed)
+            if frozen is not None:  # writes into a DTensor go unseen
+                thaw_layer(self)
+                return self._parameters[name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -243,7 +257,8 @@ class Freezable(nn.Module):
         frozen = record_of(self)
         if frozen is not None:
             # Averages of weights are written straight into a model's state dict.
-            destination[prefix + "weight"] = _handed_out(frozen, self._transposed)
+            shared = None if frozen.shard is None else frozen.shard.whole(frozen.unpack(self._transposed))
+            destination[prefix + "weight"] = _handed_out(frozen, self._transposed) if shared is None else shared
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + PLACEHOLDER, None)
 
@@ -284,10 +299,11 @@ def hold(layer: Any, frozen: Frozen) -> None:
 
     Raises ValueError where the shapes differ.
     """
-    if (frozen.packed.n, frozen.packed.k) != (layer._channels, layer.in_features):
+    shape = (frozen.packed.n, frozen.packed.k)
+    held = layer.weight_shape[::-1] if layer._transposed else layer.weight_shape
+    if shape != held:
         raise ValueError(
-            f"a layer of {layer.in_features} in and {layer.out_features} out features cannot hold a weight of "
-            f"{frozen.packed.n} x {frozen.packed.k}"
+            f"a layer of {held[1]} in and {held[0]} out features cannot hold a weight of {shape[0]} x {shape[1]}"
         )
     with lock:
         if layer._frozen is not None:
@@ -307,7 +323,8 @@ def thaw_layer(layer: Any) -> None:
         if frozen is None:
             return
         lent = frozen.lent
-        weight = nn.Parameter(frozen.unpack(layer._transposed) if lent is None else lent.whole, frozen.requires_grad)
+        held = frozen.unpack(layer._transposed) if lent is None else lent.whole
+        weight = nn.Parameter(held if frozen.shard is None else frozen.shard.whole(held), frozen.requires_grad)
         if lent is not None:
             lent.parameter = weight
         _thaw(frozen, weight)

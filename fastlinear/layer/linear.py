@@ -15,13 +15,24 @@ from torch import Tensor, nn
 
 from fastlinear.layer import lookup
 from fastlinear.layer.fallback import label
-from fastlinear.layer.fitness import HOOKED, conv1d, runs_its_own, taken_over, why_no_twin, why_not, why_unread
+from fastlinear.layer.fitness import (
+    HOOKED,
+    around,
+    conv1d,
+    runs_its_own,
+    runs_its_part,
+    taken_over,
+    why_no_twin,
+    why_not,
+    why_unread,
+)
 from fastlinear.layer.frozen import Freezable, Frozen, hold, is_frozen, record_of, thaw_layer
 from fastlinear.layer.fused import TakesOperands
 from fastlinear.layer.lock import lock
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
 from fastlinear.layer.quality import note
+from fastlinear.layer.shard import Shard, local, shard_of
 from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import activations, foreign, programs
@@ -199,6 +210,11 @@ def precision_of(module: Any) -> Precision:
     return precision
 
 
+def shared_as(module: Any) -> Shard | None:
+    """How the weight of a layer, fast or not, lies in the memories of processes that share it."""
+    return module._shard if is_fast(module) else shard_of(module._parameters.get("weight"))
+
+
 def set_precision(module: Any, precision: Precision) -> None:
     """Tells a fast layer what to compute in."""
     vars(module)["_precision"] = precision
@@ -230,9 +246,11 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
             raise ValueError(f"{type(layer).__name__} cannot be frozen: {reason}")
         weight = layer._parameters["weight"]
         # It may have changed in a way that torch does not count.
-        packed = pack(weight, layer.precision, layer._transposed, compare=True, gated=layer._gated)
+        packed = pack(local(weight), layer.precision, layer._transposed, compare=True, gated=layer._gated)
         note(layer, packed, for_good=True)
-        frozen = Frozen(packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth)
+        frozen = Frozen(
+            packed, weight.dtype, weight.requires_grad, smooth=layer.precision.smooth, shard=shard_of(weight)
+        )
         for twin in (layer, *tied):
             plan = [plan for (engine, *_), plan in twin._plans.items() if engine is twin._engine]
             vars(twin)["_precision"] = twin._precision._replace(sample=None)  # it has served
@@ -285,6 +303,8 @@ def is_fast(module: nn.Module) -> bool:
 
 def _turn_into(module: nn.Module, cls: type[nn.Module]) -> None:
     """Gives a module another class, and what stands for its forward that class's."""
+    if runs_its_part(module):
+        vars(module)["forward"] = around(module, cls)
     for attribute in ("forward", HOOKED):
         if attribute in vars(module) and runs_its_own(module, attribute):
             vars(module)[attribute] = types.MethodType(cls.forward, module)
@@ -304,6 +324,7 @@ _OWN = (
     "_precision",
     "_operands",
     "_kernel",
+    "_shard",
 )
 _CONV_OWN = ("in_features", "out_features")
 

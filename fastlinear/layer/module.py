@@ -28,6 +28,7 @@ from fastlinear.layer.fitness import dtype_of, odd_dtype
 from fastlinear.layer.frozen import Freezable, Frozen, record_of, watch_parameters
 from fastlinear.layer.lock import lock
 from fastlinear.layer.planning import is_quantized, prepare
+from fastlinear.layer.shard import Shard, answer, is_shared, local, shard_of
 from fastlinear.plan import rivals
 from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.decide import tell
@@ -46,6 +47,7 @@ _UNSAVED = (
     "_elsewhere",
     "_panels",
     "_form",
+    "_shard",
     "__jit_ignored_attributes__",
 )
 
@@ -68,6 +70,7 @@ class FastModule(Freezable):
     _absorbed: Any = None  # the marker where the activation stood that this layer applies for it
     _tune: str
     _kernel: str | None = None  # what `linear.force` told it to run
+    _shard: Shard | None = None  # where its weight is one that several processes share
     weight: Tensor
     bias: Any  # Tensor or None; mypy takes the constructor's argument for it
     activation: Activation | None
@@ -157,6 +160,8 @@ class FastModule(Freezable):
             return operator.linear(self, x, bare, operands)
         if isinstance(x, torch.fx.Proxy) and not self.training and why != _reasons.DISABLED:
             return operator.recorded(self, x, bare, operands)
+        if is_shared(x) and (y := self._answer_shared(x, operands)) is not None:
+            return y
         if why == _reasons.AUTOCAST:
             y = self._under_autocast(x, bare, operands)
         else:
@@ -167,6 +172,21 @@ class FastModule(Freezable):
             if why not in (_reasons.UNFIT, _reasons.DISABLED, _reasons.AUTOCAST) and record_of(self) is None:
                 self._teach(self._engine_for(self.packed_as, bare), bare)
         return y
+
+    def _answer_shared(self, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor | None:
+        """The answer to a DTensor, by its parts; None where torch has to find one."""
+        frozen = record_of(self)
+        shard = shard_of(self._parameters.get("weight")) if frozen is None else frozen.shard
+        if shard is None and frozen is not None:
+            raise RuntimeError(
+                f"{label(self)} was frozen before its model was split between processes, and nothing can split it now: "
+                "unfreeze, parallelize, then freeze"
+            )
+        if shard is None or self.training or operands or environment.disabled():
+            return None
+        if shard != self._shard:  # it was split after it was converted
+            self._reset()
+        return answer(self, x, shard)
 
     def _teach(self, engine: Engine, bare: bool) -> None:
         """Tells the engine how torch answers in training mode and while the weight keeps changing."""
@@ -271,8 +291,17 @@ class FastModule(Freezable):
 
     def _columns(self) -> int:
         """Of x. The weight may have been given another shape through `.data`."""
-        weight = self._parameters.get("weight")
-        return self.in_features if weight is None else int(weight.shape[0 if self._transposed else -1])
+        return self.weight_shape[0 if self._transposed else -1]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the weight as the Parameter has it, which for a frozen layer is not unpacked for it; where processes
+        share it, of this one's part."""
+        frozen, weight = record_of(self), self._parameters.get("weight")
+        if weight is not None:
+            return tuple(local(weight).shape)
+        shape = (self._channels, self.in_features) if frozen is None else (frozen.packed.n, frozen.packed.k)
+        return shape[::-1] if self._transposed else shape
 
     def _torch(self, x: Tensor, bare: bool = False, operands: tuple[Tensor, ...] = ()) -> Tensor:
         """The answer in torch's own ops."""
@@ -332,6 +361,8 @@ class FastModule(Freezable):
     def _new_engine(self, precision: Precision, bare: bool = False) -> Engine:
         steps = epilogue(self.computes(bare)[0], None if bare else precision.out)
         engine = Engine(steps, self._transposed, precision.quantizer(), bare)
+        if self._shard is not None:
+            engine.follow_memory()
         if self._stock is not None:
             engine.stand_for(*self._stock)
         return engine
@@ -344,7 +375,9 @@ class FastModule(Freezable):
         return engine is self._engine or engine is self._engine.elsewhere
 
     def _reset(self) -> None:
-        engine, frozen = self._new_engine(self._precision), record_of(self)
+        frozen = record_of(self)
+        vars(self)["_shard"] = shard_of(self._parameters.get("weight")) if frozen is None else frozen.shard
+        engine = self._new_engine(self._precision)
         if self._differs_by_call:
             tickets = None if self._absorbed is None else self._absorbed.tickets_of(self)
             engine.join(self._new_engine(self._precision, True), self._absorbed, tickets, self._precision.out)

@@ -17,6 +17,7 @@ from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack
+from fastlinear.layer.shard import is_shared
 from fastlinear.plan import decide, rivals
 from fastlinear.plan.problem import Problem
 from fastlinear.spec.formats import DTYPES, name_of
@@ -52,6 +53,8 @@ def prepare(layer: Any, engine: Engine, packed_as: str, x: Tensor) -> bool:
             vars(layer)["_torch_packs"] = {}
             # Read once: another thread may be setting it, to one of another dtype.
             weight = layer.weight if frozen is None else frozen.unpack(layer._transposed)
+            if is_shared(weight):  # of which nobody lent this process's part to the call
+                return False
             if layer._is_own(engine):
                 packed_as = layer._precision.packed or name_of(weight.dtype)
             precision = layer._precision_in(engine, packed_as)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastlinear._weights as _weights
 from fastlinear.layer.frozen import record_of
+from fastlinear.layer.shard import local
 from fastlinear.spec import int4
 from fastlinear.spec.int8 import Quantized, output_snr, signal_to_noise, weight_snr
 from fastlinear.spec.packed import numbers
@@ -65,13 +66,14 @@ def _noted(owner: Any, packed: _weights.Packed) -> Quality:
 
 def _measured(layer: Any, packed: _weights.Packed) -> Quality:
     every, precision = max(1, packed.n * packed.k // _ELEMENTS), layer.precision
-    weight = (layer.weight.t() if layer._transposed else layer.weight).detach()[::every]
+    weight = local(layer.weight).detach()
+    weight = (weight.t() if layer._transposed else weight)[::every]
     if packed.grouped:
         return Quality(signal_to_noise(weight, numbers(packed)[::every]))
     scale, zero = packed.scale, packed.zero
     assert scale is not None
     quantized = Quantized(packed.unpack()[::every], scale[::every], None if zero is None else zero[::every])
-    bias = None if layer.bias is None else layer.bias.detach()[::every]
+    bias = None if layer.bias is None else local(layer.bias).detach()[::every]
     of_output = None
     if precision.sample is not None and weight.numel() > 0:
         of_output = output_snr(precision.sample, weight, quantized, precision.rows, bias)

@@ -137,6 +137,8 @@ def why_not_together(layers: Sequence[Any], gated: bool = False) -> str | None:
             return reason
         if layer._parameters.get("weight") is None:
             return "one of them is frozen"
+        if layer._shard is not None:
+            return "several processes share their weights"
         if layer.activation is not None:
             return f"one of them has an activation, {layer.activation.name}"
         if layer._precision.fallback:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from fastlinear.layer import attention, experts, linear
 from fastlinear.layer.fitness import dtype_of, taken_over
+from fastlinear.layer.shard import shard_of
 from fastlinear.model import chains, fusion
+from fastlinear.model.agreement import agreed
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
 from fastlinear.model.freezing import unfreeze
@@ -87,15 +89,21 @@ def convert(
     Layers that are fast already stay as they are, unless `dtype`, `accumulate`, `quantize` or `products` is given: then
     they take all four.
 
+    Of a model whose parameters are DTensors, each process packs its own part; all have to call this alike.
+
     nn.TransformerEncoder leaves torch's fused fast path, which would bypass the converted layers; as always without
     that path, outputs at padded positions are arbitrary instead of zero.
 
     Raises TypeError or ValueError for arguments of a wrong kind; warns (UserWarning) of a pattern that matches no
-    layer and of a model with nothing to convert.
+    layer and of a model with nothing to convert. Where processes share the model, ValueError in all of them if they
+    disagree about a layer, and RuntimeError if it failed in one, or one does not call it within a minute.
     """
     _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
     asked = wanted(dtype, accumulate, quantize, products)
-    reasons = choose(model, include, exclude, filter_fn, asked)
+    names = {module: name for name, module in model.named_modules()}
+    with agreed(model, "convert") as told:
+        reasons = choose(model, include, exclude, filter_fn, asked)
+        told.update((names[layer], f"{asked.text()}, {_placed(layer, reason)}") for layer, reason in reasons.items())
     wished = [layer for layer, reason in reasons.items() if reason is None]
     mixtures = [layer for layer in wished if experts.are_experts(layer)]
     chosen = [layer for layer in wished if not experts.are_experts(layer) and not linear.is_fast(layer)]
@@ -105,7 +113,6 @@ def convert(
 
     result = model if inplace else _copy_sharing_tensors(model)
     twin = dict(zip(model.modules(), result.modules(), strict=True))
-    names = {module: name for name, module in model.named_modules()}
     heads, mode = attentions(model), "off" if tune == "off" else "lazy"
     with ExitStack() as undo:
         for whole in (heads[layer] for layer in chosen if layer in heads):
@@ -141,6 +148,13 @@ def convert(
     told = len(chosen), len(mixtures), len(reasons), len(pairs)
     _log.info("converted %d linear layers and experts of %d mixtures of %d, fused %d activations", *told)
     return result
+
+
+def _placed(layer: Any, reason: str | None) -> str:
+    """What another process must say of a layer, too: where its weight lies, and why it is left alone."""
+    shard = shard_of(layer._parameters.get("weight"))
+    where = "" if shard is None else f" of {tuple(shard.shape)} as {', '.join(map(str, shard.placements))}"
+    return f"a weight{where}, {reason or 'fast'}"
 
 
 def _set_weight(layer: Any, weight: Any) -> None:

@@ -19,7 +19,8 @@ import fastlinear._products as _products
 from fastlinear.layer import experts, linear
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.quality import UNKNOWN, quality_of
-from fastlinear.model import page, table
+from fastlinear.layer.shard import local
+from fastlinear.model import page, splits, table
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
 from fastlinear.model.selection import expert_layers, linear_layers, why_skipped
 from fastlinear.model.shares import Share, share_of
@@ -129,8 +130,10 @@ def report(model: nn.Module, example: Any = None) -> Report:
             name = names[0] if len(weights) < 2 else running._name
             described = describe(name, running, otherwise)
             rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
+    told = splits.notes(rows.items())
+    noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
     mixtures = [row for each, names in expert_layers(model).items() for row in describe_experts(names[0], each)]
-    found = Report([*rows.values(), *mixtures])
+    found = Report([*noted, *mixtures])
     found.graphs = tuple(own)
     fast = {name for name, running in of_rows if rows[running].decision not in ("skipped", "elsewhere")}
     found.share = share_of(model, fast, example)
@@ -213,7 +216,7 @@ def _weight_bytes(layer: Any) -> int:
     frozen = record_of(layer)
     if frozen is not None:
         return int(frozen.packed.n * frozen.packed.k * frozen.dtype.itemsize)
-    return int(layer.weight.nbytes)
+    return int(local(layer.weight).nbytes)
 
 
 def _spot(layer: Any, plan: Chosen) -> Spot | None:
@@ -225,8 +228,10 @@ def _spot(layer: Any, plan: Chosen) -> Spot | None:
     held = name_of(layer.weight.dtype) if record_of(layer) is None else ""
     packed = held if plan.refused or name == plan.name else layer.packed_as
     roof = roofline.measure(plan.x, packed, plan.plan_threads if name != plan.name else plan.threads)
-    n, k = plan.measured[1], layer.in_features
-    itemsize = DTYPES[packed].itemsize if packed in DTYPES else layer._engine.packed.nbytes / (layer._channels * k)
+    n, k = plan.measured[1], layer._columns()
+    itemsize = (
+        DTYPES[packed].itemsize if packed in DTYPES else layer._engine.packed.nbytes / (layer._engine.packed.n * k)
+    )
     return None if roof is None else roof.spot(plan, k, milliseconds, itemsize * n * k)
 
 

@@ -51,6 +51,7 @@ class LayerReport:
     quality: Quality = UNKNOWN  # of a quantized layer: signal to noise in dB
     elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
     weight_mib: float = 0.0  # what the weight takes, or took before it was frozen
+    notes: tuple[str, ...] = ()  # of a layer that processes share: this one's part, and where it is too small for that
     roofline: tuple[Spot | None, ...] = ()  # of each bucket: where it stands below the roofline, if measured
     experts: int = 0  # how many weights of this size there are, where the layer is one product of a mixture of experts
 
@@ -94,6 +95,7 @@ class LayerReport:
             "memory": {"before": self.weight_mib, "after": self.memory_mib, "packed": self.pack_mib},
             "quality": {"weight": self.quality.weight, "output": self.quality.output},
             "elsewhere": dict(self.elsewhere),
+            "notes": [*self.notes],
             "plans": [self._of_plan(plan, spot) for plan, spot in zip(self.buckets, spots, strict=True)],
         }
 

@@ -69,7 +69,17 @@ def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     runs = tuple((c.x, c.bucket, c.name, c.speedup, c.refused, c.provisional) for c in layer.buckets)
     shape = (layer.shape, layer.dtype, layer.frozen)
     known = layer.quality == UNKNOWN
-    return _pattern(layer), shape, layer.activation, layer.decision, runs, layer.reason, known, (*layer.elsewhere,)
+    return (
+        _pattern(layer),
+        shape,
+        layer.activation,
+        layer.decision,
+        runs,
+        layer.reason,
+        known,
+        (*layer.elsewhere,),
+        layer.notes,
+    )
 
 
 def _pattern(layer: LayerReport) -> str:
@@ -109,6 +119,7 @@ def _outcomes(layers: list[LayerReport]) -> Iterator[str]:
         yield f"skipped: {first.reason}"
     elif first.decision == "untuned":
         yield first.decision
+    yield from first.notes
     for reason, count in counts.items():
         yield f"{count} call{'s' * (count != 1)} elsewhere: {reason}"
 

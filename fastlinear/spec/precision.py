@@ -94,6 +94,13 @@ class Wanted(NamedTuple):
     def packed(self) -> str | None:
         return self.everywhere.packed if self.scheme is None else self.scheme.packed
 
+    def text(self) -> str:
+        """What was asked for, in a few words."""
+        words = [self.packed or "as it is"] if self.scheme is None else [type(self.scheme).__name__]
+        products = self.switched if self.everywhere.products == FP32 else self.everywhere.products
+        words += [] if products == FP32 else [f"{products} products"]
+        return " with ".join(words + ([] if self.everywhere.accumulate == FP32 else ["fp16 sums"]))
+
     def of(self, name: str, held: torch.dtype) -> Precision:
         """That of the layer called `name`, of a parameter of this dtype, of which `why_not` has nothing to say."""
         if self.switched != FP32 and held is torch.float32:
