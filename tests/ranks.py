@@ -16,7 +16,7 @@ try:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20)
+        "gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=100)
     )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

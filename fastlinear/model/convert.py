@@ -101,9 +101,9 @@ def convert(
     _check_arguments(model, filter_fn, {"fuse": fuse, "inplace": inplace, "freeze": freeze}, tune, example_inputs)
     asked = wanted(dtype, accumulate, quantize, products)
     names = {module: name for name, module in model.named_modules()}
-    with agreed(model, "convert") as told:
+    with agreed(model, "convert") as story:
         reasons = choose(model, include, exclude, filter_fn, asked)
-        told.update((names[layer], f"{asked.text()}, {_placed(layer, reason)}") for layer, reason in reasons.items())
+        story.update((names[layer], f"{asked.text()}, {_placed(layer, reason)}") for layer, reason in reasons.items())
     wished = [layer for layer, reason in reasons.items() if reason is None]
     mixtures = [layer for layer in wished if experts.are_experts(layer)]
     chosen = [layer for layer in wished if not experts.are_experts(layer) and not linear.is_fast(layer)]
