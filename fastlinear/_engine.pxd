@@ -43,3 +43,6 @@ cdef class Engine:
     cdef object in_torch(self, dict state, object x, tuple operands, str why)
     cdef object answer(self, dict state, object x, tuple operands, list kept=*)
     cdef tuple parts(self, object x, View* v, Packed packed, object plan, Matrix* rows, Bias bias)
+
+
+cdef bint is_timed()  # whether calls of `Engine.forward` are, see tell_times

@@ -198,6 +198,8 @@ cdef class Engine:
 
     def forward(self, module, x, tuple operands=()):
         """`module.forward(x, *operands)`."""
+        if timekeeper is not None and not timed:
+            return timely(module, self.forward, (module, x, operands), NULL)
         cdef Engine engine = self if self.elsewhere is None else self.elsewhere
         if self.replaced():
             return module._replaced(self.stock[0], x, operands)
@@ -374,20 +376,35 @@ cdef object module_call = vars(torch.nn.Module)["__call__"]
 # nn.Module.__call__ costs as much as a small product. What the engine does not answer goes on as that of any module
 # does: hooks, tracers, a `__call__` that somebody has patched.
 cdef object quick_call(object module, object args, PyObject* options):
-    if timekeeper is None:
+    if timekeeper is None or timed:
         return call_of(module, args, options)
-    began = monotonic()
-    y = call_of(module, args, options)
-    timekeeper(module, monotonic() - began)
-    return y
+    return timely(module, None, args, options)
 
 
 cdef object timekeeper = None
+cdef bint timed = False  # within a call that is timed
+
+
+cdef bint is_timed():
+    return timekeeper is not None
+
+
+cdef object timely(object module, object forward, tuple args, PyObject* options):
+    """The call of a module, or of an engine's `forward` for it, of whose seconds `timekeeper` is told."""
+    global timed
+    keeper, began, timed = timekeeper, monotonic(), True
+    try:
+        y = call_of(module, args, options) if forward is None else forward(*args)
+    finally:
+        timed = False
+    keeper(module, monotonic() - began)
+    return y
 
 
 def tell_times(done):
-    """From now on done(module, seconds) is called after each call of a module of a quick class; None ends that. Not a
-    hook, and without a frame of Python's, so that calls are what they are otherwise."""
+    """From now on done(module, seconds) is called after each call of a module of a quick class, of a graph's layer and
+    of the product of a stack; None ends that. Not a hook, and without a frame of Python's, so that calls are what they
+    are otherwise."""
     global timekeeper
     timekeeper = done
 

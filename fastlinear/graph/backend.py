@@ -15,8 +15,8 @@ from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
 from fastlinear.layer.frozen import record_of
-from fastlinear.model.reporting import graphs
 from fastlinear.model.rows import NodeReport
+from fastlinear.model.running import graphs
 
 _log = logging.getLogger("fastlinear")
 

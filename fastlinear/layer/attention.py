@@ -118,6 +118,11 @@ class FastMultiheadAttention(nn.MultiheadAttention):
             return tuple(self.in_proj(x).chunk(3, -1)[i] for i, x in enumerate((query, key, value)))
         return tuple(layer(x) for layer, x in zip(layers, (query, key, value), strict=True))
 
+    def apart(self) -> list[Any]:
+        """The projections as layers of their own, if a call to another sequence has made them so far."""
+        known = vars(self).get(_CROSS)
+        return [] if known is None else [layer for layer in known[1] or () if linear.is_fast(layer)]
+
     def _layers_apart(self) -> list[nn.Module] | None:
         """The projections as layers of their own, without gradients; None where they would not have the numbers of the
         whole. They share its memory; those of a frozen one have packs of their own."""

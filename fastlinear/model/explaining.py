@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlinear.model.reporting import describe
 from fastlinear.model.rows import SOURCES, LayerReport
+from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import linear_layers
 from fastlinear.model.tuning import check_module
 from fastlinear.plan.candidates import Chosen
@@ -66,13 +67,20 @@ class Explanation:
 
 def explain(model: nn.Module, name: str) -> Explanation:
     """All that is known of the linear layer called `name`: decision and reason, memory, and for each batch size what
-    runs, its part of the roofline, and the whole table of its tuning.
+    runs, its part of the roofline, and the whole table of its tuning. What is one product with others in a compiled
+    graph or a group is explained as that.
 
     Raises TypeError for anything but an nn.Module, ValueError for a name of no linear layer, with the nearest names.
     """
     check_module("explain", model)
-    every = {each: layer for layer, names in linear_layers(model).items() for each in names}
-    if name not in every:
-        near = get_close_matches(str(name), every, 3, 0.0)
-        raise ValueError(f"{type(model).__name__} has no linear layer {name!r}; the nearest are {near or 'none'}")
-    return Explanation(describe(name, every[name]))
+    whole = original(model)
+    first = {names[0]: names for names in linear_layers(whole).values()}
+    known = {each: Running(layer, each, ()) for layer, names in linear_layers(whole).items() for each in names}
+    for each in running(whole, graphs_of(whole)):
+        known[each.name] = each
+        known.update({name: each for part in each.parts for name in first[part]})
+    if name not in known:
+        near = get_close_matches(str(name), known, 3, 0.0)
+        raise ValueError(f"{type(whole).__name__} has no linear layer {name!r}; the nearest are {near or 'none'}")
+    found = known[name]
+    return Explanation(describe(found.name if found.joined else name, found.layer))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,8 +18,10 @@ import fastlinear._products as _products
 from fastlinear.layer import linear
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.fusion import Absorbed
+from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import linear_layers
-from fastlinear.model.tuning import call, check_example, check_module, fast_layers
+from fastlinear.model.table import pattern_of
+from fastlinear.model.tuning import call, check_example, check_module
 from fastlinear.plan import measuring, roofline
 from fastlinear.spec.formats import name_of
 
@@ -30,14 +33,15 @@ Times = dict[str, float]  # seconds by the name of the layer
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds that one layer takes in a pass, its activation included. limit: what the roofline leaves at least; None
-    where it is not known. rows: of all its calls in the pass."""
+    """Seconds that one layer takes in a pass, its activation included. name: also of several that are one product in a
+    group or a compiled graph. rows: of all its calls in the pass, 0 for unknown. stock: None where torch multiplies
+    without calling a layer, as its attention does. limit: what the roofline leaves at least; None for unknown."""
 
     name: str
     in_features: int
     out_features: int
     rows: int
-    stock: float
+    stock: float | None
     fast: float
     limit: float | None
 
@@ -55,8 +59,10 @@ class Profile:
     rounds: int
 
     @property
-    def around_stock(self) -> float:
-        return max(0.0, self.stock - sum(layer.stock for layer in self.layers))
+    def around_stock(self) -> float | None:
+        """None where the stock seconds of a layer are unknown."""
+        known = [layer.stock for layer in self.layers if layer.stock is not None]
+        return max(0.0, self.stock - sum(known)) if len(known) == len(self.layers) else None
 
     @property
     def around_fast(self) -> float:
@@ -66,29 +72,46 @@ class Profile:
         return {**asdict(self), "around_stock": self.around_stock, "around_fast": self.around_fast}
 
     def __str__(self) -> str:
-        width = max([len("around the layers"), *(len(layer.name) for layer in self.layers)])
-        head = (
-            f"{'':<{width}} {'in x out':>13} {'rows':>6} {'stock us':>10} {'fast us':>10} {'faster':>7} {'limit us':>9}"
-        )
-        lines = [head, "-" * len(head)]
+        alike: dict[Any, list[LayerTime]] = {}
         for each in self.layers:
-            limit = "" if each.limit is None else f"{1e6 * each.limit:.1f}"
             shape = f"{each.in_features}x{each.out_features}"
-            lines.append(f"{each.name:<{width}} {shape:>13} {each.rows:>6}{_pair(each.stock, each.fast)} {limit:>9}")
-        blank = f"{'':>13} {'':>6}"
-        lines.append(f"{'around the layers':<{width}} {blank}{_pair(self.around_stock, self.around_fast)}")
-        lines.append(f"{'the whole pass':<{width}} {blank}{_pair(self.stock, self.fast)}")
+            alike.setdefault((pattern_of(each.name), shape, each.rows, each.stock is None), []).append(each)
+        names = {key: key[0] if len(several) > 1 else several[0].name for key, several in alike.items()}
+        width = max(map(len, ["around the layers", *names.values()]))
+        head = f"{'':<{width}} {'n':>3} {'in x out':>13} {'rows':>6}{_HEAD}"
+        lines = [head, "-" * len(head)]
+        for key, several in sorted(alike.items(), key=lambda each: -_sum([layer.fast for layer in each[1]])):
+            sums = [_sum([getattr(each, field) for each in several]) for field in ("stock", "fast", "limit")]
+            rows = key[2] or ""
+            lines.append(f"{names[key]:<{width}} {len(several):>3} {key[1]:>13} {rows:>6}{_times(*sums)}")
+        blank = " " * 25
+        lines.append(f"{'around the layers':<{width}}{blank}{_times(self.around_stock, self.around_fast, None)}")
+        lines.append(f"{'the whole pass':<{width}}{blank}{_times(self.stock, self.fast, None)}")
+        wide = max((len(name) for name, _ in self.operations), default=0)
         lines += ["", "around the fast layers:"] if self.operations else []
-        lines += [f"  {name:<40} {1e6 * seconds:10.1f} us" for name, seconds in self.operations]
-        return "\n".join([*lines, "", f"lower quartiles of {self.rounds} rounds; fast layers include their activation"])
+        lines += [f"  {name:<{wide}} {1e6 * seconds:10.1f} us" for name, seconds in self.operations]
+        told = "n layers alike are summed; fast ones include what is fused into them"
+        return "\n".join([*lines, "", f"lower quartiles of {self.rounds} rounds; {told}"])
 
 
-def _pair(stock: float, fast: float) -> str:
-    return f" {1e6 * stock:>10.1f} {1e6 * fast:>10.1f} {(f'{stock / fast:.2f}x' if fast else ''):>7}"
+_HEAD = f" {'stock us':>10} {'fast us':>10} {'faster':>7} {'limit us':>9}"
+
+
+def _sum(values: Sequence[float | None]) -> float:
+    """NaN where one is None."""
+    return math.fsum(math.nan if value is None else value for value in values)
+
+
+def _times(stock: float | None, fast: float, limit: float | None) -> str:
+    """Below _HEAD, in microseconds; what is unknown, None or NaN, is left out."""
+    seconds = [math.nan if each is None else each for each in (stock, fast, limit)]
+    before, after, least = ("" if math.isnan(each) else f"{1e6 * each:.1f}" for each in seconds)
+    ratio = f"{seconds[0] / fast:.2f}x" if before and fast else ""
+    return f" {before:>10} {after:>10} {ratio:>7} {least:>9}".rstrip()
 
 
 def profile(model: nn.Module, inputs: Any, *, seconds: float = 2.0) -> Profile:
-    """Run a converted model and a stock copy in turns, and tell where both spend their time.
+    """Run a converted or compiled model and a stock copy of it in turns, and tell where both spend their time.
 
     inputs: what to call the model with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
     seconds: to spend, at least; three rounds are run in any case, after one that tunes.
@@ -98,19 +121,21 @@ def profile(model: nn.Module, inputs: Any, *, seconds: float = 2.0) -> Profile:
     """
     check_module("profile", model)
     check_example(inputs)
-    stock = stock_copy(model)
-    names = {layer: found[0] for layer, found in linear_layers(model).items()}
+    whole = original(model)
+    stock = stock_copy(whole)
     totals: dict[str, list[float]] = {"stock": [], "fast": []}
     of_layers: dict[str, list[Times]] = {"stock": [], "fast": []}
     rows: dict[str, int] = {}
     with torch.inference_mode():
         with measuring.process.thorough():
             call(model, inputs)
+        runs = running(whole, graphs_of(whole))
+        names, inner = {each.layer: each.name for each in runs}, [part for each in runs for part in each.parts]
         call(stock, inputs)
         began = time.perf_counter()
         while len(totals["fast"]) < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
             for which, each, watch in (
-                ("stock", stock, _hooked(stock, model, names, rows)),
+                ("stock", stock, _hooked(stock, whole, inner, rows)),
                 ("fast", model, _timed(names)),
             ):
                 totals[which].append(_seconds(each, inputs))
@@ -119,15 +144,11 @@ def profile(model: nn.Module, inputs: Any, *, seconds: float = 2.0) -> Profile:
                 of_layers[which].append(dict(times))
         operations = _operations(model, inputs)
     fast, before = (_quartiles(of_layers[which]) for which in ("fast", "stock"))
-    working_set = sum(layer.pack_nbytes for layer in fast_layers(model))  # read in every pass
-    layers = [
-        _layer(layer, name, rows[name], before.get(name, 0.0), fast.get(name, before.get(name, 0.0)), working_set)
-        for layer, name in names.items()
-        if name in rows
-    ]
+    working_set = sum(each.layer.pack_nbytes for each in runs if linear.is_fast(each.layer))  # read in every pass
+    layers = [layer for each in runs if (layer := _layer(each, rows, before, fast, working_set)) is not None]
     layers.sort(key=lambda each: -each.fast)
-    whole = {which: _quartile(found) for which, found in totals.items()}
-    return Profile(whole["stock"], whole["fast"], tuple(layers), operations, len(totals["fast"]))
+    whole_pass = {which: _quartile(found) for which, found in totals.items()}
+    return Profile(whole_pass["stock"], whole_pass["fast"], tuple(layers), operations, len(totals["fast"]))
 
 
 def _seconds(model: nn.Module, inputs: Any) -> float:
@@ -156,15 +177,16 @@ def _timed(names: dict[nn.Module, str]) -> Iterator[Times]:
 
 
 @contextmanager
-def _hooked(stock: nn.Module, model: nn.Module, names: dict[nn.Module, str], rows: dict[str, int]) -> Iterator[Times]:
+def _hooked(stock: nn.Module, model: nn.Module, names: Iterable[str], rows: dict[str, int]) -> Iterator[Times]:
     """The seconds of each stock layer, with those of the activation that the fast one applies for it."""
     times: Times = defaultdict(float)
     modules = dict(stock.named_modules(remove_duplicate=False))
-    watched = {name: [modules[name]] for name in names.values() if name in modules}
+    watched = {name: [modules[name]] for name in names if name in modules}
+    own = {layer: found[0] for layer, found in linear_layers(model).items()}
     for name, marker in model.named_modules():
-        layer = marker.linear if isinstance(marker, Absorbed) else None
-        if layer in names and isinstance(modules.get(name), nn.Module):
-            watched[names[layer]].append(modules[name])
+        layer = own.get(marker.linear) if isinstance(marker, Absorbed) and marker.linear is not None else None
+        if layer is not None and layer in watched and isinstance(modules.get(name), nn.Module):
+            watched[layer].append(modules[name])
     with ExitStack() as stack:
         for name, several in watched.items():
             rows[name] = 0
@@ -202,17 +224,22 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[tuple[str, float], ...]:
     return tuple((each.key, 1e-6 * each.self_cpu_time_total) for each in largest)
 
 
-def _layer(layer: Any, name: str, rows: int, stock: float, fast: float, working_set: int) -> LayerTime:
-    k, n = (
-        getattr(layer, f) for f in (("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf"))
-    )
+def _layer(run: Running, rows: dict[str, int], before: Times, after: Times, working_set: int) -> LayerTime | None:
+    """None where nobody called it."""
+    layer, called = run.layer, [part for part in run.parts if part in rows]
+    stock = sum(before.get(part, 0.0) for part in called) if called and len(called) == len(run.parts) else None
+    fast = after.get(run.name, stock)
+    if fast is None:
+        return None
+    fields = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")
+    (k, n), m = (getattr(layer, field) for field in fields), rows[called[0]] if called else 0
     limit = None
-    if linear.is_fast(layer) and layer._engine.packed is not None:
+    if linear.is_fast(layer) and layer._engine.packed is not None and m:
         packed = layer._engine.packed
         x = layer.plans[0].x if layer.plans else name_of(torch.float32)
         roof = roofline.measure(x, packed.format, _products.num_threads())
-        limit = None if roof is None else roof.seconds(rows, n, k, packed.nbytes, working_set)
-    return LayerTime(name, k, n, rows, stock, fast, limit)
+        limit = None if roof is None else roof.seconds(m, n, k, packed.nbytes, working_set)
+    return LayerTime(run.name, k, n, m, stock, fast, limit)
 
 
 def _quartile(values: list[float]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,15 +21,14 @@ from fastlinear.layer.quality import UNKNOWN, quality_of
 from fastlinear.layer.shard import local
 from fastlinear.model import page, splits, table
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
-from fastlinear.model.selection import expert_layers, linear_layers, why_skipped
+from fastlinear.model.running import graphs_of, original, running
+from fastlinear.model.selection import expert_layers, why_skipped
 from fastlinear.model.shares import Share, share_of
 from fastlinear.plan import roofline
 from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.decide import spell
 from fastlinear.plan.roofline import Spot
 from fastlinear.spec.formats import DTYPES, name_of
-
-graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # all that there are
 
 
 class Report(tuple[LayerReport, ...]):
@@ -116,27 +114,22 @@ def report(model: nn.Module, example: Any = None) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
-    compiled = getattr(model, "_orig_mod", None)  # in what torch.compile returns
-    model = model if compiled is None else compiled
-    otherwise = "convert was not called on it" if compiled is None else "no compiled graph runs it fast"
-    own = [graph for graph in graphs if graph.is_of(model)]
-    placed = {id(weight): each for graph in own for each in graph.layers for weight in each[1]}
-    rows: dict[Any, LayerReport] = {}
-    of_rows: list[tuple[str, Any]] = []
-    for layer, names in linear_layers(model).items():
-        running, weights = placed.get(id(_held(layer)), (layer, ()))
-        of_rows.append((names[0], running))
-        if running not in rows:
-            name = names[0] if len(weights) < 2 else running._name
-            described = describe(name, running, otherwise)
-            rows[running] = replace(described, frozen=False) if len(weights) > 1 else described
+    whole = original(model)
+    otherwise = "convert was not called on it" if whole is model else "no compiled graph runs it fast"
+    own = graphs_of(whole)
+    rows, fast = dict[Any, LayerReport](), set[str]()
+    for each in running(whole, own):
+        row = describe(each.name, each.layer, otherwise)
+        rows[each.layer] = replace(row, frozen=False, joined=True) if each.joined else row
+        if row.decision not in ("skipped", "elsewhere"):
+            fast |= {*each.parts} or {each.name.partition(" (")[0]}  # a third of a layer
     told = splits.notes(rows.items())
     noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
-    mixtures = [row for each, names in expert_layers(model).items() for row in describe_experts(names[0], each)]
+    mixtures = [row for layer, names in expert_layers(whole).items() for row in describe_experts(names[0], layer)]
     found = Report([*noted, *mixtures])
-    found.graphs = tuple(own)
-    fast = {name for name, running in of_rows if rows[running].decision not in ("skipped", "elsewhere")}
-    found.share = share_of(model, fast, example)
+    found.graphs = own
+    fast |= {row.name for row in mixtures if row.decision not in ("skipped", "elsewhere")}
+    found.share = share_of(whole, fast, example)
     return found
 
 
@@ -151,12 +144,6 @@ def environment() -> dict[str, Any]:
         "fastlinear": version("fastlinear"),
         "python": platform.python_version(),
     }
-
-
-def _held(layer: Any) -> Any:
-    """What a graph knows a layer by: its weight, or its panels."""
-    frozen = record_of(layer)
-    return layer._parameters.get("weight") if frozen is None else frozen.panels
 
 
 def describe(name: str, layer: Any, otherwise: str = "convert was not called on it") -> LayerReport:

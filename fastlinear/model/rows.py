@@ -47,6 +47,7 @@ class LayerReport:
     pack_mib: float  # what the packed weight takes: beyond the weight itself, or instead of it where `frozen`
     reason: str | None = None  # why it was skipped
     frozen: bool = False
+    joined: bool = False  # one product of several layers, with a pack beside their weights
     origin: str = ""  # where the pack of a frozen layer comes from, unless it was packed here
     quality: Quality = UNKNOWN  # of a quantized layer: signal to noise in dB
     elsewhere: Mapping[str, int] = field(default_factory=dict)  # calls that the kernels did not answer, by reason
@@ -74,6 +75,8 @@ class LayerReport:
             return SOURCES[plan.source]
         if self.experts:
             return "it was measured for the rows of one expert"
+        if self.joined:
+            return "it is one product of several layers, and nn.Linear would be several"
         if self.frozen:
             return "the weight is frozen: there is no nn.Linear to compare with"
         return "x is not of the weight's dtype, which nn.Linear refuses"

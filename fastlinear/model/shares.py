@@ -88,10 +88,16 @@ def _of_frozen_experts(module: Any) -> Iterator[tuple[str, int]]:
 
 def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Share:
     """With the multiply-adds of a call of a stock copy, in which attention is spelled out, since torch has no count of
-    its fused one on CPUs."""
+    its fused ones on CPUs."""
     check_example(example)
     stock, counted = stock_copy(model), [0]
+    attention = {name: m for name, m in stock.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    for name, module in attention.items():
+        wanted = [part for part in ("in_proj", "out_proj") if (f"{name}.{part}" if name else part) in fast]
+        module.register_forward_pre_hook(functools.partial(_count_projections, counted, wanted), with_kwargs=True)
     for name in _of(stock, fast):
+        if name.removesuffix("out_proj").rstrip(".") in attention:
+            continue  # nobody calls it
 
         def count(layer: Any, arguments: tuple[Any, ...]) -> None:
             if arguments and isinstance(arguments[0], Tensor):
@@ -106,11 +112,26 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
                 if (f"{name}.{own}" if name else own) in fast:
                     module.register_forward_pre_hook(functools.partial(_count_pairs, counted, n * k), with_kwargs=True)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter:
-        warnings.simplefilter("ignore")
-        call(stock, example)
+    quick = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter:
+            warnings.simplefilter("ignore")
+            call(stock, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
     total = max(counter.get_total_flops() // 2, counted[0])
     return found._replace(multiply_adds=total, fast_multiply_adds=counted[0])
+
+
+def _count_projections(
+    counted: list[int], wanted: list[str], module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]
+) -> None:
+    """Adds those of query, key, value and output of torch's attention, which multiplies without calling a layer."""
+    given = {**dict(zip(("query", "key", "value"), arguments, strict=False)), **named}
+    rows = [given[name].numel() // given[name].shape[-1] for name in ("query", "key", "value")]
+    of_parts = {"in_proj": sum(rows), "out_proj": rows[0]}
+    counted[0] += sum(of_parts[part] for part in wanted) * module.embed_dim**2
 
 
 def _count_pairs(

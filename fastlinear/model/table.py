@@ -70,7 +70,7 @@ def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     shape = (layer.shape, layer.dtype, layer.frozen)
     known = layer.quality == UNKNOWN
     return (
-        _pattern(layer),
+        pattern_of(layer.name),
         shape,
         layer.activation,
         layer.decision,
@@ -82,14 +82,15 @@ def _likeness(layer: LayerReport) -> tuple[Any, ...]:
     )
 
 
-def _pattern(layer: LayerReport) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
+def pattern_of(name: str) -> str:
+    """The name with * for numbers, which tell layers alike apart."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _rows(layers: list[LayerReport]) -> Iterator[tuple[str, ...]]:
     """The rows of layers alike: one for each x and M, or why they were skipped, on several rows if need be."""
     first = layers[0]
-    name = (first.name if len(layers) == 1 else _pattern(first)) or "(the model)"
+    name = (first.name if len(layers) == 1 else pattern_of(first.name)) or "(the model)"
     dtype = " ".join(_FORMATS.get(word, word) for word in (*first.dtype.split(), *["frozen"] * first.frozen))
     shape, noise = first.shape, _worst(layers)
     head: tuple[str, ...] = (name, str(len(layers)), shape, dtype, noise, _text(first.activation))

@@ -69,9 +69,57 @@ def test_profile_knows_every_layer_and_the_rest(freeze: bool) -> None:
     assert linear.is_fast(fast.up) and is_frozen(fast.up) == freeze
 
 
+class Joined(nn.Module):
+    """Layers that others compute: a group's, those of attention to itself and to another sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = fastlinear.FastLinearGroup([nn.Linear(16, 16), nn.Linear(16, 24)])
+        self.own = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.both(x)[0]
+        x = self.own(x, x, x)[0]
+        return self.cross(x, y, y)[0]
+
+
+def test_what_computes_a_layer_is_told() -> None:
+    """Groups and attention have rows of what runs, in report, explain and profile, and count as fast."""
+    fast, example = OFF(Joined().eval()), (torch.randn(2, 3, 16), torch.randn(2, 5, 16))
+    with torch.inference_mode():
+        fast(*example)
+    found = fastlinear.report(fast, example)
+    of_cross = {f"cross.in_proj ({part})": rows for part, rows in (("query", 6), ("key", 10), ("value", 10))}
+    assert {row.name for row in found} == {"both", "own.in_proj", "own.out_proj", *of_cross, "cross.out_proj"}
+    assert all(row.buckets[0].bucket >= of_cross[row.name] for row in found if row.name in of_cross)
+    assert all(row.decision == "fast" for row in found) and found.share.fast_weights == found.share.weights
+    products = 6 * 16 * 40 + 6 * 16 * 64 + 16 * 16 * (6 + 10 + 10 + 6)
+    assert found.share.fast_multiply_adds == products < found.share.multiply_adds
+    assert "16 x 40" in str(fastlinear.explain(fast, "both.layers.1"))
+    assert "16 x 16" in str(fastlinear.explain(fast, "cross.in_proj (key)"))
+    profile = fastlinear.profile(fast, example, seconds=0)
+    times = {layer.name: layer for layer in profile.layers}
+    assert set(times) == {row.name for row in found} and all(layer.fast > 0 for layer in profile.layers)
+    assert times["own.in_proj"].stock is None and profile.around_stock is None and "nan" not in str(profile)
+
+
+def test_a_compiled_model_has_its_profile() -> None:
+    """Layers of the graph are timed, those that are one product together, and explained by their own names."""
+    model = Attending().eval()
+    compiled, x = torch.compile(model, backend="fastlinear", options={"tune": "off"}), torch.randn(3, 16)
+    profile = fastlinear.profile(compiled, x, seconds=0)
+    assert {layer.name: layer.rows for layer in profile.layers} == {"up": 3, "down": 3, "twice": 6}
+    assert all(layer.fast not in (0, layer.stock) for layer in profile.layers)
+    assert "gelu" in str(fastlinear.explain(compiled, "up"))
+    assert fastlinear.report(compiled, x).share.fast_weights == 2 * 16 * 32 + 16 * 16
+
+
 def test_timing_leaves_layers_fused() -> None:
     """While calls are timed a layer still proves that its output goes to its activation."""
     fast, x = OFF(Attending().eval()), torch.randn(3, 16)
+    with torch.no_grad():
+        fast(x)  # the first call after Dynamo ran may go to the activation itself
     calls: list[str] = []
     fast.act._apply_original = lambda x: calls.append("original")
     _engine.tell_times(lambda layer, seconds: calls.append(layer._name))

@@ -1,0 +1,87 @@
+"""What computes each linear layer of a model: itself, or one product of several in a compiled graph or a group, or a
+third of it in attention to another sequence."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastlinear.layer.attention import FastMultiheadAttention
+from fastlinear.layer.frozen import record_of
+from fastlinear.layer.group import FastLinearGroup
+from fastlinear.model.rows import Graph
+from fastlinear.model.selection import linear_layers
+
+graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # all that there are
+
+
+class Running(NamedTuple):
+    """layer: what computes; name: in the model, or made of the names of those that it computes; parts: these names,
+    none for a third of a layer; joined: whether it is one product of several."""
+
+    layer: Any
+    name: str
+    parts: tuple[str, ...]
+    joined: bool = False
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The model in what torch.compile returns, or the model itself."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
+
+
+def graphs_of(model: nn.Module) -> tuple[Graph, ...]:
+    """What torch.compile(model, backend="fastlinear") has made of it so far."""
+    return tuple(graph for graph in graphs if graph.is_of(model))
+
+
+def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
+    """In the model's order. Each linear layer is in `parts` of one, or is one."""
+    placed = {id(weight): each for graph in compiled for each in graph.layers for weight in each[1]}
+    grouped, apart = dict(_of_groups(model)), dict(_of_attention(model))
+    found: dict[Any, Running] = {}
+    for layer, (name, *_) in linear_layers(model).items():
+        known, weights = placed.get(id(_held(layer)), (None, ()))
+        if layer in apart and known is None:
+            found.update({each.layer: each for each in apart[layer]})
+            if not layer.plans:
+                continue
+        joined = len(weights) > 1
+        one = Running(layer, name, ()) if known is None else Running(known, known._name if joined else name, (), joined)
+        if known is None:
+            one = grouped.get(layer, one)
+        one = found.get(one.layer, one)
+        found[one.layer] = one._replace(parts=(*one.parts, name))
+    return [*found.values()]
+
+
+def _held(layer: Any) -> Any:
+    """What a graph knows a layer by: its weight, or its panels."""
+    frozen = record_of(layer)
+    return layer._parameters.get("weight") if frozen is None else frozen.panels
+
+
+def _of_groups(model: nn.Module) -> Iterator[tuple[nn.Module, Running]]:
+    """The layers of groups that have answered as one product."""
+    for name, module in model.named_modules():
+        if isinstance(module, FastLinearGroup) and module._stack.whole.plans:
+            for layer in module.layers:
+                yield layer, Running(module._stack.whole, name or "(the model)", (), True)
+
+
+def _of_attention(model: nn.Module) -> Iterator[tuple[nn.Module, list[Running]]]:
+    """The projections of attention to another sequence, which were called as three layers of their own."""
+    for name, module in model.named_modules():
+        if isinstance(module, FastMultiheadAttention):
+            layers, within = module.apart(), f"{name}.in_proj" if name else "in_proj"
+            own = [
+                Running(layer, f"{within} ({part})", ())
+                for layer, part in zip(layers, ("query", "key", "value"), strict=False)
+                if layer.plans
+            ]
+            if own:
+                yield module.in_proj, own
