@@ -1,5 +1,8 @@
 """The front door for transformers: `from_pretrained(..., quantization_config=FastLinearConfig(...))`.
 
+It also gives transformers' mixtures of experts an implementation: `from_pretrained(...,
+experts_implementation="fastlinear")` runs the experts alone on packed weights, without a conversion.
+
 Import this module by its name; `import fastlinear` does not import transformers. What transformers calls quantized is
 here a model that is frozen: adapters can be trained on it, but not its weights, and `half()` and `float()` are refused.
 A model that keeps its parameters is an ordinary one.
@@ -15,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fastlinear.layer import experts
+from fastlinear.layer.fallback import label
 from fastlinear.model.convert import convert, unconvert
 from fastlinear.spec.precision import wanted
 from fastlinear.spec.schemes import Scheme
@@ -37,6 +42,7 @@ def _why_not_here() -> str | None:
 if (_reason := _why_not_here()) is not None:
     raise ImportError(f"fastlinear.hf needs transformers {_OLDEST}.0 or newer, {_reason}: pip install 'fastlinear[hf]'")
 
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
 from transformers.quantizers.base import HfQuantizer  # noqa: E402
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
@@ -149,3 +155,20 @@ class FastLinearQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return unconvert(model).to(dtype)
+
+
+_AS_STOCK = "grouped_mm"  # what computes where fast experts do not
+
+
+def _experts(module: Any, *arguments: Any, **named: Any) -> Any:
+    """What `experts_implementation="fastlinear"` calls: experts become fast at their first call, as by `convert`."""
+    if experts.is_fast_experts(module):  # which come here in training alone
+        return ALL_EXPERTS_FUNCTIONS[_AS_STOCK](module, *arguments, **named)
+    if (reason := experts.why_not(module)) is not None:
+        _log.debug("%s is left to %s: %s", label(module), _AS_STOCK, reason)
+        return ALL_EXPERTS_FUNCTIONS[_AS_STOCK](module, *arguments, **named)
+    experts.adopt(module)
+    return module(*arguments, **named)
+
+
+ALL_EXPERTS_FUNCTIONS.register("fastlinear", _experts)

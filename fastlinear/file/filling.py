@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
 from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
-from fastlinear.layer import embedding, linear, packs
+from fastlinear.layer import embedding, experts, linear, packs
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
+from fastlinear.layer.shelf import Shelf, shelve
+from fastlinear.spec import programs
 from fastlinear.spec.formats import name_of
-from fastlinear.spec.int4 import coding_of
+from fastlinear.spec.int4 import Coded, coding_of
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.packed import Weight, stands_for
 from fastlinear.spec.precision import Precision
@@ -23,7 +26,8 @@ from fastlinear.spec.precision import Precision
 class Source(NamedTuple):
     """A tensor of a checkpoint. label: how it is held there, "Q4_0", say; read: what it stands for; rows: its bytes,
     uint8 [N, bytes], where it is of one of ggml's kinds, which `label` then is; floating: whether it is plain floats;
-    release: lets go of the pages of the file that `read` brought into memory."""
+    release: lets go of the pages of the file that `read` brought into memory; expert: where it is of the weights of
+    experts, that of one of them."""
 
     shape: tuple[int, ...]
     label: str
@@ -31,6 +35,7 @@ class Source(NamedTuple):
     rows: Tensor | None = None
     floating: bool = False
     release: Callable[[], object] = lambda: None
+    expert: Callable[[int], Coded] | None = None
 
 
 def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
@@ -54,18 +59,53 @@ def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
         parameters = {
             name: nn.Parameter(_floats(sources[name]).to(each.tensor.dtype), requires_grad=False)
             for name, each in held.items()
-            if not _is_linear(each) and not _is_rows(each, sources[name])
+            if not _is_linear(each) and not _is_rows(each, sources[name]) and sources[name].expert is None
         }
+        mixtures = {each.module: name for name, each in held.items() if sources[name].expert is not None}
+        shelves = {module: _shelved(module, name.rpartition(".")[0], sources) for module, name in mixtures.items()}
         _revive(model, bare)
         for name, each in held.items():
             if name in parameters:
                 setattr(each.module, each.attribute, parameters[name])
             elif _is_rows(each, sources[name]):
                 embedding.look_up(each.module, sources[name].rows, sources[name].label)  # type: ignore[arg-type]
+        for module, of_experts in shelves.items():
+            _become_experts(module, *of_experts)
         names = {each.module: name.removesuffix(".weight") for name, each in held.items() if _is_linear(each)}
         for module, name in names.items():
             record = frozen[id(sources[f"{name}.weight"])]
             linear.adopt(module, None, "lazy", name, _precision(record), record)
+
+
+def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts.Frozen]:
+    """The name of experts, and their packs, which are made one after the other; ValueError where one is no weight."""
+    form: Any = experts.form_of(module)
+    own = [sources[f"{name}.{each}" if name else each] for each in experts.names_of(module)]
+    try:
+        first = _shelf(own[0], form.interleaved, programs.is_gated(form.program))
+        second = _shelf(own[1], False, False)
+    except ValueError as error:
+        raise ValueError(f"its {name}: {error}") from error
+    return name, experts.Frozen(first, second, experts.dtype_of(module), (False, False), f"from {own[0].label}")
+
+
+def _shelf(source: Source, interleaved: bool, gated: bool) -> Shelf:
+    read, count = source.expert, source.shape[0]
+    assert read is not None
+    every = (_in_halves(read(expert)) if interleaved else read(expert) for expert in range(count))
+    return shelve((packs.pack_coded(coded, gated) for coded in every), count)
+
+
+def _in_halves(coded: Coded) -> Coded:
+    """With rows that take turns one kind behind the other."""
+    rows = [torch.cat([t[::2], t[1::2]]) for t in (coded.codes, coded.scale.view(torch.uint8))]
+    return dataclasses.replace(coded, codes=rows[0], scale=rows[1].view(coded.scale.dtype))
+
+
+def _become_experts(module: Any, name: str, frozen: experts.Frozen) -> None:
+    coding = coding_of(frozen.first.packs[0])
+    experts.adopt(module, "lazy", name, Precision(frozen.first.format, coding=coding))
+    experts.hold(module, frozen)
 
 
 def _is_linear(each: Held) -> bool:
@@ -97,10 +137,22 @@ def _check(model: nn.Module, held: Mapping[str, Held], sources: Mapping[str, Sou
             reason = why_no_twin(each.module)
         elif _is_rows(each, source):
             reason = embedding.why_no_rows(each.module)
+        elif source.expert is not None:
+            reason = _why_no_experts(each, name, sources)
         elif not source.floating:
             reason = "only linear layers and embeddings can be quantized"
         if reason is not None:
             raise ValueError(f"its {name} is {source.label}, which this model cannot have: {reason}")
+
+
+def _why_no_experts(each: Held, name: str, sources: Mapping[str, Source]) -> str | None:
+    names = experts.names_of(each.module)
+    others = (sources[name.removesuffix(each.attribute) + own] for own in names)
+    if any(other.expert is None for other in others):
+        return f"only one of {' and '.join(names)} is so"
+    if experts.is_fast_experts(each.module):
+        return "these experts are fast already"
+    return experts.why_no_twin(each.module)
 
 
 def _floats(source: Source) -> Tensor:

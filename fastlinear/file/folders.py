@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from fastlinear.file import safetensors
 from fastlinear.file.filling import Source
 from fastlinear.file.safetensors import MAX_BYTES, AnyPath, Entry, Mapped, at_once, parse_json, shown
-from fastlinear.spec.checkpoints import SCHEMES, Scheme
+from fastlinear.layer import experts
+from fastlinear.spec.checkpoints import MIXTURES, SCHEMES, Mixture, Scheme
+from fastlinear.spec.packed import Weight, stands_for
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Folder(NamedTuple):
-    """config: the quantization_config; schemes: those of its method; files: by the names of the tensors in them."""
+    """config: the quantization_config; schemes: those of its method, mixture: that of its experts, if there is one;
+    files: by the names of the tensors in them."""
 
     config: dict[str, Any]
     schemes: tuple[Scheme, ...]
+    mixture: Mixture | None
     files: Mapping[str, Mapped]
 
     def entry(self, name: str) -> Entry:
@@ -50,7 +54,7 @@ def open_folder(path: AnyPath) -> Folder:
             if tensor in files:
                 raise ValueError(f"two of its files have a tensor {shown(tensor)}")
             files[tensor] = mapped
-    return Folder(told, SCHEMES[method], files)
+    return Folder(told, SCHEMES[method], MIXTURES.get(method), files)
 
 
 def _names(folder: str) -> list[str]:
@@ -93,6 +97,13 @@ def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
                     found[f"{name}.weight"] = _quantized(folder, scheme, names, name)
                     rest = {each: None for each in rest if each not in names.values()}
                     break
+        elif folder.mixture is not None and experts.are_experts(module):
+            for own in experts.names_of(module):
+                full = f"{name}.{own}" if name else own
+                names = {part: f"{full}_{part}" for part in folder.mixture.parts}
+                if all(each in folder.files for each in names.values()):
+                    found[full] = _of_experts(folder, folder.mixture, names, full, experts.is_transposed(module))
+                    rest = {each: None for each in rest if each not in names.values()}
     found |= {name: _plain(folder, name) for name in rest}
     return found
 
@@ -104,6 +115,21 @@ def _quantized(folder: Folder, scheme: Scheme, names: Mapping[str, str], layer: 
     except ValueError as error:
         raise ValueError(f"its layer {shown(layer)}: {error}") from error
     return Source(shape, scheme.label, lambda: scheme.weight(parts, folder.config))
+
+
+def _of_experts(folder: Folder, mixture: Mixture, names: Mapping[str, str], full: str, transposed: bool) -> Source:
+    parts = {part: folder.tensor(name) for part, name in names.items()}
+    try:
+        count, n, k = mixture.shape(parts, folder.config)
+    except ValueError as error:
+        raise ValueError(f"its {shown(full)}: {error}") from error
+    shape = (count, k, n) if transposed else (count, n, k)
+
+    def read() -> Weight:
+        every = torch.stack([stands_for(mixture.weight(parts, expert)) for expert in range(count)])
+        return every.mT if transposed else every
+
+    return Source(shape, mixture.label, read, expert=lambda expert: mixture.weight(parts, expert))
 
 
 def _plain(folder: Folder, name: str) -> Source:

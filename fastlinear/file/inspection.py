@@ -8,7 +8,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-import fastlinear._weights as _weights
 from fastlinear.file import manifest, safetensors
 from fastlinear.file.manifest import Layer, Manifest, StoredScheme
 from fastlinear.file.safetensors import AnyPath, Contents, faults_of
@@ -42,10 +41,20 @@ def _rows(said: Manifest) -> Iterator[tuple[str, ...]]:
         weight = kind.held if kind.held == kind.packed else f"{kind.held} as {kind.packed}"
         weight += f" {kind.quantized.rows.kind}" if kind.quantized else ""
         weight += f" in {kind.products} products" if kind.products != FP32 else ""
-        packs = {layer.panels: _weights.packed_nbytes(layer.layout, layer.n, layer.k) for layer in layers}
+        packs = {layer.panels: layer.nbytes for layer in layers}
         mib, here = f"{sum(packs.values()) / 2**20:.2f}", "mapped" if _is_mapped(kind) else "repacked"
         activation = kind.activation.name if kind.activation else ""
-        yield name, str(len(layers)), f"{kind.k}x{kind.n}", weight, kind.layout, activation, mib, here
+        shape = "x".join(map(str, [kind.experts] * bool(kind.experts) + [kind.k, kind.n]))
+        yield (
+            name,
+            str(len(layers)),
+            shape,
+            weight,
+            kind.layout,
+            activation,
+            mib,
+            here,
+        )
 
 
 def _likeness(scheme: StoredScheme | None) -> StoredScheme | None:

@@ -13,6 +13,10 @@ An int8 layer has one field more, which tells how its input and output are quant
 
 So has a layer that rounds its input to multiply it in 16 bits, and this says in which: "products": "bf16".
 
+One product of a mixture of experts is a layer, too, by the name of its parameter, and says "experts": 8, how many packs
+of n x k lie in its panels, each at a multiple of 64 bytes, and whether the module holds gates and what goes through
+them in turns: "interleaved": false.
+
 All that it says is held against the entries of the file before anybody believes it; names are held against the model by
 whoever loads it.
 """
@@ -33,6 +37,7 @@ import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
+from fastlinear.layer.shelf import bytes_of
 from fastlinear.plan import table
 from fastlinear.spec import int4, int8, programs
 from fastlinear.spec.activations import Activation
@@ -77,11 +82,23 @@ class Layer(NamedTuple):
     tune: str
     quantized: StoredScheme | None = None
     products: str = FP32
+    experts: int = 0  # how many weights there are, where this is one product of a mixture, by its parameter's name
+    interleaved: bool = False
 
     @property
     def weight(self) -> str:
         """Name of the parameter, which is stored plain only where something else than fast layers uses it, too."""
-        return member(self.name, "weight")
+        return self.name if self.experts else member(self.name, "weight")
+
+    @property
+    def bias_name(self) -> str:
+        return f"{self.name}_bias" if self.experts else member(self.name, "bias")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the panels."""
+        form = self.layout, self.n, self.k
+        return self.experts * bytes_of(*form) if self.experts else _weights.packed_nbytes(*form)
 
 
 class Fused(NamedTuple):
@@ -100,6 +117,21 @@ class Manifest(NamedTuple):
     machine: Mapping[str, Any] = {}  # whom the plans are for
     plans: Mapping[str, Any] = {}  # as in the tuning cache
     library: str = ""  # version that wrote it
+
+    @property
+    def linear(self) -> tuple[Layer, ...]:
+        """Those that are linear layers of the model."""
+        return tuple(layer for layer in self.layers if not layer.experts)
+
+    @property
+    def mixtures(self) -> dict[str, tuple[Layer, ...]]:
+        """By the names of their modules the products of experts."""
+        found: dict[str, tuple[Layer, ...]] = {}
+        for layer in self.layers:
+            if layer.experts:
+                module = layer.name.rpartition(".")[0]
+                found[module] = (*found.get(module, ()), layer)
+        return found
 
 
 def member(module: str, name: str) -> str:
@@ -133,6 +165,8 @@ def dump(manifest: Manifest) -> dict[str, str]:
 def _dump_layer(layer: Layer) -> dict[str, Any]:
     raw = layer._asdict()
     scheme, products = raw.pop("quantized"), raw.pop("products")  # files without them are for older versions, too
+    experts, interleaved = raw.pop("experts"), raw.pop("interleaved")
+    raw |= {"experts": experts, "interleaved": interleaved} if experts else {}
     raw |= {} if scheme is None else {"quantized": scheme.dump()}
     return raw if products == FP32 else {**raw, "products": products}
 
@@ -172,7 +206,7 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     kinds: dict[str, Any] = {"name": text, "n": number, "k": number, "held": text, "packed": text, "layout": text}
     kinds |= {"panels": text, "bias": (text, None), "activation": (list, None), "transposed": bool}
     kinds |= {"accumulate": text, "tune": text}
-    optional = {"quantized": dict, "products": text}
+    optional = {"quantized": dict, "products": text, "experts": number, "interleaved": bool}
     kinds |= {key: optional[key] for key in optional if isinstance(raw, dict) and key in raw}
     _check_fields("a layer", raw, kinds)
     layer = Layer(**raw)
@@ -202,6 +236,11 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
         activation = programs.parsed(activation[0], activation[1])
     if programs.is_gated(activation) and layer.n % 2:
         raise ValueError(f"{who} is gated, but has {layer.n} channels")
+    counted = "experts" in raw
+    if counted != ("interleaved" in raw) or (counted and not 0 < layer.experts < LIMIT) or layer.nbytes >= LIMIT:
+        raise ValueError(f"{who} cannot be of {layer.experts} experts")
+    if layer.experts and quantized is not None and (quantized.out is not None or quantized.smooth is not None):
+        raise ValueError(f"{who} is of experts, which have no smoothing and hand on no integers")
     return layer._replace(activation=activation, quantized=quantized)
 
 
@@ -249,7 +288,7 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
     for layer in manifest.layers:
         who = f"the layer {shown(layer.name)}"
         entry = contents.entries[layer.panels]
-        nbytes = _weights.packed_nbytes(layer.layout, layer.n, layer.k)
+        nbytes = layer.nbytes
         if (entry.dtype, entry.shape) != (torch.uint8, (-(-nbytes // PAGE) * PAGE,)) or entry.begin % PAGE:
             raise ValueError(
                 f"{who}, {layer.n} x {layer.k} as {layer.layout}, takes {nbytes} bytes of U8 in whole pages, "
@@ -258,15 +297,31 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
         _check_smoothing(who, layer.quantized, layer.k, contents)
         smooth = None if layer.quantized is None else layer.quantized.smooth
         gated = programs.is_gated(layer.activation)
-        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth, gated)
+        pack = (layer.n, layer.k, layer.layout, layer.held, layer.transposed, smooth, gated, layer.experts)
         if packs.setdefault(layer.panels, pack) != pack:
             raise ValueError(f"{who} shares {shown(layer.panels)} with a layer of another form")
-        bias = plain.get(member(layer.name, "bias"))
-        if (bias and (bias.dtype, bias.shape)) != (layer.bias and (DTYPES[layer.bias], (layer.n,))):
+        bias, of_bias = plain.get(layer.bias_name), (layer.experts, layer.n) if layer.experts else (layer.n,)
+        if (bias and (bias.dtype, bias.shape)) != (layer.bias and (DTYPES[layer.bias], of_bias)):
             raise ValueError(f"{who} has another bias than it says")
         weight, shape = plain.get(layer.weight), (layer.k, layer.n) if layer.transposed else (layer.n, layer.k)
         if weight is not None and (weight.dtype, weight.shape) != (DTYPES[layer.held], shape):
             raise ValueError(f"{who} is stored unpacked in another dtype or shape")
+
+    for module, products in manifest.mixtures.items():
+        _check_mixture(f"the experts {shown(module)}", products)
+
+
+def _check_mixture(who: str, products: tuple[Layer, ...]) -> None:
+    """ValueError where these are not both products of one mixture."""
+    alike = {(each.experts, each.held, each.packed, each.transposed, each.tune, each.accumulate) for each in products}
+    if len(products) != 2 or len(alike) != 1 or len({(p.products, p.quantized, p.interleaved) for p in products}) != 1:
+        raise ValueError(f"{who} are not two products alike")
+    first, second = products
+    columns = first.n // 2 if programs.is_gated(first.activation) else first.n
+    if second.activation is not None or second.k != columns:
+        raise ValueError(f"{who} make {columns} numbers of a row, but take {second.k}, or another activation")
+    if first.interleaved and not programs.is_gated(first.activation):
+        raise ValueError(f"{who} have halves in turns, but no gate")
 
 
 # ---- how an int8 layer quantizes ----

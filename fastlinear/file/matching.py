@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlinear.file.manifest import Fused, Layer, Manifest, member, plain_names
 from fastlinear.file.safetensors import Contents, Entry, shown
-from fastlinear.layer import linear
+from fastlinear.layer import experts, linear
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
 from fastlinear.layer.shard import local
@@ -37,6 +37,8 @@ def tensors_of(model: nn.Module) -> Iterator[Held]:
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None and attribute == "weight" and is_frozen(module):
                 tensor = torch.empty(_weight_shape(module), dtype=dtype_of(module), device="meta")
+            if tensor is None and experts.are_frozen(module) and attribute in module.names:
+                tensor = experts.on_meta(module, attribute)
             if tensor is not None and attribute != PLACEHOLDER:
                 kind = "transient" if attribute in module._non_persistent_buffers_set else "buffer"
                 kind = "parameter" if attribute in module._parameters else kind
@@ -62,7 +64,7 @@ def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
     unexpected = [name for name in given if name not in held and name not in said.transient]
     need_the_same(model, missing, unexpected)
     modules, slots = dict(model.named_modules()), {fused.layer: fused for fused in said.fused}
-    pairs = [_pair(modules, layer, slots.get(layer.name)) for layer in said.layers]
+    pairs = [_pair(modules, layer, slots.get(layer.name)) for layer in said.linear]
     plain = [held[name] for name in needed if name in stored]
     if other := [each for each in plain if tuple(each.tensor.shape) != stored[each.name].shape]:
         first = other[0]
@@ -70,6 +72,8 @@ def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
             f"it has {listed([each.name for each in other])} in other shapes than this {type(model).__name__}, the "
             f"first {list(stored[first.name].shape)}, not {list(first.tensor.shape)}"
         )
+    for name, products in said.mixtures.items():
+        _check_mixture(modules[name], name, products)
     return Match(modules, stored, plain, [pair for pair in pairs if pair is not None])
 
 
@@ -90,6 +94,21 @@ def listed(names: list[str]) -> str:
 
 def _plainly(name: str) -> str:
     return name if name.isprintable() and len(name) < 200 else shown(name)
+
+
+def _check_mixture(module: Any, name: str, products: tuple[Layer, ...]) -> None:
+    """ValueError where the model's module is not the experts of the file."""
+    if (reason := experts.why_no_twin(module)) is not None:
+        raise ValueError(f"its experts {name!r} are fast, but in this model {reason}")
+    first = products[0]
+    sizes = tuple((each.experts, each.n, each.k) for each in products)
+    own = experts.names_of(module), experts.sizes_of(module)
+    if own != (tuple(each.name.rpartition(".")[2] for each in products), sizes):
+        raise ValueError(f"its experts {name!r} are {sizes}, but {own[1]} in this model")
+    form = module._form if experts.is_fast_experts(module) else experts.form_of(module)
+    told = form and (form.program, form.transposed, form.interleaved)
+    if told != (first.activation, first.transposed, first.interleaved):
+        raise ValueError(f"its experts {name!r} compute something else than in this model, or are held otherwise")
 
 
 def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -> fusion.Pair | None:

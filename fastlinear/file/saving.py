@@ -6,7 +6,7 @@ is the file.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -20,11 +20,12 @@ from fastlinear.file import manifest, matching, safetensors
 from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check_channels, member
 from fastlinear.file.matching import Held, Match, tensors_of
 from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
-from fastlinear.layer import attention, linear, packs
+from fastlinear.layer import attention, experts, linear, packs
 from fastlinear.layer.embedding import is_packed
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.layer.shard import local, shard_of
+from fastlinear.layer.shelf import Shelf, bytes_of, on_this_machine
 from fastlinear.model import fusion
 from fastlinear.model.agreement import agreed
 from fastlinear.model.encoders import forbid_bypasses
@@ -60,17 +61,16 @@ def save(model: nn.Module, path: AnyPath) -> None:
         raise TypeError(f"save() takes an nn.Module, but was given {type(model).__name__}")
     modules = dict(model.named_modules())
     layers = {m: name for name, m in modules.items() if linear.is_fast(m) and why_unread(m) is None}
+    mixtures = {m: name for name, m in modules.items() if experts.is_fast_experts(m) and experts.why_not(m) is None}
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     stored: dict[Hashable, str] = {}  # what is in memory -> the name it is stored by
     transient = []
-    for name, module in modules.items():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} has extra state beside its tensors")
-        if is_packed(module):
-            raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} looks up rows of another file")
+    _check_modules(modules)
     for held in tensors_of(model):
         if held.module in layers and held.attribute == "weight":
+            continue
+        if held.module in mixtures and held.attribute in experts.names_of(held.module):
             continue
         _check_storable(held)
         first = stored.setdefault(_identity(held.tensor), held.name)
@@ -80,12 +80,7 @@ def save(model: nn.Module, path: AnyPath) -> None:
             ties[held.name] = first
         if held.kind == "transient":
             transient.append(held.name)
-    fused: dict[str, Fused] = {}
-    for holder, module in modules.items():
-        for slot, child in module._modules.items():
-            if isinstance(child, fusion.Absorbed) and child.linear in layers:
-                name = layers[child.linear]
-                fused.setdefault(name, Fused(name, holder, slot))
+    fused = _fused(modules, layers)
     blobs: dict[str, Blob] = {}
     records = []
     panels: dict[Hashable, str] = {}
@@ -102,9 +97,32 @@ def save(model: nn.Module, path: AnyPath) -> None:
         weight = local(module._parameters.get("weight"))
         if weight is not None and _identity(weight) in stored:
             ties[member(name, "weight")] = stored[_identity(weight)]
+    for record, blob in (_product_of(m, name, which) for m, name in mixtures.items() for which in (0, 1)):
+        records.append(record)
+        blobs[record.panels] = blob
     plans = {key: tuned._asdict() for module in layers for key, tuned in _plans(module)}
+    plans |= {key: tuned._asdict() for module in mixtures for key, tuned in _plans_of_experts(module)}
     said = Manifest(tuple(records), tuple(fused.values()), ties, tuple(transient), decide.cache().machine, plans)
     safetensors.write(path, blobs, tensors, manifest.dump(said))
+
+
+def _fused(modules: Mapping[str, nn.Module], layers: Mapping[Any, str]) -> dict[str, Fused]:
+    """By the names of layers the places of the activations that they absorbed."""
+    fused: dict[str, Fused] = {}
+    for holder, module in modules.items():
+        for slot, child in module._modules.items():
+            if isinstance(child, fusion.Absorbed) and child.linear in layers:
+                name = layers[child.linear]
+                fused.setdefault(name, Fused(name, holder, slot))
+    return fused
+
+
+def _check_modules(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} has extra state beside its tensors")
+        if is_packed(module):
+            raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} looks up rows of another file")
 
 
 def _check_storable(held: Held) -> None:
@@ -162,6 +180,40 @@ def _shape(layer: Any) -> tuple[int, int]:
     return n, k
 
 
+def _product_of(module: Any, name: str, which: int) -> tuple[Layer, Blob]:
+    """One of the two products of a mixture of experts."""
+    own, (count, n, k) = module.names[which], experts.sizes_of(module)[which]
+    frozen, precision, form = module._frozen_experts, module.precision, module._form
+    shelf: Shelf | None = None if frozen is None else (frozen.first, frozen.second)[which]
+    layout = packs.layout_of(precision) if shelf is None else shelf.layout
+    bias, panels = module._parameters.get(f"{own}_bias"), f"{member(name, own)}.{_PACKED}"
+    record = Layer(
+        name=member(name, own),
+        n=n,
+        k=k,
+        held=_tensors.FORMATS[module.held],
+        packed=module.packed_as,
+        layout=layout,
+        panels=panels,
+        bias=None if bias is None else _tensors.FORMATS[bias.dtype],
+        activation=None if which else form.program,
+        transposed=form.transposed,
+        accumulate=precision.accumulate,
+        tune=module._tune,
+        quantized=_scheme(precision, panels),
+        products=precision.products,
+        experts=count,
+        interleaved=form.interleaved,
+    )
+    return record, Blob(count * bytes_of(layout, n, k), lambda: (shelf or module.packed(which)).panels.flatten())
+
+
+def _plans_of_experts(module: Any) -> Iterator[tuple[str, Remembered]]:
+    for plan, key in zip(module.decided, module.problem_keys(), strict=True):
+        if plan.source in ("tuned", "equal", "cache"):
+            yield key, Remembered(plan.name, {"threads": plan.plan_threads, "k_slices": plan.k_slices})
+
+
 def _scheme(precision: Precision, panels: str) -> StoredScheme | None:
     if precision.rows is None:
         return None
@@ -211,12 +263,15 @@ def load(path: AnyPath, model: Model) -> Model:
     with torch.inference_mode(False):
         with faults_of(path):
             frozen = _packs(said, mapped)
+            shelves = {name: [_shelf(record, mapped) for record in both] for name, both in said.mixtures.items()}
         _assign(match, said, mapped)
-        for record in said.layers:
+        for record in said.linear:
             _become(match.modules[record.name], record, frozen[record.panels], record.weight in match.stored)
         for pair in match.pairs:
             fusion.absorb(pair)
-        for record in said.layers:
+        for name, products in said.mixtures.items():
+            _become_experts(match.modules[name], name, products[0], shelves[name])
+        for record in said.linear:
             if record.weight in match.stored:
                 _take(match.modules[record.name], frozen[record.panels])
     forbid_bypasses(model)
@@ -236,7 +291,7 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
     """The packed weights by their entries: in the mapping, or repacked where this machine has another layout."""
     frozen = {}
     layouts = {packed: table.layout(packed) for packed in {record.packed for record in said.layers}}
-    for record in said.layers:
+    for record in said.linear:
         if record.panels not in frozen:
             data = mapped.blob(record.panels, _weights.packed_nbytes(record.layout, record.n, record.k))
             kind = packs.kind_of(is_gated(record.activation))
@@ -280,6 +335,31 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
         linear.set_precision(module, precision)
         if not weight_is_plain:
             hold(module, frozen)
+
+
+def _become_experts(module: Any, name: str, first: Layer, shelves: list[Shelf]) -> None:
+    """Makes experts fast and frozen over what the file has of them; `first`: of the first product."""
+    rows = None if first.quantized is None else first.quantized.rows
+    packed = None if first.packed == first.held else first.packed
+    coding = coding_of(shelves[0].packs[0])
+    precision = Precision(packed, first.accumulate, rows=rows, products=first.products, coding=coding)
+    if experts.is_fast_experts(module):
+        experts.set_precision(module, precision)
+    else:
+        experts.adopt(module, first.tune, name, precision)
+    origin = "" if shelves[0].layout == first.layout else f"repacked from {first.layout}"
+    experts.hold(module, experts.Frozen(shelves[0], shelves[1], DTYPES[first.held], (False, False), origin))
+
+
+def _shelf(record: Layer, mapped: Mapped) -> Shelf:
+    """The packs of one product, in the mapping, or repacked where this machine has another layout."""
+    size = bytes_of(record.layout, record.n, record.k)
+    data = torch.frombuffer(mapped.blob(record.panels, record.nbytes), dtype=torch.uint8)
+    gated = is_gated(record.activation)
+    shelf = Shelf(data.view(record.experts, size), record.layout, record.n, record.k, gated)
+    for packed in shelf.packs:
+        check_channels(f"the experts {shown(record.name)}", packed, record.quantized)
+    return on_this_machine(shelf)
 
 
 def _take(layer: Any, frozen: Frozen) -> None:

@@ -310,7 +310,7 @@ class ExpertsModule(nn.Module):
             if self._waits:
                 return None
             frozen = self._frozen_experts
-            shelves = self._packed() if frozen is None else (frozen.first, frozen.second)
+            shelves = (self.packed(0), self.packed(1)) if frozen is None else (frozen.first, frozen.second)
             self._hold(shelves, known)
         return self._ready
 
@@ -331,13 +331,13 @@ class ExpertsModule(nn.Module):
         self._ready, self._known = _Ready(shelves, (products[0], products[1])), known
         self._answered = _engine.trial if not self._decided else 0  # the first has credit, as a layer's has
 
-    def _packed(self) -> tuple[Shelf, Shelf]:
-        first, second = (self._parameters[name].detach() for name in self.names)  # type: ignore[union-attr]
+    def packed(self, which: int) -> Shelf:
+        """The weights of the one product or the other, packed anew."""
+        weights: Any = self._parameters[self.names[which]]
         form, precision = self._form, self.precision
-        gated = programs.is_gated(form.program)
-        ahead = (pack_apart(form.weight(weight), precision, gated) for weight in first)
-        behind = (pack_apart(weight.mT if form.transposed else weight, precision) for weight in second)
-        return shelve(ahead, len(first)), shelve(behind, len(second))
+        gated = which == 0 and programs.is_gated(form.program)
+        turned = form.weight if which == 0 else lambda weight: weight.mT if form.transposed else weight
+        return shelve((pack_apart(turned(weight), precision, gated) for weight in weights.detach()), len(weights))
 
     def _plan(self, which: int, rows: int, pairs: int, x: torch.dtype, ready: _Ready) -> _plans.Plan:
         """What runs the one product or the other, of so many rows an expert."""
@@ -377,6 +377,11 @@ class ExpertsModule(nn.Module):
             layout=shelf.layout,
             products=precision.products,
         )
+
+    @property
+    def decided(self) -> list[Chosen]:
+        """The plans in the order of `problem_keys`."""
+        return [] if self._ready is None else [plan for plan, _due in self._decided.values()]
 
     def problem_keys(self) -> list[str]:
         """What the tuning cache knows the plans by."""
@@ -574,6 +579,18 @@ def dtype_of(module: Any) -> torch.dtype:
     return dtype
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether experts are held as [in, out]."""
+    return bool(module._form.transposed if is_fast_experts(module) else getattr(module, "is_transposed", False))
+
+
+def on_meta(module: Any, name: str) -> Tensor:
+    """A frozen weight as the Parameter was, on the meta device."""
+    n, k = module.shapes[module.names.index(name)]
+    shape = (module.count, k, n) if module._form.transposed else (module.count, n, k)
+    return torch.empty(shape, dtype=module.held, device="meta")
+
+
 def are_experts(module: nn.Module) -> bool:
     """Whether a module has the parameters of experts, fast or not, of whatever class it is."""
     if is_fast_experts(module):
@@ -594,7 +611,7 @@ def sizes_of(module: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         first, second = module.shapes
         return (module.count, *first), (module.count, *second)
     shapes = [tuple(module._parameters[name].shape) for name in _names(module)]
-    if getattr(module, "is_transposed", False):
+    if is_transposed(module):
         shapes = [(e, n, k) for e, k, n in shapes]
     return shapes[0], shapes[1]
 
@@ -614,6 +631,8 @@ def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
 
 def why_no_twin(module: Any) -> str | None:
     """Why a module of this class cannot become fast experts, whatever its weights are."""
+    if is_fast_experts(module):
+        return None
     kind = type(module).__name__
     if not all(flag in vars(module) for flag in _FLAGS) or not hasattr(type(module).forward, "__wrapped__"):
         return f"{kind} is no class of experts that transformers hands to an implementation"
@@ -652,8 +671,7 @@ def _why_unquantized(module: Any, asked: Wanted, name: str) -> str | None:
         weight = module._parameters.get(own)
         if weight is None:
             return None  # frozen, of which the caller knows
-        transposed = module._form.transposed if isinstance(module, ExpertsModule) else module.is_transposed
-        reason = asked.why_not(name, weight.shape[1 if transposed else 2])
+        reason = asked.why_not(name, weight.shape[1 if is_transposed(module) else 2])
         if reason is None and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
             reason = f"its {own} has infinities or NaN, which no integers stand for"
         if reason is not None:
@@ -738,7 +756,10 @@ def freeze(module: Any) -> None:
             raise ValueError(f"{label(module)} cannot be frozen: {reason}")
         parameters = [module._parameters[name] for name in module.names]
         dtype, wants = parameters[0].dtype, (parameters[0].requires_grad, parameters[1].requires_grad)
-        first, second = module._packed()  # anew, as they may have changed in a way that torch does not count
+        first, second = (
+            module.packed(0),
+            module.packed(1),
+        )  # anew, as they may have changed in a way that torch does not count
         hold(module, Frozen(first, second, dtype, wants))
 
 

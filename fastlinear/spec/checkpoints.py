@@ -293,7 +293,36 @@ def _hqq(parts: Parts, config: Config) -> Weight:
     return Coded(codes, scale, table, size, scale * (8 - zero))
 
 
+def _mxfp4_shape(parts: Parts, config: Config) -> tuple[int, int, int]:
+    blocks = _need(parts, "blocks", (torch.uint8,), None, None, None, 16)
+    experts, n, groups, _ = blocks.shape
+    _need(parts, "scales", (torch.uint8,), experts, n, groups)
+    return experts, n, 32 * groups
+
+
+def _mxfp4(parts: Parts, expert: int) -> Coded:
+    """Blocks of 32 k: the lower half of a byte is the even one; scales are the exponents that e8m0 is."""
+    pairs = parts["blocks"][expert]
+    codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten(1)
+    table = torch.tensor(TABLES["fp4"], device="cpu")
+    return Coded(codes, parts["scales"][expert].contiguous().view(torch.float8_e8m0fnu), table, 32)
+
+
+class Mixture(NamedTuple):
+    """How the weights of all experts of one product are stored. parts: what their names end in, behind that of the
+    Parameter; shape: [E, N, K]; weight: that of one expert."""
+
+    label: str
+    parts: tuple[str, ...]
+    shape: Callable[[Parts, Config], tuple[int, int, int]]
+    weight: Callable[[Parts, int], Coded]
+
+
+MIXTURES = {"mxfp4": Mixture("MXFP4", ("blocks", "scales"), _mxfp4_shape, _mxfp4)}
+
+
 SCHEMES: dict[str, tuple[Scheme, ...]] = {
+    "mxfp4": (),  # its linear layers are floats
     "gptq": (Scheme("GPTQ", ("qweight", "qzeros", "scales"), ("g_idx",), _gptq_shape, _gptq),),
     "awq": (Scheme("AWQ", ("qweight", "qzeros", "scales"), (), _awq_shape, _awq),),
     "compressed-tensors": (

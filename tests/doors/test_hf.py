@@ -12,6 +12,7 @@ from models import fast_names
 from torch import Tensor, nn
 
 import fastlinear
+from fastlinear.layer import experts
 from fastlinear.layer.frozen import is_frozen
 
 transformers = pytest.importorskip("transformers")
@@ -193,3 +194,26 @@ def test_nothing_is_said_while_loading(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(folder, quantization_config=FastLinearConfig())
+
+
+@torch.no_grad()
+def test_experts_implementation() -> None:
+    """experts_implementation="fastlinear": experts alone become fast, at their first call; training is as before."""
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, vocab_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    stock = transformers.MixtralForCausalLM(config).eval()
+    want = stock(TOKENS).logits
+    stock.set_experts_implementation("fastlinear")
+    torch.testing.assert_close(stock(TOKENS).logits, want)
+    mixture = stock.model.layers[0].mlp.experts
+    assert experts.is_fast_experts(mixture) and not mixture._elsewhere and not fast_names(stock)
+    torch.testing.assert_close(stock.train()(TOKENS).logits, want)
+    assert mixture._elsewhere == {"training": 1}
+    odd = transformers.MixtralForCausalLM(config).eval()
+    odd.model.layers[0].mlp.experts.act_fn = nn.Softshrink()
+    want = odd(TOKENS).logits
+    odd.set_experts_implementation("fastlinear")
+    torch.testing.assert_close(odd(TOKENS).logits, want)
+    assert not experts.is_fast_experts(odd.model.layers[0].mlp.experts)
