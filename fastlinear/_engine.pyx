@@ -145,8 +145,10 @@ cdef class Engine:
             for key, planned in self.plans.items():
                 plans[key] = [plan if type(plan) is Plan else None for plan in planned]
         self.packed = self.attach = None  # not fresh until all the rest is set
-        # The first pack has credit: many a model is called once before its weights are loaded.
-        self.threads, self.answered, self.waits = 0, TRIAL if self.planned_for is None else 0, 0
+        # The first pack has credit: many a model is called once before its weights are loaded. That call may be one of
+        # the bare engine, as after tracers, which patch nn.Module.__call__ for a while.
+        cdef bint first = self.planned_for is None and (self.elsewhere is None or self.elsewhere.planned_for is None)
+        self.threads, self.answered, self.waits = 0, TRIAL if first else 0, 0
         self.plans, self.planned_for = plans, planned_for
         self.weight, self.fingerprint = weight, fingerprint
         self.candidate = self.last = None

@@ -43,13 +43,14 @@ def _linear(weight: Tensor, transposed: bool, packs: Packs) -> _Sums:
 def _mkl(weight: Tensor, transposed: bool, packs: Packs) -> _Sums:
     """MKL's prepacked sgemm. Its packs do not depend on M, as little as those of IPEX, which packs once for all; torch
     asks whether a call's rows are as many as it is told the pack was made for, and else uses `dense`."""
-    dense = weight.t() if transposed else weight
     linear = torch.ops.mkl._mkl_linear.default
     if "torch/mkl" not in packs:
+        dense = weight.t() if transposed else weight
         packs["torch/mkl"] = torch.ops.mkl._mkl_reorder_linear_weight(dense.contiguous(), _ROWS)
     packed = packs["torch/mkl"]
 
-    def sums(x: Tensor, _: Tensor, bias: Tensor | None) -> Tensor:
+    def sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # of the caller's: a plan holds no weight
+        dense = weight.t() if transposed else weight
         return linear(x, packed, dense, bias, x.numel() // x.shape[-1])  # type: ignore[no-any-return]
 
     return sums, packed

@@ -161,6 +161,25 @@ assert resident() < before + 8, (before, resident())
     child(code)
 
 
+def test_a_small_weight_is_packed_again_in_its_page() -> None:
+    """Of a weight that keeps changing, the page of the last pack is not given back and fetched anew, whether it lies
+    alone in its chunk or not: the system would fill 2 MB with zeros each time."""
+    code = """
+import resource
+weight = torch.zeros(64, 64)
+for beside in (None, pack(5000, 1000)):
+    def again():
+        _weights.Packed(weight, "fp32/32x1")
+    for _ in range(20):
+        again()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        again()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt < before + 50
+"""
+    child(code)
+
+
 def test_a_repack_costs_one_pack() -> None:
     """The pack of a weight that has changed goes before the new one is made: the peak is that of the first call."""
     code = """

@@ -1,7 +1,6 @@
 """A packed weight is never stale: whoever changes the weight densely, by whatever means, the next call sees it."""
 
 import copy
-import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,9 @@ import fastlinear._fingerprints as _fingerprints
 import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
+from fastlinear.layer.linear import FastLinear
 from fastlinear.layer.planning import prepare
+from fastlinear.plan import rivals
 
 K, N = 70, 96  # larger than what is compared whole
 FORMATS = list(_tensors.FORMATS)
@@ -350,9 +351,13 @@ def test_a_weight_that_keeps_changing_is_left_to_torch(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("train", [False, True], ids=["changing", "training"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as held", "rounded"])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_torch_is_called_at_once(train: bool, dtype: torch.dtype | None, kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("after", [False, True], ids=["", "after a tracer"])
+def test_torch_is_called_at_once(train: bool, dtype: torch.dtype | None, kind: type[nn.Module], after: bool) -> None:
     """Training, and while its weight keeps changing, a small layer costs what the stock one does: no Python of ours
-    runs but the activation's. Answers, gradients and the report's counts are what they were."""
+    runs but the activation's. Answers, gradients and the report's counts are what they were; so they are after a tracer
+    has put nn.Module.__call__ back, when the first call comes by another way than those behind it."""
+    if after:
+        nn.Module.__call__ = vars(nn.Module)["__call__"]
     stock = nn.Sequential(nn.Linear(K, N) if kind is nn.Linear else Conv1D(N, K), nn.ReLU()).eval()
     fast, x = OFF(stock, dtype=dtype), torch.randn(5, K)
     with torch.no_grad():
@@ -381,8 +386,7 @@ def test_torch_is_called_at_once(train: bool, dtype: torch.dtype | None, kind: t
     del fast[0]._slow
     assert type(fast[0])._slow is slow
     word = _reasons.TRAINING if train else _reasons.CHANGING
-    assert list(fast[0]._elsewhere) == [word]
-    assert fast[0]._elsewhere[word] in ((20,) if train else (18, 19))  # the first changes may each find a pack
+    assert fast[0]._elsewhere == {word: 20 if train else 19}
     assert f"calls elsewhere: {word}" in " ".join(str(fastlinear.report(fast)).split())
     fast.eval()
     with torch.no_grad():
@@ -438,14 +442,16 @@ def test_no_weak_reference_to_a_parameter() -> None:
     assert_seen(stock, fast, x)
 
 
-def test_the_storage_is_held_weakly() -> None:
-    """A weight that was offloaded through `.data` is freed at once, though its layer has not been called since."""
+@pytest.mark.parametrize("kernel", ["", *rivals.NAMES])
+def test_the_storage_is_held_weakly(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that was offloaded through `.data` is freed at once, though its layer has not been called since,
+    whatever was chosen for it."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    layer: Any = OFF(nn.Linear(512, 512, bias=False).eval())
+    monkeypatch.setenv("FASTLINEAR_KERNEL", kernel)
+    layer = FastLinear(512, 512, bias=False).eval()
     with torch.no_grad():
         layer(torch.randn(2, 512))
-    gc.collect()  # what other tests left in cycles
     storage = StorageWeakRef(layer.weight.untyped_storage())
     layer.weight.data = torch.empty(0)
     assert storage.expired()
