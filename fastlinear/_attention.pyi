@@ -9,4 +9,5 @@ def attention(
     scale: float | None = ...,
     grouped: bool = ...,
     isa: str | None = ...,
+    rows: tuple[int, int] = ...,
 ) -> Tensor | None: ...

@@ -21,10 +21,17 @@ cdef enum:
     LARGE = 1 << 21
 
 
-# [batch, head, row, element] of a floating format, elements side by side.
-cdef bint heads_of(object tensor, View* v, Heads* heads) except -1:
+# [batch, head, row, element] of a floating format, elements side by side; [batch, row, count * element] where `count`
+# is given.
+cdef bint heads_of(object tensor, View* v, Heads* heads, ptrdiff_t count) except -1:
     if type(tensor) is not Tensor or not look_at(tensor, v) or not is_float(v.format) or is_neg(tensor):
         return False
+    if count > 0:
+        if v.ndim != 3 or v.stride[2] != 1 or v.shape[2] % count != 0:
+            return False
+        v.shape[3] = v.shape[2] // count
+        v.shape[2], v.shape[1], v.ndim = v.shape[1], count, 4
+        v.stride[2], v.stride[1], v.stride[3] = v.stride[1], v.shape[3], 1
     if v.ndim != 4 or (v.stride[3] != 1 and v.shape[3] != 1):
         return False
     heads.data, heads.format = v.data, v.format
@@ -63,13 +70,16 @@ cdef bint mask_of(object mask, AttentionProblem* p) except -1:
     return True
 
 
-def attention(q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None):
+def attention(
+    q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None, tuple rows=(0, 0)
+):
     """softmax(q k^T * scale + mask) v, as fastlinear/spec/attention.py says. None for what it does not take: all are
     dense fp32, bf16 or fp16 CPU tensors of one dtype, whose elements lie side by side.
 
     q: [B, H, L, D], k, v: [B, G, S, D] with G = H or, where `grouped`, a divisor of it; mask: bool, or fp32 or of their
     dtype, two to four dimensions that broadcast to [B, H, L, S]; scale: None for 1 / sqrt(D).
-    The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D].
+    The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D]. rows: (H, G) where q, k, v and the result
+    are instead as linear layers have them, [B, L, H * D] and [B, S, G * D].
     isa: whose vectors to use, by name; else the best that may run. ValueError for one that may not, MemoryError where
     scratch memory ran out. Gradients are the caller's business.
     """
@@ -78,7 +88,8 @@ def attention(q, k, v, mask=None, bint causal=False, scale=None, bint grouped=Fa
     cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
     cdef ptrdiff_t threads
     cdef cbool done
-    if not heads_of(q, &a, &p.q) or not heads_of(k, &b, &p.k) or not heads_of(v, &c, &p.v):
+    cdef ptrdiff_t count = rows[0], kv_count = rows[1]
+    if not heads_of(q, &a, &p.q, count) or not heads_of(k, &b, &p.k, kv_count) or not heads_of(v, &c, &p.v, kv_count):
         return None
     if b.format != a.format or c.format != a.format:
         return None
@@ -97,8 +108,8 @@ def attention(q, k, v, mask=None, bint causal=False, scale=None, bint grouped=Fa
         return None
     p.scale = 1.0 / sqrt(p.size) if scale is None else scale
     p.causal = causal
-    y = q.new_empty((p.batches, p.queries, p.heads, p.size)).transpose(1, 2)
-    if not heads_of(y, &a, &p.y):
+    y = q.new_empty(p.batches, p.queries, p.heads * p.size)
+    if not heads_of(y, &a, &p.y, p.heads):
         return None
     threads = pool_size()
     if 2 * p.batches * p.heads * p.queries * p.keys * p.size < LARGE:
@@ -108,4 +119,4 @@ def attention(q, k, v, mask=None, bint causal=False, scale=None, bint grouped=Fa
             done = make_attention(p, vectors[0], threads)
     if not done:
         raise MemoryError(f"no memory for the scratch rows of attention over {p.keys} keys of {p.size}")
-    return y
+    return y if count > 0 else y.view(p.batches, p.queries, p.heads, p.size).transpose(1, 2)

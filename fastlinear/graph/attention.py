@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from fastlinear.graph.capture import example, is_contiguous, op_of
+from fastlinear.graph.capture import example, is_contiguous, op_of, same_shape, same_size
 from fastlinear.graph.story import Story
 from fastlinear.layer import sdpa
 from fastlinear.model.rows import NodeReport
@@ -29,13 +29,86 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
         causal, scale, grouped = given.get("is_causal", False), given.get("scale"), given.get("enable_gqa", False)
         told = story.row(node)
         story.tell(node, "fast", "attention: fastlinear, or torch where that is faster")
-        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(_tell, told))
-        tensors = (given["query"], given["key"], given["value"], given.get("attn_mask"))
+        heads = [given[name] for name in _ARGUMENTS[:3]]
+        whole = _whole(node, heads)
+        rows = (0, 0) if whole is None else whole.rows
+        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(_tell, told), rows)
+        last = node if whole is None else whole.after[0]
         with graph.inserting_before(node):
-            made = graph.call_function(run, tensors)
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
+            made = graph.call_function(run, (*(heads if whole is None else whole.sources), given.get("attn_mask")))
+        made.meta = dict(last.meta)
+        last.replace_all_uses_with(made)
+        for gone in [node] if whole is None else [*whole.after, node, *whole.before]:
+            if not gone.users:
+                graph.erase_node(gone)
+                if gone is not node:
+                    story.tell(gone, "fused", "into the attention, which cuts rows into heads itself", made)
+
+
+class _Whole(NamedTuple):
+    """Attention of rows that are cut into heads for it alone. sources: the rows of q, k and v; before, after: the nodes
+    that cut them and that join the heads again, last ones first; rows: how many heads these are."""
+
+    sources: list[fx.Node]
+    before: list[fx.Node]
+    after: list[fx.Node]
+    rows: tuple[int, int]
+
+
+def _whole(node: fx.Node, heads: list[Any]) -> _Whole | None:
+    """What is around attention, if that is nothing but cutting and joining."""
+    cuts = [_cut(each) for each in heads]
+    joined = _joined(node)
+    sizes = [example(each) for each in heads]
+    if joined is None or any(each is None for each in cuts):
+        return None
+    counts = [t.shape[1] for t in sizes if t is not None]
+    if not all(isinstance(count, int) for count in counts) or counts[1] != counts[2]:
+        return None
+    found = [cut for cut in cuts if cut is not None]
+    before = list(dict.fromkeys(each for cut in found for each in cut[:2]))
+    return _Whole([cut[2] for cut in found], before, joined, (counts[0], counts[1]))
+
+
+def _cut(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(the transposition, the view, x [B, L, H * D]) that [B, H, L, D] comes from."""
+    view = node.args[0] if isinstance(node, fx.Node) and _swaps_middle(node) else None
+    if not isinstance(view, fx.Node) or op_of(view) not in ("view", "reshape", "unflatten"):
+        return None
+    source = view.args[0]
+    x, y = example(source), example(view)
+    if not isinstance(source, fx.Node) or x is None or y is None or x.dim() != 3 or y.dim() != 4:
+        return None
+    fits = same_shape(x.shape[:2], y.shape[:2]) and same_size(x.shape[2], y.shape[2] * y.shape[3])
+    return (node, view, source) if fits else None
+
+
+def _joined(node: fx.Node) -> list[fx.Node] | None:
+    """The nodes that make [B, L, H * D] of attention's output and are all that read it, the last one first."""
+    y, chain = example(node), [node]
+    while len(chain[-1].users) == 1 and len(chain) < 4:
+        (user,) = chain[-1].users
+        follows = (
+            _swaps_middle(user) if len(chain) == 1 else op_of(user) in ("contiguous", "reshape", "view", "flatten")
+        )
+        z = example(user)
+        if not follows or user.args[0] is not chain[-1] or z is None or y is None:
+            return None
+        chain.append(user)
+        if z.dim() == 3:
+            b, h, rows, size = y.shape
+            return chain[:0:-1] if same_shape(z.shape, (b, rows, h * size)) else None
+    return None
+
+
+def _swaps_middle(node: fx.Node) -> bool:
+    given = [*node.args[1:]]
+    if node.kwargs:
+        return False
+    if op_of(node) == "permute":
+        order = given[0] if len(given) == 1 else given
+        return isinstance(order, (tuple, list)) and [*order] == [0, 2, 1, 3]
+    return op_of(node) == "transpose" and sorted(d % 4 for d in given if isinstance(d, int)) == [1, 2]
 
 
 def _tell(told: NodeReport, found: Answer) -> None:

@@ -8,6 +8,7 @@ contiguous [B, L, H, D], so that what follows may view it as [B, L, H * D].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,18 +59,27 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
 
 
 def function(
-    causal: bool, scale: float | None, grouped: bool, measure: bool, tell: Callable[[Answer], object] = lambda _: None
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+    measure: bool,
+    tell: Callable[[Answer], object] = lambda _: None,
+    rows: tuple[int, int] = (0, 0),
 ) -> Attention:
     """attention(q, k, v, mask) -> y, as the op with these arguments, on whatever is faster for each kind of call.
 
-    measure: whether that may be found out in calls; else by a rule. tell: is given each new answer.
+    measure: whether that may be found out in calls; else by a rule. tell: is given each new answer. rows: (H, G) where
+    q, k and v are not cut into heads yet, and y is not to be, either: [B, L, H * D] and [B, S, G * D].
     """
     answers: dict[Any, Answer] = {}
-    native, how = _attention.attention, (causal, scale, grouped)
+    how = (causal, scale, grouped)
+    native = functools.partial(_attention.attention, rows=rows) if rows[0] else _attention.attention
+    plain = functools.partial(_stock_of_rows, rows) if rows[0] else stock
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if watched() or torch.is_autocast_enabled("cpu") or environment.disabled() or _wants_grad(q, k, v, mask):
-            return stock(q, k, v, mask, *how)
+        grad = torch.is_grad_enabled() and _wants_grad(q, k, v, mask)
+        if grad or watched() or torch.is_autocast_enabled("cpu") or environment.disabled():
+            return plain(q, k, v, mask, *how)
         kind = (q.shape, k.shape, q.dtype, None if mask is None else mask.shape, torch.get_num_threads())
         found = answers.get(kind)
         if found is None or (found.due and plan.is_due(found)):
@@ -79,24 +89,37 @@ def function(
             answers[kind] = found
             tell(found)
         y = native(q, k, v, mask, *how) if found.ours else None
-        return stock(q, k, v, mask, *how) if y is None else y
+        return plain(q, k, v, mask, *how) if y is None else y
 
     def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
-        if why_not(q, k, v, mask) is not None or native(q, k, v, mask, *how) is None:
+        cut = _cut(rows, q, k, v) if rows[0] else (q, k, v)
+        if why_not(*cut, mask) is not None or native(q, k, v, mask, *how) is None:
             return Answer(False, "torch: the kernels do not take these tensors")
         kind = "causal" if causal else "none"
         if mask is not None:
             kind = "row" if mask.shape[-2] == 1 or mask.stride(-2) == 0 else "full"
-        b, h, queries, size = q.shape
-        asked = Question(b * h, queries, k.shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads())
+        b, h, queries, size = cut[0].shape
+        asked = Question(
+            b * h, queries, cut[1].shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads()
+        )
         return plan.answer(
             asked,
             lambda: native(q, k, v, mask, *how),
-            lambda: stock(q, k, v, mask, *how),
+            lambda: plain(q, k, v, mask, *how),
             measure=measure,
         )
 
     return attention
+
+
+def _cut(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v by heads: [B, H, L, D] and [B, G, S, D]."""
+    h, g = rows
+    return q.unflatten(-1, (h, -1)).transpose(1, 2), *(t.unflatten(-1, (g, -1)).transpose(1, 2) for t in (k, v))
+
+
+def _stock_of_rows(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
+    return stock(*_cut(rows, q, k, v), mask, *how).transpose(1, 2).flatten(2)
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

@@ -82,6 +82,56 @@ def test_groups_of_heads() -> None:
     assert node.outcome == "fast"
 
 
+class Rows(Attention):
+    """`join` is what becomes of the output; q, k and v are cut by view and transposed."""
+
+    def __init__(self, attend: Heads, join: Callable[[Tensor], Tensor], heads: int = 4) -> None:
+        super().__init__(attend)
+        self.k, self.v, self.join, self.heads = nn.Linear(32, 8 * heads), nn.Linear(32, 8 * heads), join, heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (t.view(x.shape[0], x.shape[1], self.heads, 8).permute(0, 2, 1, 3) for t in (self.k(x), self.v(x)))
+        y = self.join(self.attend(self.q(x).view(x.shape[0], -1, 4, 8).transpose(1, 2), k, v))
+        return self.out(y)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k, v, enable_gqa=True)
+
+
+def _joined(y: Tensor) -> Tensor:
+    return y.transpose(1, 2).contiguous().view(y.shape[0], y.shape[2], 32)
+
+
+WHOLE: dict[str, tuple[nn.Module, bool]] = {
+    "reshape": (Rows(TAKEN["plain"], lambda y: y.transpose(1, 2).reshape(y.shape[0], -1, 32)), True),
+    "contiguous": (Rows(TAKEN["causal"], _joined), True),
+    "flatten": (Rows(TAKEN["scaled"], lambda y: y.transpose(1, 2).flatten(2)), True),
+    "groups": (Rows(_grouped, _joined, 2), True),
+    "masked": (Rows(TAKEN["masked"], _joined), True),
+    "more readers": (Rows(lambda q, k, v: sdpa(q, k, v) + 0 * q.sum(), _joined), False),
+    "read twice": (Rows(TAKEN["plain"], lambda y: _joined(y) + y.sum()), False),
+    "joined otherwise": (Rows(TAKEN["plain"], lambda y: y.reshape(y.shape[0], -1, 32)), False),
+    "turned": (Rows(lambda q, k, v: sdpa(q * 2, k, v), _joined), False),
+    "written to": (Rows(lambda q, k, v: sdpa(q, k, v).mul_(2), _joined), False),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_heads_are_cut_by_the_kernel(name: str, dynamic: bool | None) -> None:
+    """Rows that are cut into heads for attention alone, and joined after it, are read and written as rows; what torch
+    answers instead is the same, and so it is for another batch."""
+    model, whole = WHOLE[name]
+    fast = compiled(model, dynamic)
+    with torch.no_grad():
+        for shape in ((2, 10, 32), (2, 3, 32), (5, 10, 32)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    found = [node for graph in fastlinear.report(fast).graphs for node in graph.nodes if "cuts rows" in node.why]
+    assert bool(found) == whole, found
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_attention_is_left_to_torch(name: str) -> None:
     """What the kernels do not compute stays torch's, with the reason."""
@@ -106,7 +156,7 @@ def test_fuse_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     node = check(Attention(TAKEN["plain"]), torch.randn(1, 10, 32), fuse=False)
     assert node.outcome == "torch" and not node.why
     calls: list[object] = []
-    monkeypatch.setattr("fastlinear.layer.sdpa._attention.attention", lambda *args: calls.append(args))
+    monkeypatch.setattr("fastlinear.layer.sdpa._attention.attention", lambda *args, **_: calls.append(args))
     monkeypatch.setenv("FASTLINEAR_DISABLE", "1")
     node = check(Attention(TAKEN["plain"]), torch.randn(1, 10, 32))
     assert not calls

@@ -126,6 +126,36 @@ def test_odd_numbers(isa: str) -> None:
     torch.testing.assert_close(y, F.scaled_dot_product_attention(wide[:, :, :3], wide, wide))
 
 
+def test_rows() -> None:
+    """Rows as linear layers have them give the bits of the same rows cut into heads; others are left to the caller."""
+    for dtype, (h, g) in itertools.product(DTYPES, ((4, 4), (4, 2))):
+        x = torch.randn(2, 19, 24 * h + 48 * g).to(dtype)
+        parts = x.split([24 * h, 24 * g, 24 * g], -1)
+        cut = [t.unflatten(-1, (-1, 24)).transpose(1, 2) for t in parts]
+        for causal in (False, True):
+            y = _attention.attention(*parts, None, causal, None, True, rows=(h, g))
+            want = _attention.attention(*cut, None, causal, None, True)
+            assert y is not None and want is not None and y.is_contiguous()
+            assert torch.equal(y, want.transpose(1, 2).flatten(2))
+        assert _attention.attention(*parts, rows=(h, 5)) is None
+        assert _attention.attention(*(t[..., ::2] for t in parts), rows=(h, g)) is None
+        assert _attention.attention(*cut, rows=(h, g)) is None
+
+
+def test_a_mask_of_all_heads() -> None:
+    """One mask of all heads is turned once, and another in the next batch."""
+    for queries in (7, 32, 33, 70):
+        q, k = heads(3, 2, queries, 16), heads(3, 2, 40, 16)
+        mask = torch.rand(3, 1, queries, 40) < 0.6
+        mask[..., 0] = True
+        for each in _kernels.isas():
+            try:
+                y = _attention.attention(q, k, k, mask, isa=each)
+            except ValueError:
+                continue
+            torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, k, mask))
+
+
 def test_threads_and_parts() -> None:
     """Many heads, and one that is cut, on two threads: the bits of one thread, of heads one by one."""
     for b, h, g, rows, causal in ((3, 8, 2, 40, False), (1, 1, 1, 300, False), (1, 2, 1, 200, True)):
