@@ -31,8 +31,8 @@ SUITE = [
 
 
 class Environment:
-    """A virtual environment with a home of its own; PATH has its programs and, unless it is to compile, no more of the
-    system's than a handful: no compiler, no linker."""
+    """A virtual environment. PATH has its programs and, unless it is to compile, no more than a handful of the
+    system's: no compiler, no linker."""
 
     def __init__(self, folder: Path, *, compiles: bool) -> None:
         self.folder, self.bin, few = folder, folder / "venv/bin", folder / "few"
@@ -40,10 +40,10 @@ class Environment:
         few.mkdir()
         for program in ("sh", "env", "uname", "cat", "ls", "rm"):
             (few / program).symlink_to(str(shutil.which(program)))
-        names = "PIP_|SSL_|https?_" + "|C(C|XX)$" * compiles
+        names = "HOME$|PIP_|SSL_|https?_" + "|C(C|XX)$" * compiles
         kept = {name: value for name, value in os.environ.items() if re.match(names, name, re.IGNORECASE)}
         path = f"{self.bin}:{os.environ['PATH'] if compiles else few}"
-        own = {"HOME": str(folder), "PATH": path, "FASTLINEAR_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        own = {"PATH": path, "FASTLINEAR_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
         self.variables = kept | own
 
     def run(self, program: str, *arguments: str | Path, cwd: Path | None = None) -> str:
@@ -61,7 +61,7 @@ def cpu_builds() -> tuple[str, list[str]]:
     """The newest version of torch that pip offers here, and its builds without CUDA, newest first: only those that say
     +cpu, for what has no such word brings gigabytes of CUDA on Linux."""
     ask = [sys.executable, "-m", "pip", "index", "versions", "torch"]
-    told = subprocess.run(ask, stdout=subprocess.PIPE, text=True, check=False)
+    told = subprocess.run(ask, capture_output=True, text=True, check=False)
     offered = re.findall(r"[^\s,]+", told.stdout.partition("Available versions:")[2].partition("\n")[0])
     return (offered or ["none"])[0], [version for version in offered if version.endswith("+cpu")]
 
