@@ -41,6 +41,7 @@ cdef extern from "Python.h":
       return self != NULL && PyCell_Check(self) ? PyCell_GET(self) : self;
     }
     #else  // what instruction a frame is at says nothing there: it has no columns
+    #include <frameobject.h>
     static PyObject *receiver_of(PyFrameObject *) { return NULL; }
     static int PyFrame_GetLasti(PyFrameObject *) { return -1; }
     #endif
