@@ -14,7 +14,7 @@ import fastlinear._tensors as _tensors
 from fastlinear.layer.frozen import Freezable, Frozen, record_of
 from fastlinear.layer.packs import pack_quantized
 from fastlinear.layer.quality import coded_snr
-from fastlinear.layer.shard import is_shared, local, why_unshared
+from fastlinear.layer.shard import is_shared, is_unsummed, local
 from fastlinear.spec.foreign import foreign
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import ANYHOW, Wanted
@@ -121,8 +121,8 @@ def why_unread(module: nn.Module, but: str = "") -> str | None:
     if but == "weight":
         weight = None
     for what, tensor in (("weight", weight), ("bias", bias)):
-        if (reason := why_unshared(tensor)) is not None:
-            return f"its {what} {reason}"
+        if is_unsummed(tensor):
+            return f"its {what} is a DTensor whose parts are still to be summed"
     weight, bias = local(weight), local(bias)
     if weight is not None and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"

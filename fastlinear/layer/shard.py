@@ -57,12 +57,10 @@ def local(tensor: Any) -> Any:
         return tensor.to_local()
 
 
-def why_unshared(tensor: Any) -> str | None:
-    """Why this process's part of a DTensor says nothing by itself; None where it does, and for any other tensor."""
+def is_unsummed(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor of which a part says nothing by itself."""
     shard = shard_of(tensor)
-    if shard is not None and any(placement.is_partial() for placement in shard.placements):
-        return "is a DTensor whose parts are still to be summed"
-    return None
+    return shard is not None and any(placement.is_partial() for placement in shard.placements)
 
 
 class _Way(NamedTuple):
