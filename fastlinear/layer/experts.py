@@ -31,6 +31,7 @@ from fastlinear.layer.fitness import odd_dtype, runs_its_own
 from fastlinear.layer.lent import Lent
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack_apart
+from fastlinear.layer.quality import coded_snr
 from fastlinear.layer.shelf import Shelf, shelve
 from fastlinear.layer.stack import fit
 from fastlinear.plan import decide, measuring
@@ -674,6 +675,12 @@ def _why_unquantized(module: Any, asked: Wanted, name: str) -> str | None:
         reason = asked.why_not(name, weight.shape[1 if is_transposed(module) else 2])
         if reason is None and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
             reason = f"its {own} has infinities or NaN, which no integers stand for"
+        coding, least = asked.scheme.coding(), asked.scheme.least
+        if reason is None and coding is not None and least is not None:
+            rows = weight.mT if is_transposed(module) else weight
+            kept = coded_snr(rows.flatten(0, 1), coding)
+            if kept < least:
+                reason = f"4 bits keep {kept:.1f} dB of its {own}, less than the {least:g} that were asked for"
         if reason is not None:
             return reason
     return None

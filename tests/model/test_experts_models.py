@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import itertools
+import types
 from typing import Any
 
 import pytest
@@ -89,16 +91,66 @@ def test_converted(name: str) -> None:
     assert list(map(type, again.modules())) == list(map(type, model.modules()))
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 @torch.no_grad()
-def test_compiled(name: str) -> None:
-    """By our own backend, experts an op in its graph."""
-    model, want = made(name)
+def test_compiled() -> None:
+    """By our own backend, experts an op in its graph; and so a model generates on a preallocated cache."""
+    model, want = made("Mixtral")
     fast = fastlinear.convert(model, tune="off")
     compiled = torch.compile(fast, backend="fastlinear")
     assert error(compiled(TOKENS).logits, want) < 1e-5
     assert "experts" in [node.op for graph in fastlinear.report(compiled).graphs for node in graph.nodes]
+    fast.forward = torch.compile(fast.forward, backend="fastlinear")
+    wish: Any = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    assert torch.equal(fast.generate(TOKENS, **wish), model.generate(TOKENS, **wish))
     assert not any(mixture._elsewhere for mixture in mixtures(fast))
+
+
+FLAGS = list(itertools.product((False, True), repeat=4))
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=["".join("-+"[flag] for flag in flags) for flags in FLAGS])
+@torch.no_grad()
+def test_every_form(flags: tuple[bool, ...]) -> None:
+    """Transposed or not, gates in halves or in turns or none at all, biases or none: as transformers computes them."""
+    transposed, concatenated, bias, gated = flags
+    use = pytest.importorskip("transformers.integrations.moe").use_experts_implementation
+
+    def interleaved(self: Any, y: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(y[..., ::2]) * y[..., 1::2]
+
+    members = {} if concatenated else {"_apply_gate": interleaved}
+    kind: Any = type(
+        "Kind", (nn.Module,), {"__init__": _init(transposed, bias, gated), "forward": nn.Identity.forward} | members
+    )
+    kind = use(kind, is_concatenated=concatenated, is_transposed=transposed, has_bias=bias, has_gate=gated)
+    torch.manual_seed(0)
+    stock = kind(types.SimpleNamespace(_experts_implementation="batched_mm")).eval()
+    fast = copy.deepcopy(stock)
+    experts.adopt(fast, "off")
+    x, (weights, ids) = torch.randn(9, 20), torch.randn(9, 3).softmax(-1).topk(2)
+    torch.testing.assert_close(fast(x, ids, weights), stock(x, ids, weights))
+    assert not fast._elsewhere
+    names = list(fast.state_dict())
+    experts.freeze(fast)
+    torch.testing.assert_close(fast(x, ids, weights), stock(x, ids, weights))
+    state = stock.state_dict()
+    assert list(fast.state_dict()) == names == list(state)
+    assert all(torch.equal(state[name], weight) for name, weight in fast.state_dict().items())
+    experts.release(fast)
+    assert type(fast) is kind
+
+
+def _init(transposed: bool, bias: bool, gated: bool) -> Any:
+    def init(self: Any, config: Any) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.act_fn = 3, nn.GELU()
+        first = "gate_up_proj" if gated else "up_proj"
+        for name, n, k in ((first, 26 if gated else 13, 20), ("down_proj", 20, 13)):
+            self.register_parameter(name, nn.Parameter(torch.randn(3, *((k, n) if transposed else (n, k))) / 4))
+            if bias:
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(3, n)))
+
+    return init
 
 
 @torch.no_grad()
@@ -173,6 +225,11 @@ def _infinite(_model: Any, mixture: Any) -> None:
         mixture.down_proj[0, 0, 0] = torch.inf
 
 
+def _coarse(_model: Any, mixture: Any) -> None:
+    with torch.no_grad():
+        mixture.gate_up_proj[..., ::32] = 100.0
+
+
 REASONS = {
     _without: "no class of experts that transformers hands to an implementation",
     _normed: "followed by a norm",
@@ -180,6 +237,7 @@ REASONS = {
     _odd: "an activation that is none of fastlinear's",
     _replaced: "its forward was replaced",
     _infinite: "its down_proj has infinities or NaN",
+    _coarse: "dB of its gate_up_proj, less than the 15 that were asked for",
 }
 
 
@@ -189,7 +247,8 @@ def test_experts_that_are_left_alone(spoil: Any) -> None:
     model, _ = made("Mixtral")
     mixture = mixtures(model)[0]
     spoil(model, mixture)
-    fast = fastlinear.convert(model, quantize=fastlinear.Int8Dynamic(), tune="off")
+    scheme = fastlinear.Int4WeightOnly(least=15) if spoil is _coarse else fastlinear.Int8Dynamic()
+    fast = fastlinear.convert(model, quantize=scheme, tune="off")
     assert [experts.is_fast_experts(each) for each in mixtures(fast)] == [False, True]
     found = fastlinear.report(fast)
     (reason,) = {row.reason for row in found if row.name.startswith("model.layers.0.mlp.experts")}
