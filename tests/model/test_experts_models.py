@@ -227,7 +227,7 @@ def _infinite(_model: Any, mixture: Any) -> None:
 
 def _coarse(_model: Any, mixture: Any) -> None:
     with torch.no_grad():
-        mixture.gate_up_proj[..., ::32] = 100.0
+        mixture.gate_up_proj[..., ::32] = 3.0  # beside 0.2: the scales of all groups are for these
 
 
 REASONS = {
@@ -237,7 +237,7 @@ REASONS = {
     _odd: "an activation that is none of fastlinear's",
     _replaced: "its forward was replaced",
     _infinite: "its down_proj has infinities or NaN",
-    _coarse: "dB of its gate_up_proj, less than the 15 that were asked for",
+    _coarse: "dB of its gate_up_proj, less than the 18 that were asked for",
 }
 
 
@@ -247,7 +247,7 @@ def test_experts_that_are_left_alone(spoil: Any) -> None:
     model, _ = made("Mixtral")
     mixture = mixtures(model)[0]
     spoil(model, mixture)
-    scheme = fastlinear.Int4WeightOnly(least=15) if spoil is _coarse else fastlinear.Int8Dynamic()
+    scheme = fastlinear.Int4WeightOnly(least=18) if spoil is _coarse else fastlinear.Int8Dynamic()
     fast = fastlinear.convert(model, quantize=scheme, tune="off")
     assert [experts.is_fast_experts(each) for each in mixtures(fast)] == [False, True]
     found = fastlinear.report(fast)
