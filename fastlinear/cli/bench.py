@@ -7,9 +7,11 @@ import functools
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -242,6 +244,8 @@ def _cells(result: Result) -> list[str]:
 def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     about = {"cpu": _kernels.cpu_info(), "torch": torch.__version__, "dtype": options.dtype}
     about |= {"quantize": options.quantize, "isa": options.isa, "activation": options.activation}
+    versions = {"fastlinear": metadata.version("fastlinear"), "python": platform.python_version()}
+    about |= {"date": time.strftime("%Y-%m-%d"), "versions": {**versions, "torch": torch.__version__}}
     try:
         with open(options.json, "w") as file:
             json.dump({"format": 1, "about": about, "results": results}, file, indent=1)

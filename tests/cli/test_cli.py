@@ -142,7 +142,10 @@ def test_bench_of_one_isa(isa: str, form: str, tmp_path: Path, capsys: pytest.Ca
     file = tmp_path / "figures.json"
     arguments = ["--shapes", "5x64x70,33x8x8", "--threads", "1,2", "--dtype", form, "--json", str(file)]
     assert cli.main(["bench", "--isa", isa, *arguments]) == 0
-    figures = json.loads(file.read_text())["results"]
+    document = json.loads(file.read_text())
+    figures, about = document["results"], document["about"]
+    assert about["cpu"] == fastlinear.cpu_info() and about["versions"].keys() == {"fastlinear", "python", "torch"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"])
     assert [(f["m"], f["threads"]) for f in figures] == [(5, 1), (33, 1), (5, 2), (33, 2)]
     for figure in figures:
         assert figure["runs_on"].split("/")[1] == isa
