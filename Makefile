@@ -5,9 +5,10 @@ HEADERS := $(shell find include -name '*.hpp')
 TEST_HEADERS := $(wildcard tests/*/*.hpp)
 UNITS := $(wildcard csrc/*.cpp)
 PROGRAMS := $(wildcard tests/*/*.cpp benchmarks/*.cpp)
-# clang too, where there is one that knows all instruction sets: 16 or newer.
-CLANG := $(shell clang++ -dumpversion 2>/dev/null | cut -d. -f1)
-COMPILERS := $(CXX) $(if $(CLANG),$(shell test $(CLANG) -ge 16 && echo clang++))
+# clang too, by whichever name there is one that knows all instruction sets: 16 or newer.
+CLANGS := clang++ $(addprefix clang++-,$(shell seq 30 -1 16))
+CLANG := $(shell for c in $(CLANGS); do v=$$($$c -dumpversion 2>/dev/null | cut -d. -f1); test "$${v:-0}" -ge 16 && echo $$c && break; done)
+COMPILERS := $(CXX) $(CLANG)
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
 .PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools wheel wheel-test bench lint docs links chromium clean

@@ -11,12 +11,16 @@
 #include <chrono>
 #include <cstddef>
 #include <cstring>
+#include <initializer_list>
 #include <string_view>
 #include <thread>
 #include <vector>
 
+#include "fastlinear/host/cpu.hpp"
+
 namespace {
 
+namespace bits = fastlinear::cpu_bits;
 using std::size_t;
 
 constexpr size_t kChains = 12;      // two ports of latency 4 need 8; 12 and two operands fit the 16 registers of AVX2
@@ -108,16 +112,22 @@ struct Probe {
   void (*read_four)(const char* data, size_t bytes, size_t ahead);
 };
 
+// Whether CPUID shows these and the system saves the registers.
+bool has(std::uint64_t saved, std::initializer_list<fastlinear::CpuBit> needs) {
+  const fastlinear::CpuSource cpu = fastlinear::this_cpu();
+  return (fastlinear::saved_registers(cpu) & saved) == saved && fastlinear::has_all(cpu, {needs.begin(), needs.size()});
+}
+
 const Probe kProbes[] = {
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), 2.0 * 8 * kChains * kSteps,
-     multiply_add_avx2, read_avx2<1>, read_avx2<4>},
-    {"avx512", __builtin_cpu_supports("avx512f") != 0, 2.0 * 16 * kChains * kSteps, multiply_add_avx512, read_avx512<1>,
-     read_avx512<4>},
-    {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, 2.0 * 32 * kChains * kSteps, multiply_add_avx512_bf16,
-     read_avx512<1>, read_avx512<4>},
-    {"avx_vnni", __builtin_cpu_supports("avxvnni") != 0, 2.0 * 32 * kChains * kSteps, multiply_add_avx_vnni,
+    {"avx2", has(bits::kYmmSaved, {bits::kAvx2, bits::kFma}), 2.0 * 8 * kChains * kSteps, multiply_add_avx2,
      read_avx2<1>, read_avx2<4>},
-    {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0, 2.0 * 64 * kChains * kSteps, multiply_add_avx512_vnni,
+    {"avx512", has(bits::kZmmSaved, {bits::kAvx512F}), 2.0 * 16 * kChains * kSteps, multiply_add_avx512, read_avx512<1>,
+     read_avx512<4>},
+    {"avx512_bf16", has(bits::kZmmSaved, {bits::kAvx512Bf16}), 2.0 * 32 * kChains * kSteps, multiply_add_avx512_bf16,
+     read_avx512<1>, read_avx512<4>},
+    {"avx_vnni", has(bits::kYmmSaved, {bits::kAvxVnni}), 2.0 * 32 * kChains * kSteps, multiply_add_avx_vnni,
+     read_avx2<1>, read_avx2<4>},
+    {"avx512_vnni", has(bits::kZmmSaved, {bits::kAvx512Vnni}), 2.0 * 64 * kChains * kSteps, multiply_add_avx512_vnni,
      read_avx512<1>, read_avx512<4>},
 };
 

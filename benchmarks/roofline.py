@@ -39,7 +39,7 @@ class Roofline:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "roofline.so")
             compiler = os.environ.get("CXX", "g++").split()
-            flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
+            flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", f"-I{SOURCE.parents[1] / 'include'}"]
             subprocess.run([*compiler, *flags, "-o", library, SOURCE], check=True)
             loaded = ctypes.CDLL(str(library))
         size = ctypes.c_size_t

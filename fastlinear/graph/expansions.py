@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import fx
 
 import fastlinear._torch as _torch
 from fastlinear.graph.capture import example
+from fastlinear.spec import attention
 
 
 class Expansion(NamedTuple):
@@ -101,8 +101,8 @@ def _encoder_layer(
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
     x = norm(src, norm_weight_1, norm_bias_1) if norm_first else src
-    attention = (qkv_weight, qkv_bias, proj_weight, proj_bias, mask)
-    x = src + _attention(x, x, x, embed_dim, num_heads, *attention, mask_type=mask_type)
+    projections = (qkv_weight, qkv_bias, proj_weight, proj_bias, mask)
+    x = src + _attention(x, x, x, embed_dim, num_heads, *projections, mask_type=mask_type)
     x = x if norm_first else norm(x, norm_weight_1, norm_bias_1)
     y = norm(x, norm_weight_2, norm_bias_2) if norm_first else x
     y = F.linear(y, ffn_weight_1, ffn_bias_1)
@@ -165,10 +165,7 @@ def _forward(
         mask = padding if mask is None else mask + padding
     mask = F.pad(mask, (0, further)) if mask is not None and further else mask
     if need_weights:
-        scores = (q * (1 / math.sqrt(size))) @ k.transpose(-2, -1)
-        weights = torch.softmax(scores if mask is None else scores + mask, -1)
-        y = weights @ v
-        weights = weights.mean(1) if average_attn_weights else weights
+        y, weights = attention.with_weights(q, k, v, mask, size, average_attn_weights)
         weights = weights.squeeze(0) if alone else weights
     else:
         y, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
@@ -205,9 +202,7 @@ def _added(mask: Any, x: Any) -> Any:
     """A mask as what is added to the scores, in the dtype of x."""
     known, dtype = example(mask.node), example(x.node)
     assert known is not None and dtype is not None
-    if known.dtype is not torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype.dtype).masked_fill(mask, -math.inf)
+    return attention.additive(mask, known.dtype is torch.bool, dtype.dtype)
 
 
 def _why_not_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> str | None:

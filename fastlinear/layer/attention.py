@@ -7,7 +7,6 @@ can be fast, frozen and saved like any linear layer; `close` undoes that. State 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastlinear.layer import fitness, linear
 from fastlinear.layer.frozen import record_of
+from fastlinear.spec import attention
 from fastlinear.spec.precision import Wanted
 
 _PARTS = ("weight", "bias")
@@ -75,11 +75,7 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
-            weights = torch.softmax(scores if mask is None else scores + mask, -1)
-            weights = F.dropout(weights, dropout) if dropout > 0 else weights
-            y = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            y, weights = attention.with_weights(q, k, v, mask, self.head_dim, average_attn_weights, dropout)
             weights = weights.squeeze(0) if alone else weights
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
@@ -194,10 +190,7 @@ _OLD_NAMES = ("in_proj_weight", "in_proj_bias")
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores."""
-    if mask.dtype is not torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+    return attention.additive(mask, mask.dtype is torch.bool, dtype)
 
 
 def _apart(whole: Any) -> list[nn.Module] | None:

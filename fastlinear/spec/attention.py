@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,6 +26,22 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
     if mask is None:
         return s
     return s.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else s + mask.to(s.dtype)
+
+
+def additive(mask: Tensor, of_bools: bool, dtype: torch.dtype) -> Tensor:
+    """nn.MultiheadAttention's masks, which are true where nothing is to be looked at, as what is added to s."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf) if of_bools else mask
+
+
+def with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: int, average: bool, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """y and the weights that nn.MultiheadAttention returns beside it, [B, H, L, S], or their mean over H, of heads of
+    `size` numbers. In torch's steps, and by the arguments alone, so that a graph can be spelled out by it."""
+    s = (q * math.sqrt(1.0 / size)) @ k.transpose(-2, -1)
+    weights = torch.softmax(s if mask is None else s + mask, -1)
+    weights = F.dropout(weights, dropout) if dropout > 0 else weights
+    return weights @ v, weights.mean(1) if average else weights
 
 
 def attention(
