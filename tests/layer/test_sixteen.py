@@ -418,8 +418,8 @@ def test_kernel_override(pairing: Pairing, kernel: dict[str, Any], monkeypatch: 
 @pytest.mark.parametrize("way", rivals.NAMES)
 @EVERY_PAIRING
 def test_torchs_own_ways(pairing: Pairing, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch/linear does every pairing; those that pack do what they can, never a weight that is packed in 16 bits
-    elsewhere; nothing fails."""
+    """torch/linear does every pairing whose weight is not rounded to what neither it nor x is in; those that pack do
+    what they can, never a weight that is packed in 16 bits elsewhere; nothing fails."""
     monkeypatch.setenv("FASTLINEAR_KERNEL", way)
     layer, x = layer_of(pairing, "relu"), torch.randn(5, K).to(pairing.x)
     eps = max(torch.finfo(pairing.x).eps, 1e-6)
@@ -427,7 +427,7 @@ def test_torchs_own_ways(pairing: Pairing, way: str, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(layer(x), formula, rtol=4 * eps, atol=4 * torch.finfo(pairing.packed).eps)
     (chosen,) = layer.plans
     same = pairing.x == pairing.packed == pairing.held
-    assert chosen.name == way or way != rivals.BASELINE
+    assert chosen.name == way or way != rivals.BASELINE or pairing.packed not in (pairing.held, pairing.x)
     assert chosen.name != way or way == rivals.BASELINE or same
 
 
@@ -459,7 +459,8 @@ def test_no_two_problems_share_a_key() -> None:
 
 @EVERY_PAIRING
 def test_tuning_measures_what_fits(pairing: Pairing) -> None:
-    """Every kernel that reads the pack and torch/linear are measured, and the choice is within the bound."""
+    """Every kernel that reads the pack, and torch/linear where that multiplies the same numbers, are measured, and the
+    choice is within the bound."""
     n = 32 + PAIRINGS.index(next(p for p in PAIRINGS if p.values[0] == pairing))  # a shape of its own, not tuned before
     layer, x = layer_of(pairing, n=n), torch.randn(40, K).to(pairing.x)
     layer._tune = "lazy"
@@ -467,7 +468,8 @@ def test_tuning_measures_what_fits(pairing: Pairing) -> None:
     (chosen,) = layer.plans
     measured = {name.split()[0] for name, _ in chosen.table}
     natives = {c.name for c in candidates.native_candidates(problem_of(pairing, 48))}
-    assert natives | {rivals.BASELINE} <= measured and chosen.source == "tuned"
+    torchs = {rivals.BASELINE} if pairing.packed in (pairing.held, pairing.x) else set()
+    assert natives | torchs <= measured and chosen.source == "tuned"
     assert not measured & {"torch/mkl", "torch/mkldnn"} or pairing.x == pairing.packed == pairing.held
     if chosen.name in natives:
         bounded(y, layer, x)
