@@ -28,7 +28,7 @@ struct EpilogueFunction {
 };
 
 // The numbers of those that dequantizing does on the way where they come first: nothing, a maximum, a residual.
-inline constexpr std::size_t kIdentity = 0, kRelu = 1, kAdd = 16;
+inline constexpr std::size_t kIdentity = 0, kRelu = 1, kAdd = 2;
 
 struct EpilogueStep {
   std::uint32_t function;

@@ -1,5 +1,5 @@
-// The functions an epilogue may apply, in the order of the registry: activations, those of two operands, gates. To add
-// one: a file, or a struct in one of its kind, and a name in this list.
+// The functions an epilogue may apply, in the order of the registry: those that the driver knows, activations, those of
+// two operands, gates. To add one: a file, or a struct in one of its kind, and a name in this list.
 #pragma once
 
 #include "fastlinear/contract/epilogue.hpp"
@@ -35,10 +35,10 @@ struct FunctionList {
 };
 
 using Functions =
-    FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Relu6, epilogues::Gelu, epilogues::GeluTanh,
-                 epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish, epilogues::Hardsigmoid,
-                 epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus, epilogues::Mish,
-                 epilogues::QuickGelu, epilogues::Add, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min,
+    FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Add, epilogues::Relu6, epilogues::Gelu,
+                 epilogues::GeluTanh, epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish,
+                 epilogues::Hardsigmoid, epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus,
+                 epilogues::Mish, epilogues::QuickGelu, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min,
                  epilogues::Max, epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh,
                  epilogues::Swiglu, epilogues::SwigluOai, epilogues::SwigluLimited>;
 
