@@ -57,8 +57,8 @@ def test_nothing_outside_the_operands_is_touched(kernel: Kernel, size: str, k_sl
 
 
 def fenced_pack(at: Literal["start", "end"]) -> Callable[..., _weights.Packed]:
-    """`native.pack`, whose panels, with what stands behind them, lie flush against a forbidden page, or as near as their
-    beginning at a multiple of 64 bytes lets them."""
+    """`native.pack`, whose panels, with what stands behind them, lie against a forbidden page: flush, or as near as
+    their beginning at a multiple of 64 bytes lets them."""
     pack = native.pack
 
     def fenced(*weight: Any) -> _weights.Packed:
