@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlinear.model.reporting import describe
+from fastlinear.model.reporting import describe_running
 from fastlinear.model.rows import SOURCES, LayerReport
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import linear_layers
@@ -83,4 +83,4 @@ def explain(model: nn.Module, name: str) -> Explanation:
         near = get_close_matches(str(name), known, 3, 0.0)
         raise ValueError(f"{type(whole).__name__} has no linear layer {name!r}; the nearest are {near or 'none'}")
     found = known[name]
-    return Explanation(describe(found.name if found.joined else name, found.layer))
+    return Explanation(describe_running(found if found.joined else found._replace(name=name)))

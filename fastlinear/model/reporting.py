@@ -21,7 +21,7 @@ from fastlinear.layer.quality import UNKNOWN, quality_of
 from fastlinear.layer.shard import local
 from fastlinear.model import page, splits, table
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
-from fastlinear.model.running import graphs_of, original, running
+from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import expert_layers, why_skipped
 from fastlinear.model.shares import Share, share_of
 from fastlinear.plan import roofline
@@ -119,8 +119,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
     own = graphs_of(whole)
     rows, fast = dict[Any, LayerReport](), set[str]()
     for each in running(whole, own):
-        row = describe(each.name, each.layer, otherwise)
-        rows[each.layer] = replace(row, frozen=False, joined=True) if each.joined else row
+        row = rows[each.layer] = describe_running(each, otherwise)
         if row.decision not in ("skipped", "elsewhere"):
             fast |= {*each.parts} or {each.name.partition(" (")[0]}  # a third of a layer
     told = splits.notes(rows.items())
@@ -144,6 +143,12 @@ def environment() -> dict[str, Any]:
         "fastlinear": version("fastlinear"),
         "python": platform.python_version(),
     }
+
+
+def describe_running(run: Running, otherwise: str = "convert was not called on it") -> LayerReport:
+    """As `describe`; the pack of several layers is beside their weights, though what computes has none of its own."""
+    row = describe(run.name, run.layer, otherwise)
+    return replace(row, frozen=False, joined=True) if run.joined else row
 
 
 def describe(name: str, layer: Any, otherwise: str = "convert was not called on it") -> LayerReport:
