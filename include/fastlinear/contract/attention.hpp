@@ -15,7 +15,7 @@ struct AttentionArgs {
   std::ptrdiff_t y_stride;
   const float* k;  // [keys, size]
   std::ptrdiff_t k_stride;
-  const float* v;  // [keys, size]
+  const float* v;  // [keys, size], each row readable up to a multiple of kAttentionColumns
   std::ptrdiff_t v_stride;
   std::ptrdiff_t queries, keys, size;
   float scale;
@@ -23,6 +23,7 @@ struct AttentionArgs {
   const void* mask;    // [queries, keys], fp32, bf16, fp16, or bytes (uint8) that are 0 for what is not seen; or null
   std::ptrdiff_t mask_stride;
   Format mask_format;
+  bool turned;  // whether the scratch still has this mask from the last call, if that could take its queries at a time
   std::ptrdiff_t diagonal;
   float* scratch;  // attention_scratch(keys, size) floats, at a multiple of 64 bytes
 };
@@ -31,8 +32,10 @@ using Attention = void (*)(const AttentionArgs&);
 
 // Queries that a function takes at a time, at most: two of the widest vectors.
 inline constexpr std::ptrdiff_t kAttentionLanes = 32;
+// And of elements of a head: the widest vector.
+inline constexpr std::ptrdiff_t kAttentionColumns = 16;
 
-// Of as many queries: them and later their outputs, scores, and a mask.
+// Of as many queries: them, scores, and a mask.
 constexpr std::ptrdiff_t attention_scratch(std::ptrdiff_t keys, std::ptrdiff_t size) {
   return kAttentionLanes * (size + 2 * keys);
 }

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "fastlinear/contract/isa.hpp"
+#include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/formats/all.hpp"
 #include "fastlinear/host/memory.hpp"
 #include "fastlinear/host/parallel.hpp"
@@ -41,12 +42,16 @@ class Attender {
   void make(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t begin, std::ptrdiff_t end) {
     const std::ptrdiff_t kv = h / (p_.heads / p_.kv_heads);
     if (b != batch_ || kv != kv_head_) {
-      k_ = rows(p_.k, b, kv, 0);
-      v_ = rows(p_.v, b, kv, 1);
+      k_ = rows(p_.k, b, kv, 0, 1);
+      v_ = rows(p_.v, b, kv, 1, kAttentionColumns);
       batch_ = b, kv_head_ = kv;
     }
+    fetch_next(b, h);
     const bool masked = p_.mask.data != nullptr, same = p_.mask.row == 0;
     const std::ptrdiff_t visible = p_.causal ? begin : p_.keys;
+    const char* const mask = masked && !same ? p_.mask.at(b, h, begin) : nullptr;
+    const bool turned = mask != nullptr && mask == turned_ && end - begin == turned_queries_;
+    turned_ = mask, turned_queries_ = end - begin;
     vectors_.attention[static_cast<std::size_t>(p_.q.format)]({
         .q = p_.q.at(b, h, begin),
         .q_stride = p_.q.row,
@@ -61,9 +66,10 @@ class Attender {
         .size = p_.size,
         .scale = p_.scale,
         .added = masked && same ? added(p_.mask.at(b, h)) : nullptr,
-        .mask = masked && !same ? p_.mask.at(b, h, begin) : nullptr,
+        .mask = mask,
         .mask_stride = p_.mask.row,
         .mask_format = p_.mask.format,
+        .turned = turned,
         .diagonal = visible,
         .scratch = scratch(3).floats(attention_scratch(p_.keys, p_.size)),
     });
@@ -87,14 +93,34 @@ class Attender {
       vectors_.conversions[static_cast<std::size_t>(format)].widen(from, to, n);
   }
 
-  // The rows of k or v in fp32, where all can be in L1 at a time: rows of one head lie as far apart as all heads are
-  // wide, often by a power of two, so that they meet in a few sets. A few queries do not pay for a copy.
-  Wide rows(const Heads& heads, std::ptrdiff_t b, std::ptrdiff_t h, std::size_t which) const {
-    const bool copies = p_.queries > kFewQueries || heads.row % kPage == 0;
+  // The rows of k or v in fp32, each readable up to a multiple of `columns`, where all can be in L1 at a time: rows of
+  // one head lie as far apart as all heads are wide, often by a power of two, so that they meet in a few sets. A few
+  // queries do not pay for a copy.
+  Wide rows(const Heads& heads, std::ptrdiff_t b, std::ptrdiff_t h, std::size_t which, std::ptrdiff_t columns) const {
+    const std::ptrdiff_t wide = round_up(p_.size, columns);
+    const bool copies = p_.queries > kFewQueries || heads.row % kPage == 0 || wide > p_.size;
     if (heads.format == kNumbers && !copies) return {reinterpret_cast<const float*>(heads.at(b, h)), heads.row};
-    float* const to = scratch(which).floats(p_.keys * p_.size);
-    for (std::ptrdiff_t r = 0; r < p_.keys; ++r) widen(heads.format, heads.at(b, h, r), to + r * p_.size, p_.size);
-    return {to, p_.size};
+    float* const to = scratch(which).floats(p_.keys * wide);
+    for (std::ptrdiff_t r = 0; r < p_.keys; ++r) {
+      widen(heads.format, heads.at(b, h, r), to + r * wide, p_.size);
+      std::fill(to + r * wide + p_.size, to + (r + 1) * wide, 0.0f);
+    }
+    return {to, wide};
+  }
+
+  // Brings the rows of the head that comes next, which lie too far apart for the hardware to foresee. Of short ones
+  // only: there are as many lines to wait for as multiplications to wait behind.
+  void fetch_next(std::ptrdiff_t b, std::ptrdiff_t h) const {
+    const std::ptrdiff_t next = b * p_.heads + h + 1, batch = next / p_.heads, head = next % p_.heads;
+    if (batch >= p_.batches || p_.keys > kShort || p_.queries > kShort) return;
+    const std::ptrdiff_t kv = head / (p_.heads / p_.kv_heads), bytes = p_.size * element_bytes(p_.q.format);
+    const auto fetch = [&](const char* from, std::ptrdiff_t row, std::ptrdiff_t rows) {
+      Lines{rows, {}, {from, row * element_bytes(p_.q.format), bytes}}.fetch();
+    };
+    fetch(p_.q.at(batch, head), p_.q.row, p_.queries);
+    if (kv == kv_head_ && batch == batch_) return;
+    fetch(p_.k.at(batch, kv), p_.k.row, p_.keys);
+    fetch(p_.v.at(batch, kv), p_.v.row, p_.keys);
   }
 
   // A mask that is the same for all queries, in fp32.
@@ -112,12 +138,14 @@ class Attender {
   }
 
   static constexpr std::ptrdiff_t kFewQueries = 32, kPage = 1024;  // of floats
+  static constexpr std::ptrdiff_t kShort = 64;                     // of rows
 
   const AttentionProblem& p_;
   const Vectors& vectors_;
   std::ptrdiff_t batch_ = -1, kv_head_ = -1;
   Wide k_{}, v_{};
-  const char* mask_ = nullptr;
+  const char *mask_ = nullptr, *turned_ = nullptr;
+  std::ptrdiff_t turned_queries_ = 0;
 };
 
 // With fewer multiplications than this (about 10 us) a second thread is not worth waking.

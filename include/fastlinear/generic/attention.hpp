@@ -1,17 +1,18 @@
 // attention.hpp's function, written once over a vector type; included inside an ISA's target region.
 //
-// Lanes are queries. So both products are one loop, a broadcast number of k or v times vectors of a panel, read k and v
-// row by row as they lie, and leave the softmax vertical: no sum and no maximum is taken across a vector. What is
-// turned over is small: the queries on their way in and the outputs on their way out.
+// Lanes are queries while scores are made. So the softmax stays vertical: no sum and no maximum is taken across a
+// vector; and keys are read row by row as they lie. What is turned over is the queries, on their way in. For the
+// outputs lanes are elements of a head, so that these leave in the order in which they lie, and values are read as they
+// do.
 //
-//   panel[d][query]  = scale * q          (Lanes = C vectors of queries)
-//   scores[key][query] = sum over d of k[key][d] * panel[d]
+//   panel[d][query]    = scale * q        (Lanes = C vectors of queries)
+//   scores[key][query] = sum over d of k[key][d] * panel[d], and the maximum of each query on the way
 //   scores = exp(scores - maximum), their sum
-//   panel[d][query]  = sum over keys of v[key][d] * scores[key];  y = panel / sum
+//   y[query][d]        = sum over keys of scores[key][query] * v[key][d] / sum
 //
-// A tile of R rows and C vectors keeps R * C sums in registers: 14 x 2 with AVX-512 (28, 2 of the panel, 1 broadcast
-// from memory), 6 x 2 with AVX2 (12, 2, 1 of 16). A step takes 2 + 14 loads for 28 products: two ports of each are
-// enough.
+// Both products are one loop: a broadcast number times vectors. A tile of R rows and C vectors keeps R * C sums in
+// registers: 14 x 2 with AVX-512 (28, 2 of the panel, 1 broadcast from memory), 6 x 2 with AVX2 (12, 2, 1 of 16). A
+// step takes 2 + 14 loads for 28 products: two ports of each are enough.
 #pragma once
 
 #include <algorithm>
@@ -86,27 +87,68 @@ void turn_in(const Element* in, Size stride, Size rows, Size columns, float* pan
     }
 }
 
-// The reverse, each query's numbers times its factor.
-template <class V, Size C, class Element>
-void turn_out(const float* panel, const V (&factor)[C], Element* out, Size stride, Size rows, Size columns) {
-  constexpr Size w = V::width;
-  for (Size c = 0; c < C; ++c)
-    for (Size first = 0; first < columns; first += w) {
-      V block[w];
-      const float* const in = panel + first * C * w + c * w;
-#pragma GCC unroll 16
-      for (Size j = 0; j < w; ++j) block[j] = j < columns - first ? V::load(in + j * C * w) * factor[c] : V::set(0.0f);
-      transpose(block);
-#pragma GCC unroll 16
-      for (Size i = 0; i < w; ++i)
-        if (c * w + i < rows) store_some(out + (c * w + i) * stride + first, block[i], columns - first);
-    }
-}
+// Sums of the tile whose first row is `first`: scores, which go to out[row][C vectors], and their maxima; with what a
+// mask adds to each row of them, and to each of them.
+template <class V, Size C>
+struct Scores {
+  float* out;
+  V (&maximum)[C];
+  const float *added, *mask;  // of the first row of all, or null
 
-// out[R][C vectors] = sum over `depth` of a[r * row + d * deep] * panel[d].
-template <class V, Size C, Size R, class Row, class Deep>
-void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, float* out) {
-  constexpr Size w = V::width;
+  template <Size R>
+  [[gnu::always_inline]] void operator()(Size first, const V (&sums)[R][C]) const {
+    V most[C];
+#pragma GCC unroll 2
+    for (Size v = 0; v < C; ++v) most[v] = maximum[v];
+    const auto finish = [&](const auto& score) {
+#pragma GCC unroll 16
+      for (Size r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (Size v = 0; v < C; ++v) {
+          const Size at = ((first + r) * C + v) * V::width;
+          const V x = score(sums[r][v], first + r, at);
+          V::store(out + at, x);
+          most[v] = max(most[v], x);
+        }
+    };
+    if (mask != nullptr)
+      finish([&](V x, Size row, Size at) {
+        return x + V::set(added == nullptr ? 0.0f : added[row]) + V::load(mask + at);
+      });
+    else if (added != nullptr)
+      finish([&](V x, Size row, Size) { return x + V::set(added[row]); });
+    else
+      finish([](V x, Size, Size) { return x; });
+#pragma GCC unroll 2
+    for (Size v = 0; v < C; ++v) maximum[v] = most[v];
+  }
+};
+
+// Or outputs, each row times its factor, of which the first `valid` columns exist.
+template <class V, Size C, class Element>
+struct Outputs {
+  Element* y;
+  Size stride, valid;
+  const float* factor;
+
+  template <Size R>
+  [[gnu::always_inline]] void operator()(Size first, const V (&sums)[R][C]) const {
+#pragma GCC unroll 16
+    for (Size r = 0; r < R; ++r) {
+      const V f = V::set(factor[first + r]);
+#pragma GCC unroll 2
+      for (Size v = 0; v < C; ++v) {
+        Element* const to = y + (first + r) * stride + v * V::width;
+        if (valid > v * V::width) store_some(to, sums[r][v] * f, valid - v * V::width);
+      }
+    }
+  }
+};
+
+// The sums, R rows of C vectors, over `depth` of a[r * row + d * deep] * panel[d], whose rows lie `stride` apart.
+template <class V, Size C, Size R, class Row, class Deep, class Stride, class End>
+void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, Stride stride, Size first,
+          const End& end) {
   V c[R][C];
 #pragma GCC unroll 16
   for (Size r = 0; r < R; ++r)
@@ -115,7 +157,7 @@ void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, fl
   for (Size d = 0; d < depth; ++d) {
     V p[C];
 #pragma GCC unroll 2
-    for (Size v = 0; v < C; ++v) p[v] = V::load(panel + v * w);
+    for (Size v = 0; v < C; ++v) p[v] = V::load(panel + v * V::width);
 #pragma GCC unroll 16
     for (Size r = 0; r < R; ++r) {
       const V x = V::set(a[r * row]);
@@ -123,30 +165,36 @@ void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, fl
       for (Size v = 0; v < C; ++v) c[r][v] = fma(x, p[v], c[r][v]);
     }
     a += deep;
-    panel += C * w;
+    panel += stride;
   }
-#pragma GCC unroll 16
-  for (Size r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (Size v = 0; v < C; ++v) V::store(out + (r * C + v) * w, c[r][v]);
+  end(first, c);
 }
 
 // The same of any number of rows: balanced tiles of at most R.
-template <class V, Size C, Size R, class Row, class Deep>
-void product(const float* a, Row row, Deep deep, Size rows, Size depth, const float* panel, float* out) {
-  using Tile = void (*)(const float*, Row, Deep, Size, const float*, float*);
+template <class V, Size C, Size R, class Row, class Deep, class Stride, class End>
+void product(const float* a, Row row, Deep deep, Size rows, Size depth, const float* panel, Stride stride,
+             const End& end) {
+  using Tile = void (*)(const float*, Row, Deep, Size, const float*, Stride, Size, const End&);
   constexpr auto tiles = []<std::size_t... I>(std::index_sequence<I...>) {
     struct Table {
       Tile of[R];
     };
-    return Table{{&tile<V, C, Size{I} + 1, Row, Deep>...}};
+    return Table{{&tile<V, C, Size{I} + 1, Row, Deep, Stride, End>...}};
   }(std::make_index_sequence<static_cast<std::size_t>(R)>());
   const Size count = (rows + R - 1) / R;
   for (Size t = 0, first = 0; t < count; ++t) {
-    const Size end = (t + 1) * rows / count;
-    tiles.of[end - first - 1](a + first * row, row, deep, depth, panel, out + first * C * V::width);
-    first = end;
+    const Size next = (t + 1) * rows / count;
+    tiles.of[next - first - 1](a + first * row, row, deep, depth, panel, stride, first, end);
+    first = next;
   }
+}
+
+// softmax numerators times v, for some queries: C vectors of each row at a time.
+template <class V, Size C, Size R, class Element>
+void output(const AttentionArgs& args, Size keys, Size rows, Size column, const float* scores, Size lanes,
+            const float* factor, Element* y) {
+  product<V, C, R>(scores, One(), lanes, rows, keys, args.v + column, args.v_stride,
+                   Outputs<V, C, Element>{y + column, args.y_stride, args.size - column, factor});
 }
 
 template <class V, Size C>
@@ -180,30 +228,29 @@ void some_queries(const AttentionArgs& args, Size query) {
   float* const mask = scores + keys * lanes;
 
   const V factor = V::set(args.scale);
+  V maximum[C], sum[C], last[C];
+#pragma GCC unroll 2
+  for (Size c = 0; c < C; ++c) maximum[c] = V::set(-kInfinity), sum[c] = V::set(0.0f);
   turn_in<V, C>(static_cast<const Element*>(args.q) + query * args.q_stride, args.q_stride, rows, args.size, panel,
                 [&](V x) { return x * factor; });
-  product<V, C, R>(args.k, args.k_stride, One(), keys, args.size, panel, scores);
-  if (args.mask != nullptr) turn_mask<V, C>(args, query, rows, keys, mask);
-
-  V maximum[C], sum[C], last[C];
-  float lane[lanes];
-  for (Size i = 0; i < lanes; ++i) lane[i] = static_cast<float>(first_end + i);
+  if (args.mask != nullptr && !(args.turned && args.queries <= lanes)) turn_mask<V, C>(args, query, rows, keys, mask);
+  product<V, C, R>(args.k, args.k_stride, One(), keys, args.size, panel, std::integral_constant<Size, lanes>(),
+                   Scores<V, C>{scores, maximum, args.added, args.mask == nullptr ? nullptr : mask});
+  if (keys > first_end + 1) {  // some keys are seen by some of the queries
+    float lane[lanes];
+    for (Size i = 0; i < lanes; ++i) lane[i] = static_cast<float>(first_end + i);
 #pragma GCC unroll 2
-  for (Size c = 0; c < C; ++c) maximum[c] = V::set(-kInfinity), sum[c] = V::set(0.0f), last[c] = V::load(lane + c * w);
-  const bool masked = args.added != nullptr || args.mask != nullptr;
-  for (Size key = 0; key < keys; ++key) {
-    float* const s = scores + key * lanes;
-    if (masked || key > first_end) {
-      const V added = V::set(args.added == nullptr ? 0.0f : args.added[key]), at = V::set(static_cast<float>(key));
+    for (Size c = 0; c < C; ++c) maximum[c] = V::set(-kInfinity), last[c] = V::load(lane + c * w);
+    for (Size key = 0; key < keys; ++key) {
+      const V at = V::set(static_cast<float>(key));
 #pragma GCC unroll 2
       for (Size c = 0; c < C; ++c) {
-        V x = V::load(s + c * w) + added;
-        if (args.mask != nullptr) x = x + V::load(mask + key * lanes + c * w);
-        V::store(s + c * w, select_gt(at, last[c], V::set(-kInfinity), x));
+        float* const s = scores + key * lanes + c * w;
+        const V x = select_gt(at, last[c], V::set(-kInfinity), V::load(s));
+        V::store(s, x);
+        maximum[c] = max(maximum[c], x);
       }
     }
-#pragma GCC unroll 2
-    for (Size c = 0; c < C; ++c) maximum[c] = max(maximum[c], V::load(s + c * w));
   }
 #pragma GCC unroll 2
   for (Size c = 0; c < C; ++c)  // a query that sees nothing: all its scores become 0
@@ -216,13 +263,16 @@ void some_queries(const AttentionArgs& args, Size query) {
       sum[c] = sum[c] + e;
       V::store(s, e);
     }
+  float inverses[lanes];
 #pragma GCC unroll 2
   for (Size c = 0; c < C; ++c) {
     const V inverse = V::set(1.0f) / sum[c];
-    sum[c] = select_gt(inverse, V::set(std::numeric_limits<float>::max()), V::set(0.0f), inverse);
+    V::store(inverses + c * w, select_gt(inverse, V::set(std::numeric_limits<float>::max()), V::set(0.0f), inverse));
   }
-  product<V, C, R>(args.v, One(), args.v_stride, args.size, keys, scores, panel);
-  turn_out<V, C>(panel, sum, static_cast<Element*>(args.y) + query * args.y_stride, args.y_stride, rows, args.size);
+  auto* const y = static_cast<Element*>(args.y) + query * args.y_stride;
+  Size column = 0;
+  for (; args.size - column > w; column += 2 * w) output<V, 2, R>(args, keys, rows, column, scores, lanes, inverses, y);
+  if (column < args.size) output<V, 1, R>(args, keys, rows, column, scores, lanes, inverses, y);
 }
 
 }  // namespace attention_detail
