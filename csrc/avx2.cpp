@@ -21,8 +21,10 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 #include "fastlinear/isa/avx2/codes.hpp"
 #include "fastlinear/generic/attention.hpp"
 #include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/few_queries.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
+#include "fastlinear/generic/rotation.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/avx2/fp32.hpp"
 #include "fastlinear/isa/avx2/bf16.hpp"
@@ -43,9 +45,16 @@ namespace avx2 {
 constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kInt8woKernels,
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels, kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
-constexpr Vectors kVectors{epilogue_steps<F32>,     conversions<F32, Codes, Bytes>,
-                           &quantization<F32, I32>, norm<F32>,
-                           attentions<F32, 6>,      expand_scales<F32>};
+constexpr Vectors kVectors{
+    .steps = epilogue_steps<F32>,
+    .conversions = conversions<F32, Codes, Bytes>,
+    .quantization = &quantization<F32, I32>,
+    .norm = norm<F32>,
+    .attention = attentions<F32, 6>,
+    .few_queries = few_queries<F32>,
+    .rotation = rotation<F32>,
+    .expand_scales = expand_scales<F32>,
+};
 
 const Isa kIsa{
     .name = "avx2",

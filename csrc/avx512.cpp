@@ -21,8 +21,10 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "fastlinear/isa/avx512/codes.hpp"
 #include "fastlinear/generic/attention.hpp"
 #include "fastlinear/generic/convert.hpp"
+#include "fastlinear/generic/few_queries.hpp"
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
+#include "fastlinear/generic/rotation.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/avx512/fp32.hpp"
 #include "fastlinear/isa/avx512/bf16.hpp"
@@ -46,9 +48,16 @@ constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp1
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
-constexpr Vectors kVectors{epilogue_steps<F32>,     conversions<F32, Codes, Bytes>,
-                           &quantization<F32, I32>, norm<F32>,
-                           attentions<F32, 14>,     expand_scales<F32>};
+constexpr Vectors kVectors{
+    .steps = epilogue_steps<F32>,
+    .conversions = conversions<F32, Codes, Bytes>,
+    .quantization = &quantization<F32, I32>,
+    .norm = norm<F32>,
+    .attention = attentions<F32, 14>,
+    .few_queries = few_queries<F32>,
+    .rotation = rotation<F32>,
+    .expand_scales = expand_scales<F32>,
+};
 
 const Isa kIsa{
     .name = "avx512",

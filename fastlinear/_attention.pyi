@@ -11,3 +11,15 @@ def attention(
     isa: str | None = ...,
     rows: tuple[int, int] = ...,
 ) -> Tensor | None: ...
+def store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: int,
+    full: bool = ...,
+    isa: str | None = ...,
+) -> Tensor | None: ...

@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # distutils: language = c++
-"""Attention over short sequences: softmax(q k^T) v by kernels of our own."""
+"""Attention, softmax(q k^T) v, and the cache of keys and values that it reads, by kernels of our own."""
 
 import torch
 
@@ -8,7 +8,7 @@ from libc.math cimport sqrt
 from libcpp cimport bool as cbool
 
 from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
-from fastlinear._products cimport AttentionProblem, Heads, make_attention, pool_size
+from fastlinear._products cimport AttentionProblem, CacheProblem, Heads, make_attention, make_cache, pool_size
 from fastlinear._tensors cimport FP32, Format, View, is_float, look_at
 
 cdef object Tensor = torch.Tensor
@@ -120,3 +120,70 @@ def attention(
     if not done:
         raise MemoryError(f"no memory for the scratch rows of attention over {p.keys} keys of {p.size}")
     return y if count > 0 else y.view(p.batches, p.queries, p.heads, p.size).transpose(1, 2)
+
+
+# cos or sin of positions, [batch or 1, row, element] of the format of what is rotated.
+cdef bint angles_of(object tensor, CacheProblem* p, Heads* heads) except -1:
+    cdef View v
+    if type(tensor) is not Tensor or not look_at(tensor, &v) or v.format != p.q.format or is_neg(tensor):
+        return False
+    if v.ndim != 3 or v.shape[0] not in (1, p.batches) or v.shape[1] != p.rows or v.shape[2] != p.size:
+        return False
+    if v.stride[2] != 1:
+        return False
+    heads.data, heads.format = v.data, v.format
+    heads.batch, heads.head, heads.row = v.stride[0] if v.shape[0] > 1 else 0, 0, v.stride[1]
+    return True
+
+
+cdef bint is_of(View* v, CacheProblem* p, ptrdiff_t heads, ptrdiff_t rows) noexcept:
+    return (
+        v.format == p.q.format and v.shape[0] == p.batches and v.shape[1] == heads and v.shape[3] == p.size
+        and (v.shape[2] == rows or rows < 0)
+    )
+
+
+# Part of a cache, [batch, head, row, element], that the rows from `at` on fit in; only they do where rows are dropped.
+cdef bint cache_of(object tensor, CacheProblem* p, Heads* heads) except -1:
+    cdef View v
+    if not heads_of(tensor, &v, heads, 0) or not is_of(&v, p, p.kv_heads, -1):
+        return False
+    if p.dropped > 0:
+        return v.shape[2] == p.at + p.rows and v.stride[2] == p.size
+    return v.shape[2] >= p.at + p.rows
+
+
+def store(q, k, v, cos, sin, keys, values, ptrdiff_t at, bint full=False, str isa=None):
+    """q and k rotated, as fastlinear/spec/attention.py says: the former is returned, [B, H, L, D], the transpose of a
+    contiguous [B, L, H, D]; the latter goes to keys, and v to values, [B, G, S, D], from row `at` on. None, and nothing
+    written, for what it does not take: dense fp32, bf16 or fp16 CPU tensors of one dtype.
+
+    q: [B, H, L, D], k, v: [B, G, L, D], cos, sin: [B or 1, L, D]; D is even, elements lie side by side, and the rows
+    fit in the cache. full: L rows leave the cache at its front, and all that is behind them moves up, before L = S - at
+    rows are written. isa, errors: as in `attention`.
+    """
+    cdef View a
+    cdef CacheProblem p
+    cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
+    if not heads_of(q, &a, &p.q, 0):
+        return None
+    p.batches, p.heads, p.rows, p.size, p.at = a.shape[0], a.shape[1], a.shape[2], a.shape[3], at
+    p.dropped = p.rows if full else 0
+    if min(p.batches, p.heads, p.rows, p.size) == 0 or p.size % 2 != 0 or at < 0:
+        return None
+    if not heads_of(k, &a, &p.k, 0):
+        return None
+    p.kv_heads = a.shape[1]
+    if not is_of(&a, &p, p.kv_heads, p.rows):
+        return None
+    if not heads_of(v, &a, &p.v, 0) or not is_of(&a, &p, p.kv_heads, p.rows):
+        return None
+    if not cache_of(keys, &p, &p.keys) or not cache_of(values, &p, &p.values):
+        return None
+    if not angles_of(cos, &p, &p.cos) or not angles_of(sin, &p, &p.sin):
+        return None
+    rotated = q.new_empty((p.batches, p.rows, p.heads, p.size)).transpose(1, 2)
+    heads_of(rotated, &a, &p.rotated, 0)
+    if not make_cache(p, vectors[0], pool_size()):
+        raise MemoryError(f"no memory for the scratch rows of heads of {p.size}")
+    return rotated

@@ -48,7 +48,7 @@ cdef extern from "fastlinear/driver/experts.hpp" namespace "fastlinear" nogil:
         Format format
 
 
-cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
+cdef extern from "fastlinear/driver/heads.hpp" namespace "fastlinear" nogil:
     ctypedef struct Heads:
         char* data
         Format format
@@ -70,6 +70,24 @@ cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
         float scale
         cbool causal
 
+cdef extern from "fastlinear/driver/cache.hpp" namespace "fastlinear" nogil:
+    ctypedef struct CacheProblem:
+        ptrdiff_t batches
+        ptrdiff_t heads
+        ptrdiff_t kv_heads
+        ptrdiff_t rows
+        ptrdiff_t size
+        ptrdiff_t at
+        ptrdiff_t dropped
+        Heads q
+        Heads k
+        Heads v
+        Heads rotated
+        Heads keys
+        Heads values
+        Heads cos
+        Heads sin
+
 
 cdef ptrdiff_t pool_size() noexcept
 cdef int compute(
@@ -80,3 +98,4 @@ cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1
 cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
+cdef cbool make_cache(const CacheProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

@@ -36,6 +36,9 @@ cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
 cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
     cbool attend(const AttentionProblem&, const Vectors&, ptrdiff_t)
 
+cdef extern from "fastlinear/driver/cache.hpp" namespace "fastlinear" nogil:
+    cbool store(const CacheProblem&, const Vectors&, ptrdiff_t)
+
 cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
     cppclass Problems "std::span<const fastlinear::Problem>":
         Problems(const Problem*, size_t)
@@ -313,6 +316,10 @@ cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t thr
 
 cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
     return attend(p, vectors, threads)
+
+
+cdef cbool make_cache(const CacheProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
+    return store(p, vectors, threads)
 
 
 # ---- ceilings ----

@@ -22,7 +22,7 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or op_of(node) != "scaled_dot_product_attention":
             continue
-        given: dict[str, Any] = {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+        given = arguments(node)
         if (reason := _why_not(node, given)) is not None:
             story.tell(node, "torch", f"attention: torch: {reason}")
             continue
@@ -32,7 +32,7 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
         heads = [given[name] for name in _ARGUMENTS[:3]]
         whole = _whole(node, heads)
         rows = (0, 0) if whole is None else whole.rows
-        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(_tell, told), rows)
+        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(tell, told), rows)
         last = node if whole is None else whole.after[0]
         with graph.inserting_before(node):
             made = graph.call_function(run, (*(heads if whole is None else whole.sources), given.get("attn_mask")))
@@ -111,7 +111,12 @@ def _swaps_middle(node: fx.Node) -> bool:
     return op_of(node) == "transpose" and sorted(d % 4 for d in given if isinstance(d, int)) == [1, 2]
 
 
-def _tell(told: NodeReport, found: Answer) -> None:
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Those of torch's attention, by name."""
+    return {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+
+
+def tell(told: NodeReport, found: Answer) -> None:
     """What the last call of another kind ran."""
     told.outcome, told.why = "fast" if found.ours else "torch", f"attention: {found.why}"
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import fx
 
 import fastlinear.graph.attention as attention
+import fastlinear.graph.caches as caches
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
@@ -66,6 +67,7 @@ class Rewriter:
         if self.options.fuse:
             self._number()
             norms.absorb(self.graph, self.story, self._is_calm, self._is_fresh)
+            caches.absorb(self.graph, self.story, self.options.tune)
             attention.absorb(self.graph, self.story, self.options.tune)
         self.graph.lint()
         return layers

@@ -20,7 +20,7 @@ from fastlinear.plan.waits import Waits
 
 OURS, TORCH = rivals.ATTENTION
 _LANES = 32  # contract/attention.hpp
-_FEW_QUERIES = 8  # with fewer most lanes are idle
+FEW_QUERIES = 8  # driver/few_queries.hpp
 _TILES_WIN = 96  # keys or queries from which on torch's bf16 products in AMX tiles beat ours on widened numbers
 _LARGEST = 256  # of heads
 
@@ -63,7 +63,7 @@ def _has_tiles() -> bool:
 def why_never(asked: Question) -> str | None:
     """Why torch runs it, whatever would be faster; None where it may be ours."""
     nbytes = 4 * (2 * asked.keys * asked.size + _LANES * (asked.size + 2 * asked.keys))
-    if nbytes > _l2():
+    if asked.queries > FEW_QUERIES and nbytes > _l2():
         return f"{asked.keys} keys of {asked.size} do not fit the second-level cache"
     if asked.size > _LARGEST:
         return f"heads of {asked.size} are more than {_LARGEST} wide"
@@ -72,9 +72,8 @@ def why_never(asked: Question) -> str | None:
 
 def by_rule(asked: Question) -> Answer:
     """Where nothing is measured."""
-    if asked.queries < _FEW_QUERIES:
-        return Answer(False, f"torch, by rule: {asked.queries} queries are few")
-    if asked.format == "bf16" and max(asked.queries, asked.keys) >= _TILES_WIN and _has_tiles():
+    many = asked.queries > FEW_QUERIES and max(asked.queries, asked.keys) >= _TILES_WIN
+    if many and asked.format == "bf16" and _has_tiles():
         return Answer(False, "torch, by rule: it multiplies bf16 in tiles")
     return Answer(True, "fastlinear, by rule")
 

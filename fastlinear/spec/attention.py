@@ -6,6 +6,11 @@ Of queries q [B, H, L, D], keys and values k, v [B, G, S, D], where each of the 
     y = sum over keys of e^(s - max s) v / sum over keys of e^(s - max s)
 
 all of it in fp32 (of fp64: in fp64), rounded once at the end. A query that sees no key gives 0, as in torch.
+
+Rotary embedding of x [B, H, L, D] by cos and sin [B or 1, L, D], of which h(x) is the second half of its elements,
+negated, and then the first:
+
+    y = x cos + h(x) sin        rounded once at the end, too
 """
 
 from __future__ import annotations
@@ -55,6 +60,35 @@ def attention(
     e = (s - highest.masked_fill(highest == -math.inf, 0)).exp()
     total = e.sum(-1, keepdim=True)
     return ((e @ v) / total.masked_fill(total == 0, 1)).to(q.dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """y, in the shape and dtype of x."""
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    low, high = x.to(wide).chunk(2, -1)
+    y = x.to(wide) * cos.to(wide).unsqueeze(1) + torch.cat((-high, low), -1) * sin.to(wide).unsqueeze(1)
+    return y.to(x.dtype)
+
+
+def store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: int,
+    full: bool = False,
+) -> Tensor:
+    """q rotated; k rotated, and v, become rows of the cache, keys and values [B, G, S, D], from `at` on; as many leave
+    a full one at its front before."""
+    rows = q.shape[2]
+    for cache, new in ((keys, rotated(k, cos, sin)), (values, v)):
+        if full:
+            cache[:, :, :at] = cache[:, :, rows : at + rows].clone()
+        cache[:, :, at : at + rows] = new
+    return rotated(q, cos, sin)
 
 
 def exact(

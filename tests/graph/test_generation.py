@@ -5,10 +5,53 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from ggufs import fields_of, on_meta, tensors_of, write
 from torch._dynamo.utils import counters
 
 import fastlinear
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 32, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 20, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None,
+}  # fmt: skip
+_TWO: dict[str, Any] = {"num_hidden_layers": 2, "sliding_window": 8}
+# With how many graphs leave a cache to torch: of a prompt that is longer than a sliding window.
+MODELS: dict[str, tuple[Any, int]] = {
+    "llama": (lambda: transformers.LlamaConfig(**_SIZES, num_hidden_layers=1), 0),
+    "qwen2": (lambda: transformers.Qwen2Config(**{**_SIZES, "num_key_value_heads": 6}, num_hidden_layers=1), 0),
+    "mistral": (lambda: transformers.MistralConfig(**_SIZES, **_TWO), 1),
+    "gemma3": (
+        lambda: transformers.Gemma3TextConfig(
+            **_SIZES, **_TWO, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=20
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_over_a_cache(name: str) -> None:
+    """Two sequences, one of them padded on its left and both longer than a sliding window, generate what the eager
+    model does on a growing cache; and attention of every token is one call of our own."""
+    torch.manual_seed(0)
+    make, left = MODELS[name]
+    model: Any = transformers.AutoModelForCausalLM.from_config(make()).eval()
+    ids = torch.randint(1, 97, (2, 11))
+    mask = torch.ones_like(ids)
+    ids[1, :4], mask[1, :4] = 0, 0
+    wanted: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        expected = model.generate(ids, **wanted)
+        model.forward = torch.compile(model.forward, backend="fastlinear", fullgraph=True, options={"tune": "off"})
+        text = model.generate(ids, cache_implementation="static", **wanted)
+    assert torch.equal(text, expected)
+    graphs = fastlinear.report(model).graphs
+    writes = [[node for node in graph.nodes if node.op in ("index_copy_", "copy_")] for graph in graphs]
+    others = [nodes for nodes in writes if any(node.outcome != "fused" for node in nodes)]
+    assert len(graphs) > 1 and all(writes) and len(others) <= left, others
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The native attention against fp64, under a bound, on every ISA that runs here; and what it does not take."""
+"""The native attention, and the rotation and write to its cache, against fp64 on every ISA that runs here; and what
+they do not take."""
 
 import itertools
 import math
@@ -26,8 +27,9 @@ SHAPES = [
     (1, 2, 2, 9, 33, 80),
     (1, 1, 1, 32, 15, 96),
     (1, 1, 1, 3, 16, 128),
+    (2, 10, 1, 2, 40, 72),
 ]
-MASKS = ("none", "causal", "padding", "bool", "additive", "by head", "by query of a batch")
+MASKS = ("none", "causal", "padding", "filled", "bool", "additive", "by head", "by query of a batch")
 
 
 def isas() -> list[str]:
@@ -53,6 +55,7 @@ def mask_of(kind: str, b: int, h: int, queries: int, keys: int, dtype: torch.dty
         "none": None,
         "causal": None,
         "padding": torch.rand(b, 1, 1, keys) < 0.7,
+        "filled": (torch.arange(keys) < 2 * keys // 3) & (torch.arange(keys) >= torch.arange(b).view(b, 1, 1, 1)),
         "bool": torch.rand(queries, keys) < 0.7,
         "additive": torch.randn(b, 1, 1, keys).expand(b, 1, queries, keys),
         "by head": torch.randn(1, h, queries, keys).to(dtype),
@@ -158,8 +161,13 @@ def test_a_mask_of_all_heads() -> None:
 
 def test_threads_and_parts() -> None:
     """Many heads, and one that is cut, on two threads: the bits of one thread, of heads one by one."""
-    for b, h, g, rows, causal in ((3, 8, 2, 40, False), (1, 1, 1, 300, False), (1, 2, 1, 200, True)):
-        q, k, v = heads(b, h, rows, 32), heads(b, g, rows, 32), heads(b, g, rows, 32)
+    for b, h, g, rows, causal in (
+        (3, 8, 2, 40, False),
+        (1, 1, 1, 300, False),
+        (1, 2, 1, 200, True),
+        (1, 6, 1, 1, False),
+    ):
+        q, k, v = heads(b, h, rows, 32), *(heads(b, g, rows if rows > 1 else 4000, 32) for _ in range(2))
         one = _attention.attention(q, k, v, None, causal, None, True)
         torch.set_num_threads(2)
         two = _attention.attention(q, k, v, None, causal, None, True)
@@ -189,3 +197,69 @@ def test_what_it_does_not_take() -> None:
     assert _attention.attention(q, k, k, torch.zeros(5, 6), True, grouped=True) is None
     with pytest.raises(ValueError, match=r"isa is one of scalar.* not 'avx1024'"):
         _attention.attention(q, k, k, isa="avx1024", grouped=True)
+
+
+# ---- the cache ----
+
+# B, H, G, L, S, D: heads that end within vectors of every ISA, and those of models
+CACHES = [(1, 1, 1, 1, 1, 2), (2, 4, 2, 3, 7, 20), (1, 9, 3, 1, 9, 64), (1, 2, 1, 70, 90, 128), (2, 3, 3, 5, 6, 34)]
+
+
+def angles(b: int, rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of positions, in whose halves nobody promises the same numbers."""
+    found = torch.randn(b, rows, size)
+    return found.cos().to(dtype), found.sin().to(dtype)
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_rotated_and_stored(isa: str) -> None:
+    """Rows of a cache are what the specification says within a rounding, and all others as they were; a full cache
+    drops rows at its front."""
+    for (b, h, g, rows, size_of_cache, size), dtype in itertools.product(CACHES, _tensors.FORMATS):
+        q, k, v = (heads(b, n, rows, size, dtype) for n in (h, g, g))
+        cos, sin = angles(b if rows % 2 else 1, rows, size, dtype)
+        for full, at in ((False, 0), (False, size_of_cache - rows), (True, size_of_cache - rows)):
+            caches = [torch.randn(b, g, size_of_cache, size).to(dtype) for _ in range(2)]
+            want = [each.double() for each in caches]
+            turned = spec.store(*(t.double() for t in (q, k, v, cos, sin)), *want, at, full)
+            rotated = _attention.store(q, k, v, cos, sin, *caches, at, full, isa)
+            assert rotated is not None and rotated.transpose(1, 2).is_contiguous()
+            for ours, exact in zip((rotated, *caches), (turned, *want), strict=True):
+                off = 2.0**-22 * 8 + torch.finfo(dtype).eps / 2 * exact.abs()
+                assert ((ours.double() - exact).abs() <= off).all(), (dtype, full, at)
+            assert torch.equal(caches[1], want[1].to(dtype))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_nothing_else_is_touched(isa: str, at: str) -> None:
+    """Operands and a cache that lie against forbidden pages."""
+    for dtype in _tensors.FORMATS:
+        q, k, v = (guarded(torch.randn(1, n, 3, 22).to(dtype), at) for n in (2, 1, 1))  # type: ignore[arg-type]
+        cos, sin = (guarded(each, at) for each in angles(1, 3, 22, dtype))  # type: ignore[arg-type]
+        caches = [guarded(torch.zeros(1, 1, 5, 22, dtype=dtype), at) for _ in range(2)]  # type: ignore[arg-type]
+        assert _attention.store(q, k, v, cos, sin, *caches, 2, False, isa) is not None
+        assert _attention.store(q, k, v, cos, sin, *caches, 2, True, isa) is not None
+        assert torch.equal(caches[1][:, :, 2:], v) and torch.equal(caches[1][:, :, :2], v[:, :, 1:])
+
+
+def test_what_the_cache_does_not_take() -> None:
+    """Whatever does not fit is left to the caller, and nothing is written."""
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+    cos, sin = angles(2, 3, 8, torch.float32)
+    cache = torch.zeros(2, 2, 7, 8)
+    store = _attention.store
+    assert store(q, k, k, cos, sin, cache, cache.clone(), 4) is not None
+    cache.zero_()
+    for at, full in ((5, False), (-1, False), (3, True)):
+        assert store(q, k, k, cos, sin, cache, cache.clone(), at, full) is None
+    assert store(q, k, k[:, :1], cos, sin, cache, cache.clone(), 0) is None
+    assert store(q, k, k, cos[:, :2], sin, cache, cache.clone(), 0) is None
+    assert store(q, k, k, cos, sin.double(), cache, cache.clone(), 0) is None
+    assert (
+        store(q[..., :7], k[..., :7], k[..., :7], cos[..., :7], sin[..., :7], cache[..., :7], cache[..., :7], 0) is None
+    )
+    assert store(q.bfloat16(), k, k, cos, sin, cache, cache.clone(), 0) is None
+    assert store(q, k, k, cos, sin, cache[:, :1], cache.clone(), 0) is None
+    assert store(q, k, k, cos, sin, cache.mT.contiguous().mT, cache.clone(), 0) is None
+    assert not cache.any()

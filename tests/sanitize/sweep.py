@@ -1,4 +1,5 @@
-"""Random products on every kernel that runs here and attention on every ISA, and the self-check if they are many.
+"""Random products on every kernel that runs here, attention and its cache on every ISA, and the self-check if they are
+many.
 
 Argument: how many.
 """
@@ -58,6 +59,11 @@ def attention(isa: str, draw: random.Random) -> None:
         (None, torch.rand(2, 1, 1, keys) < 0.5, torch.rand(queries, keys) < 0.5, torch.randn(queries, keys))
     )
     _attention.attention(q, k, v, mask, mask is None and draw.random() < 0.5, None, True, isa)
+    if size % 2 == 0 and queries <= keys:
+        cos, sin = torch.randn(2, 1, queries, size).to(dtype)
+        at, full = keys - queries, draw.random() < 0.5
+        new = k[:, :, :queries]
+        _attention.store(q, new, new, cos, sin, k.contiguous(), v.contiguous(), at, full, isa)
 
 
 def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Packed:

@@ -22,7 +22,9 @@ struct Vectors {
   const Conversion* conversions;  // in the order of enum Format
   const Quantization* quantization;
   Norm norm;
-  const Attention* attention;  // in the order of enum Format, floating ones
+  const Attention* attention;     // in the order of enum Format, floating ones
+  const FewQueries* few_queries;  // in the same order
+  Rotation rotation;
   ExpandScales expand_scales;
 };
 

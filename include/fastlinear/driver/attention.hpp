@@ -8,30 +8,13 @@
 
 #include "fastlinear/contract/isa.hpp"
 #include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/driver/few_queries.hpp"
+#include "fastlinear/driver/heads.hpp"
 #include "fastlinear/formats/all.hpp"
 #include "fastlinear/host/memory.hpp"
 #include "fastlinear/host/parallel.hpp"
 
 namespace fastlinear {
-
-// A tensor [batch, head, row, element], elements side by side; strides in elements, and 0 where it is broadcast.
-struct Heads {
-  char* data;
-  Format format;
-  std::ptrdiff_t batch, head, row;
-
-  char* at(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t r = 0) const {
-    return data + (b * batch + h * head + r * row) * element_bytes(format);
-  }
-};
-
-struct AttentionProblem {
-  std::ptrdiff_t batches, heads, kv_heads, queries, keys, size;
-  Heads q, k, v, y;  // of one floating format; heads / kv_heads heads share one of k and v
-  Heads mask;        // as AttentionArgs has it, elements being keys; its data may be null
-  float scale;
-  bool causal;  // query i sees the keys 0 to i
-};
 
 // What answers queries of one problem on one thread.
 class Attender {
@@ -98,7 +81,7 @@ class Attender {
   // queries do not pay for a copy.
   Wide rows(const Heads& heads, std::ptrdiff_t b, std::ptrdiff_t h, std::size_t which, std::ptrdiff_t columns) const {
     const std::ptrdiff_t wide = round_up(p_.size, columns);
-    const bool copies = p_.queries > kFewQueries || heads.row % kPage == 0 || wide > p_.size;
+    const bool copies = p_.queries > kCopies || heads.row % kPage == 0 || wide > p_.size;
     if (heads.format == kNumbers && !copies) return {reinterpret_cast<const float*>(heads.at(b, h)), heads.row};
     float* const to = scratch(which).floats(p_.keys * wide);
     for (std::ptrdiff_t r = 0; r < p_.keys; ++r) {
@@ -137,8 +120,8 @@ class Attender {
     return to;
   }
 
-  static constexpr std::ptrdiff_t kFewQueries = 32, kPage = 1024;  // of floats
-  static constexpr std::ptrdiff_t kShort = 64;                     // of rows
+  static constexpr std::ptrdiff_t kCopies = 32, kPage = 1024;  // of floats
+  static constexpr std::ptrdiff_t kShort = 64;                 // of rows
 
   const AttentionProblem& p_;
   const Vectors& vectors_;
@@ -148,11 +131,9 @@ class Attender {
   std::ptrdiff_t turned_queries_ = 0;
 };
 
-// With fewer multiplications than this (about 10 us) a second thread is not worth waking.
-inline constexpr std::ptrdiff_t kSerialAttention = 1 << 20;
-
 // False when memory ran out; y is then undefined.
 inline bool attend(const AttentionProblem& p, const Vectors& vectors, std::ptrdiff_t threads) try {
+  if (p.queries <= kFewQueries) return attend_few(p, vectors, threads);
   const std::ptrdiff_t heads = p.batches * p.heads;
   if (2 * heads * p.queries * p.keys * p.size < kSerialAttention) threads = 1;
   // Whole heads where there are enough of them, since k and v are prepared for each part.

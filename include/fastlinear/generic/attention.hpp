@@ -48,7 +48,7 @@ template <class V>
 // The first `valid` of the elements at p, or all if that is more, and zeros.
 template <class V, class Element>
 [[gnu::always_inline]] inline V load_some(const Element* p, Size valid) {
-  if (valid >= V::width) return V::load(p);
+  if (V::width == 1 || valid >= V::width) return V::load(p);
   Element some[V::width] = {};
   std::memcpy(some, p, static_cast<std::size_t>(valid) * sizeof(Element));
   return V::load(some);
@@ -56,7 +56,7 @@ template <class V, class Element>
 
 template <class V, class Element>
 [[gnu::always_inline]] inline void store_some(Element* p, V x, Size valid) {
-  if (valid >= V::width) return V::store(p, x);
+  if (V::width == 1 || valid >= V::width) return V::store(p, x);
   Element some[V::width];
   V::store(some, x);
   std::memcpy(p, some, static_cast<std::size_t>(valid) * sizeof(Element));

@@ -1,0 +1,33 @@
+// Tensors of heads, and what is asked of them.
+#pragma once
+
+#include <cstddef>
+
+#include "fastlinear/contract/isa.hpp"
+#include "fastlinear/formats/all.hpp"
+
+namespace fastlinear {
+
+// A tensor [batch, head, row, element], elements side by side; strides in elements, and 0 where it is broadcast.
+struct Heads {
+  char* data;
+  Format format;
+  std::ptrdiff_t batch, head, row;
+
+  char* at(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t r = 0) const {
+    return data + (b * batch + h * head + r * row) * element_bytes(format);
+  }
+};
+
+struct AttentionProblem {
+  std::ptrdiff_t batches, heads, kv_heads, queries, keys, size;
+  Heads q, k, v, y;  // of one floating format; heads / kv_heads heads share one of k and v
+  Heads mask;        // as AttentionArgs has it, elements being keys; its data may be null
+  float scale;
+  bool causal;  // query i sees the keys 0 to i
+};
+
+// With fewer multiplications than this (about 10 us) a second thread is not worth waking.
+inline constexpr std::ptrdiff_t kSerialAttention = 1 << 20;
+
+}  // namespace fastlinear
