@@ -229,7 +229,10 @@ class Rewriter:
             node = self.graph.call_function(function, args)
         root = outer[0].root
         both = replace(outer[0], nodes=[*inner[0].nodes, *outer[0].nodes])
-        self._finish(both, node, f"one product of {', '.join(p.nodes[0].name for p in products)}, {gate.program.name}")
+        what = f"one product of {', '.join(p.nodes[0].name for p in products)}, {gate.program.name}"
+        self._finish(both, node, what)
+        for product in products:
+            self.story.tell(product.nodes[0], "fast", what)
         self._moved[root] = node
         return stacks
 

@@ -322,7 +322,6 @@ MIXTURES = {"mxfp4": Mixture("MXFP4", ("blocks", "scales"), _mxfp4_shape, _mxfp4
 
 
 SCHEMES: dict[str, tuple[Scheme, ...]] = {
-    "mxfp4": (),  # its linear layers are floats
     "gptq": (Scheme("GPTQ", ("qweight", "qzeros", "scales"), ("g_idx",), _gptq_shape, _gptq),),
     "awq": (Scheme("AWQ", ("qweight", "qzeros", "scales"), (), _awq_shape, _awq),),
     "compressed-tensors": (
@@ -346,4 +345,5 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
         ),
     ),
     "hqq": (Scheme("HQQ", ("W_q", "scale", "zero", "shape"), ("axis", "nbits", "group_size"), _hqq_shape, _hqq),),
+    "mxfp4": (),  # its linear layers are floats
 }

@@ -660,7 +660,7 @@ def test_a_file_of_another_model(path: Path, where: str) -> None:
 
 
 MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a wider layer": (lambda: mlp(8, 17, 3), "in other shapes than this Sequential"),
+    "a wider layer": (lambda: mlp(8, 17, 3), "layer '0' is 8 x 16, but Linear(in_features=8, out_features=17"),
     "a Conv1D instead": (lambda: nn.Sequential(Conv1D(16, 8), nn.ReLU(), nn.Linear(16, 3), nn.ReLU()), "'0' is 8 x 16"),
     "another activation": (
         lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3), nn.ReLU()),

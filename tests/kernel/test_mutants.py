@@ -329,6 +329,7 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "row alone": partial(test_exact.test_a_row_of_a_batch_is_the_row_alone, k=97, k_slices=1),
     "canaries": partial(test_memory.test_only_the_output_is_written, size="ragged", k_slices=1),
     "neighbors": partial(test_memory.test_what_lies_around_x_never_leaks, size="ragged"),
+    "scratch": partial(test_memory.test_scratch_of_an_earlier_call_never_leaks, k_slices=1),
     "weights": test_formats.test_every_weight_is_widened_exactly,
     "biases": test_formats.test_every_bias_is_widened_exactly,
     "bf16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.bfloat16),
