@@ -40,6 +40,9 @@ struct Pairs {
   static Vector last_row(const Bf16* a) { return _mm512_castsi512_ps(_mm512_set1_epi32(a->bits)); }
   static Vector weights(const Bf16* p, std::ptrdiff_t) { return _mm512_loadu_ps(p); }
   static Vector multiply_add(Vector x, Vector w, Vector c) {
+#if defined(__clang__) && __clang_major__ == 16
+    asm("" : "+v"(x));  // folding a broadcast pair into the operand's type, this compiler never comes to an end
+#endif
     return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, x), __builtin_bit_cast(__m512bh, w));
   }
 };
