@@ -23,7 +23,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FOLDERS = "fastlinear|include|csrc|tests|docs|benchmarks|examples"
 REASONS = (
     "layer/elsewhere.py", "layer/packs.py", "layer/fitness.py", "layer/linear.py", "model/selection.py",
-    "spec/precision.py", "spec/schemes.py", "spec/foreign.py", "layer/experts.py",
+    "spec/precision.py", "spec/schemes.py", "spec/foreign.py", "layer/experts.py", "layer/mixture.py",
 )  # fmt: skip
 
 

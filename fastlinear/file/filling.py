@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
 from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
-from fastlinear.layer import embedding, experts, linear, packs
+from fastlinear.layer import embedding, experts, linear, mixture, packs
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shelf import Shelf, shelve
@@ -79,7 +79,7 @@ def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
 
 def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts.Frozen]:
     """The name of experts, and their packs, which are made one after the other; ValueError where one is no weight."""
-    form: Any = experts.form_of(module)
+    form: Any = mixture.form_of(module)
     own = [sources[f"{name}.{each}" if name else each] for each in experts.names_of(module)]
     try:
         first = _shelf(own[0], form.interleaved, programs.is_gated(form.program))

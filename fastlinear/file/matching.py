@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlinear.file.manifest import Fused, Layer, Manifest, member, plain_names
 from fastlinear.file.safetensors import Contents, Entry, shown
-from fastlinear.layer import experts, linear
+from fastlinear.layer import experts, linear, mixture
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
 from fastlinear.layer.shard import local
@@ -98,16 +98,15 @@ def _plainly(name: str) -> str:
 
 def _check_mixture(module: Any, name: str, products: tuple[Layer, ...]) -> None:
     """ValueError where the model's module is not the experts of the file."""
-    if (reason := experts.why_no_twin(module)) is not None:
-        raise ValueError(f"its experts {name!r} are fast, but in this model {reason}")
+    form = module._form if experts.is_fast_experts(module) else mixture.form_of(module)
+    if isinstance(form, str):
+        raise ValueError(f"its experts {name!r} are fast, but in this model {form}")
     first = products[0]
     sizes = tuple((each.experts, each.n, each.k) for each in products)
     own = experts.names_of(module), experts.sizes_of(module)
     if own != (tuple(each.name.rpartition(".")[2] for each in products), sizes):
         raise ValueError(f"its experts {name!r} are {sizes}, but {own[1]} in this model")
-    form = module._form if experts.is_fast_experts(module) else experts.form_of(module)
-    told = form and (form.program, form.transposed, form.interleaved)
-    if told != (first.activation, first.transposed, first.interleaved):
+    if (form.program, form.transposed, form.interleaved) != (first.activation, first.transposed, first.interleaved):
         raise ValueError(f"its experts {name!r} compute something else than in this model, or are held otherwise")
 
 

@@ -59,22 +59,13 @@ def _is_of(module: Any, tensors: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
-def _cpu(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    first: Tensor,
-    second: Tensor,
-    first_bias: Tensor | None,
-    second_bias: Tensor | None,
-    form: str,
-    handle: int,
-) -> Tensor:
-    tensors, y = (first, second, first_bias, second_bias), None
+def _cpu(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    *tensors, form, handle = rest
+    y = None
     module = _modules.get(handle)
-    if module is not None and module._spelled == form and _may_answer(module, x, ids, weights, tensors):
+    if module is not None and module._spelled == form and _may_answer(module, x, ids, weights, tuple(tensors)):
         y = module.native(x, ids, weights)
-    return _formula(x, ids, weights, *tensors, form, handle) if y is None else y
+    return _formula(x, ids, weights, *rest) if y is None else y
 
 
 def _formula(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
@@ -89,20 +80,10 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 _DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # of the op's arguments
 
 
-def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    first: Tensor,
-    second: Tensor,
-    first_bias: Tensor | None,
-    second_bias: Tensor | None,
-    form: str,
-    wanted: list[bool],
-) -> list[Tensor]:
+def _gradients(grad: Tensor, x: Tensor, ids: Tensor, *rest: Any) -> list[Tensor]:
     """The gradients of what `wanted` says, of x, weights, both weights and both biases: those of the specification."""
-    given = [x, weights, first, second, first_bias, second_bias]
+    *tensors, form, wanted = rest
+    given = [x, *tensors]
     leaves = [
         None if t is None else t.detach().requires_grad_() if want else t.detach()
         for t, want in zip(given, wanted, strict=True)
@@ -121,10 +102,9 @@ def _back_autograd(keyset: Any, *arguments: Any) -> list[Tensor]:
     return _back.redispatch(keyset & _torch.after_autograd, *arguments)  # type: ignore[no-any-return]
 
 
-def _fake_gradients(grad: Tensor, *rest: Any) -> list[Tensor]:
-    x, _ids, weights, first, second, first_bias, second_bias, _form, wanted = rest
-    given = (x, weights, first, second, first_bias, second_bias)
-    return [t.new_empty(t.shape) for t, want in zip(given, wanted, strict=True) if want and t is not None]
+def _fake_gradients(grad: Tensor, x: Tensor, ids: Tensor, *rest: Any) -> list[Tensor]:
+    *tensors, _form, wanted = rest
+    return [t.new_empty(t.shape) for t, want in zip([x, *tensors], wanted, strict=True) if want and t is not None]
 
 
 class _Mixture(torch.autograd.Function):

@@ -21,6 +21,7 @@ import fastlinear._environment as environment
 import fastlinear.layer.sdpa as sdpa
 from fastlinear._modes import watched
 from fastlinear.plan.attention import FEW_QUERIES, Answer
+from fastlinear.spec.attention import turned
 
 Attend: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor
@@ -78,11 +79,6 @@ def in_torch(
         for cache in (keys, values):
             cache.copy_(cache.roll(-q.shape[2], 2))
     rows = torch.arange(at, at + q.shape[2], device=q.device)
-    keys.index_copy_(2, rows, _turned(k, cos, sin))
+    keys.index_copy_(2, rows, turned(k, cos, sin))
     values.index_copy_(2, rows, v)
-    return _turned(q, cos, sin)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, -1)
-    return x * cos.unsqueeze(1) + torch.cat((-high, low), -1) * sin.unsqueeze(1)
+    return turned(q, cos, sin)

@@ -24,14 +24,12 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
-from fastlinear.layer import blend
+from fastlinear.layer import blend, mixture
 from fastlinear.layer.elsewhere import why_watched
 from fastlinear.layer.fallback import label
-from fastlinear.layer.fitness import odd_dtype, runs_its_own
 from fastlinear.layer.lent import Lent
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack_apart
-from fastlinear.layer.quality import coded_snr
 from fastlinear.layer.shelf import Shelf, shelve
 from fastlinear.layer.stack import fit
 from fastlinear.plan import decide, measuring
@@ -44,8 +42,6 @@ from fastlinear.spec.formats import FP32, long_name, name_of
 from fastlinear.spec.precision import ANYHOW, AS_HELD, Precision, Wanted, epilogue, wanted
 from fastlinear.spec.schemes import Scheme
 
-_FIRST, _SECOND = ("gate_up_proj", "up_proj"), "down_proj"
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 # What lies between the products takes at most this at a time; tokens beyond that wait, and find the weights read again.
 _BETWEEN = 64 << 20
 # From so many multiply-adds on all threads share a grouped product.
@@ -95,11 +91,11 @@ class ExpertsModule(nn.Module):
     @property
     def first_name(self) -> str:
         """Of the parameter of the first product."""
-        return _FIRST[0] if _FIRST[0] in self._parameters else _FIRST[1]
+        return mixture.FIRST[0] if mixture.FIRST[0] in self._parameters else mixture.FIRST[1]
 
     @property
     def names(self) -> tuple[str, str]:
-        return self.first_name, _SECOND
+        return self.first_name, mixture.SECOND
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -114,7 +110,7 @@ class ExpertsModule(nn.Module):
     def count(self) -> int:
         """Of experts."""
         frozen = self._frozen_experts
-        return len(self._parameters[_SECOND]) if frozen is None else len(frozen.second.packs)  # type: ignore[arg-type]
+        return len(self._parameters[mixture.SECOND]) if frozen is None else len(frozen.second.packs)  # type: ignore[arg-type]
 
     @property
     def in_features(self) -> int:
@@ -124,7 +120,7 @@ class ExpertsModule(nn.Module):
     def held(self) -> torch.dtype:
         """The dtype of the weights, or what it was before they were frozen."""
         frozen = self._frozen_experts
-        return self._parameters[_SECOND].dtype if frozen is None else frozen.dtype  # type: ignore[union-attr]
+        return self._parameters[mixture.SECOND].dtype if frozen is None else frozen.dtype  # type: ignore[union-attr]
 
     @property
     def packed_as(self) -> str:
@@ -238,7 +234,7 @@ class ExpertsModule(nn.Module):
             weight = self._parameters.get(name)
             if weight is None:
                 return f"its {name} is computed by a hook or parametrization"
-            if (reason := _why_unread(weight, name, self._parameters.get(f"{name}_bias"))) is not None:
+            if (reason := mixture.why_unread(weight, name, self._parameters.get(f"{name}_bias"))) is not None:
                 return reason
         return None
 
@@ -414,14 +410,14 @@ class ExpertsModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         frozen = vars(self).get("_frozen_experts")
-        if frozen is not None and name in (*_FIRST, _SECOND) and self._parameters.get(name, self) is None:
+        if frozen is not None and name in (*mixture.FIRST, mixture.SECOND) and self._parameters.get(name, self) is None:
             return self._handed_out(name)
         return super().__getattr__(name)
 
     def _unpacked(self, name: str) -> Tensor:
         frozen = self._frozen_experts
         assert frozen is not None
-        if name == _SECOND:
+        if name == mixture.SECOND:
             weight = frozen.second.unpack().to(frozen.dtype)
             return weight.mT.contiguous() if self._form.transposed else weight
         return self._form.held(frozen.first.unpack().to(frozen.dtype)).contiguous()
@@ -576,7 +572,7 @@ def are_frozen(module: Any) -> bool:
 
 def dtype_of(module: Any) -> torch.dtype:
     """The dtype of the weights of experts, also of frozen ones."""
-    dtype: torch.dtype = module.held if is_fast_experts(module) else module._parameters[_SECOND].dtype
+    dtype: torch.dtype = module.held if is_fast_experts(module) else module._parameters[mixture.SECOND].dtype
     return dtype
 
 
@@ -596,14 +592,14 @@ def are_experts(module: nn.Module) -> bool:
     """Whether a module has the parameters of experts, fast or not, of whatever class it is."""
     if is_fast_experts(module):
         return True
-    held = [module._parameters.get(name) for name in (*_FIRST, _SECOND)]
+    held = [module._parameters.get(name) for name in (*mixture.FIRST, mixture.SECOND)]
     three = [p is not None and p.dim() == 3 for p in held]
     return three[2] and (three[0] or three[1])
 
 
 def names_of(module: Any) -> tuple[str, str]:
     """Of the parameters of both products."""
-    return module.names if is_fast_experts(module) else _names(module)
+    return module.names if is_fast_experts(module) else mixture.names_of(module)
 
 
 def sizes_of(module: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -611,7 +607,7 @@ def sizes_of(module: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     if is_fast_experts(module):
         first, second = module.shapes
         return (module.count, *first), (module.count, *second)
-    shapes = [tuple(module._parameters[name].shape) for name in _names(module)]
+    shapes = [tuple(module._parameters[name].shape) for name in mixture.names_of(module)]
     if is_transposed(module):
         shapes = [(e, n, k) for e, k, n in shapes]
     return shapes[0], shapes[1]
@@ -620,113 +616,27 @@ def sizes_of(module: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
     """Why experts cannot run on the kernels as it was asked for, in a few words; None if they can, or do."""
     if isinstance(module, ExpertsModule):
-        return module.why_unread() or _why_unquantized(module, asked, name)
+        return module.why_unread() or mixture.why_unquantized(module, asked, is_transposed(module), name)
     if (reason := why_no_twin(module)) is not None:
         return reason
-    for own in _names(module):
-        reason = _why_unread(module._parameters[own], own, module._parameters.get(f"{own}_bias"))
+    for own in mixture.names_of(module):
+        reason = mixture.why_unread(module._parameters[own], own, module._parameters.get(f"{own}_bias"))
         if reason is not None:
             return reason
-    return _why_unquantized(module, asked, name)
+    return mixture.why_unquantized(module, asked, is_transposed(module), name)
 
 
 def why_no_twin(module: Any) -> str | None:
     """Why a module of this class cannot become fast experts, whatever its weights are."""
-    if is_fast_experts(module):
-        return None
-    kind = type(module).__name__
-    if not all(flag in vars(module) for flag in _FLAGS) or not hasattr(type(module).forward, "__wrapped__"):
-        return f"{kind} is no class of experts that transformers hands to an implementation"
-    if not runs_its_own(module, "forward"):
-        return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
-    if module.has_post_expert_norm:
-        return "each of its experts is followed by a norm"
-    if vars(module).get("_is_expert_parallel"):
-        return "its experts are spread over processes"
-    if form_of(module) is None:
-        return "its experts have an activation that is none of fastlinear's"
-    return None
-
-
-def _names(module: nn.Module) -> tuple[str, str]:
-    return next(name for name in _FIRST if name in module._parameters), _SECOND
-
-
-def _why_unread(weight: Any, name: str, bias: Tensor | None) -> str | None:
-    for what, tensor in ((name, weight), (f"{name}_bias", bias)):
-        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
-            return f"its {what} is a {type(tensor).__name__}"
-        if tensor is not None and (tensor.device.type != "cpu" or tensor.layout is not torch.strided):
-            return f"its {what} is no dense CPU tensor"
-    if weight.dim() != 3 or 0 in weight.shape:
-        return f"its {name} is {list(weight.shape)}, which holds no experts"
-    return odd_dtype(weight.dtype, bias)
-
-
-def _why_unquantized(module: Any, asked: Wanted, name: str) -> str | None:
-    if asked.scheme is None:
-        return None
-    if asked.scheme.calibration is not None:
-        return "experts are not calibrated"
-    for own in _names(module):
-        weight = module._parameters.get(own)
-        if weight is None:
-            return None  # frozen, of which the caller knows
-        reason = asked.why_not(name, weight.shape[1 if is_transposed(module) else 2])
-        if reason is None and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
-            reason = f"its {own} has infinities or NaN, which no integers stand for"
-        coding, least = asked.scheme.coding(), asked.scheme.least
-        if reason is None and coding is not None and least is not None:
-            rows = weight.mT if is_transposed(module) else weight
-            kept = coded_snr(rows.flatten(0, 1), coding)
-            if kept < least:
-                reason = f"4 bits keep {kept:.1f} dB of its {own}, less than the {least:g} that were asked for"
-        if reason is not None:
-            return reason
-    return None
-
-
-def form_of(module: Any) -> Form | None:
-    """How a module of transformers' holds its experts and what they compute, which is found by trying; None where that
-    is nothing that kernels do."""
-    interleaved = not module.is_concatenated
-    grid = torch.linspace(-12.0, 12.0, 97, device="cpu")
-    gate, through = (t.flatten()[None] for t in torch.meshgrid(grid, grid, indexing="ij"))
-    halves = torch.cat([gate, through], -1)
-    given = torch.stack([gate, through], -1).flatten(-2) if interleaved else halves
-    try:
-        with torch.no_grad():
-            found = module._apply_gate(given) if module.has_gate else module.act_fn(halves)
-    except Exception:  # whatever the code of others raises
-        return None
-    for program in _candidates(module):
-        y = programs.apply(program, halves)
-        if found.shape == y.shape and torch.allclose(found.float(), y, rtol=1e-5, atol=1e-5):
-            return Form(program, transposed=bool(module.is_transposed), interleaved=interleaved and module.has_gate)
-    return None
-
-
-def _candidates(module: Any) -> list[Activation]:
-    if not module.has_gate:
-        return [Activation(name) for name in activations.names() if activations.parameters_of(name) == 0]
-    limits, alphas = (_numbers(module, name) for name in ("limit", "alpha"))
-    limited = [Activation("swiglu_limited", (limit,)) for limit in limits]
-    limited += [Activation("swiglu_oai", (alpha, limit)) for limit in limits for alpha in alphas]
-    return [*map(Activation, programs.GATES), *limited]
-
-
-def _numbers(module: Any, name: str) -> list[float]:
-    """What a module may have by this name, as models differ in that."""
-    found = [getattr(module, attribute, None) for attribute in (name, f"swiglu_{name}")]
-    return [float(each) for each in found if isinstance(each, (int, float)) and not isinstance(each, bool)]
+    form = None if is_fast_experts(module) else mixture.form_of(module)
+    return form if isinstance(form, str) else None
 
 
 def adopt(module: Any, tune: str = "lazy", name: str = "", precision: Precision = AS_HELD) -> None:
-    """Turns experts into their fast twin in place; ValueError where `why_not(module)` has a reason."""
-    if (reason := why_no_twin(module)) is not None:
-        raise ValueError(f"{name or type(module).__name__} cannot be converted: {reason}")
-    form = form_of(module)
-    assert form is not None
+    """Turns experts into their fast twin in place; ValueError where `mixture.form_of` has a reason."""
+    form = mixture.form_of(module)
+    if isinstance(form, str):
+        raise ValueError(f"{name or type(module).__name__} cannot be converted: {form}")
     vars(module).update(_form=form._replace(precision=own(precision)), _tune=tune, _name=name)
     stock: Any = type(module)
     module.__class__ = _twin(stock)
@@ -763,10 +673,8 @@ def freeze(module: Any) -> None:
             raise ValueError(f"{label(module)} cannot be frozen: {reason}")
         parameters = [module._parameters[name] for name in module.names]
         dtype, wants = parameters[0].dtype, (parameters[0].requires_grad, parameters[1].requires_grad)
-        first, second = (
-            module.packed(0),
-            module.packed(1),
-        )  # anew, as they may have changed in a way that torch does not count
+        # Anew, as they may have changed in a way that torch does not count.
+        first, second = module.packed(0), module.packed(1)
         hold(module, Frozen(first, second, dtype, wants))
 
 

@@ -65,9 +65,13 @@ def attention(
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """y, in the shape and dtype of x."""
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    low, high = x.to(wide).chunk(2, -1)
-    y = x.to(wide) * cos.to(wide).unsqueeze(1) + torch.cat((-high, low), -1) * sin.to(wide).unsqueeze(1)
-    return y.to(x.dtype)
+    return turned(x.to(wide), cos.to(wide), sin.to(wide)).to(x.dtype)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same, with the roundings of the dtype of all three, as models have it."""
+    low, high = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-high, low), -1) * sin.unsqueeze(1)
 
 
 def store(

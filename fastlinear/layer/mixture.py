@@ -1,0 +1,112 @@
+"""A module of transformers' that holds experts: what it computes, or why kernels cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlinear.layer.fitness import odd_dtype, runs_its_own
+from fastlinear.layer.quality import coded_snr
+from fastlinear.spec import activations, programs
+from fastlinear.spec.activations import Activation
+from fastlinear.spec.experts import Form
+from fastlinear.spec.precision import Wanted
+
+FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"  # parameters: of the first product, one of them; of the second
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+
+
+def names_of(module: nn.Module) -> tuple[str, str]:
+    """Of the parameters of both products."""
+    return next(name for name in FIRST if name in module._parameters), SECOND
+
+
+def why_unread(weight: Any, name: str, bias: Tensor | None) -> str | None:
+    """Why the kernels cannot read the parameter of this name, or its bias, in a few words; None if they can."""
+    for what, tensor in ((name, weight), (f"{name}_bias", bias)):
+        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
+            return f"its {what} is a {type(tensor).__name__}"
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.layout is not torch.strided):
+            return f"its {what} is no dense CPU tensor"
+    if weight.dim() != 3 or 0 in weight.shape:
+        return f"its {name} is {list(weight.shape)}, which holds no experts"
+    return odd_dtype(weight.dtype, bias)
+
+
+def why_unquantized(module: Any, asked: Wanted, transposed: bool, name: str) -> str | None:
+    """Why the weights cannot be quantized as it was asked for, in a few words; None if they can, or need not."""
+    if asked.scheme is None:
+        return None
+    if asked.scheme.calibration is not None:
+        return "experts are not calibrated"
+    for own in names_of(module):
+        weight = module._parameters.get(own)
+        if weight is None:
+            return None  # frozen, of which the caller knows
+        reason = asked.why_not(name, weight.shape[1 if transposed else 2])
+        if reason is None and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+            reason = f"its {own} has infinities or NaN, which no integers stand for"
+        coding, least = asked.scheme.coding(), asked.scheme.least
+        if reason is None and coding is not None and least is not None:
+            rows = weight.mT if transposed else weight
+            kept = coded_snr(rows.flatten(0, 1), coding)
+            if kept < least:
+                reason = f"4 bits keep {kept:.1f} dB of its {own}, less than the {least:g} that were asked for"
+        if reason is not None:
+            return reason
+    return None
+
+
+def form_of(module: Any) -> Form | str:
+    """How a module of transformers' holds its experts and what they compute; or why it cannot have a fast twin, in a
+    few words."""
+    kind = type(module).__name__
+    if not all(flag in vars(module) for flag in _FLAGS) or not hasattr(type(module).forward, "__wrapped__"):
+        return f"{kind} is no class of experts that transformers hands to an implementation"
+    if not runs_its_own(module, "forward"):
+        return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
+    if module.has_post_expert_norm:
+        return "each of its experts is followed by a norm"
+    if vars(module).get("_is_expert_parallel"):
+        return "its experts are spread over processes"
+    program = _program_of(module)
+    if program is None:
+        return "its experts have an activation that is none of fastlinear's"
+    interleaved = module.has_gate and not module.is_concatenated
+    return Form(program, transposed=bool(module.is_transposed), interleaved=interleaved)
+
+
+def _program_of(module: Any) -> Activation | None:
+    """What its experts compute between their products, found by trying; None where that is nothing that kernels do."""
+    interleaved = not module.is_concatenated
+    grid = torch.linspace(-12.0, 12.0, 97, device="cpu")
+    gate, through = (t.flatten()[None] for t in torch.meshgrid(grid, grid, indexing="ij"))
+    halves = torch.cat([gate, through], -1)
+    given = torch.stack([gate, through], -1).flatten(-2) if interleaved else halves
+    try:
+        with torch.no_grad():
+            found = module._apply_gate(given) if module.has_gate else module.act_fn(halves)
+    except Exception:  # whatever the code of others raises
+        return None
+    for program in _candidates(module):
+        y = programs.apply(program, halves)
+        if found.shape == y.shape and torch.allclose(found.float(), y, rtol=1e-5, atol=1e-5):
+            return program
+    return None
+
+
+def _candidates(module: Any) -> list[Activation]:
+    if not module.has_gate:
+        return [Activation(name) for name in activations.names() if activations.parameters_of(name) == 0]
+    limits, alphas = (_numbers(module, name) for name in ("limit", "alpha"))
+    limited = [Activation("swiglu_limited", (limit,)) for limit in limits]
+    limited += [Activation("swiglu_oai", (alpha, limit)) for limit in limits for alpha in alphas]
+    return [*map(Activation, programs.GATES), *limited]
+
+
+def _numbers(module: Any, name: str) -> list[float]:
+    """What a module may have by this name, as models differ in that."""
+    found = [getattr(module, attribute, None) for attribute in (name, f"swiglu_{name}")]
+    return [float(each) for each in found if isinstance(each, (int, float)) and not isinstance(each, bool)]
