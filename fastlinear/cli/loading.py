@@ -61,7 +61,7 @@ def attempt(spec: str, function: Callable[..., Result], *arguments: Any) -> Resu
     """function(*arguments), which runs the user's code; UsageError with what that raises, and where."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except Exception as error:  # whatever its code raises
         own = [
             frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_LIBRARIES)
         ]

@@ -41,7 +41,7 @@ def agreed(model: nn.Module, of: str) -> Iterator[dict[str, str]]:
     told: dict[str, str] = {}
     try:
         yield told
-    except Exception as error:
+    except Exception as error:  # whatever it is, the others are told before it goes on
         for group in groups:
             _exchange({_FAILED: f"{type(error).__name__}: {error}"}, group, of)
         raise
