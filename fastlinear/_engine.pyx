@@ -272,9 +272,12 @@ cdef class Engine:
         cdef Bias added
         cdef COperand[MAX_OPERANDS] beside
         cdef ptrdiff_t threads, columns
-        cdef dict params = <dict> state["_parameters"]
+        cdef object held = state["_parameters"]
         if disabled():
             return DISABLED
+        if not isinstance(held, dict):
+            return UNFIT  # compressed-tensors has offloaded them
+        cdef dict params = <dict> held
         weight = params.get("weight")
         bias = params.get("bias", UNFIT)
         if bias is UNFIT or weight is None and (self.weight is not None or self.packed is None):

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
 from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
-from fastlinear.layer import embedding, experts, linear, mixture, packs
+from fastlinear.layer import embedding, experts, linear, mixture, packs, takeover
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shelf import Shelf, shelve
 from fastlinear.spec import programs
 from fastlinear.spec.formats import name_of
 from fastlinear.spec.int4 import Coded, coding_of
-from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.packed import Weight, stands_for
 from fastlinear.spec.precision import Precision
 
@@ -74,7 +73,7 @@ def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
         names = {each.module: name.removesuffix(".weight") for name, each in held.items() if _is_linear(each)}
         for module, name in names.items():
             record = frozen[id(sources[f"{name}.weight"])]
-            linear.adopt(module, None, "lazy", name, _precision(record), record)
+            linear.adopt(module, None, "lazy", name, takeover.precision_of(record), record)
 
 
 def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts.Frozen]:
@@ -170,22 +169,14 @@ def _packed(name: str, source: Source, held: torch.dtype) -> Frozen:
 
 def _frozen(source: Source, held: torch.dtype) -> Frozen:
     """A weight as a linear layer whose Parameter was of dtype `held` has it: bit for bit, unless told otherwise."""
-    weight = source.read()
-    if not isinstance(weight, Tensor):
-        packed = packs.pack_quantized(weight, "int8wo") if isinstance(weight, Quantized) else packs.pack_coded(weight)
-        return Frozen(packed, held, origin=f"from {source.label}")
-    floats = weight
+    floats = source.read()
+    if not isinstance(floats, Tensor):
+        return takeover.over(floats, held, source.label)
     wide = floats.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
     floats = floats.to(held) if wide or floats.dtype not in _tensors.FORMATS else floats
     packed = packs.pack(floats, Precision(name_of(floats.dtype)))
     origin = f"from {source.label}" if source.floating else f"unpacked from {source.label} to {packed.format}"
     return Frozen(packed, held, origin=origin)
-
-
-def _precision(frozen: Frozen) -> Precision:
-    packed = frozen.packed
-    own = name_of(frozen.dtype) == packed.format
-    return Precision(None if own else packed.format, coding=coding_of(packed))
 
 
 def _revive(model: Any, bare: list[Held]) -> None:

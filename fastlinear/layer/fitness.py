@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import fastlinear._tensors as _tensors
+from fastlinear.layer import takeover
 from fastlinear.layer.frozen import Freezable, Frozen, record_of
 from fastlinear.layer.packs import pack_quantized
 from fastlinear.layer.quality import coded_snr
@@ -27,6 +28,9 @@ def why_not(layer: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
 
     name: by which a calibration knows the layer.
     """
+    told = takeover.found(layer)
+    if told is not None:
+        return told if isinstance(told, str) else takeover.why_not(told, asked, name)
     return why_no_twin(layer) or _why_unpacked(layer, asked, name)
 
 
@@ -151,6 +155,13 @@ def dtype_of(module: Any) -> torch.dtype:
     """The dtype of a layer's weight, also of one that is frozen, which is not unpacked for it."""
     dtype: torch.dtype = (record_of(module) or module.weight).dtype
     return dtype
+
+
+def features_of(module: Any) -> tuple[int, int]:
+    """Input and output features of a layer of any linear class; 0 where it does not tell them."""
+    names = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))  # Conv1D, AutoGPTQ
+    known = next((each for each in names if all(hasattr(module, name) for name in each)), None)
+    return (0, 0) if known is None else (getattr(module, known[0]), getattr(module, known[1]))
 
 
 def is_transposed(module: Any) -> bool:

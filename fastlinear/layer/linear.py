@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import lookup
+from fastlinear.layer import lookup, takeover
 from fastlinear.layer.fallback import label
 from fastlinear.layer.fitness import (
     HOOKED,
@@ -105,7 +105,7 @@ class FastLinear(FastModule, nn.Linear):
 
         dtype: torch.bfloat16 or torch.float16 packs the weight in 16 bits, whatever the parameter's dtype is.
         quantize: packs it in 8 bits, as in `convert`; a calibration is looked up by the name "", which is that of a
-            layer calibrated by itself. An int8 tensor of torchao's is taken over as it is.
+            layer calibrated by itself. A weight that another package quantized is taken over as it is.
         products: torch.bfloat16 or torch.float16 multiplies x and weight rounded to that, as in `convert`.
         """
         asked = wanted(dtype, accumulate, quantize, products)
@@ -115,11 +115,16 @@ class FastLinear(FastModule, nn.Linear):
         )
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
-        over = taken_over(linear, asked, programs.is_gated(resolved))
+        gated = programs.is_gated(resolved)
+        over, told = taken_over(linear, asked, gated), takeover.found(linear)
+        if isinstance(told, takeover.Found):
+            linear, over, precision = takeover.take(linear, told, asked, "", None, gated)
+        else:
+            precision = asked.of("", linear.weight.dtype)
         fast = cls.__new__(cls)
         state = vars(linear).items()
         vars(fast).update({key: value.copy() if isinstance(value, dict) else value for key, value in state})
-        _become_fast(fast, resolved, "lazy", "", asked.of("", linear.weight.dtype))
+        _become_fast(fast, resolved, "lazy", "", precision)
         if over is not None:
             hold(fast, over)
         return fast

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import attention, experts, linear
+from fastlinear.layer import attention, experts, linear, takeover
 from fastlinear.layer.fitness import dtype_of, taken_over
+from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shard import shard_of
 from fastlinear.model import chains, fusion
 from fastlinear.model.agreement import agreed
@@ -69,6 +70,8 @@ def convert(
     accumulate: "fp16" admits kernels that sum up to 64 products in fp16 before they go on in fp32.
     quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits; as lossy as
         `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
+        Of layers that others quantized, see below, those of 8 bits may have `Int8Dynamic()`, and those of 4 bits
+        `Int4Dynamic()`: it then says how their inputs are quantized.
     products: torch.bfloat16 or torch.float16 multiplies in 16 bits what may be fp32 before and after: weights are
         packed so, rows of x are rounded once, to nearest, and sums, biases and activations are fp32. As lossy as
         `dtype`, and with the same exceptions; with `Int8WeightOnly` it rounds x alone. None does what torch was told
@@ -85,6 +88,11 @@ def convert(
         an error in tuning leaves the model converted.
     tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
+
+    Layers that other packages quantized are taken over as they are, whatever `dtype` says, and frozen: those of GPTQ,
+    AWQ (gemm), compressed-tensors (pack-quantized, int8, fp8), bitsandbytes (nf4 and fp4), HQQ (4 bits, axis 1),
+    torchao (4 bits, and 8 in groups) and fp8 in blocks; before their first call, in which some repack themselves. What
+    is taken over wants no package any more, and `unconvert` makes nn.Linear of it. `report` has the reason of others.
 
     Layers that are fast already stay as they are, unless `dtype`, `accumulate`, `quantize` or `products` is given: then
     they take all four.
@@ -113,16 +121,17 @@ def convert(
 
     result = model if inplace else _copy_sharing_tensors(model)
     twin = dict(zip(model.modules(), result.modules(), strict=True))
+    around = takeover.dtype_around(model)
     heads, mode = attentions(model), "off" if tune == "off" else "lazy"
     with ExitStack() as undo:
         for whole in (heads[layer] for layer in chosen if layer in heads):
             _open_up(undo, twin[whole], names[whole], mode, asked)
         for layer in chosen:
-            name, over = names[layer], taken_over(layer, asked)
-            if over is not None:  # which `release` would bring back as numbers
-                undo.callback(_set_weight, twin[layer], layer._parameters["weight"])
-            linear.adopt(twin[layer], activations.get(layer), mode, name, asked.of(name, dtype_of(layer)), over)
+            over, precision = _taken(undo, layer, twin[layer], names[layer], asked, around)
+            linear.adopt(twin[layer], activations.get(layer), mode, names[layer], precision, over)
             undo.callback(linear.release, twin[layer])
+        for module in result.modules():
+            undo.callback(takeover.without_unpacking(module))
         for layer in fast:
             _set_precision(undo, twin[layer], _next(layer, asked, names[layer]))
         for layer in mixtures:
@@ -155,6 +164,21 @@ def _placed(layer: Any, reason: str | None) -> str:
     shard = shard_of(layer._parameters.get("weight"))
     where = "" if shard is None else f" of {tuple(shard.shape)} as {', '.join(map(str, shard.placements))}"
     return f"a weight{where}, {reason or 'fast'}"
+
+
+def _taken(
+    undo: ExitStack, layer: Any, twin: Any, name: str, asked: Wanted, around: torch.dtype | None
+) -> tuple[Frozen | None, Precision]:
+    """What stands for a layer's weight where somebody else has quantized that, and what it computes in."""
+    told = takeover.found(layer)
+    if isinstance(told, takeover.Found):
+        taken = takeover.take(layer, told, asked, name, around, False)
+        undo.callback(takeover.put_back, twin, takeover.put_in_place(twin, taken.linear))
+        return taken.frozen, taken.precision
+    over = taken_over(layer, asked)
+    if over is not None:  # which `release` would bring back as numbers
+        undo.callback(_set_weight, twin, layer._parameters["weight"])
+    return over, asked.of(name, dtype_of(layer))
 
 
 def _set_weight(layer: Any, weight: Any) -> None:

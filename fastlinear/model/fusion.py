@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fastlinear._calls as _calls
 from fastlinear.layer import linear
+from fastlinear.layer.takeover import is_foreign
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation, has_hooks, recognize
 
@@ -164,7 +165,7 @@ def find_pairs(model: nn.Module, linears: Container[nn.Module]) -> list[Pair]:
     nothing.
     """
     single = single_places(model)
-    absorbing = {child for child in single if child in linears and not has_hooks(child)}
+    absorbing = {child for child in single if child in linears and not _is_watched(child)}
     found: dict[tuple[nn.Module, str], Pair] = {}
     for module in model.modules():
         for layer, holder, slot in (*_in_sequence(module, single), *_in_source(module, absorbing)):
@@ -172,6 +173,13 @@ def find_pairs(model: nn.Module, linears: Container[nn.Module]) -> list[Pair]:
             if layer in absorbing and activation is not None:
                 found[holder, slot] = Pair(layer, holder, slot, activation)
     return list(found.values())
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody else is to see what a layer answers. A forward that another package gave it goes with what that
+    quantized."""
+    hooked = any(getattr(layer, hooks, None) for hooks in activations.HOOKS)
+    return hooked if is_foreign(layer) else has_hooks(layer)
 
 
 def single_places(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:

@@ -15,7 +15,8 @@ from torch import nn
 
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
-from fastlinear.layer import experts, linear
+from fastlinear.layer import experts, linear, takeover
+from fastlinear.layer.fitness import features_of
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.quality import UNKNOWN, quality_of
 from fastlinear.layer.shard import local
@@ -156,12 +157,12 @@ def describe(name: str, layer: Any, otherwise: str = "convert was not called on 
     fast = linear.is_fast(layer)
     buckets, frozen = layer.plans if fast else (), record_of(layer)
     elsewhere = dict(vars(layer)["_elsewhere"]) if fast else {}
-    features = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")  # Conv1D
+    features = features_of(layer)
     return LayerReport(
         name=name,
-        in_features=getattr(layer, features[0]),
-        out_features=getattr(layer, features[1]),
-        dtype=layer.dtypes if fast else str(layer.weight.dtype).removeprefix("torch."),
+        in_features=features[0],
+        out_features=features[1],
+        dtype=layer.dtypes if fast else takeover.text_of(layer),
         activation=layer.activation if fast else None,
         decision=_decision(buckets, elsewhere) if fast else "skipped",
         buckets=buckets,
@@ -208,7 +209,7 @@ def _weight_bytes(layer: Any) -> int:
     frozen = record_of(layer)
     if frozen is not None:
         return int(frozen.packed.n * frozen.packed.k * frozen.dtype.itemsize)
-    return int(local(layer.weight).nbytes)
+    return takeover.nbytes_of(layer) if takeover.is_foreign(layer) else int(local(layer.weight).nbytes)
 
 
 def _spot(layer: Any, plan: Chosen) -> Spot | None:

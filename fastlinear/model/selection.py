@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlinear.layer import attention, experts, linear
+from fastlinear.layer import attention, experts, linear, takeover
 from fastlinear.layer.fitness import conv1d, dtype_of, why_not
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.spec.formats import DTYPES, name_of
@@ -24,11 +24,12 @@ REASON = "_fastlinear_reason"
 
 
 def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The layers of `model` that multiply by a weight, of any linear class, fast or not, with all their names."""
+    """The layers of `model` that multiply by a weight, of any linear class, fast or not, with all their names; among
+    them those of other packages, which quantized them."""
     classes = (nn.Linear, conv1d() or nn.Linear)
     layers: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, classes) or linear.is_fast(module):
+        if isinstance(module, classes) or linear.is_fast(module) or takeover.is_foreign(module):
             layers.setdefault(module, []).append(name)
     return layers
 
@@ -98,6 +99,8 @@ def choose(
         )
         if obstacle is not None:
             return obstacle
+        if takeover.is_foreign(layer):
+            return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
         rounds = asked.packed not in (None, name_of(dtype_of(layer)))
         if rounds and layer not in included:
             what = DTYPES.get(asked.packed or "", asked.packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlinear.layer.fitness import features_of
 from fastlinear.model.convert import convert
 from fastlinear.model.selection import linear_layers
 from fastlinear.model.tuning import call, check_example, check_module
@@ -129,7 +131,7 @@ def _kinds(model: nn.Module, scheme: Scheme) -> tuple[list[Kind], dict[str, str]
     if not found:
         raise ValueError(f"no layer of {type(model).__name__} can be quantized: {skipped or 'it has no linear layer'}")
     return [
-        Kind(pattern, tuple(names), sum(layers[name].weight.numel() for name in names), 0.0)
+        Kind(pattern, tuple(names), sum(math.prod(features_of(layers[name])) for name in names), 0.0)
         for pattern, names in found.items()
     ], skipped
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlinear.layer import experts
+from fastlinear.layer import experts, takeover
+from fastlinear.layer.fitness import features_of
 from fastlinear.layer.frozen import record_of
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.selection import linear_layers
@@ -56,6 +58,12 @@ def _weights(model: nn.Module, fast: set[str]) -> Share:
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     sizes, slow, seen = [0, 0], [], set()
     for layer, names in linear_layers(model).items():
+        if takeover.is_foreign(layer):
+            seen |= {id(each) for each in layer.parameters()}
+            size = math.prod(features_of(layer))
+            sizes[False] += size
+            slow.append((names[0], size))
+            continue
         frozen = record_of(layer)
         held: Any = layer._parameters.get("weight") if frozen is None else frozen
         if held is None or is_lazy(held) or id(held) in seen:

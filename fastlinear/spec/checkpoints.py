@@ -1,9 +1,10 @@
 """What the tensors of a quantized linear layer stand for, as GPTQ, AWQ, compressed-tensors, bitsandbytes, HQQ and fp8
 checkpoints have them, in plain torch.
 
-Each function takes the tensors of one layer by the names they have there, and gives its weight [N, K]; ValueError where
-they do not go together. W = scale * (q - zero) becomes scale * number + offset: numbers are counted from the middle of
-the codes, and there is an offset only where a zero point is another than that; it is in fp32, which holds it exactly.
+Each scheme takes the tensors of one layer by the names they have there, and gives its weight [N, K]; what does not go
+together shows in `shape`, which says so with ValueError before anything is unpacked. W = scale * (q - zero) becomes
+scale * number + offset: numbers are counted from the middle of the codes, and there is an offset only where a zero
+point is another than that; it is in fp32, which holds it exactly.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandby
 
 class Scheme(NamedTuple):
     """How a layer's weight is stored. parts: names of its tensors, the first of which tells such a layer; optional:
-    more of them; shape and weight: of the parts and the checkpoint's quantization_config."""
+    more of them; shape and weight: of the parts and the checkpoint's quantization_config. shape raises ValueError where
+    the parts do not go together, and weight no more then."""
 
     label: str
     parts: tuple[str, ...]
@@ -37,7 +39,7 @@ class Scheme(NamedTuple):
     weight: Callable[[Parts, Config], Weight]
 
 
-def _need(parts: Parts, name: str, dtypes: tuple[torch.dtype, ...], *shape: int | None) -> Tensor:
+def need(parts: Parts, name: str, dtypes: tuple[torch.dtype, ...], *shape: int | None) -> Tensor:
     """A tensor of one of these dtypes, and of this shape but where it is None."""
     tensor = parts[name]
     if tensor.dtype not in dtypes:
@@ -49,7 +51,8 @@ def _need(parts: Parts, name: str, dtypes: tuple[torch.dtype, ...], *shape: int 
     return tensor
 
 
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_BLOCK_SCALES = (*SCALES, torch.uint8, torch.float8_e8m0fnu)
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:
@@ -77,7 +80,7 @@ def _grouped(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group
     return Coded((codes.int() - middle).to(torch.int8), scale, None, group, offset)
 
 
-def _group(k: int, groups: int) -> int:
+def group_of(k: int, groups: int) -> int:
     """The k that share a scale, as a power of two: one scale for all has the next one from k on."""
     if groups == 1:
         return 1 << max(k - 1, 15).bit_length()
@@ -91,17 +94,37 @@ def _group(k: int, groups: int) -> int:
 
 
 def _gptq_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    qweight = _need(parts, "qweight", (torch.int32,), None, None)
-    return qweight.shape[1], qweight.shape[0] * 32 // _bits(config)
+    bits = _bits(config)
+    qweight = need(parts, "qweight", (torch.int32,), None, None)
+    n, k = qweight.shape[1], qweight.shape[0] * 32 // bits
+    groups = len(need(parts, "scales", SCALES, None, n))
+    need(parts, "qzeros", (torch.int32,), groups, n * bits // 32)
+    group_of(k, groups)
+    _check_order(parts, "g_idx", k, groups)
+    return n, k
+
+
+def _check_order(parts: Parts, name: str, k: int, groups: int) -> None:
+    """ValueError where what names the group of each input, if there is such, names none."""
+    if name in parts:
+        order = need(parts, name, (torch.int32, torch.int64), k)
+        if bool((order < 0).any() | (order >= groups).any()):
+            raise ValueError(f"{name} names groups that are none of {groups}")
+
+
+def _order(parts: Parts, name: str, k: int, groups: int) -> Tensor | None:
+    """The group of each input, where these do not lie one after the other."""
+    order = parts.get(name)
+    if order is None or bool((order == torch.arange(k, device="cpu") // group_of(k, groups)).all()):
+        return None
+    return order.long()
 
 
 def _gptq(parts: Parts, config: Config) -> Weight:
     """Codes are packed along K, zero points along N. Version 1 stores zero points less 1. A checkpoint that is
     symmetric tells its version by their value, whatever it says of itself."""
-    bits, (n, k) = _bits(config), _gptq_shape(parts, config)
-    scales = _need(parts, "scales", _SCALES, None, n)
-    groups = len(scales)
-    zeros = _fields(_need(parts, "qzeros", (torch.int32,), groups, n * bits // 32), bits).int()
+    bits, (_, k), scales = _bits(config), _gptq_shape(parts, config), parts["scales"]
+    zeros = _fields(parts["qzeros"], bits).int()
     middle, mask = 1 << bits - 1, (1 << bits) - 1
     second = config.get("checkpoint_format") in ("gptq_v2", "gptq_p")
     if config.get("sym", True) and bool((zeros == middle).all()):
@@ -110,16 +133,11 @@ def _gptq(parts: Parts, config: Config) -> Weight:
         second = False
     zeros = zeros if second else zeros + 1 & mask
     codes = _fields(parts["qweight"].t().contiguous(), bits)
-    order = parts.get("g_idx")
+    order = _order(parts, "g_idx", k, len(scales))
     if order is not None:
-        _need(parts, "g_idx", (torch.int32, torch.int64), k)
-        size = _group(k, groups)
-        if bool((order != torch.arange(k, device="cpu") // size).any()):
-            if bool((order < 0).any() | (order >= groups).any()):
-                raise ValueError(f"g_idx names groups that are none of {groups}")
-            by_k = scales.float()[order.long()].t()
-            return by_k * (codes.float() - zeros[order.long()].t())
-    return _grouped(codes, scales.t().contiguous(), zeros.t(), bits, _group(k, groups))
+        by_k = scales.float()[order].t()
+        return by_k * (codes.float() - zeros[order].t())
+    return _grouped(codes, scales.t().contiguous(), zeros.t(), bits, group_of(k, len(scales)))
 
 
 def _awq_shape(parts: Parts, config: Config) -> tuple[int, int]:
@@ -127,20 +145,23 @@ def _awq_shape(parts: Parts, config: Config) -> tuple[int, int]:
         raise ValueError(f"it is of AWQ's version {config.get('version')!r}, and 'gemm' is supported")
     if _bits(config) != 4:
         raise ValueError("AWQ of 4 bits is supported")
-    qweight = _need(parts, "qweight", (torch.int32,), None, None)
-    return qweight.shape[1] * 8, qweight.shape[0]
+    qweight = need(parts, "qweight", (torch.int32,), None, None)
+    n, k = qweight.shape[1] * 8, qweight.shape[0]
+    groups = len(need(parts, "scales", SCALES, None, n))
+    need(parts, "qzeros", (torch.int32,), groups, n // 8)
+    group_of(k, groups)
+    return n, k
 
 
 def _awq(parts: Parts, config: Config) -> Weight:
     """All is packed along N, eight columns in another order."""
-    n, k = _awq_shape(parts, config)
-    scales = _need(parts, "scales", _SCALES, None, n)
+    (_, k), scales = _awq_shape(parts, config), parts["scales"]
     order = torch.tensor(_AWQ, device="cpu")
     codes, zeros = (
         _fields(words, 4).unflatten(-1, (-1, 8))[..., order].flatten(-2)
-        for words in (parts["qweight"], _need(parts, "qzeros", (torch.int32,), len(scales), n // 8))
+        for words in (parts["qweight"], parts["qzeros"])
     )
-    return _grouped(codes.t().contiguous(), scales.t().contiguous(), zeros.t(), 4, _group(k, len(scales)))
+    return _grouped(codes.t().contiguous(), scales.t().contiguous(), zeros.t(), 4, group_of(k, len(scales)))
 
 
 # ---- compressed-tensors ----
@@ -157,69 +178,84 @@ def _weights_of(config: Config) -> Config:
 
 
 def _packed_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    packed = _need(parts, "weight_packed", (torch.int32,), None, None)
-    n, k = _need(parts, "weight_shape", (torch.int64, torch.int32), 2).tolist()
+    packed = need(parts, "weight_packed", (torch.int32,), None, None)
+    n, k = need(parts, "weight_shape", (torch.int64, torch.int32), 2).tolist()
     bits = _bits(_weights_of(config), "num_bits")
     if n != len(packed) or k < 0 or -(-k * bits // 32) != packed.shape[1]:
         raise ValueError(f"weight_shape is [{n}, {k}], which weight_packed, {list(packed.shape)}, does not hold")
+    groups = need(parts, "weight_scale", SCALES, n, None).shape[1]
+    if "weight_zero_point" in parts:
+        need(parts, "weight_zero_point", (torch.int32,), -(-n * bits // 32), groups)
+    group_of(k, groups)
+    _check_order(parts, "weight_g_idx", k, groups)
     return n, k
 
 
 def _packed(parts: Parts, config: Config) -> Weight:
     """Codes are packed along K, zero points along N, both with half of their range added."""
     (n, k), bits = _packed_shape(parts, config), _bits(_weights_of(config), "num_bits")
-    scale = _need(parts, "weight_scale", _SCALES, n, None)
+    scale, zero = parts["weight_scale"], None
     codes = _fields(parts["weight_packed"], bits)[:, :k].contiguous()
-    groups, zero = scale.shape[1], None
     if "weight_zero_point" in parts:
-        words = _need(parts, "weight_zero_point", (torch.int32,), -(-n * bits // 32), groups)
-        zero = _fields(words.t().contiguous(), bits)[:, :n].t()
-    order = parts.get("weight_g_idx")
-    if order is not None and bool((order != torch.arange(k, device="cpu") // _group(k, groups)).any()):
-        _need(parts, "weight_g_idx", (torch.int32, torch.int64), k)
-        if bool((order < 0).any() | (order >= groups).any()):
-            raise ValueError(f"weight_g_idx names groups that are none of {groups}")
-        middle = torch.tensor(1 << bits - 1, device="cpu") if zero is None else zero[:, order.long()]
-        return scale.float()[:, order.long()] * (codes.float() - middle)
-    return _grouped(codes, scale, zero, bits, _group(k, groups))
+        zero = _fields(parts["weight_zero_point"].t().contiguous(), bits)[:, :n].t()
+    order = _order(parts, "weight_g_idx", k, scale.shape[1])
+    if order is not None:
+        middle = torch.tensor(1 << bits - 1, device="cpu") if zero is None else zero[:, order]
+        return scale.float()[:, order] * (codes.float() - middle)
+    return _grouped(codes, scale, zero, bits, group_of(k, scale.shape[1]))
 
 
-def _plain_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    weight = _need(parts, "weight", (torch.int8, torch.float8_e4m3fn), None, None)
+def _values_shape(parts: Parts) -> tuple[int, int]:
+    weight = need(parts, "weight", (torch.int8, torch.float8_e4m3fn), None, None)
     return weight.shape[0], weight.shape[1]
 
 
-def _plain(parts: Parts, config: Config) -> Weight:
-    """Integers or fp8 with a scale for all, for a channel, or for a group."""
-    n, _ = _plain_shape(parts, config)
-    weight, scale = parts["weight"], parts["weight_scale"]
-    if scale.dtype not in _SCALES or scale.shape not in ((), (1,), (n,), (n, 1)):
+def _plain_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    (n, k), scale, zero = _values_shape(parts), parts["weight_scale"], parts.get("weight_zero_point")
+    if scale.dtype not in SCALES or scale.shape not in ((), (1,), (n,), (n, 1)):
         raise ValueError(f"weight_scale is {scale.dtype} {list(scale.shape)}, not one float for all, or for a channel")
-    scale = scale.float().reshape(-1).expand(n)
-    if weight.dtype is not torch.int8:
-        return weight.float() * scale[:, None]
-    zero = parts.get("weight_zero_point")
-    if zero is not None and bool(zero.any()):
+    if parts["weight"].dtype is torch.int8 and zero is not None and bool(zero.any()):
         raise ValueError("weight_zero_point of int8 weights must be 0")
-    return Quantized(weight, scale.contiguous())
+    return n, k
+
+
+def _plain(parts: Parts, config: Config) -> Weight:
+    """Integers or fp8 with a scale for all, or for a channel."""
+    (n, _), weight = _plain_shape(parts, config), parts["weight"]
+    scale = parts["weight_scale"].float().reshape(-1).expand(n)
+    return Quantized(weight, scale.contiguous()) if weight.dtype is torch.int8 else weight.float() * scale[:, None]
 
 
 # ---- fp8 in blocks ----
 
 
-def _blocks(parts: Parts, config: Config) -> Weight:
-    """fp8 with a scale for each block, 128 x 128 unless told otherwise."""
-    n, k = _plain_shape(parts, config)
+def _block_size(config: Config) -> list[int]:
     size = config.get("weight_block_size") or [128, 128]
-    whole = isinstance(size, list) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
-    if not whole:
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
         raise ValueError(f"its weight_block_size is {size!r}, not two numbers")
-    rows, columns = -(-n // size[0]), -(-k // size[1])
-    scale = _need(parts, "weight_scale_inv", (*_SCALES, torch.uint8), rows, columns)
+    return [*size]
+
+
+def _blocks_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    n, k = _values_shape(parts)
+    if parts["weight_scale_inv"].numel() != 1:
+        rows, columns = _block_size(config)
+        need(parts, "weight_scale_inv", _BLOCK_SCALES, -(-n // rows), -(-k // columns))
+    elif parts["weight_scale_inv"].dtype not in _BLOCK_SCALES:
+        raise ValueError(f"weight_scale_inv is {parts['weight_scale_inv'].dtype}")
+    return n, k
+
+
+def _blocks(parts: Parts, config: Config) -> Weight:
+    """fp8 with a scale for each block, 128 x 128 unless told otherwise, or with one for all."""
+    (n, k), scale = _blocks_shape(parts, config), parts["weight_scale_inv"]
     if scale.dtype is torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
-    by_row = scale.float().repeat_interleave(size[0], 0)[:n]
-    return parts["weight"].float() * by_row.repeat_interleave(size[1], 1)[:, :k]
+    if scale.numel() == 1:
+        return parts["weight"].float() * scale.float().reshape(())
+    rows, columns = _block_size(config)
+    by_row = scale.float().repeat_interleave(rows, 0)[:n]
+    return parts["weight"].float() * by_row.repeat_interleave(columns, 1)[:, :k]
 
 
 # ---- bitsandbytes ----
@@ -240,63 +276,71 @@ def _state(parts: Parts) -> dict[str, Any]:
 
 
 def _nf4_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    n, k = _state(parts)["shape"]
-    if _need(parts, "weight", (torch.uint8,), None, 1).shape[0] * 2 != n * k:
+    state = _state(parts)
+    (n, k), size = state["shape"], state.get("blocksize")
+    if need(parts, "weight", (torch.uint8,), None, 1).shape[0] * 2 != n * k:
         raise ValueError(f"its quant_state tells a shape of {n} x {k}, and weight has another size")
+    if type(size) is not int or size < 16 or size & (size - 1) or k % size:
+        raise ValueError(f"its blocks are of {size!r}, which rows of {k} inputs do not hold whole")
+    need(parts, "weight.quant_map", (torch.float32,), 16)
+    scale = need(parts, "weight.absmax", (torch.float32, torch.uint8), n * k // size)
+    if scale.dtype is torch.uint8:
+        outer, offset = state.get("nested_blocksize"), state.get("nested_offset")
+        if type(outer) is not int or outer <= 0 or type(offset) not in (int, float):
+            raise ValueError("its quant_state tells no nested_blocksize and nested_offset")
+        for name in ("weight.nested_quant_map", "weight.nested_absmax"):
+            if name not in parts:
+                raise ValueError(f"its scales are codes of 8 bits, and it has no {name}")
+        need(parts, "weight.nested_quant_map", (torch.float32,), 256)
+        need(parts, "weight.nested_absmax", (torch.float32,), -(-len(scale) // outer))
     return n, k
 
 
 def _nf4(parts: Parts, config: Config) -> Weight:
     """Codes of consecutive elements, the first in the upper half; a scale for each `blocksize` of them, itself perhaps
     a code of 8 bits with scales of its own."""
-    (n, k), state = _nf4_shape(parts, config), _state(parts)
-    size = state.get("blocksize")
-    if type(size) is not int or size < 16 or size & (size - 1) or k % size:
-        raise ValueError(f"its blocks are of {size!r}, which rows of {k} inputs do not hold whole")
-    table = _need(parts, "weight.quant_map", (torch.float32,), 16)
-    scale = _need(parts, "weight.absmax", (torch.float32, torch.uint8), n * k // size)
+    (n, k), state, scale = _nf4_shape(parts, config), _state(parts), parts["weight.absmax"]
     if scale.dtype is torch.uint8:
-        outer, offset = state.get("nested_blocksize"), state.get("nested_offset")
-        if type(outer) is not int or outer <= 0 or not isinstance(offset, (int, float)):
-            raise ValueError("its quant_state tells no nested_blocksize and nested_offset")
-        numbers = _need(parts, "weight.nested_quant_map", (torch.float32,), 256)
-        of_blocks = _need(parts, "weight.nested_absmax", (torch.float32,), -(-len(scale) // outer))
-        index = torch.arange(len(scale), device="cpu") // outer
-        scale = numbers[scale.int()] * of_blocks[index] + torch.tensor(offset, dtype=torch.float32, device="cpu")
+        index = torch.arange(len(scale), device="cpu") // state["nested_blocksize"]
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device="cpu")
+        scale = parts["weight.nested_quant_map"][scale.int()] * parts["weight.nested_absmax"][index] + offset
     pairs = parts["weight"].view(-1)
     codes = torch.stack([pairs >> 4, pairs & 15], -1).view(n, k)
-    return Coded(codes, scale.view(n, -1), table, size)
+    return Coded(codes, scale.view(n, -1), parts["weight.quant_map"], state["blocksize"])
 
 
 # ---- HQQ ----
 
 
 def _hqq_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    n, k = _need(parts, "shape", (torch.int64, torch.int32), 2).tolist()
-    if _need(parts, "W_q", (torch.uint8,), None, None).numel() * 2 != n * k:
+    for name, supported in (("axis", 1), ("nbits", 4)):
+        if name in parts and parts[name].flatten().tolist() != [supported]:
+            raise ValueError(f"its {name} is {parts[name].flatten().tolist()}, and {supported} is supported")
+    n, k = need(parts, "shape", (torch.int64, torch.int32), 2).tolist()
+    pairs = need(parts, "W_q", (torch.uint8,), None, None)
+    if n < 0 or k < 0 or pairs.numel() * 2 != n * k:
         raise ValueError(f"its shape is {n} x {k}, and W_q has another size: 4 bits are supported")
+    size = pairs.shape[1]
+    if size < 16 or k % size or (k != size and size & (size - 1)):
+        raise ValueError(f"its groups are of {size}, which rows of {k} inputs do not hold whole")
+    for name in ("scale", "zero"):
+        need(parts, name, SCALES, n * k // size, 1)
     return n, k
 
 
 def _hqq(parts: Parts, config: Config) -> Weight:
     """A row of W_q is a group; the first half of them in the upper, the second in the lower halves of the bytes."""
-    n, k = _hqq_shape(parts, config)
-    for name, supported in (("axis", 1), ("nbits", 4)):
-        if name in parts and parts[name].flatten().tolist() != [supported]:
-            raise ValueError(f"its {name} is {parts[name].flatten().tolist()}, and {supported} is supported")
-    size, pairs = parts["W_q"].shape[1], parts["W_q"]
-    if size < 16 or size & (size - 1) or k % size:
-        raise ValueError(f"its groups are of {size}, which rows of {k} inputs do not hold whole")
-    scale, zero = (_need(parts, name, _SCALES, n * k // size, 1).float().view(n, -1) for name in ("scale", "zero"))
+    (n, k), pairs = _hqq_shape(parts, config), parts["W_q"]
+    scale, zero = (parts[name].float().view(n, -1) for name in ("scale", "zero"))
     codes = torch.cat([pairs >> 4, pairs & 15]).view(n, k)
     table = torch.tensor(TABLES["int4"], device="cpu")
-    return Coded(codes, scale, table, size, scale * (8 - zero))
+    return Coded(codes, scale, table, group_of(k, scale.shape[1]), scale * (8 - zero))
 
 
 def _mxfp4_shape(parts: Parts, config: Config) -> tuple[int, int, int]:
-    blocks = _need(parts, "blocks", (torch.uint8,), None, None, None, 16)
+    blocks = need(parts, "blocks", (torch.uint8,), None, None, None, 16)
     experts, n, groups, _ = blocks.shape
-    _need(parts, "scales", (torch.uint8,), experts, n, groups)
+    need(parts, "scales", (torch.uint8,), experts, n, groups)
     return experts, n, 32 * groups
 
 
@@ -334,7 +378,7 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
         ),
         Scheme("compressed-tensors", ("weight_scale", "weight"), ("weight_zero_point",), _plain_shape, _plain),
     ),
-    "fp8": (Scheme("fp8", ("weight_scale_inv", "weight"), (), _plain_shape, _blocks),),
+    "fp8": (Scheme("fp8", ("weight_scale_inv", "weight"), (), _blocks_shape, _blocks),),
     "bitsandbytes": (
         Scheme(
             "bitsandbytes",

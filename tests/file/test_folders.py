@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packers import GROUP, SCHEMES, Parts, ct, scales, spread
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,8 +20,6 @@ from fastlinear import FormatError
 from .test_damage import in_child, mutate_bytes
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-GROUP = 64
-Parts = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -39,140 +38,6 @@ def config() -> Any:
 def on_meta(dtype: torch.dtype = torch.float32) -> Any:
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config(), dtype=dtype).eval()
-
-
-# ---- packers: the layouts in words of their own ----
-
-
-def packed(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """[..., F] fields of some bits -> int32 [..., F * bits / 32]; `order`: the column that each field has."""
-    per = 32 // bits
-    words = torch.zeros(*values.shape[:-1], values.shape[-1] // per, dtype=torch.int64)
-    for field in range(per):
-        column = field if order is None else order[field]
-        words |= values[..., column::per].long() << bits * field
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-
-
-def random_codes(n: int, k: int, bits: int = 4) -> Tensor:
-    return torch.randint(1 << bits, (n, k))
-
-
-def scales(n: int, groups: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return (torch.rand(n, groups) / 64 + 1e-3).to(dtype)
-
-
-def spread(of_groups: Tensor, k: int) -> Tensor:
-    return of_groups.double().repeat_interleave(GROUP, 1)[:, :k]
-
-
-def gptq(n: int, k: int, *, bits: int = 4, second: bool = False, sym: bool = True, order: bool = False) -> Any:
-    groups, middle = k // GROUP, 1 << bits - 1
-    codes, scale = random_codes(n, k, bits), scales(n, groups)
-    zeros = torch.full((n, groups), middle) if sym else torch.randint(1, 1 << bits, (n, groups))
-    by_k = torch.arange(k) // GROUP
-    by_k = by_k[torch.randperm(k)] if order else by_k
-    weight = scale.double()[:, by_k] * (codes - zeros[:, by_k])
-    stored = zeros if second else zeros - 1
-    parts = {
-        "qweight": packed(codes, bits).t(), "qzeros": packed(stored.t(), bits), "scales": scale.t(),
-        "g_idx": by_k.int(),
-    }  # fmt: skip
-    return weight, parts
-
-
-def awq(n: int, k: int) -> Any:
-    codes, zeros, scale = random_codes(n, k), random_codes(n, k // GROUP), scales(n, k // GROUP)
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    weight = spread(scale, k) * (codes - spread(zeros, k))
-    parts = {"qweight": packed(codes.t(), 4, order), "qzeros": packed(zeros.t(), 4, order), "scales": scale.t()}
-    return weight, parts
-
-
-def compressed(n: int, k: int, *, bits: int = 4, zeros: bool = False) -> Any:
-    codes, scale = random_codes(n, k, bits), scales(n, k // GROUP, torch.bfloat16)
-    zero = random_codes(n, k // GROUP, bits) if zeros else torch.full((n, k // GROUP), 1 << bits - 1)
-    weight = spread(scale, k) * (codes - spread(zero, k))
-    parts = {"weight_packed": packed(codes, bits), "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
-    if zeros:
-        parts["weight_zero_point"] = packed(zero.t(), bits).t()
-    return weight, parts
-
-
-def integers(n: int, k: int) -> Any:
-    values, scale = torch.randint(-128, 128, (n, k)).to(torch.int8), scales(n, 1, torch.float32)
-    return values.double() * scale, {"weight": values, "weight_scale": scale}
-
-
-def fp8(n: int, k: int) -> Any:
-    values, blocks = torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(-(-n // 128), -(-k // 128)) / 8
-    by_row = blocks.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return values.double() * by_row, {"weight": values, "weight_scale_inv": blocks}
-
-
-def hqq(n: int, k: int) -> Any:
-    codes, scale, zero = random_codes(n, k), scales(n, k // GROUP), torch.rand(n, k // GROUP).half() * 15
-    rows = codes.view(-1, GROUP)
-    halves = rows[: len(rows) // 2] << 4 | rows[len(rows) // 2 :]
-    weight = (codes - spread(zero, k)) * spread(scale, k)
-    parts = {"W_q": halves.to(torch.uint8), "scale": scale.view(-1, 1), "zero": zero.view(-1, 1),
-             "shape": torch.tensor([n, k]), "axis": torch.tensor(1), "nbits": torch.tensor(4)}  # fmt: skip
-    return weight, parts
-
-
-def nf4(n: int, k: int, *, nested: bool = False) -> Any:
-    from fastlinear.spec.int4 import TABLES
-
-    codes, table = random_codes(n, k), torch.tensor(TABLES["nf4"])
-    absmax = torch.rand(n * k // 64) / 16
-    state: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4", "dtype": "float16", "shape": [n, k]}
-    parts: Parts = {
-        "weight": (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).view(-1, 1),
-        "weight.quant_map": table,
-    }
-    if nested:
-        state |= {"nested_blocksize": 256, "nested_offset": 0.03125, "nested_dtype": "float32"}
-        inner = torch.randint(256, absmax.shape).to(torch.uint8)
-        numbers, outer = torch.linspace(-1, 1, 256), torch.rand(-(-len(absmax) // 256)) / 64
-        parts |= {"weight.absmax": inner, "weight.nested_quant_map": numbers, "weight.nested_absmax": outer}
-        absmax = numbers[inner.long()] * outer.repeat_interleave(256)[: len(inner)] + 0.03125
-    else:
-        parts["weight.absmax"] = absmax
-    text = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
-    parts["weight.quant_state.bitsandbytes__nf4"] = text
-    return table[codes].double() * absmax.view(n, -1).double().repeat_interleave(64, 1), parts
-
-
-def ct(bits: int) -> Any:
-    return {"config_groups": {"group_0": {"weights": {"num_bits": bits, "type": "int"}}}, "ignore": ["lm_head"]}
-
-
-# name: packer, quantization_config, what the layers are packed as
-SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
-    "gptq v1": (gptq, {"quant_method": "gptq", "bits": 4, "sym": True}, "int4"),
-    "gptq v2 that says v1": (lambda n, k: gptq(n, k, second=True), {"quant_method": "gptq", "bits": 4}, "int4"),
-    "gptq zeros": (lambda n, k: gptq(n, k, sym=False), {"quant_method": "gptq", "bits": 4, "sym": False}, "int4"),
-    "gptq v2 zeros": (
-        lambda n, k: gptq(n, k, sym=False, second=True),
-        {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"},
-        "int4",
-    ),
-    "gptq order": (lambda n, k: gptq(n, k, order=True), {"quant_method": "gptq", "bits": 4}, "fp32"),
-    "gptq 8 bits": (lambda n, k: gptq(n, k, bits=8), {"quant_method": "gptq", "bits": 8}, "int8g"),
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "GEMM", "zero_point": True}, "int4"),
-    "compressed": (compressed, {"quant_method": "compressed-tensors", **ct(4)}, "int4"),
-    "compressed zeros": (
-        lambda n, k: compressed(n, k, zeros=True), {"quant_method": "compressed-tensors", **ct(4)}, "int4",
-    ),
-    "compressed 8 bits": (
-        lambda n, k: compressed(n, k, bits=8), {"quant_method": "compressed-tensors", **ct(8)}, "int8g",
-    ),
-    "integers": (integers, {"quant_method": "compressed-tensors", **ct(8)}, "int8wo"),
-    "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp32"),
-    "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
-    "nf4 nested": (lambda n, k: nf4(n, k, nested=True), {"quant_method": "bitsandbytes"}, "int4"),
-    "hqq": (hqq, {"quant_method": "hqq"}, "int4"),
-}  # fmt: skip
 
 
 def written(folder: Path, scheme: str, shards: int = 1) -> dict[str, Tensor]:
@@ -277,7 +142,7 @@ Q = "model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[str, Callable[[Parts, dict[str, Any]], object], str]] = {
     "3 bits": ("gptq v1", lambda t, c: c.update(bits=3), rf"layer '{Q}': its bits are 3, and 4 and 8 are supported"),
     "AWQ gemv": ("awq", lambda t, c: c.update(version="gemv"), r"AWQ's version 'gemv', and 'gemm' is supported"),
-    "HQQ axis 0": ("hqq", lambda t, c: t.update({f"{Q}.axis": torch.tensor(0)}), rf"{Q}.weight: its axis is \[0\]"),
+    "HQQ axis 0": ("hqq", lambda t, c: t.update({f"{Q}.axis": torch.tensor(0)}), rf"{Q}': its axis is \[0\]"),
     "another method": ("awq", lambda t, c: c.update(quant_method="quip"), r"quant_method is 'quip', and read are gptq"),
     "a lost part": ("gptq v1", lambda t, c: t.pop(f"{Q}.scales"), rf"lacks 1 tensor \({Q}.weight\).* has 3 tensors"),
     "another dtype": (
@@ -285,13 +150,13 @@ REFUSED: dict[str, tuple[str, Callable[[Parts, dict[str, Any]], object], str]] =
     ),
     "a group that does not fit": (
         "awq", lambda t, c: t.update({f"{Q}.scales": t[f"{Q}.scales"][:1], f"{Q}.qzeros": t[f"{Q}.qzeros"]}),
-        rf"{Q}.weight: qzeros is of shape \[2, 16\], not \[1, 16\]",
+        rf"{Q}': qzeros is of shape \[2, 16\], not \[1, 16\]",
     ),
     "another shape": (
         "compressed", lambda t, c: t.update({f"{Q}.weight_shape": torch.tensor([128, 1 << 40])}), "does not hold",
     ),
     "groups out of range": (
-        "gptq order", lambda t, c: t[f"{Q}.g_idx"].fill_(99), rf"{Q}.weight: g_idx names groups that are none of 2",
+        "gptq order", lambda t, c: t[f"{Q}.g_idx"].fill_(99), rf"{Q}': g_idx names groups that are none of 2",
     ),
 }  # fmt: skip
 
