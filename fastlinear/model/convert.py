@@ -121,8 +121,7 @@ def convert(
 
     result = model if inplace else _copy_sharing_tensors(model)
     twin = dict(zip(model.modules(), result.modules(), strict=True))
-    around = takeover.dtype_around(model)
-    heads, mode = attentions(model), "off" if tune == "off" else "lazy"
+    heads, mode, around = attentions(model), "off" if tune == "off" else "lazy", takeover.dtype_around(model)
     with ExitStack() as undo:
         for whole in (heads[layer] for layer in chosen if layer in heads):
             _open_up(undo, twin[whole], names[whole], mode, asked)
