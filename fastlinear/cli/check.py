@@ -1,4 +1,4 @@
-"""Every kernel that runs here, every activation and attention against fp64.
+"""Every kernel that runs here, every function of an epilogue and attention against fp64.
 
 Integer products are held to their specification.
 """
@@ -19,7 +19,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
-from fastlinear.spec import activations, attention, int4, int8
+from fastlinear.spec import activations, attention, gates, int4, int8, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
 from fastlinear.spec.int8 import Quantized, Rows
@@ -27,7 +27,8 @@ from fastlinear.spec.int8 import Quantized, Rows
 _SHAPES = ((1, 64, 64), (5, 33, 7), (16, 96, 130), (67, 70, 301))  # around tiles, panels and the unrolling of K
 _HEADS = ((3, 9, 32), (19, 35, 21), (40, 33, 64))  # queries, keys, and numbers of a head
 _FP16_SUMS = 64  # products that may be added in fp16 before the sum goes on in fp32
-_ULPS, _RELATIVE = 4, 1e-6  # an activation may be off by the larger of the two
+_ULPS, _RELATIVE = 4, 1e-6  # a function of an epilogue may be off by the larger of the two
+_FUNCTIONS = (*activations.names(), *programs.BINARY, *programs.GATES, *programs.LIMITED)
 
 
 def results() -> Iterator[tuple[str, str, float]]:
@@ -42,8 +43,8 @@ def results() -> Iterator[tuple[str, str, float]]:
                 worst = _worst_dots if row["rows"] in INTEGER_ROWS else _worst_coded
             yield row["name"], "sums" if form == row["format"] else f"sums of {form}", worst(row, layout)
     for isa, row in {row["isa"]: row for row in reversed(rows) if row["format"] in DTYPES}.items():
-        for name in activations.names():
-            yield isa, name, _worst_activation(row, name)
+        for name in _FUNCTIONS:
+            yield isa, name, _worst_function(row, name)
     yield from attentions()
 
 
@@ -131,16 +132,20 @@ def _gamma(n: int, dtype: torch.dtype) -> float:
     return n * unit / (1 - n * unit)
 
 
-def _worst_activation(row: dict[str, Any], name: str) -> float:
-    """Largest error of an activation over what is allowed. K = 1 and a weight of ones: the sum itself is exact.
+def _worst_function(row: dict[str, Any], name: str) -> float:
+    """Largest error of a function over what is allowed. The weight is an identity: each sum is a number of x itself. A
+    gate takes two of them, and the number 0.75 stands for an operand.
 
     Further to the left torch's own formula of gelu_tanh cancels, even in fp64.
     """
-    activation = Activation(name, _kernels.activations()[name])
-    x = torch.linspace(-4, 8, 4001, device="cpu")[:, None].to(DTYPES[row["rows"]])
-    ones = torch.ones(32, 1, dtype=DTYPES[row["format"]], device="cpu")
-    got = _run(row, row["layout"], x, ones, torch.zeros(32, device="cpu"), torch.float32, activation)
-    want = activations.apply(activation, x.double())
+    defaults, operands, gate = _kernels.functions()[name]
+    function = Activation(name, (0.75,) if operands else defaults)
+    x = torch.linspace(-4, 8, 4001, device="cpu")[:, None]
+    x = (torch.cat([x, x.flip(0)], 1) if gate else x).to(DTYPES[row["rows"]])
+    weight = torch.eye(1 + gate, device="cpu").repeat_interleave(32, 0)
+    packed = (gates.interleave(weight, row["layout"]) if gate else weight).to(DTYPES[row["format"]])
+    got = _run(row, row["layout"], x, packed, torch.zeros(len(weight), device="cpu"), torch.float32, function)
+    want = programs.apply(function, x.double() @ weight.double().T)
     ulp = torch.exp2(torch.frexp(want.abs().clamp_min(2.0**-126)).exponent - 24.0)
     return _largest((got - want).abs() / torch.maximum(_ULPS * ulp, _RELATIVE * want.abs()))
 
@@ -186,9 +191,10 @@ def _run(
         parts = weight.values, weight.scale, weight.zero
     elif isinstance(weight, int4.Coded):
         parts = weight.codes, *weight.contents()
+    columns = len(bias) // 2 if steps and programs.is_gated(steps[0]) else len(bias)
     packed, out = (
         _weights.Packed(parts[0], layout, *parts[1:]),
-        torch.full((len(x), len(bias)), torch.nan, dtype=dtype, device="cpu"),
+        torch.full((len(x), columns), torch.nan, dtype=dtype, device="cpu"),
     )
     _products.run(packed, _plans.Plan(row["name"], 1), _plans.Epilogue(steps), x, bias, out, rows)
     return out
@@ -199,7 +205,7 @@ def _largest(ratios: Tensor) -> float:
 
 
 def check(_: argparse.Namespace) -> int:
-    """Prints the worst error of each kernel and each ISA's activations and attention as a share of what is allowed."""
+    """Prints the worst error of each kernel and each ISA's functions and attention as a share of what is allowed."""
     print(f"{'checked':<24}{'what':<14}{'error':>9}  of what is allowed")
     shares = []
     for checked, what, worst in results():

@@ -1,5 +1,6 @@
 """The command line does what it says, and tells in one sentence what it cannot do."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from library import ROOT
 from torch import Tensor
 
 import fastlinear
+import fastlinear._kernels as _kernels
 from fastlinear.cli import bench, check, info, limits
 from fastlinear.cli import commands as cli
 
@@ -243,14 +245,16 @@ def test_tune_for_batches_into_a_file(user_folder: Path, capsys: pytest.CaptureF
 
 
 def test_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every runnable kernel on all that it reads, and every activation of its ISA, is listed and within its bound."""
+    """Every runnable kernel on all that it reads, and every function of an epilogue on its ISA, listed and within its
+    bound."""
     assert cli.main(["check"]) == 0
     text = capsys.readouterr().out
     runnable = [row for row in fastlinear.kernels() if row["runnable"]]
     for row in runnable:
         assert len(re.findall(rf"^{row['name']} +sums", text, re.MULTILINE)) == len(row["reads"])
     floats = {row["isa"] for row in runnable if row["format"] in ("fp32", "bf16", "fp16")}
-    assert len(re.findall(" gelu ", text)) == len(floats)
+    for isa, name in itertools.product(floats, _kernels.functions().keys() - {"identity"}):
+        assert len(re.findall(rf"^{isa} +{name} ", text, re.MULTILINE)) == 1, (isa, name)
 
 
 SHARE = {"fp16": 0.1, "fp32": 1e-4, "int32": 1e-6}  # of a result, that sums in this format may not be off by

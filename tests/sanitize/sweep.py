@@ -17,7 +17,7 @@ import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.cli import check
-from fastlinear.spec import activations, int4
+from fastlinear.spec import int4
 from fastlinear.spec.formats import INTEGER_ROWS
 from fastlinear.spec.int8 import KINDS, Rows
 
@@ -39,15 +39,15 @@ def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     else:
         packed = _weights.Packed(torch.randn(n, k).to(_tensors.PACKED[format]), layout)
     slices = draw.choice((1, 1, 2, 3))
-    name, activation = draw.choice(activations.names()), []
-    if draw.random() < 0.5:
-        activation = [(name, _kernels.activations()[name])]
+    name, (defaults, takes, gate) = draw.choice([f for f in _kernels.functions().items() if n % 2 == 0 or not f[1][2]])
+    columns = n // (1 + gate)
+    operands = (torch.randn(draw.choice((1, m)), draw.choice((1, columns))),) * takes
+    epilogue = _plans.Epilogue([(name, defaults, *range(takes))])
     plan = _plans.Plan(row["name"], draw.choice((1, 2)), slices)
-    epilogue = _plans.Epilogue(activation)
-    out = torch.empty(m, n)
+    out = torch.empty(m, columns)
     if row["rows"] not in INTEGER_ROWS:
         x = x.to(_tensors.PACKED[row["rows"]])
-    _products.run(packed, plan, epilogue, x, bias, out, rows)
+    _products.run(packed, plan, epilogue, x, bias, out, rows, operands)
 
 
 def attention(isa: str, draw: random.Random) -> None:
