@@ -11,6 +11,7 @@ A model that keeps its parameters is an ordinary one.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 
-from fastlinear.layer import experts
+from fastlinear.file import manifest, safetensors
+from fastlinear.file.saving import load
+from fastlinear.layer import experts, pages
 from fastlinear.layer.fallback import label
 from fastlinear.model.convert import convert, unconvert
 from fastlinear.spec.precision import wanted
@@ -42,6 +45,7 @@ def _why_not_here() -> str | None:
 if (_reason := _why_not_here()) is not None:
     raise ImportError(f"fastlinear.hf needs transformers {_OLDEST}.0 or newer, {_reason}: pip install 'fastlinear[hf]'")
 
+from transformers.core_model_loading import ConversionOps  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
 from transformers.quantizers.base import HfQuantizer  # noqa: E402
@@ -54,12 +58,15 @@ class FastLinearConfig(QuantizationConfigMixin):
 
     dtype, quantize, include, exclude: as `convert` takes them, but for types of modules in `include` and `exclude`,
         which no config.json can tell.
-    freeze: each layer's weight goes as soon as it is packed, so that memory peaks at the model and one layer. Such a
-        model counts as quantized: Trainer trains adapters on it alone, `half()` and `float()` are refused, and
-        `model.dequantize()` gives a stock model with what `dtype` or `quantize` left of its weights.
+    freeze: each layer's weight goes as soon as it is packed, with the pages of the file that it was read from, so that
+        memory peaks at the larger of file and model, and one layer. Such a model counts as quantized: Trainer trains
+        adapters on it alone, `half()` and `float()` are refused, and `model.dequantize()` gives a stock model with what
+        `dtype` or `quantize` left of its weights.
 
     `save_pretrained` writes stock weights and this config, so the folder loads with fast layers wherever this module
-    was imported, and with stock ones elsewhere. A folder's own config comes before one that is passed.
+    was imported, and with stock ones elsewhere. A folder's own config comes before one that is passed. Where its
+    model.safetensors is a file of `fastlinear.save`, that is loaded as by `fastlinear.load`, and tells all that dtype,
+    quantize, include and exclude could; FormatError where it is damaged, or of another model.
 
     Raises TypeError or ValueError for arguments of a wrong kind.
     """
@@ -123,12 +130,40 @@ def _names(argument: str, patterns: Any) -> list[str] | None:
     return names
 
 
+_EVERYTHING = ".*"  # a pattern of names that transformers may leave unread
+_SHARE = 32  # of the files: what may be in memory until it is let go
+
+
+class _Reading(ConversionOps):
+    """Leaves all tensors as they come, and lets go of the files' pages that they were read from, in some 30 steps."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.files, self.read, self.begun = files, 0, False
+        self.step = sum(map(os.path.getsize, files)) // _SHARE
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        self.begun = True
+        for value in input_dict.values():
+            self.read += sum(tensor.nbytes for tensor in (value if isinstance(value, list) else [value]))
+        if self.read > self.step:
+            self.read = 0
+            pages.let_go_of_files(self.files)
+        return input_dict
+
+
 @register_quantizer(_METHOD)
 class FastLinearQuantizer(HfQuantizer):
     """What transformers calls around the loading of a model's weights."""
 
     is_trainable = True  # adapters on frozen layers
     is_compileable = True
+    _packed: str | None = None  # a file of fastlinear.save
+    _reading: _Reading | None = None
+    _dtype: torch.dtype | None = None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.pre_quantized = False  # what `save_pretrained` writes are stock weights, read one after the other here
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """False for a model that a calibration made, which no config.json can hold."""
@@ -139,17 +174,52 @@ class FastLinearQuantizer(HfQuantizer):
         _log.warning("a config.json cannot hold the calibration of %r: fastlinear.save can", scheme)
         return False
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Notes what dtype the weights get."""
+        self._dtype = dtype
+        return dtype
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Whether `_Reading` is told of a tensor. Those of a dtype of their own keep it only where this says no.
+
+        Asked again later, of a tensor whose shape differs, this says that it may not.
+        """
+        if self._reading is None or self._reading.begun:
+            return False
+        return bool(model.get_parameter_or_buffer(param_name).dtype == self._dtype)
+
+    def get_quantize_ops(self) -> Any:
+        """What sees each tensor as it was read."""
+        return self._reading
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
+        if len(files) == 1 and manifest.KEY in safetensors.read(files[0]).metadata:
+            self._packed = files[0]
+            model.state_dict = dict  # transformers has nothing to fill, to miss or to initialize
+            model._keys_to_ignore_on_load_unexpected.add(_EVERYTHING)
+        elif files:
+            self._reading = _Reading(files)
+        return model
+
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         asked: Any = self.quantization_config
-        convert(
-            model,
-            dtype=asked.dtype,
-            quantize=asked.quantize,
-            include=asked.include,
-            exclude=asked.exclude,
-            freeze=asked.freeze,
-            inplace=True,
-        )
+        if self._packed is not None:
+            del model.state_dict
+            model._keys_to_ignore_on_load_unexpected.discard(_EVERYTHING)
+            load(self._packed, model)
+        else:
+            convert(
+                model,
+                dtype=asked.dtype,
+                quantize=asked.quantize,
+                include=asked.include,
+                exclude=asked.exclude,
+                freeze=asked.freeze,
+                inplace=True,
+            )
         model.is_quantized = asked.freeze
         return model
 

@@ -24,7 +24,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
-from fastlinear.layer import blend, mixture
+from fastlinear.layer import blend, mixture, pages
 from fastlinear.layer.elsewhere import why_watched
 from fastlinear.layer.fallback import label
 from fastlinear.layer.lent import Lent
@@ -676,6 +676,7 @@ def freeze(module: Any) -> None:
         # Anew, as they may have changed in a way that torch does not count.
         first, second = module.packed(0), module.packed(1)
         hold(module, Frozen(first, second, dtype, wants))
+        pages.let_go(*(parameter.detach() for parameter in parameters))
 
 
 def hold(module: Any, frozen: Frozen) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import lookup, takeover
+from fastlinear.layer import lookup, pages, takeover
 from fastlinear.layer.fallback import label
 from fastlinear.layer.fitness import (
     HOOKED,
@@ -261,6 +261,7 @@ def freeze_layer(layer: Any, *tied: Any) -> None:
             vars(twin)["_precision"] = twin._precision._replace(sample=None)  # it has served
             hold(twin, frozen)
             _plan_again(twin, plan)
+        pages.let_go(local(weight).detach())
 
 
 def _plan_again(layer: Freezable, plans: list[Chosen]) -> None:

@@ -132,14 +132,58 @@ def test_a_calibration_is_used_and_not_written(folder: Path, tmp_path: Path, cap
 
 
 def test_a_file_of_save_beside_the_config(folder: Path) -> None:
-    """A folder of config.json and one file that fastlinear.save wrote needs no other weights."""
+    """from_pretrained maps it, by whatever config.json, and save_pretrained writes stock weights of it."""
     model = load(folder, quantization_config=FastLinearConfig(quantize=fastlinear.Int8WeightOnly()))
-    fastlinear.save(model, folder / "fast.safetensors")
-    (folder / "model.safetensors").unlink()
-    with torch.device("meta"):
-        again = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    fastlinear.load(folder / "fast.safetensors", again.eval())
-    torch.testing.assert_close(logits(again), logits(model))
+    fastlinear.save(model, folder / "model.safetensors")
+    again, info = load(folder, quantization_config=FastLinearConfig(), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert fast_names(again) == fast_names(model)
+    assert all(is_frozen(again.get_submodule(name)) for name in fast_names(model))
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    tokens = [each.generate(TOKENS + 3, max_new_tokens=4, do_sample=False) for each in (model, again)]
+    assert torch.equal(*tokens)
+
+    model.config.save_pretrained(folder)  # which names the quantizer, so that nobody has to
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "transformers_weights": "fast.safetensors"}))
+    (folder / "model.safetensors").rename(folder / "fast.safetensors")
+    torch.testing.assert_close(logits(load(folder)), logits(model), rtol=0, atol=0)
+    again.save_pretrained(folder.parent / "saved")
+    stock = load(folder.parent / "saved").dequantize()
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_of_save_that_is_of_another_model(folder: Path) -> None:
+    """FormatError, as of `fastlinear.load`."""
+    model = load(folder, quantization_config=FastLinearConfig())
+    del model.lm_head
+    fastlinear.save(model, folder / "model.safetensors")
+    with pytest.raises(fastlinear.FormatError, match=r"lacks 1 tensor \(lm_head\.weight\)"):
+        load(folder, quantization_config=FastLinearConfig())
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16], ids=str)
+def test_memory(tmp_path: Path, dtype: Any) -> None:
+    """Loading peaks at 1.15 times the larger of file and model, and leaves no pages of the file that were packed."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    load(tmp_path, quantization_config=FastLinearConfig(), dtype=dtype)  # what it imports
+    size = (tmp_path / "model.safetensors").stat().st_size
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
+    before = status()
+    model = load(tmp_path, quantization_config=FastLinearConfig(), dtype=dtype)
+    after = status()
+    assert len(fast_names(model)) == 43
+    assert after["VmHWM"] - before["VmRSS"] < 1.15 * size
+    assert after["RssFile"] - before["RssFile"] < 0.15 * size
+
+
+def status() -> dict[str, int]:
+    """Memory of this process, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
 @pytest.mark.parametrize(
