@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import fastlinear._tensors as _tensors
-from fastlinear.layer import takeover
+from fastlinear.layer import pages, takeover
 from fastlinear.layer.frozen import Freezable, Frozen, record_of
 from fastlinear.layer.packs import pack_quantized
 from fastlinear.layer.quality import coded_snr
@@ -110,6 +110,7 @@ def _why_unpacked(layer: Any, asked: Wanted, name: str) -> str | None:
         kept = coded_snr(weight.t() if is_transposed(layer) else weight, coding)
         if kept < least:
             reason = f"4 bits keep {kept:.1f} dB of its weight, less than the {least:g} that were asked for"
+    pages.let_go(weight.detach())  # `convert` looks at all weights before it packs the first
     return reason
 
 
