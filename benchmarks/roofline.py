@@ -15,6 +15,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("roofline.cpp")
@@ -26,8 +27,19 @@ _FMA_REPEATS = 40  # of 0.1 ms each: the threads of torch's pool spin for some m
 _BYTES_A_LOOK, _BYTES_A_SAMPLE = 2 << 20, 64 << 20
 
 
+@cache
+def probes() -> ctypes.CDLL:
+    """Compiled with $CXX, g++ if unset, once a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "roofline.so")
+        compiler = os.environ.get("CXX", "g++").split()
+        flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", f"-I{SOURCE.parents[1] / 'include'}"]
+        subprocess.run([*compiler, *flags, "-o", library, SOURCE], check=True)
+        return ctypes.CDLL(str(library))
+
+
 class Roofline:
-    """Compiles the probes with $CXX (g++ if unset) and measures with them.
+    """Measures with the probes.
 
     isa: of the multiply-adds and the reads, a row of kProbes: "avx2" and "avx512" are fp32 FMA, "avx_vnni" and
     "avx512_vnni" sums of four byte products. native: whose multiply-adds are measured beside them, as
@@ -36,12 +48,7 @@ class Roofline:
 
     def __init__(self, isa: str, native: str | None = None) -> None:
         self._isa = isa
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder, "roofline.so")
-            compiler = os.environ.get("CXX", "g++").split()
-            flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", f"-I{SOURCE.parents[1] / 'include'}"]
-            subprocess.run([*compiler, *flags, "-o", library, SOURCE], check=True)
-            loaded = ctypes.CDLL(str(library))
+        loaded = probes()
         size = ctypes.c_size_t
         self._fma, self._read = loaded.fma_peak, loaded.read_bandwidth
         self._fma.restype = self._read.restype = ctypes.c_double

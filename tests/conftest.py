@@ -5,7 +5,7 @@ import os
 import random
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -60,24 +60,48 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(1)
 
 
+SHORT = "not exhaustive"  # the marks that `make test` asks for
+AHEAD = {"test_mutants.py", "test_recipes.py", "test_tensor_parallel.py", "test_bench.py"}
 FEW = 8  # parameters of one test that `make test` runs in full
 
 
-def sample(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Items of one test in which each value of every `parametrize` appears, and, where it has three or more and is not
-    costly, every two values of different ones together. The same ones in every run."""
-    rows = [(item, item.callspec._idlist) for item in items]
+def sample(calls: list[Any], costly: bool) -> set[str]:
+    """Ids of calls of one test in which each value of every `parametrize` appears, and, where it has three or more and
+    is not costly, every two values of different ones together. The same ones in every run."""
+    rows = [(call.id, call._idlist) for call in calls]
     random.Random(0).shuffle(rows)
     factors = range(len(rows[0][1]))
-    alone = len(factors) < 3 or rows[0][0].get_closest_marker("costly")
+    alone = len(factors) < 3 or costly
     together = [(i,) for i in factors] if alone else list(combinations(factors, 2))
     kept, met = set(), set()
-    for item, values in rows:
+    for id, values in rows:
         new = {(which, *(values[i] for i in which)) for which in together} - met
         if new:
             met |= new
-            kept.add(item)
+            kept.add(id)
     return kept
+
+
+def is_exhaustive(call: Any) -> bool:
+    return any(mark.name == "exhaustive" for mark in call.marks)
+
+
+@pytest.hookimpl(wrapper=True)  # around all that parametrizes
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
+    """What a sample of a test's parameters leaves out is exhaustive. Where that is not asked for, as in `make test`,
+    it is not made: there are more of those than of the others."""
+    yield
+    whole = metafunc.definition.get_closest_marker("exhaustive") is not None
+    calls = [] if whole else [call for call in metafunc._calls if not is_exhaustive(call)]
+    costly = metafunc.definition.get_closest_marker("costly") is not None
+    if len(calls) > FEW or (calls and costly):
+        kept = sample(calls, costly)
+        for call in calls:
+            if call.id not in kept:
+                call.marks.append(pytest.mark.exhaustive.mark)
+    if metafunc.config.option.markexpr == SHORT:
+        made = [call for call in metafunc._calls if not is_exhaustive(call)]
+        metafunc._calls = made[:1] if whole else made or metafunc._calls[:1]  # an empty list would be no parameters
 
 
 def parts_of(text: str) -> tuple[int, int]:
@@ -100,16 +124,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)  # around the choice by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """What a sample of a test's parameters leaves out is exhaustive. Parts take tests in turns."""
-    tests: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
-            tests[item.nodeid.split("[")[0]].append(item)
-    for several in tests.values():
-        if len(several) > FEW or several[0].get_closest_marker("costly"):
-            for item in set(several) - sample(several):
-                item.add_marker("exhaustive")
+    """Files that compile or start what all their tests need go first, and so to one worker of pytest-xdist, which deals
+    out the tests in runs; what is left for the end is short. Parts take tests in turns."""
     yield
+    items.sort(key=lambda item: item.path.name not in AHEAD)
     if config.option.part:
         part, of = config.option.part
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != part - 1])
@@ -139,7 +157,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def unexecuted(config: pytest.Config) -> list[str]:
     """Rows that should have been executed and were not, if all tests were asked for."""
     option = config.option
-    every = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == "not exhaustive"
+    every = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == SHORT
     if not every or option.keyword or option.collectonly or option.part:
         return []
     import native

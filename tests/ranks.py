@@ -4,6 +4,7 @@ import textwrap
 
 import zygote
 
+_IMPORTED = "fastlinear,torch.distributed.device_mesh,torch.distributed.tensor.parallel"
 _AHEAD = """
 import datetime, os, tempfile, traceback, warnings
 import torch, torch.distributed as dist, fastlinear
@@ -37,5 +38,6 @@ finally:
 def run(program: str) -> None:
     """Runs the program in two processes at once, as `rank` 0 and 1 of `mesh`; AssertionError, with what they wrote,
     where one fails."""
-    done = zygote.run(_AHEAD + textwrap.indent(textwrap.dedent(program), "    ") + _BEHIND)
+    whole = _AHEAD + textwrap.indent(textwrap.dedent(program), "    ") + _BEHIND
+    done = zygote.run(whole, imported=_IMPORTED)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -529,8 +529,9 @@ bench.main()
 @pytest.mark.parametrize(
     ("dtype", "limit", "quantize"),
     [
-        ("float32", "avx2", None),
-        ("float32", None, "int8"),
+        ("float32", "avx2", "int8"),
+        pytest.param("float32", None, None, marks=pytest.mark.exhaustive),
+        pytest.param("float32", None, "int8", marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", None, None, marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", "avx2", "int8wo", marks=pytest.mark.exhaustive),
     ],

@@ -1,5 +1,5 @@
 """Programs that run in a process of their own without importing torch anew: each is forked from an interpreter that has
-imported torch, or fastlinear, and has done nothing else.
+imported torch, or fastlinear, or other modules, and has done nothing else.
 
 For what wants a fresh heap, a crash of its own or a pool that never ran; with `imported="torch"` also for what the
 environment tells fastlinear at its import. What it tells torch wants a fresh interpreter instead.
@@ -47,7 +47,7 @@ def run(
     program: str, *arguments: str, imported: str = "fastlinear", **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """`python -c program arguments` in today's environment and `environment`, as `subprocess.run` with its output
-    captured."""
+    captured. imported: the modules that are there already, with commas between."""
     process = server(imported)
     assert process.stdin is not None and process.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -68,5 +68,6 @@ def checked(program: str, *arguments: str, imported: str = "torch", **environmen
 
 
 if __name__ == "__main__":
-    importlib.import_module(sys.argv[1])
+    for module in sys.argv[1].split(","):
+        importlib.import_module(module)
     exec(compile(serve(), "<program>", "exec"), {"__name__": "__main__"})

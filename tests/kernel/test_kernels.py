@@ -217,7 +217,7 @@ def test_other_machines(isa: str, caches: tuple[int, int, int]) -> None:
 @every_kernel
 def test_blocks_of_k_and_of_rows(kernel: Kernel, k_slices: int) -> None:
     """K so long that the driver cuts it into three blocks, M so large that it cuts the rows, with rows that collide."""
-    with library.caches_of(32 << 10, 128 << 10, 1 << 20):
+    with library.caches_of(32 << 10, 64 << 10, 1 << 20):
         blocks_are_exact(kernel, k_slices)
 
 
@@ -225,7 +225,8 @@ def blocks_are_exact(kernel: Kernel, k_slices: int) -> None:
     panels, block_of_rows, _ = native.blocks()
     row_bytes, weight_bytes = (native.DTYPES[kernel[form]].itemsize for form in ("rows", "own"))
     k_block = panels // (weight_bytes * kernel["columns"])
-    k = (2 * k_block + 1024) * k_slices
+    collide = 4096 // row_bytes  # k between rows that do, or a multiple
+    k = -(-(2 * k_block + 1) // collide) * collide * k_slices
     rows_a_block = max(block_of_rows // (row_bytes * k), 128)
     m, n = 2 * rows_a_block + kernel["mr"] + 1, kernel["nr"] + 1
     for threads, dtypes in zip(THREADS, (kernel["dtypes"][0], kernel["dtypes"][-1]), strict=True):

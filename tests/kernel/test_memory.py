@@ -5,7 +5,7 @@ What may die runs in a forked child, so that an overrun is one failed test with 
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import guard
@@ -22,6 +22,11 @@ from kernel import test_int8
 
 SHAPES = ("one", "tile", "tile and one", "ragged")
 EDGES: tuple[Literal["start", "end"], ...] = ("start", "end")
+# How operands, edges, offsets and gaps meet: every two of them, or all.
+places = pytest.mark.parametrize(
+    "meeting", [native.pairwise, pytest.param(itertools.product, marks=pytest.mark.exhaustive)], ids=["pairs", "all"]
+)
+Meeting = Callable[..., Iterable[tuple[Any, ...]]]
 
 
 def shape(kernel: Kernel, name: str) -> tuple[int, int, int]:
@@ -33,7 +38,8 @@ def shape(kernel: Kernel, name: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize("k_slices", [1, 3])
 @pytest.mark.parametrize("size", SHAPES)
 @every_kernel
-def test_nothing_outside_the_operands_is_touched(kernel: Kernel, size: str, k_slices: int) -> None:
+@places
+def test_nothing_outside_the_operands_is_touched(meeting: Meeting, kernel: Kernel, size: str, k_slices: int) -> None:
     """x, W, bias and out flush against forbidden pages at either end, and one element off: no fault, the same bits."""
     m, n, k = shape(kernel, size)
     steps = [("leaky_relu", (0.1,)), ("tanh", ())]
@@ -43,7 +49,7 @@ def test_nothing_outside_the_operands_is_touched(kernel: Kernel, size: str, k_sl
             x, w, b = native.random_case(m, n, k, dtypes)
             expected = native.run(kernel, x, w, b, steps, k_slices=k_slices)
             operands = {"x": x, "w": w, "out": expected, "bias": b}
-            for name, at, offset, gap in itertools.product(operands, EDGES, (0, 1), (0, 3)):
+            for name, at, offset, gap in meeting([*operands], EDGES, (0, 1), (0, 3)):
                 note(f"{dtypes}: {name} at its {at}, {offset} elements off, rows {gap} elements apart")
                 near = dict(operands, out=torch.full_like(expected, torch.nan))
                 values = operands[name]
@@ -232,7 +238,8 @@ def integer_case(m: int, n: int, k: int, of_x: torch.dtype, of_bias: torch.dtype
 @pytest.mark.parametrize("k_slices", [1, 3])
 @pytest.mark.parametrize("size", SHAPES)
 @every_integer_kernel
-def test_integer_products_touch_nothing_outside(kernel: Kernel, size: str, k_slices: int) -> None:
+@places
+def test_integer_products_touch_nothing_outside(meeting: Meeting, kernel: Kernel, size: str, k_slices: int) -> None:
     """x, bias, smoothing and out flush against forbidden pages at either end, in each form: no fault, the same bits."""
     m, n, k = shape(kernel, size)
 
@@ -243,7 +250,7 @@ def test_integer_products_touch_nothing_outside(kernel: Kernel, size: str, k_sli
             rows = rows._replace(smooth=smooth)
             expected = native.integers(kernel, x, q, rows, b, [("relu", ())], to, k_slices=k_slices)
             operands = {"x": x, "bias": b, "out": torch.full_like(expected, 77)}
-            for name, at, offset, gap in itertools.product(operands, EDGES, (0, 1), (0, 3)):
+            for name, at, offset, gap in meeting([*operands], EDGES, (0, 1), (0, 3)):
                 note(f"{rows.kind} {of_x}: {name} at its {at}, {offset} elements off, rows {gap} elements apart")
                 stride = operands[name].shape[-1] + gap
                 near = operands | {name: guard.guarded(operands[name], at, stride=stride, offset=offset)}

@@ -8,8 +8,6 @@ import functools
 import gc
 import io
 import pickle
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -20,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zygote
 from models import OFF, PAIRINGS, Model, Pairing, fast_names, inputs, mlp, same_tensors
 from oracle import check
 from torch import Tensor, nn
@@ -179,9 +178,7 @@ def test_resident_memory_of_a_model_that_ran(dtype: str, most: float) -> None:
 
 
 def measured(*arguments: str) -> list[float]:
-    run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return [float(word) for word in run.stdout.split()]
+    return [float(word) for word in zygote.checked(MEASURE, *arguments, imported="fastlinear").split()]
 
 
 def test_each_weight_goes_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
