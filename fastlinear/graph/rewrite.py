@@ -20,6 +20,7 @@ import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
+import fastlinear.graph.tidying as tidying
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
@@ -43,6 +44,8 @@ class Rewriter:
     def run(self) -> list[operators.Layers]:
         """Rewrites the graph, and returns the fast layers of each product that it then runs."""
         self._expand()
+        if self.options.fuse:
+            tidying.drop_unread(self.graph, self.story)
         self._drop_idle()
         if self.options.fuse:
             self._join_composites()
@@ -69,6 +72,7 @@ class Rewriter:
             norms.absorb(self.graph, self.story, self._is_calm, self._is_fresh)
             caches.absorb(self.graph, self.story, self.options.tune)
             attention.absorb(self.graph, self.story, self.options.tune)
+            tidying.keep_constants(self.capture.module, self.story)
         self.graph.lint()
         return layers
 
