@@ -1,5 +1,6 @@
 """Every test starts from the same state: a private tuning cache, no overrides from outside, a seed, one thread."""
 
+import gc
 import math
 import os
 import random
@@ -54,7 +55,7 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         )
     if request.path.parent.name != "plan":  # where the race's own tests are
         monkeypatch.setattr(race, "UNBELIEVED", math.inf)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed writes down the stack for devices that are not there
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -115,6 +116,16 @@ def parts_of(text: str) -> tuple[int, int]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", type=parts_of, metavar="I/N", help="run every Nth test, from the Ith on")
     parser.addoption("--without-tiles", action="store_true", help="AMX is emulated also where the CPU has it")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays: Python does not look for garbage in it, and no forked child copies its
+    pages because of that."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,11 +1,13 @@
 """The package on a CPU with less than this one has: import, every kernel that may run, attention, and whole layers.
 
     python tests/floors.py            here, as FASTLINEAR_MAX_ISA allows
+    python tests/floors.py --short    the least that meets every kernel, dtype and precision, for QEMU, which is slow
     make floors                       below limits, and on older CPUs that QEMU imitates
 
 A process of its own, since an instruction that the CPU lacks ends it.
 """
 
+import itertools
 import os
 import sys
 
@@ -27,22 +29,20 @@ from fastlinear.spec import int4
 SHAPES = [(1, 64, 48), (7, 33, 70)]  # M, K, N
 
 
-def layers() -> int:
-    """Layers in every precision against torch in double; how many."""
+def layers(short: bool) -> int:
+    """Layers in every precision against torch in double; how many. In short, each dtype and each scheme once."""
     schemes = (None, fastlinear.Int8WeightOnly(), fastlinear.Int8Dynamic())
-    count = 0
-    for dtype in _tensors.FORMATS:
-        for scheme in schemes:
-            for m, k, n in SHAPES:
-                stock = nn.Sequential(nn.Linear(k, n), nn.GELU(), nn.Linear(n, k)).to(dtype).eval()
-                fast, x = fastlinear.convert(stock, quantize=scheme), torch.randn(m, k).to(dtype)
-                with torch.inference_mode():
-                    y = fast(x)
-                    expected = stock.double()(x.double())
-                    error = (y - expected).abs().max() / expected.abs().max()
-                assert error < 0.05, (dtype, scheme, m, k, n, error)
-                count += 1
-    return count
+    whole = itertools.product(_tensors.FORMATS, schemes, SHAPES)
+    cases = [*(zip(_tensors.FORMATS, schemes, itertools.cycle(SHAPES), strict=False) if short else whole)]
+    for dtype, scheme, (m, k, n) in cases:
+        stock = nn.Sequential(nn.Linear(k, n), nn.GELU(), nn.Linear(n, k)).to(dtype).eval()
+        fast, x = fastlinear.convert(stock, quantize=scheme), torch.randn(m, k).to(dtype)
+        with torch.inference_mode():
+            y = fast(x)
+            expected = stock.double()(x.double())
+            error = (y - expected).abs().max() / expected.abs().max()
+        assert error < 0.05, (dtype, scheme, m, k, n, error)
+    return len(cases)
 
 
 def kernels() -> int:
@@ -87,5 +87,5 @@ def attention() -> int:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    counts = f"{kernels()} products, {attention()} of attention, {layers()} models"
+    counts = f"{kernels()} products, {attention()} of attention, {layers('--short' in sys.argv)} models"
     print(f"{' '.join(fastlinear.cpu_info()['isas'])}: {counts}", file=sys.stderr)

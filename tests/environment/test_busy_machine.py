@@ -81,7 +81,7 @@ from fastlinear import FastLinear
 from torch import nn
 
 torch.set_num_threads(2)
-layers = [FastLinear(k, n).eval().requires_grad_(False) for k, n in ((256, 256), (512, 768), (1024, 256))]
+layers = [FastLinear(k, n).eval().requires_grad_(False) for k, n in ((256, 256), (512, 768))]
 with torch.no_grad():
     for fast in layers:
         for m in (1, 48):
@@ -97,7 +97,7 @@ def test_no_wonders_beside_spinning_processes(spinners: list[int], tmp_path: Pat
     rule's, without a speed-up, and marked unless the seconds were spent, and the cache has nothing of it. fp32 products
     win 8x over torch nowhere."""
     plans = json.loads(zygote.checked(CHILD, imported="fastlinear", FASTLINEAR_CACHE_DIR=str(tmp_path)))
-    assert len(plans) == 6
+    assert len(plans) == 4
     for name, source, provisional, speedup in plans:
         assert speedup is None or speedup < 8, (name, speedup)
         assert source == "tuned" or (source in ("heuristic", "neighbor") and speedup is None)

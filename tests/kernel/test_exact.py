@@ -109,7 +109,7 @@ def test_scaling_by_a_power_of_two(kernel: Kernel, examples: int) -> None:
     """f(2^p x, 2^p b) = 2^p f(x, b), bit for bit, before the output is rounded."""
 
     def holds(shape: tuple[int, int, int], power: int, k_slices: int, which: int, seed: int) -> None:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         dtypes = formats(kernel, which)
         x, w, b = map(middling, native.random_case(*shape, dtypes))
         factor = 2.0 ** (power % 7 if torch.float16 in dtypes else power)
@@ -127,7 +127,7 @@ def test_permuting_rows_and_channels(kernel: Kernel, examples: int) -> None:
     """Permuted rows of x and permuted output channels permute the bits of y."""
 
     def holds(shape: tuple[int, int, int], k_slices: int, which: int, seed: int) -> None:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         x, w, b = native.random_case(*shape, formats(kernel, which))
         rows, channels = torch.randperm(shape[0]), torch.randperm(shape[1])
         y = native.run(kernel, x, w, b, k_slices=k_slices)
@@ -159,7 +159,7 @@ def test_zeros_at_the_end_of_k(kernel: Kernel, examples: int) -> None:
     """Zeros appended to K, in x and in W, change nothing within one slice."""
 
     def holds(shape: tuple[int, int, int], more: int, which: int, seed: int) -> None:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         x, w, b = native.random_case(*shape, formats(kernel, which))
         longer_x, longer_w = (torch.cat([side, torch.zeros(len(side), more, dtype=side.dtype)], 1) for side in (x, w))
         assert native.same_bits(native.run(kernel, longer_x, longer_w, b), native.run(kernel, x, w, b))
