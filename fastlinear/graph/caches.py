@@ -132,7 +132,9 @@ def _fits(query: Rotation, key: Rotation, v: fx.Node, keys: fx.Node, values: fx.
     if found[0].dtype not in _tensors.FORMATS or not _is_dense(q, k, v_, cache, found[6]):
         return False
     angles = all(t.dim() == 3 and same_shape(t.shape[1:], (q.shape[2], q.shape[3])) for t in (cos, sin))
-    alike = same_shape(k.shape, v_.shape) and same_shape(cache.shape, found[6].shape)
+    # Dynamo gives the lengths of keys and values a symbol each, which attention holds against each other in each call.
+    sizes = [[*t.shape[:2], t.shape[3]] for t in (cache, found[6])]
+    alike = same_shape(k.shape, v_.shape) and same_shape(*sizes)
     return angles and alike and same_size(k.shape[2], q.shape[2]) and same_size(cache.shape[1], k.shape[1])
 
 

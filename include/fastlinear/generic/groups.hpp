@@ -24,6 +24,30 @@
 
 namespace fastlinear::groups {
 
+// How far ahead a single row has its weights brought into L2: so many bytes of a panel's codes, and the scales of so
+// many groups. Memory takes as long as the work on some 20 lines of codes, more than L1 waits for at a time.
+inline constexpr std::ptrdiff_t kCodesAhead = 2048, kGroupsAhead = 4;
+
+// From a place in a panel to what is to be brought into the cache there: `ahead` bytes on or, where the panel's `bytes`
+// end before that, at the beginning of the one that comes `stride` bytes behind it, which is read next.
+class Ahead {
+ public:
+  Ahead(std::ptrdiff_t ahead, std::ptrdiff_t bytes, std::ptrdiff_t stride)
+      : ahead_(ahead), left_(bytes - ahead), jump_(stride - bytes) {
+    if (left_ <= 0) cross();
+  }
+  std::ptrdiff_t step(std::ptrdiff_t bytes) {
+    const std::ptrdiff_t ahead = ahead_;
+    left_ -= bytes;
+    if (left_ == 0) cross();
+    return ahead;
+  }
+
+ private:
+  void cross() { ahead_ += jump_; }
+  std::ptrdiff_t ahead_, left_, jump_;
+};
+
 // Adds kr k, whose codes begin at `panels`, to the sums c of R rows; Summing: and x itself to `totals`, in every lane.
 template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t Count, std::ptrdiff_t P>
 [[gnu::always_inline]] inline void add(decltype(V::v) (&c)[R][Count], decltype(V::v) (&totals)[R], const Codes table,
@@ -65,10 +89,18 @@ void multiply(const TileArgs& t) {
   if (!t.accumulate)
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
   const char *scales = g.scales, *offsets = g.offsets;
+  const std::ptrdiff_t next = nr * (g.format == Format::fp32 ? 4 : 2);
+  Ahead codes(kCodesAhead, t.k / kr * nr * 4, P * t.panel_stride);
+  Ahead groups(kGroupsAhead * next, (t.k + g.size - 1) / g.size * next, P * g.panel_stride);
   for (std::ptrdiff_t k = 0; k < t.k;) {
     const std::ptrdiff_t end = std::min(t.k, k + g.size);
-    if constexpr (R == 1)
-      for (std::ptrdiff_t p = 0; p < P; ++p) __builtin_prefetch(scales + p * g.panel_stride + kScalesAhead);
+    if constexpr (R == 1) {
+      const std::ptrdiff_t ahead = groups.step(next);
+      for (std::ptrdiff_t p = 0; p < P; ++p) {
+        __builtin_prefetch(scales + p * g.panel_stride + ahead, 0, 2);
+        if constexpr (Summing) __builtin_prefetch(offsets + p * g.panel_stride + ahead, 0, 2);
+      }
+    }
     Vector c[R][Count], totals[R];
 #pragma GCC unroll 8
     for (std::ptrdiff_t r = 0; r < R; ++r) {
@@ -78,10 +110,11 @@ void multiply(const TileArgs& t) {
     }
     for (; k + kr <= end; k += kr) {
       add<V, Codes, Summing>(c, totals, table, panels, a + k, t.lda);
+      const std::ptrdiff_t ahead = R == 1 ? codes.step(nr * 4) : 0;
 #pragma GCC unroll 8
       for (std::ptrdiff_t p = 0; p < P; ++p) {
         if constexpr (R == 1)
-          for (std::ptrdiff_t line = 0; line < nr * 4; line += 64) __builtin_prefetch(panels[p] + kAhead + line);
+          for (std::ptrdiff_t line = 0; line < nr * 4; line += 64) __builtin_prefetch(panels[p] + ahead + line, 0, 2);
         panels[p] += nr * 4;
       }
     }
@@ -107,7 +140,6 @@ void multiply(const TileArgs& t) {
         V::store(to, sum);
       }
     }
-    const std::ptrdiff_t next = nr * (g.format == Format::fp32 ? 4 : 2);
     scales += next;
     if constexpr (Summing) offsets += next;
   }
