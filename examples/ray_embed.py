@@ -24,13 +24,13 @@ from minilm import embed
 from serve_processes import architecture, converted, memory, start_quietly, stock, tokenizer
 
 import fastlinear
+from fastlinear._extras import need
 
 try:
-    import ray
-except ImportError:
-    raise SystemExit(
-        "ray_embed.py needs ray 2.60 or newer, which is not installed: pip install 'fastlinear[ray]'"
-    ) from None
+    need("ray", "ray_embed.py")
+except ImportError as error:
+    raise SystemExit(str(error)) from None
+import ray
 
 BATCH = 4  # sentences a call
 TEXT = Path(__file__).with_name("sentences.txt")

@@ -14,11 +14,11 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 import torch
 
+import fastlinear._extras as _extras
 from fastlinear.file import manifest, safetensors
 from fastlinear.file.saving import load
 from fastlinear.layer import experts, pages
@@ -30,20 +30,9 @@ from fastlinear.spec.schemes import Scheme
 __all__ = ["FastLinearConfig"]
 
 _METHOD = "fastlinear"  # what `quant_method` is in a config.json
-_OLDEST = 5  # major version of transformers
 _log = logging.getLogger("fastlinear")
 
-
-def _why_not_here() -> str | None:
-    try:
-        there = metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        return "which is not installed"
-    return None if int(there.split(".")[0]) >= _OLDEST else f"but {there} is installed"
-
-
-if (_reason := _why_not_here()) is not None:
-    raise ImportError(f"fastlinear.hf needs transformers {_OLDEST}.0 or newer, {_reason}: pip install 'fastlinear[hf]'")
+_extras.need("transformers", "fastlinear.hf")
 
 from transformers.core_model_loading import ConversionOps  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402

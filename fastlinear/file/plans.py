@@ -17,8 +17,13 @@ from typing import Any
 from torch import nn
 
 from fastlinear.file.safetensors import FormatError
+from fastlinear.layer import linear
+from fastlinear.layer.fitness import is_transposed
+from fastlinear.layer.frozen import record_of
+from fastlinear.layer.shard import shard_of
 from fastlinear.model.tuning import check_module, fast_layers
 from fastlinear.plan import decide
+from fastlinear.plan.problem import shape_of
 
 _log = logging.getLogger("fastlinear")
 
@@ -56,15 +61,21 @@ def save_plans(model: nn.Module, path: AnyPath) -> int:
     return len(entries)
 
 
-def load_plans(path: AnyPath) -> int:
+def load_plans(path: AnyPath, model: nn.Module | None = None) -> int:
     """Take the plans of a file that were measured on a machine like this one, for this process, and return how many
     these are; what this machine's own cache knows already stays.
 
     A machine is like this one with the same CPU, instruction sets, and versions of fastlinear and torch; what differs
     goes to the log where none is. Plans are checked one by one, and only ones that may run here are taken. Raises
     FormatError for a file that is something else, OSError as the system gives it.
+
+    model: where processes share it, FormatError if the plans are for a whole layer of it, of which this process has a
+        part; nothing of the file is taken then.
     """
     machines, cache = _read(path), decide.cache()
+    if model is not None:
+        check_module("load_plans", model)
+        _check_parts(path, machines, model)
     for each in machines:
         if each["machine"] == cache.machine:
             return cache.learn(each["entries"])
@@ -73,6 +84,25 @@ def load_plans(path: AnyPath) -> int:
     what = " and ".join(nearest) or "all"
     _log.info("%s has plans of %d machines, none like this one: the nearest differs in %s", path, len(machines), what)
     return 0
+
+
+def _check_parts(path: AnyPath, machines: list[dict[str, Any]], model: nn.Module) -> None:
+    known = {shape for each in machines for key in each["entries"] if (shape := shape_of(key)) is not None}
+    for name, layer in model.named_modules():
+        if not linear.is_fast(layer):
+            continue
+        frozen = record_of(layer)
+        shard = shard_of(layer._parameters.get("weight")) if frozen is None else frozen.shard
+        if shard is None:
+            continue
+        whole, part = (
+            (*shape[::-1],) if is_transposed(layer) else (*shape,) for shape in (shard.shape, layer.weight_shape)
+        )
+        if whole in known and part not in known:
+            raise FormatError(
+                f"{os.fspath(path)} has plans for a weight of {whole[0]} x {whole[1]}, but of that of layer {name!r} "
+                f"this process has {part[0]} x {part[1]}: tune and save plans of the model as the processes share it"
+            )
 
 
 def _read(path: AnyPath) -> list[dict[str, Any]]:

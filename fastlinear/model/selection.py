@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -9,11 +12,14 @@ from typing import Any
 
 from torch import nn
 
+import fastlinear._extras as _extras
 from fastlinear.layer import attention, experts, linear, takeover
 from fastlinear.layer.fitness import conv1d, dtype_of, why_not
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.spec.formats import DTYPES, name_of
 from fastlinear.spec.precision import ANYHOW, AS_HELD, Wanted
+
+_log = logging.getLogger("fastlinear")
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]
@@ -53,6 +59,25 @@ def attentions(model: nn.Module) -> dict[nn.Module, nn.MultiheadAttention]:
     return {module.out_proj: module for module in model.modules() if type(module) is nn.MultiheadAttention}
 
 
+_LOW_RANK = 64  # up to which an adapter's call gained 1 to 3 us, and its tuning took 150 ms: the worth of 100,000 calls
+
+
+def adapters(model: nn.Module) -> set[nn.Module]:
+    """The layers that peft put beside others, lora_A and lora_B, say."""
+    kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    holders = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
+    if holders and (reason := _extras.why_not("peft")) is not None:
+        _tell_once(f"adapters are not told from other layers: that needs {reason}")
+        return set()
+    own = (getattr(module, name, None) for module in holders for name in module.adapter_layer_names)
+    return {layer for each in own if isinstance(each, nn.Module) for layer in each.modules()}
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    _log.warning(text)
+
+
 def why_skipped(layer: nn.Module) -> str | None:
     """Why `layer` is not fast; None where nothing stands against it."""
     reason: str | None = vars(layer).get(REASON)
@@ -75,7 +100,7 @@ def choose(
     layers = linear_layers(model) | expert_layers(model)
     included = _hits(model, layers, "include", included_by or [])
     excluded = _hits(model, layers, "exclude", excluded_by or [])
-    heads, mixtures = attentions(model), expert_layers(model)
+    heads, mixtures, small = attentions(model), expert_layers(model), adapters(model)
     uses: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(parameter, []).append(name)
@@ -101,6 +126,8 @@ def choose(
             return obstacle
         if takeover.is_foreign(layer):
             return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
+        if layer in small and layer not in included and (rank := min(layer.weight.shape)) <= _LOW_RANK:  # type: ignore
+            return f"an adapter of rank {rank} gains less than its tuning costs: name it in include to have it"
         rounds = asked.packed not in (None, name_of(dtype_of(layer)))
         if rounds and layer not in included:
             what = DTYPES.get(asked.packed or "", asked.packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from fastlinear.plan.table import layout
@@ -73,3 +74,9 @@ class Problem(NamedTuple):
         formats += f",scheme={self.scheme}" * bool(self.scheme) + ",fallback" * self.fallback
         formats += f",products={self.products}" * (self.products != FP32)
         return f"{formats}/n{self.n}/k{self.k}/{flags}/{epilogue}/t{self.threads}/m{self.m}"
+
+
+def shape_of(key: str) -> tuple[int, int] | None:
+    """The (n, k) of the weight that a `Problem.key` is about; None for other words."""
+    found = re.search(r"/n(\d+)/k(\d+)/", key)
+    return None if found is None else (int(found[1]), int(found[2]))

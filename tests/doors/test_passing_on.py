@@ -76,3 +76,24 @@ def test_an_adapter_learns_on_a_frozen_int8_layer(dora: bool, tmp_path: Path) ->
         torch.testing.assert_close(again(x), trained, rtol=1e-4, atol=1e-4)
         # What is merged into int8 is rounded anew with it, when it is packed again.
         assert (model.merge_and_unload()(x) - trained).abs().max() < 0.02 * trained.abs().max()
+
+
+def test_small_adapters_stay_plain() -> None:
+    """convert after peft takes the base, and of the adapters what is large or named; report tells the rule."""
+    peft = pytest.importorskip("peft")
+    x = torch.randn(3, 80)
+    for rank, include, fast in ((8, None, set()), (8, ["*lora_A*"], {"lora_A"}), (65, None, {"lora_A", "lora_B"})):
+        config = peft.LoraConfig(target_modules=["0"], r=rank, init_lora_weights=False)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(80, 72)), config).eval()
+        want = model(x)
+        OFF(model, inplace=True, include=include)
+        names = {part for name in fast_names(model) for part in name.split(".") if part.startswith(("lora", "base_l"))}
+        assert names == fast | ({"base_layer"} if include is None else set())
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        told = {row.name.split(".")[-2]: row.reason for row in fastlinear.report(model) if "lora" in row.name}
+        if rank == 8:
+            assert told["lora_B"] == (
+                "an adapter of rank 8 gains less than its tuning costs: name it in include to have it"
+                if include is None
+                else "not among the included layers"
+            )

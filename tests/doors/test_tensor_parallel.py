@@ -158,6 +158,37 @@ if not rank:
     )
 
 
+def test_plans_of_the_whole() -> None:
+    """A file of plans for the layers as they were before they were split is a FormatError that names both shapes."""
+    ranks.run(
+        STACK
+        + """
+import json
+from pathlib import Path
+from fastlinear.plan.problem import shape_of
+whole = fastlinear.convert(stack(), tune="off")
+whole(x)
+keys = [key for layer in (whole[0], whole[2]) for key in layer.problem_keys()]
+assert [shape_of(key) for key in keys] == [(30, 12), (10, 30)] and shape_of("m8") is None
+path = Path(folder, f"plans{rank}.json")
+def write(keys):
+    machine = {"machine": {}, "entries": dict.fromkeys(keys, {})}
+    path.write_text(json.dumps({"format": "fastlinear plans", "version": 1, "machines": [machine]}))
+write(keys)
+model = fastlinear.convert(shared(stack()), tune="off")
+wrong = "plans for a weight of 30 x 12, but of that of layer '0' this process has 15 x 12"
+raises(lambda: fastlinear.load_plans(path, model), fastlinear.FormatError, wrong)
+raises(lambda: fastlinear.load_plans(path, fastlinear.freeze(model)), fastlinear.FormatError, wrong)
+assert fastlinear.load_plans(path) == fastlinear.load_plans(path, whole) == 0
+with torch.no_grad():
+    model(x)
+write(keys + model[0].problem_keys() + model[2].problem_keys())
+assert fastlinear.load_plans(path, model) == 0
+raises(lambda: fastlinear.load_plans(path, 3), TypeError, "takes an nn.Module")
+"""
+    )
+
+
 def test_files() -> None:
     """Each rank saves and loads its part, frozen; a file of other shapes is a FormatError that names both, and the
     other ranks raise, too."""

@@ -193,11 +193,20 @@ def test_swapped_parameters(what: str) -> None:
         torch.testing.assert_close(fast(x), stock(x))
 
 
-def test_offloaded_weights() -> None:
+@pytest.mark.parametrize("where", ["cpu", "disk", "a device_map"])
+@pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
+def test_offloaded_weights(where: str, freeze: bool, tmp_path: Path) -> None:
     """accelerate moves weights in before each call and out after it: right, and not packed for each call."""
     accelerate = pytest.importorskip("accelerate")
     model, x = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, K)).eval(), torch.randn(5, K)
-    fast = accelerate.cpu_offload(OFF(model, fuse=False), execution_device="cpu")
+    fast = OFF(model, fuse=False, freeze=freeze)
+    if where == "cpu":
+        fast = accelerate.cpu_offload(fast, execution_device="cpu")
+    elif where == "disk":
+        fast = accelerate.disk_offload(fast, str(tmp_path), execution_device="cpu")
+    else:
+        places = {"0": "cpu", "1": "cpu", "2": "disk"}
+        fast = accelerate.dispatch_model(fast, places, main_device="cpu", offload_dir=str(tmp_path))
     with torch.no_grad():
         expected = model(x)
         for _ in range(20):
