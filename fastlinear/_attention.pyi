@@ -10,6 +10,7 @@ def attention(
     grouped: bool = ...,
     isa: str | None = ...,
     rows: tuple[int, int] = ...,
+    joined: bool = ...,
 ) -> Tensor | None: ...
 def store(
     q: Tensor,
@@ -22,4 +23,5 @@ def store(
     at: int,
     full: bool = ...,
     isa: str | None = ...,
+    rows: tuple[int, int] = ...,
 ) -> Tensor | None: ...

@@ -71,7 +71,8 @@ cdef bint mask_of(object mask, AttentionProblem* p) except -1:
 
 
 def attention(
-    q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None, tuple rows=(0, 0)
+    q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None, tuple rows=(0, 0),
+    bint joined=False
 ):
     """softmax(q k^T * scale + mask) v, as fastlinear/spec/attention.py says. None for what it does not take: all are
     dense fp32, bf16 or fp16 CPU tensors of one dtype, whose elements lie side by side.
@@ -79,7 +80,7 @@ def attention(
     q: [B, H, L, D], k, v: [B, G, S, D] with G = H or, where `grouped`, a divisor of it; mask: bool, or fp32 or of their
     dtype, two to four dimensions that broadcast to [B, H, L, S]; scale: None for 1 / sqrt(D).
     The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D]. rows: (H, G) where q, k, v and the result
-    are instead as linear layers have them, [B, L, H * D] and [B, S, G * D].
+    are instead as linear layers have them, [B, L, H * D] and [B, S, G * D]; joined: where the result alone is.
     isa: whose vectors to use, by name; else the best that may run. ValueError for one that may not, MemoryError where
     scratch memory ran out. Gradients are the caller's business.
     """
@@ -119,7 +120,7 @@ def attention(
             done = make_attention(p, vectors[0], threads)
     if not done:
         raise MemoryError(f"no memory for the scratch rows of attention over {p.keys} keys of {p.size}")
-    return y if count > 0 else y.view(p.batches, p.queries, p.heads, p.size).transpose(1, 2)
+    return y if count > 0 or joined else y.view(p.batches, p.queries, p.heads, p.size).transpose(1, 2)
 
 
 # cos or sin of positions, [batch or 1, row, element] of the format of what is rotated.
@@ -153,30 +154,33 @@ cdef bint cache_of(object tensor, CacheProblem* p, Heads* heads) except -1:
     return v.shape[2] >= p.at + p.rows
 
 
-def store(q, k, v, cos, sin, keys, values, ptrdiff_t at, bint full=False, str isa=None):
+def store(
+    q, k, v, cos, sin, keys, values, ptrdiff_t at, bint full=False, str isa=None, tuple rows=(0, 0)
+):
     """q and k rotated, as fastlinear/spec/attention.py says: the former is returned, [B, H, L, D], the transpose of a
     contiguous [B, L, H, D]; the latter goes to keys, and v to values, [B, G, S, D], from row `at` on. None, and nothing
     written, for what it does not take: dense fp32, bf16 or fp16 CPU tensors of one dtype.
 
     q: [B, H, L, D], k, v: [B, G, L, D], cos, sin: [B or 1, L, D]; D is even, elements lie side by side, and the rows
     fit in the cache. full: L rows leave the cache at its front, and all that is behind them moves up, before L = S - at
-    rows are written. isa, errors: as in `attention`.
+    rows are written. rows: (H, G) where q, k and v are instead [B, L, H * D] and [B, L, G * D]. isa, errors: as in `attention`.
     """
     cdef View a
     cdef CacheProblem p
     cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
-    if not heads_of(q, &a, &p.q, 0):
+    cdef ptrdiff_t count = rows[0], kv_count = rows[1]
+    if not heads_of(q, &a, &p.q, count):
         return None
     p.batches, p.heads, p.rows, p.size, p.at = a.shape[0], a.shape[1], a.shape[2], a.shape[3], at
     p.dropped = p.rows if full else 0
     if min(p.batches, p.heads, p.rows, p.size) == 0 or p.size % 2 != 0 or at < 0:
         return None
-    if not heads_of(k, &a, &p.k, 0):
+    if not heads_of(k, &a, &p.k, kv_count):
         return None
     p.kv_heads = a.shape[1]
     if not is_of(&a, &p, p.kv_heads, p.rows):
         return None
-    if not heads_of(v, &a, &p.v, 0) or not is_of(&a, &p, p.kv_heads, p.rows):
+    if not heads_of(v, &a, &p.v, kv_count) or not is_of(&a, &p, p.kv_heads, p.rows):
         return None
     if not cache_of(keys, &p, &p.keys) or not cache_of(values, &p, &p.values):
         return None

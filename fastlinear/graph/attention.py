@@ -30,7 +30,7 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
         told = story.row(node)
         story.tell(node, "fast", "attention: fastlinear, or torch where that is faster")
         heads = [given[name] for name in _ARGUMENTS[:3]]
-        whole = _whole(node, heads)
+        whole = whole_of(node, heads)
         rows = (0, 0) if whole is None else whole.rows
         run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(tell, told), rows)
         last = node if whole is None else whole.after[0]
@@ -45,7 +45,7 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
                     story.tell(gone, "fused", "into the attention, which cuts rows into heads itself", made)
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """Attention of rows that are cut into heads for it alone. sources: the rows of q, k and v; before, after: the nodes
     that cut them and that join the heads again, last ones first; rows: how many heads these are."""
 
@@ -55,7 +55,7 @@ class _Whole(NamedTuple):
     rows: tuple[int, int]
 
 
-def _whole(node: fx.Node, heads: list[Any]) -> _Whole | None:
+def whole_of(node: fx.Node, heads: list[Any]) -> Whole | None:
     """What is around attention, if that is nothing but cutting and joining."""
     cuts = [_cut(each) for each in heads]
     joined = _joined(node)
@@ -67,7 +67,7 @@ def _whole(node: fx.Node, heads: list[Any]) -> _Whole | None:
         return None
     found = [cut for cut in cuts if cut is not None]
     before = list(dict.fromkeys(each for cut in found for each in cut[:2]))
-    return _Whole([cut[2] for cut in found], before, joined, (counts[0], counts[1]))
+    return Whole([cut[2] for cut in found], before, joined, (counts[0], counts[1]))
 
 
 def _cut(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:

@@ -7,6 +7,8 @@ What is looked for starts at scaled_dot_product_attention and goes back:
     key   = the cache, its heads repeated     its last write being index_copy_(2, arange(L) + length, k cos + h(k) sin);
     value = likewise, of v                    or of a full one: roll(-1, 2), its last row replaced, copied back
 
+or, where attention is causal, of the first rows of a cache, as many as query has.
+
 A step of another kind, or anything else that reads or writes a cache in between, leaves all to torch's own ops.
 """
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 import fastlinear._tensors as _tensors
-from fastlinear.graph.attention import arguments, tell
+from fastlinear.graph.attention import Whole, arguments, tell, whole_of
 from fastlinear.graph.capture import changes, example, op_of, same_shape, same_size
 from fastlinear.graph.story import Story
 from fastlinear.layer import cached
@@ -46,11 +48,14 @@ class Write(NamedTuple):
 
 
 class Found(NamedTuple):
-    """tensors: what `cached.function` takes; nodes: what it stands for, beside attention."""
+    """tensors: what `cached.function` takes; nodes: what it stands for, beside attention; whole: what cuts q, k and v
+    into heads before all that, and joins these again."""
 
     tensors: tuple[fx.Node | None, ...]
+    causal: bool
     scale: float | None
     nodes: set[fx.Node]
+    whole: Whole | None
 
 
 def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
@@ -66,30 +71,38 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
 def _place(graph: fx.Graph, story: Story, node: fx.Node, found: Found, tune: str) -> None:
     told = story.row(node)
     story.tell(node, "fast", "attention over a cache: fastlinear")
-    run = cached.function(found.scale, tune != "off", functools.partial(tell, told))
+    sources, before, after, heads = found.whole or (found.tensors[:3], [], [], (0, 0))
+    run = cached.function(found.causal, found.scale, tune != "off", functools.partial(tell, told), heads)
+    last = after[0] if after else node
     with graph.inserting_before(node):
-        made = graph.call_function(run, found.tensors)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
+        made = graph.call_function(run, (*sources, *found.tensors[3:]))
+    made.meta = dict(last.meta)
+    last.replace_all_uses_with(made)
+    for each in (*after, node):
+        graph.erase_node(each)
     for each in reversed(list(graph.nodes)):
         if each in found.nodes and (changes(each) or not each.users):
             story.tell(each, "fused", f"into {node.name}")
             if each.users:  # of a write, which returns what it wrote to
                 each.replace_all_uses_with(each.args[0])
             graph.erase_node(each)
+    for each in (*after, *before):
+        if not each.users:
+            story.tell(each, "fused", f"into {node.name}")
+            if each in before:
+                graph.erase_node(each)
 
 
 def _found(node: fx.Node, order: dict[fx.Node, int]) -> Found | None:
     given = arguments(node)
-    if given.get("dropout_p", 0.0) != 0.0 or given.get("is_causal", False) is not False:
+    scale, mask, causal = given.get("scale"), given.get("attn_mask"), given.get("is_causal", False)
+    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or (causal and mask is not None):
         return None
-    scale, mask = given.get("scale"), given.get("attn_mask")
     if not isinstance(scale, (float, int, type(None))) or (mask is not None and example(mask) is None):
         return None
     query = _rotation(given["query"])
-    keys, between = _repeated(given["key"])
-    values, more = _repeated(given["value"])
+    cache_of = functools.partial(_begun, given["query"]) if causal else _repeated
+    (keys, between), (values, more) = (cache_of(given[name]) for name in ("key", "value"))
     if query is None or keys is None or values is None or keys is values:
         return None
     stored, own = (_write(cache, node, order) for cache in (keys, values))
@@ -107,7 +120,7 @@ def _found(node: fx.Node, order: dict[fx.Node, int]) -> Found | None:
         length = grown[0]
         nodes.update(grown[1])
     tensors = (query.x, key.x, own.rows, query.cos, query.sin, keys, values, length, mask)
-    return Found(tensors, scale, nodes)
+    return Found(tensors, causal, scale, nodes, whole_of(node, [query.x, key.x, own.rows]))
 
 
 def _is_alone(node: fx.Node, found: Found, order: dict[fx.Node, int]) -> bool:
@@ -206,6 +219,17 @@ def _repeated(node: Any) -> tuple[Any, list[fx.Node]]:
         x.shape, (b, heads * group, rows, size)
     )
     return (narrow.args[0], [node, wide, narrow]) if fits else (None, [])
+
+
+def _begun(q: fx.Node, node: Any) -> tuple[Any, list[fx.Node]]:
+    """The cache of which as many rows are read as q has, and the node that does so."""
+    x, y = example(q), example(node)
+    index = node.args[1] if op_of(node) == "getitem" else None
+    if x is None or y is None or not isinstance(index, tuple) or len(index) != 4:
+        return None, []
+    rows, others = index[2], (*index[:2], index[3])
+    begins = isinstance(rows, slice) and rows.start is rows.step is None and others == (_ALL, _ALL, _ALL)
+    return (node.args[0], [node]) if begins and same_size(x.shape[2], y.shape[2]) else (None, [])
 
 
 def _write(cache: Any, before: fx.Node, order: dict[fx.Node, int]) -> Write | None:

@@ -4,8 +4,9 @@
 
 of q [B, H, L, D] and k, v [B, G, L, D] before they are rotated by cos and sin [B or 1, L, D], a cache of keys and
 values [B, G, S, D] that is filled up to `length`, an int64 tensor that grows by L, and a mask that broadcasts to
-[B, H, L, S], or None. Where `length` is None the cache is full, as one of a sliding window is: its first L rows leave
-it.
+[B, H, L, S], or None. Where it is causal instead, query i sees the first i + 1 rows of the cache. Where `length` is
+None the cache is full, as one of a sliding window is: its first L rows leave it. q, k, v and y may be as linear layers
+have them instead, [B, L, H * D] and [B, L, G * D].
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ Attend: TypeAlias = Callable[
 ]
 
 
-def function(scale: float | None, measure: bool, tell: Callable[[Answer], object]) -> Attend:
-    """attend, with this scale of the scores; measure, tell: as in `sdpa.function`, which answers more than a few
-    queries."""
-    many = sdpa.function(False, scale, True, measure, tell)
-    native, store = _attention.attention, _attention.store
+def function(
+    causal: bool,
+    scale: float | None,
+    measure: bool,
+    tell: Callable[[Answer], object],
+    heads: tuple[int, int] = (0, 0),
+) -> Attend:
+    """attend; causal, scale, measure, tell: as in `sdpa.function`, which answers more than a few queries. heads: (H, G)
+    where q, k and v are not cut into heads yet, and y is not to be, either."""
+    many, how = sdpa.function(causal, scale, True, measure, tell), (causal, scale, True)
+    native, store, whole = _attention.attention, _attention.store, heads[0] > 0
 
     def attend(
         q: Tensor,
@@ -45,23 +52,29 @@ def function(scale: float | None, measure: bool, tell: Callable[[Answer], object
         length: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        rows = q.shape[2]
+        rows = q.shape[1 if whole else 2]
         at = keys.shape[2] - rows if length is None else int(length)
         plain = watched() or torch.is_autocast_enabled("cpu") or environment.disabled() or torch.is_grad_enabled()
-        rotated = None if plain else store(q, k, v, cos, sin, keys, values, at, length is None)
+        rotated = None if plain else store(q, k, v, cos, sin, keys, values, at, length is None, None, heads)
         if length is not None:
             length.add_(rows)
         if rotated is None:
+            q, k, v = sdpa.cut(heads, q, k, v) if whole else (q, k, v)
             rotated = in_torch(q, k, v, cos, sin, keys, values, at, length is None)
-            return sdpa.stock(rotated, keys, values, mask, False, scale, True)
+            return joined(sdpa.stock(rotated, keys, values, mask, *how))
+        if causal:
+            keys, values = keys[:, :, :rows], values[:, :, :rows]
         if rows <= FEW_QUERIES:
-            y: Tensor | None = native(rotated, keys, values, mask, False, scale, True)
+            y: Tensor | None = native(rotated, keys, values, mask, *how, joined=whole)
             if y is not None:
                 return y
         end = at + rows
         if mask is not None and not _shows(mask, end, keys.shape[2]):
             keys, values, mask = keys[:, :, :end], values[:, :, :end], mask[..., :end]
-        return many(rotated, keys, values, mask)
+        return joined(many(rotated, keys, values, mask))
+
+    def joined(y: Tensor) -> Tensor:
+        return y.transpose(1, 2).flatten(2) if whole else y
 
     return attend
 

@@ -92,15 +92,15 @@ def function(
         return plain(q, k, v, mask, *how) if y is None else y
 
     def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
-        cut = _cut(rows, q, k, v) if rows[0] else (q, k, v)
-        if why_not(*cut, mask) is not None or native(q, k, v, mask, *how) is None:
+        parts = cut(rows, q, k, v) if rows[0] else (q, k, v)
+        if why_not(*parts, mask) is not None or native(q, k, v, mask, *how) is None:
             return Answer(False, "torch: the kernels do not take these tensors")
         kind = "causal" if causal else "none"
         if mask is not None:
             kind = "row" if mask.shape[-2] == 1 or mask.stride(-2) == 0 else "full"
-        b, h, queries, size = cut[0].shape
+        b, h, queries, size = parts[0].shape
         asked = Question(
-            b * h, queries, cut[1].shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads()
+            b * h, queries, parts[1].shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads()
         )
         return plan.answer(
             asked,
@@ -112,14 +112,14 @@ def function(
     return attention
 
 
-def _cut(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cut(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v by heads: [B, H, L, D] and [B, G, S, D]."""
     h, g = rows
     return q.unflatten(-1, (h, -1)).transpose(1, 2), *(t.unflatten(-1, (g, -1)).transpose(1, 2) for t in (k, v))
 
 
 def _stock_of_rows(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
-    return stock(*_cut(rows, q, k, v), mask, *how).transpose(1, 2).flatten(2)
+    return stock(*cut(rows, q, k, v), mask, *how).transpose(1, 2).flatten(2)
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

@@ -220,7 +220,7 @@ def test_rotated_and_stored(isa: str) -> None:
         cos, sin = angles(b if rows % 2 else 1, rows, size, dtype)
         for full, at in ((False, 0), (False, size_of_cache - rows), (True, size_of_cache - rows)):
             caches = [torch.randn(b, g, size_of_cache, size).to(dtype) for _ in range(2)]
-            want = [each.double() for each in caches]
+            want, before = [each.double() for each in caches], [each.clone() for each in caches]
             turned = spec.store(*(t.double() for t in (q, k, v, cos, sin)), *want, at, full)
             rotated = _attention.store(q, k, v, cos, sin, *caches, at, full, isa)
             assert rotated is not None and rotated.transpose(1, 2).is_contiguous()
@@ -228,6 +228,9 @@ def test_rotated_and_stored(isa: str) -> None:
                 off = 2.0**-22 * 8 + torch.finfo(dtype).eps / 2 * exact.abs()
                 assert ((ours.double() - exact).abs() <= off).all(), (dtype, full, at)
             assert torch.equal(caches[1], want[1].to(dtype))
+            lying = [each.transpose(1, 2).flatten(2) for each in (q, k, v)]  # as linear layers have them
+            again = _attention.store(*lying, cos, sin, *before, at, full, isa, (h, g))
+            assert again is not None and torch.equal(again, rotated) and all(map(torch.equal, before, caches))
 
 
 @pytest.mark.parametrize("isa", isas())
