@@ -292,13 +292,13 @@ CASES = [
 
 
 def made(name: str) -> Any:
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     return MODELS[name]().eval()
 
 
 def outcome(change: Callable[[Any], Any], model: Any, x: Tensor, mode: Callable[[], Any]) -> Tensor | str:
     """What the changed model computes, or what kind of error it raises, first and second time."""
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     torch._dynamo.reset()
     with warnings.catch_warnings(), mode():
         warnings.simplefilter("ignore")
