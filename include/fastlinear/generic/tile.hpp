@@ -53,7 +53,12 @@ template <class Op, std::ptrdiff_t R, std::ptrdiff_t V>
     for (std::ptrdiff_t v = 0; v < V; ++v) {
       const Vector w = Op::weights(weights[v], s);
 #pragma GCC unroll 16
-      for (std::ptrdiff_t r = 0; r < R; ++r) c[r][v] = Op::multiply_add(x[r], w, c[r][v]);
+      for (std::ptrdiff_t r = 0; r < R; ++r) {
+        c[r][v] = Op::multiply_add(x[r], w, c[r][v]);
+        // Not before this: clang would widen the next weights early, and keep a sum in memory to have the register.
+        if constexpr (sizeof(*weights[v]) == 2 && V > 1)
+          if (v + 1 < V) asm("" : "+v"(c[r][v]), "+m"(*const_cast<typename Op::Weight*>(weights[v + 1])));
+      }
     }
   }
 }
