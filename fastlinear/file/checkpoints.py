@@ -20,7 +20,7 @@ from fastlinear.spec.packed import Weight, stands_for
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_quantized(path: AnyPath, model: Model) -> Model:
+def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Model:
     """Give `model` the weights of a checkpoint that others quantized, bit for bit, and return it.
 
     path: a GGUF file of Llama, Mistral, Qwen 2 and 3 or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K,
@@ -30,21 +30,26 @@ def load_quantized(path: AnyPath, model: Model) -> Model:
     model: the model of transformers, on the meta device or with any weights, which go unread; for a GGUF file a causal
         language model. Its dtype is that of its activations; what the file has in floats is rounded to it
         where it is narrower.
+    dynamic: whether linear layers quantize their inputs in each call, too, to 8 bits in the groups of the weight, as
+        llama.cpp does and `Int4Dynamic`: integer products are faster, and answers no longer those of the dequantized
+        weights. Layers whose codes stand for no integers (nf4), or are not in groups, and experts stay as they are.
 
     Linear layers become fast ones, frozen over their packed weights, which come straight from the file: no copy in 16
     bits is ever made. What has no packed form of its own is unpacked to the model's dtype, and `report` says so.
     Embeddings are not unpacked either: they look up rows of the mapped file. Parameters need no gradients.
 
     Raises FormatError for a file that is damaged, of another model, or holds what is not supported, and names the
-    tensor; OSError as the system gives it. The model is then as it was.
+    tensor; OSError as the system gives it. The model is then as it was. TypeError where `dynamic` is no bool.
     """
+    if not isinstance(dynamic, bool):
+        raise TypeError(f"load_quantized(dynamic=...) must be True or False, but is {dynamic!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized() fills an nn.Module, but was given {type(model).__name__}")
     with faults_of(path):
         if os.path.isdir(path):
-            fill(model, with_ties(model, folders.sources(folders.open_folder(path), model)))
+            fill(model, with_ties(model, folders.sources(folders.open_folder(path), model)), dynamic)
         else:
-            fill(model, _sources(gguf.open_mapped(path), model))
+            fill(model, _sources(gguf.open_mapped(path), model), dynamic)
     forbid_bypasses(model)
     return model
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
+import fastlinear._weights as _weights
 from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
 from fastlinear.layer import embedding, experts, linear, mixture, packs, takeover
 from fastlinear.layer.fitness import dtype_of, why_no_twin
@@ -18,6 +19,7 @@ from fastlinear.layer.shelf import Shelf, shelve
 from fastlinear.spec import programs
 from fastlinear.spec.formats import name_of
 from fastlinear.spec.int4 import Coded, coding_of
+from fastlinear.spec.int8 import Rows
 from fastlinear.spec.packed import Weight, stands_for
 from fastlinear.spec.precision import Precision
 
@@ -37,11 +39,12 @@ class Source(NamedTuple):
     expert: Callable[[int], Coded] | None = None
 
 
-def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
+def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool = False) -> None:
     """Gives a model the tensors of these names; ValueError where they are others than it has, and nothing is changed.
 
     Weights of nn.Linear are packed, one after the other, those of nn.Embedding stay packed rows, all else becomes
-    Parameters of the model's dtypes. Buffers that no file has are made by the model, where they are on meta.
+    Parameters of the model's dtypes. Buffers that no file has are made by the model, where they are on meta. dynamic:
+    as of `load_quantized`.
     """
     held = {each.name: each for each in tensors_of(model) if each.kind != "transient"}
     _check(model, held, sources)
@@ -73,7 +76,7 @@ def fill(model: nn.Module, sources: Mapping[str, Source]) -> None:
         names = {each.module: name.removesuffix(".weight") for name, each in held.items() if _is_linear(each)}
         for module, name in names.items():
             record = frozen[id(sources[f"{name}.weight"])]
-            linear.adopt(module, None, "lazy", name, takeover.precision_of(record), record)
+            linear.adopt(module, None, "lazy", name, _precision(record, dynamic), record)
 
 
 def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts.Frozen]:
@@ -99,6 +102,13 @@ def _in_halves(coded: Coded) -> Coded:
     """With rows that take turns one kind behind the other."""
     rows = [torch.cat([t[::2], t[1::2]]) for t in (coded.codes, coded.scale.view(torch.uint8))]
     return dataclasses.replace(coded, codes=rows[0], scale=rows[1].view(coded.scale.dtype))
+
+
+def _precision(frozen: Frozen, dynamic: bool) -> Precision:
+    precision, k = takeover.precision_of(frozen), frozen.packed.k
+    coding = precision.coding
+    whole = coding is not None and coding.is_whole and min(k, coding.group) <= _weights.dot_limit()
+    return precision._replace(rows=Rows("groups") if dynamic and whole else None)
 
 
 def _become_experts(module: Any, name: str, frozen: experts.Frozen) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import FormatError
+from fastlinear.spec import int4
 from fastlinear.spec.ggml import KINDS
 
 from .test_damage import in_child, mutate_bytes
@@ -127,6 +128,25 @@ def test_a_model_in_sixteen_bits(tmp_path: Path) -> None:
     for ours, theirs in zip(narrow.model.layers[0].mlp.children(), wide.model.layers[0].mlp.children(), strict=True):
         if isinstance(ours, nn.Linear):
             assert torch.equal(ours._frozen.packed.data, theirs._frozen.packed.data)
+
+
+def test_integer_products_of_a_loaded_model(tmp_path: Path) -> None:
+    """Asked for, all linear layers in groups multiply what the specification of integer products does, and others what
+    they did."""
+    path = write(tmp_path / "m", fields_of("llama"), tensors_of("llama", [*KINDS]))
+    plain, fast = (fastlinear.load_quantized(path, on_meta("llama"), dynamic=dynamic) for dynamic in (False, True))
+    others = dict(plain.named_modules())
+    seen = set()
+    for name, layer in fast.named_modules():
+        if isinstance(layer, nn.Linear):
+            packed, x = layer._frozen.packed, torch.randn(2, layer.in_features)
+            seen.add(packed.format)
+            with torch.inference_mode():
+                want = int4.linear(x, int4.coded_of(packed), "groups") if packed.grouped else others[name](x)
+                torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+    assert {"int4", "int8g"} < seen
+    with pytest.raises(TypeError, match=r"load_quantized\(dynamic=...\) must be True or False, but is 8"):
+        fastlinear.load_quantized(path, on_meta("llama"), dynamic=8)  # type: ignore[arg-type]
 
 
 # ---- bad input ----
