@@ -4,7 +4,7 @@ BIN := .venv/bin
 HEADERS := $(shell find include -name '*.hpp')
 TEST_HEADERS := $(wildcard tests/*/*.hpp)
 UNITS := $(wildcard csrc/*.cpp)
-PROGRAMS := $(wildcard tests/*/*.cpp benchmarks/*.cpp)
+PROGRAMS := $(wildcard tests/*/*.cpp)
 # clang too, by whichever name there is one that knows all instruction sets: 16 or newer.
 CLANGS := clang++ $(addprefix clang++-,$(shell seq 30 -1 16))
 CLANG := $(shell for c in $(CLANGS); do v=$$($$c -dumpversion 2>/dev/null | cut -d. -f1); test "$${v:-0}" -ge 16 && echo $$c && break; done)

@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py                    the whole grid, written to benchmarks/results/ (about 8 minutes)
     python benchmarks/bench.py --dtype bfloat16   weights and inputs in bf16; the fp32 FastLinear stands beside them
-    python benchmarks/bench.py --quantize int8    int8 weights and products, or int8wo: int8 weights only
+    python benchmarks/bench.py --quantize int8    int8 weights and products, or w8f: int8 weights only
     python benchmarks/bench.py --quantize int8 --peers  and ONNX Runtime and OpenVINO beside, in processes of their own
     python benchmarks/bench.py --quick            a few shapes, nothing written
     python benchmarks/bench.py --isa avx2         all of it as on a CPU without AVX-512
@@ -32,9 +32,8 @@ import remote
 import shapes
 import summary
 import torch
+from attainable import peaks_of
 from grid import run_grid
-from roofline import Roofline
-from shapes import FP32
 
 import fastlinear
 import fastlinear._tensors as _tensors
@@ -94,16 +93,6 @@ def slug(cpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-") or "cpu"
 
 
-def isas(form: str) -> tuple[str, str | None]:
-    """The ISA whose multiply-adds are the roofline: the best for quantized weights, else that of the fp32 FMA; and the
-    one that multiplies this format itself and sums up in fp32, if it runs here."""
-    # Best first; those of vectors, since the roofline has no probe for tiles: `fastlinear bench` has their ceiling.
-    rows = [row for row in fastlinear.kernels() if row["runnable"] and row["row_step"] == 1]
-    ours = (row["isa"] for row in rows if row["format"] == (form if form in peers.SCHEMES else FP32))
-    own = (row["isa"] for row in rows if row["rows"] == form != FP32 and row["accumulate"] == FP32)
-    return next(ours), next(own, None)
-
-
 def line(record: dict[str, Any], rivals: tuple[str, ...]) -> str:
     shape, us = f"{record['m']}x{record['k']}x{record['n']}", record["us"]
     times = " ".join(f"{name} {time:9.1f}" for name, time in us.items())
@@ -139,12 +128,11 @@ def about(python: Path | None) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, printing as it goes; what it returns is what the JSON holds."""
     form, dtype = options.form, str(options.dtype).removeprefix("torch.")
-    isa, native_isa = isas(form)
-    roofline = Roofline(isa, native_isa)
+    peaks = peaks_of(form)
     makers, refused = peers.willing(form, options.dtype)
     python = remote.environment() if options.peers else None
     records = []
-    for record in run_grid(options, roofline, makers, python):
+    for record in run_grid(options, peaks, makers, python):
         records.append(record)
         print(line(record, shapes.TARGETS[form].rivals), flush=True)
     torch.set_num_threads(1)
@@ -153,14 +141,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "about": about(python),
         "dtype": form,
         "x": _tensors.FORMATS[options.dtype],
-        "isa": isa,
-        "native_isa": roofline.native,
+        "isa": peaks.isa,
+        "native_isa": peaks.native_isa,
         "refused": refused | ({} if python else dict.fromkeys(remote.RIVALS.get(form, ()), "--peers asks for it")),
         "records": records,
         "tiny_calls": once.tiny_calls(shapes.SMALL, options.dtype, form),
         "tuning": once.tuning(records),
         "once": once.once(1 if options.quick else 5, dtype, form),
-        "summary": summary.summarize(records, isa, form),
+        "summary": summary.summarize(records, peaks.isa, form),
     }
     print(summary.text(document["summary"]), summary.extras(document), sep="\n")
     return document

@@ -9,8 +9,8 @@ from typing import Any
 
 import peers
 import torch
+from attainable import Ceiling, Peaks
 from remote import Remote, remotes
-from roofline import Ceiling, Roofline
 from shapes import FP32, OURS
 from timing import race
 
@@ -24,7 +24,7 @@ COLD_BYTES = 64 << 20  # at least
 
 
 def run_grid(
-    options: argparse.Namespace, roofline: Roofline, makers: peers.Makers, python: Path | None
+    options: argparse.Namespace, peaks: Peaks, makers: peers.Makers, python: Path | None
 ) -> Iterator[dict[str, Any]]:
     """Records of all cells (summary.py tells what is in one). python: runs the rivals in other processes, if any."""
     for threads in options.threads:
@@ -40,7 +40,7 @@ def run_grid(
                     rival.layers(layers[0], len(layers))
                 for m in options.ms:
                     with torch.inference_mode():
-                        yield from run_cell(options, roofline, makers, rivals, threads, m, layers, fast)
+                        yield from run_cell(options, peaks, makers, rivals, threads, m, layers, fast)
 
 
 def copies(options: argparse.Namespace, layer: torch.nn.Linear, form: str) -> list[torch.nn.Linear]:
@@ -52,7 +52,7 @@ def copies(options: argparse.Namespace, layer: torch.nn.Linear, form: str) -> li
 
 def run_cell(
     options: argparse.Namespace,
-    roofline: Roofline,
+    peaks: Peaks,
     makers: peers.Makers,
     rivals: list[Remote],
     threads: int,
@@ -79,7 +79,7 @@ def run_cell(
             name: contestant.rotation(hot) for name, contestant in contestants.items() if hot or name != "inductor"
         }
         used = 1 if hot else len(layers)
-        ceiling = Ceiling(roofline, threads, used * of_weight * n * k + x.itemsize * (m * k + m * n + n), hot)
+        ceiling = Ceiling(peaks, threads, used * of_weight * n * k + x.itemsize * (m * k + m * n + n), hot)
         timings = race(rotations, ceiling, *effort(options))
         yield {
             "threads": threads,

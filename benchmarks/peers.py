@@ -139,9 +139,9 @@ QUANTIZED: dict[str, Makers] = {  # by format; others have PEERS
             if engine in torch.backends.quantized.supported_engines
         },
     },
-    "int8wo": {"nn.Linear": eager, "int8pack": int8pack},
+    "w8f": {"nn.Linear": eager, "int8pack": int8pack},
 }
-SCHEMES = {"int8": "Int8Dynamic", "int8wo": "Int8WeightOnly"}  # by format, what fastlinear calls it
+SCHEMES = {"int8": "Int8Dynamic", "w8f": "Int8WeightOnly"}  # by format, what fastlinear calls it
 
 
 def willing(form: str, dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:

@@ -24,7 +24,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     threads, states = sorted({r["threads"] for r in records}), sorted({r["state"] for r in records}, reverse=True)
     layers = sorted({(r["k"], r["n"]) for r in records}, key=lambda layer: (layer[0] * layer[1], layer))
     ms = sorted({r["m"] for r in records})
-    peaks = [r["native_gflops"] / r["fma_gflops"] for r in records if "native_gflops" in r]
+    # Documents of version 0.1 have the peak of the FMA itself.
+    peaks = [r["native_gflops"] / r.get("peak_gflops", r.get("fma_gflops")) for r in records if "native_gflops" in r]
     native = statistics.median(peaks) if peaks else 0.0
     top = max(native, *(r["fraction"] for r in records))
     colors = pyplot.colormaps["viridis"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / ".venv-peers"
 PINS = HERE / "rivals.txt"
-RIVALS = {"int8": ("onnxruntime", "openvino"), "int8wo": ("openvino_fp32",)}  # by format
+RIVALS = {"int8": ("onnxruntime", "openvino"), "w8f": ("openvino_fp32",)}  # by format
 
 
 def environment() -> Path:

@@ -16,7 +16,7 @@ GRID = Grid(
     ((384, 384), (384, 1536), (768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 4096)),
 )
 INT8 = Grid((1, 4, 8, 16, 32, 64, 128, 512), ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)))
-GRIDS = {"int8": INT8, "int8wo": INT8}  # by format; others have GRID
+GRIDS = {"int8": INT8, "w8f": INT8}  # by format; others have GRID
 QUICK = Grid((1, 16, 64), ((384, 384), (768, 768)))
 SMALL = (64, 16, 32)  # M, K, N of a layer so small that the call around the kernel decides
 
@@ -104,7 +104,7 @@ TARGETS = {
         (LINEAR, *INT8_RIVALS),
         INT8_PACKS,
     ),
-    "int8wo": Targets(
+    "w8f": Targets(
         (
             Band("M = 1", 1, 1, {"avx512": 0.85, "avx2": 0.85}),
             Band("M = 2..31", 2, 31, {}),

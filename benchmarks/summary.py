@@ -2,7 +2,7 @@
 
 {"threads": 1, "state": "hot", "m": 16, "k": 768, "n": 3072, "us": {"fastlinear": 520.1, "nn.Linear": 990.2, ...},
  "median_us": {...}, "rounds": 40, "plan": "fp32/avx512/14x32 t1", "source": "tuned", "tune_ms": 45.2,
- "beyond_l2": True, "fma_gflops": 183.1, "read_gbs": 31.2, "attainable_us": 412.3, "fraction": 0.79}
+ "beyond_l2": True, "peak_gflops": 183.1, "read_gbs": 31.2, "attainable_us": 412.3, "fraction": 0.79}
 
 Where the CPU multiplies the 16-bit format itself there are also "native_gflops", and "native_attainable_us" and
 "native_fraction" under that peak; "fraction" is then above 1 where FastLinear beats what fp32 FMA could do.

@@ -29,7 +29,7 @@ FL_TARGET_BEGIN("avx2,fma,f16c")
 #include "fastlinear/isa/avx2/fp32.hpp"
 #include "fastlinear/isa/avx2/bf16.hpp"
 #include "fastlinear/isa/avx2/fp16.hpp"
-#include "fastlinear/isa/avx2/int8wo.hpp"
+#include "fastlinear/isa/avx2/w8f.hpp"
 #include "fastlinear/isa/avx2/int8.hpp"
 #include "fastlinear/isa/avx2/dots.hpp"
 // clang-format on
@@ -42,7 +42,7 @@ extern const Isa kIsa;
 
 namespace avx2 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kInt8woKernels,
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kW8fKernels,
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels, kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
 constexpr Vectors kVectors{

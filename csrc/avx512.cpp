@@ -29,7 +29,7 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "fastlinear/isa/avx512/fp32.hpp"
 #include "fastlinear/isa/avx512/bf16.hpp"
 #include "fastlinear/isa/avx512/fp16.hpp"
-#include "fastlinear/isa/avx512/int8wo.hpp"
+#include "fastlinear/isa/avx512/w8f.hpp"
 #include "fastlinear/isa/avx512/int8.hpp"
 // clang-format on
 
@@ -44,7 +44,7 @@ extern const Isa kIsa;
 
 namespace avx512 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kInt8woKernels,
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kW8fKernels,
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};

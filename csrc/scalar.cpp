@@ -33,7 +33,7 @@ namespace fastlinear {
 
 namespace scalar {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kInt8woKernels,
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kW8fKernels,
                                                 kInt8Kernels, kInt4Kernels, kInt8gKernels, kDotKernels};
 constexpr Vectors kVectors{
     .steps = epilogue_steps<F32>,

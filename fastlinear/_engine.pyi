@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +8,6 @@ from fastlinear._plans import Epilogue, Plan, RowQuantizer
 from fastlinear._weights import Packed
 
 def quicken(kind: type[nn.Module]) -> None: ...
-def tell_times(done: Callable[[Any, float], object] | None) -> None: ...
 
 trial: int
 
@@ -30,7 +28,11 @@ class Engine:
     def drop(self) -> None: ...
     def ready(self, weight: Tensor) -> bool: ...
     def plainly(
-        self, training: Callable[..., Tensor], changing: Callable[..., Tensor] | None, counts: dict[str, int]
+        self,
+        training: Callable[..., Tensor],
+        changing: Callable[..., Tensor] | None,
+        counts: dict[str, int],
+        mixed: bool = ...,
     ) -> None: ...
     def settle(self) -> None: ...
     def take(self, weight: Tensor, fingerprint: Fingerprint, packed: Packed) -> bool: ...

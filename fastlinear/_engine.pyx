@@ -6,7 +6,6 @@ import torch
 
 from cpython.object cimport PyObject, PyTypeObject
 from libcpp.vector cimport vector
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import fastlinear._torch as _torch
 from fastlinear._reasons import CHANGING, DISABLED, GRADIENT, STALE, TRAINING, UNFIT, UNPLANNED
@@ -20,6 +19,7 @@ from fastlinear._plans cimport (
 )
 from fastlinear._products cimport compute, pool_size
 from fastlinear._tensors cimport FP32, Format, Matrix, View, as_rows, format_of_x, is_float, look_at
+from fastlinear._timing cimport is_due, monotonic, timely
 from fastlinear._weights cimport Packed
 
 cdef extern from "Python.h":
@@ -27,12 +27,6 @@ cdef extern from "Python.h":
     PyObject* _PyType_Lookup(PyTypeObject*, object)
     Py_ssize_t PyTuple_GET_SIZE(object)
     PyObject* PyTuple_GET_ITEM(object, Py_ssize_t)
-
-# time.monotonic()
-cdef double monotonic() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec + 1e-9 * now.tv_nsec
 
 cdef object set_grad_enabled = _torch.set_grad_enabled
 cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of looking it up
@@ -119,10 +113,11 @@ cdef class Engine:
             self.candidate, self.last, self.waits = weight, last, TRIAL
         return self.waits == 0
 
-    def plainly(self, training, changing, dict counts not None):
+    def plainly(self, training, changing, dict counts not None, bint mixed=False):
         """Has training(x, weight, bias) answer in training mode, and changing(x, weight, bias), unless it is None,
-        while the weight keeps changing; `counts` is where such calls are counted."""
-        self.plain, self.changing, self.counts = training, changing, counts
+        while the weight keeps changing, of another dtype than that of x, too, where it is `mixed`; `counts` is where
+        such calls are counted."""
+        self.plain, self.changing, self.counts, self.mixed = training, changing, counts, mixed
 
     def settle(self):
         """Has the next call pack a weight that changed, however often it did."""
@@ -200,8 +195,8 @@ cdef class Engine:
 
     def forward(self, module, x, tuple operands=()):
         """`module.forward(x, *operands)`."""
-        if timekeeper is not None and not timed:
-            return timely(module, self.forward, (module, x, operands), NULL)
+        if is_due():
+            return timely(module, self.forward, (module, x, operands), NULL, NULL)
         cdef Engine engine = self if self.elsewhere is None else self.elsewhere
         if self.replaced():
             return module._replaced(self.stock[0], x, operands)
@@ -246,8 +241,10 @@ cdef class Engine:
         weight = params.get("weight")
         if self.plain is None or weight is None or not is_plain(weight) or not look_at(weight, &w) or w.ndim != 2:
             return why
-        if len(operands) > 0 or not look_at(x, &v) or v.ndim == 0 or <int> v.format != <int> w.format:
+        if len(operands) > 0 or not look_at(x, &v) or v.ndim == 0 or not is_float(v.format):
             return why  # operands are for the module to check
+        if <int> v.format != <int> w.format and not (self.mixed and why is STALE):
+            return why
         if v.shape[v.ndim - 1] != w.shape[0 if self.transposed else 1]:
             return why
         run, word = self.plain, TRAINING
@@ -381,40 +378,12 @@ cdef object module_call = vars(torch.nn.Module)["__call__"]
 # nn.Module.__call__ costs as much as a small product. What the engine does not answer goes on as that of any module
 # does: hooks, tracers, a `__call__` that somebody has patched.
 cdef object quick_call(object module, object args, PyObject* options):
-    if timekeeper is None or timed:
-        return call_of(module, args, options)
-    return timely(module, None, args, options)
+    if is_due():
+        return timely(module, None, args, options, call_of)
+    return call_of(module, args, options)
 
 
-cdef object timekeeper = None
-cdef bint timed = False  # within a call that is timed
-
-
-cdef bint is_timed():
-    return timekeeper is not None
-
-
-cdef object timely(object module, object forward, tuple args, PyObject* options):
-    """The call of a module, or of an engine's `forward` for it, of whose seconds `timekeeper` is told."""
-    global timed
-    keeper, began, timed = timekeeper, monotonic(), True
-    try:
-        y = call_of(module, args, options) if forward is None else forward(*args)
-    finally:
-        timed = False
-    keeper(module, monotonic() - began)
-    return y
-
-
-def tell_times(done):
-    """From now on done(module, seconds) is called after each call of a module of a quick class, of a graph's layer and
-    of the product of a stack; None ends that. Not a hook, and without a frame of Python's, so that calls are what they
-    are otherwise."""
-    global timekeeper
-    timekeeper = done
-
-
-cdef inline object call_of(object module, object args, PyObject* options):
+cdef object call_of(object module, object args, PyObject* options):
     if options == NULL and PyTuple_GET_SIZE(args) == 1:
         state = <dict> PyObject_GenericGetDict(module, NULL)
         engine = (<dict> state).get("_engine")

@@ -6,6 +6,7 @@ the kernels themselves; the others reach them through it."""
 import errno
 import os
 
+import fastlinear._environment as environment
 from fastlinear._tensors import SCALES, SUPER
 
 from fastlinear._cpu cimport CpuSource, describe_cpu, source_of
@@ -30,7 +31,7 @@ cdef const Isa* isa_named(str name) except NULL:
         if isa_at(i).name == name.encode():
             return isa_at(i)
         i += 1
-    raise ValueError(f"FASTLINEAR_MAX_ISA is {name!r}; it may be one of {', '.join(isas())}")
+    raise ValueError(f"{name!r} is no instruction set; there are {', '.join(isas())}")
 
 
 cdef dict refusals_of(const CpuSource& source):
@@ -62,7 +63,7 @@ def pretend(machine):
     one again if that is None. For tests, which bring what carries out the instructions that this CPU lacks."""
     global pretended, refusals, asked, own_vectors
     cdef dict reasons = refusals_of(source_of(machine))
-    highest = os.environ.get("FASTLINEAR_MAX_ISA")
+    highest = environment.max_isa(isas())
     if highest is not None:
         for name in reasons:
             if not within(isa_named(highest)[0], isa_named(name)[0]):
@@ -83,6 +84,8 @@ cdef dict settled_refusals():
     global asked
     cdef CpuSource source
     cdef int answer
+    if not asked:
+        environment.check_max_isa(isas())
     wanted = [] if asked else [name for name in refusals if isa_named(name).tiles and not refusals[name]]
     asked = True
     if wanted:

@@ -1,10 +1,10 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int8_t, int32_t, int64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
 from fastlinear._kernels cimport Vectors
 from fastlinear._plans cimport (
-    Bias, COperand, CPlan, Epilogue, Format, Packed, Plan, Problem, RowQuantizer, Rows, Segment
+    Bias, COperand, CPlan, CRowQuantizer, Epilogue, Format, Packed, Plan, Problem, RowQuantizer, Rows, Segment
 )
 from fastlinear._tensors cimport Matrix
 
@@ -26,6 +26,17 @@ cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
         float offset
         float eps
         cbool centered
+
+
+cdef extern from "fastlinear/driver/integers.hpp" namespace "fastlinear" nogil:
+    ctypedef struct IntegersProblem:
+        ptrdiff_t m
+        ptrdiff_t k
+        Rows x
+        const CRowQuantizer* how
+        int8_t* integers
+        float* scales
+        int32_t* zeros
 
 
 cdef extern from "fastlinear/driver/experts.hpp" namespace "fastlinear" nogil:
@@ -96,6 +107,7 @@ cdef int compute(
 ) except -1
 cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1
 cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
+cdef cbool make_integers(const IntegersProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_cache(const CacheProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

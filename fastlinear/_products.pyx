@@ -63,6 +63,9 @@ cdef extern from "fastlinear/driver/experts.hpp" namespace "fastlinear" nogil:
 cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
     cbool normalize(const NormProblem&, const Vectors&, ptrdiff_t)
 
+cdef extern from "fastlinear/driver/integers.hpp" namespace "fastlinear" nogil:
+    cbool to_integers(const IntegersProblem&, const Vectors&, ptrdiff_t)
+
 cdef extern from "fastlinear/driver/ceiling.hpp" namespace "fastlinear::ceiling" nogil:
     double operations(const CPlan&) except +
     double bandwidth(const char*, ptrdiff_t, ptrdiff_t, int, ptrdiff_t) except +
@@ -306,7 +309,11 @@ cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t thre
     return mix(p, vectors, threads)
 
 
-# ---- norms ----
+# ---- rows ----
+
+cdef cbool make_integers(const IntegersProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
+    return to_integers(p, vectors, threads)
+
 
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
     return normalize(p, vectors, threads)

@@ -2,6 +2,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastlinear._plans import RowQuantizer
+
 def norm(
     x: Tensor,
     weight: Tensor | None,
@@ -14,3 +16,5 @@ def norm(
     over: bool = ...,
     isa: str | None = ...,
 ) -> Any: ...
+def quantize_channels(weight: Tensor, isa: str | None = ...) -> tuple[Tensor, Tensor] | None: ...
+def quantize_rows(x: Tensor, rows: RowQuantizer, isa: str | None = ...) -> tuple[Tensor, Tensor, Tensor] | None: ...

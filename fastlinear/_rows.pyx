@@ -1,20 +1,26 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # distutils: language = c++
-"""Operations on the rows of a tensor: norms. A call on a few rows takes about 1 us beside its outputs."""
+"""Operations on the rows of a tensor: norms, and what quantizes them. A call on a few rows takes about 1 us beside its
+outputs."""
 
 import torch
 
+from libc.stdint cimport int8_t, int32_t
 from libcpp cimport bool as cbool
 
 from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
-from fastlinear._plans cimport Bias
-from fastlinear._products cimport NormProblem, OutRows, make_norm, pool_size
+from fastlinear._plans cimport GROUPS, Bias, RowQuantizer
+from fastlinear._products cimport IntegersProblem, NormProblem, OutRows, make_integers, make_norm, pool_size
 from fastlinear._tensors cimport Matrix, View, as_rows, is_float, look_at
 
 cdef object Tensor = torch.Tensor
 cdef object Parameter = torch.nn.Parameter
 cdef object is_neg = torch.Tensor.is_neg
+cdef object empty = torch.empty
 cdef object empty_like = torch.empty_like
+cdef object int8 = torch.int8
+cdef object int32 = torch.int32
+cdef object float32 = torch.float32
 
 # Elements from which on the GIL is released: about 20 us.
 cdef enum:
@@ -106,6 +112,59 @@ def norm(
         if not done:
             raise MemoryError(f"no memory for the scratch rows of a norm of {p.n} channels")
     return (y, total) if keep else y
+
+
+def quantize_channels(weight, str isa=None):
+    """(values int8 [n, k], scale fp32 [n]) of a weight [n, k], as `quantize_channels` of fastlinear/spec/int8.py says.
+    None for what it does not take: the weight is a dense fp32, bf16 or fp16 CPU tensor, and finite.
+
+    isa: whose vectors to use, by name; else the best that may run."""
+    made = integers(weight, None, isa)
+    return None if made is None or not bool(made[1].isfinite().all()) else made[:2]
+
+
+def quantize_rows(x, RowQuantizer rows not None, str isa=None):
+    """(u - 128 int8 [m, k], scale fp32 [m], zero int32 [m]) of x [m, k], as `quantize_rows` of fastlinear/spec/int8.py
+    says. None for what it does not take: x is dense, of fp32, bf16 or fp16, on a CPU, and not quantized in groups.
+
+    isa: whose vectors to use, by name; else the best that may run."""
+    if not rows.quantizer.makes_integers() or <int> rows.quantizer.kind == GROUPS:
+        return None
+    return integers(x, rows, isa)
+
+
+cdef tuple integers(object x, RowQuantizer how, str isa):
+    cdef View v, w
+    cdef Matrix rows
+    cdef IntegersProblem p
+    cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
+    cdef ptrdiff_t threads = pool_size()
+    cdef cbool done
+    if not plain(x, &v) or v.ndim != 2 or v.shape[1] == 0:
+        return None
+    x = rows_of(x, &v, &rows)
+    if x is None:
+        return None
+    p.m, p.k = rows.m, v.shape[1]
+    p.x.data, p.x.stride, p.x.format = rows.data, rows.stride, rows.format
+    p.how = NULL
+    if how is not None:
+        p.how = &how.quantizer
+    values = empty((p.m, p.k), dtype=int8, device="cpu")
+    scale = empty(p.m, dtype=float32, device="cpu")
+    zero = None if how is None else empty(p.m, dtype=int32, device="cpu")
+    look_at(values, &w)
+    p.integers = <int8_t*> w.data
+    look_at(scale, &w)
+    p.scales = <float*> w.data
+    p.zeros = NULL
+    if zero is not None:
+        p.zeros = <int32_t*> <size_t> zero.data_ptr()
+    with nogil:
+        done = make_integers(p, vectors[0], threads)
+    if not done:
+        raise MemoryError(f"no memory for the scratch rows of {p.k} numbers that are quantized")
+    return values, scale, zero
 
 
 cdef void out(object tensor, OutRows* rows) noexcept:

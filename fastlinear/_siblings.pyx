@@ -7,10 +7,11 @@ import torch
 from cpython.object cimport PyObject
 
 from fastlinear._calls cimport put_in_slot, quiet, stock_call
-from fastlinear._engine cimport Engine, is_timed
+from fastlinear._engine cimport Engine
 from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, gradients
 from fastlinear._operands cimport is_plain
+from fastlinear._timing cimport is_timed
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)

@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t
 
 cdef object Tensor = torch.Tensor
 cdef dict dtype_of_format = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8wo": torch.int8, "int8": torch.int8,
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "w8f": torch.int8, "int8": torch.int8,
     "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int4": torch.uint8,
     "int8g": torch.int8, "e8m0": torch.float8_e8m0fnu, "uint6": torch.uint8,
 }

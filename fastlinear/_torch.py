@@ -64,6 +64,8 @@ PLACES: dict[str, tuple[tuple[str, ...], object]] = {
     "DispatchKeySet": (("_C.DispatchKeySet",), _REQUIRED),
     "ExcludeDispatchKeyGuard": (("_C._ExcludeDispatchKeyGuard",), _REQUIRED),
     "after_autograd": (("_C._after_autograd_keyset",), _REQUIRED),
+    # An int8 layer whose weight keeps changing.
+    "int_mm": (("_int_mm",), lambda a, b: (a.double() @ b.double()).int()),
     # A frozen layer's lent weight.
     "TensorBase": (("_C.TensorBase", "_C._TensorBase"), _REQUIRED),
     "DisableTorchFunctionSubclass": (("_C.DisableTorchFunctionSubclass", "_C.DisableTorchFunction"), _REQUIRED),
@@ -115,6 +117,7 @@ DispatchKey = look_up("DispatchKey")
 DispatchKeySet = look_up("DispatchKeySet")
 ExcludeDispatchKeyGuard = look_up("ExcludeDispatchKeyGuard")
 after_autograd = look_up("after_autograd")
+int_mm = look_up("int_mm")
 TensorBase = look_up("TensorBase")
 DisableTorchFunctionSubclass = look_up("DisableTorchFunctionSubclass")
 swap_tensor = look_up("swap_tensor")

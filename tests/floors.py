@@ -24,7 +24,7 @@ import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.spec import attention as spec
-from fastlinear.spec import int4
+from fastlinear.spec import grouping, int4
 
 SHAPES = [(1, 64, 48), (7, 33, 70)]  # M, K, N
 
@@ -55,7 +55,7 @@ def kernels() -> int:
             x = torch.randn(5, 40).to({name: d for d, name in _tensors.FORMATS.items()}.get(row["rows"], torch.float32))
             if dtype is None:
                 coding = int4.Coding(16, int4.table_in(layout))
-                coded = int4.quantize_weight(torch.randn(70, 40), coding)
+                coded = grouping.quantize_weight(torch.randn(70, 40), coding)
                 w = int4.dequantize(coded)
                 packed = _weights.Packed(coded.codes, coding.layout(layout), *coded.contents())
             elif dtype is torch.int8:

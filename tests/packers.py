@@ -134,7 +134,7 @@ SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
     "compressed 8 bits": (
         lambda n, k: compressed(n, k, bits=8), {"quant_method": "compressed-tensors", **ct(8)}, "int8g",
     ),
-    "integers": (integers, {"quant_method": "compressed-tensors", **ct(8)}, "int8wo"),
+    "integers": (integers, {"quant_method": "compressed-tensors", **ct(8)}, "w8f"),
     "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp32"),
     "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
     "nf4 nested": (lambda n, k: nf4(n, k, nested=True), {"quant_method": "bitsandbytes"}, "int4"),

@@ -21,9 +21,9 @@ import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 from fastlinear.cli import plotting, tables
+from fastlinear.cli.ceiling import Ceiling, Ceilings
 from fastlinear.cli.loading import shapes_of
 from fastlinear.cli.options import DTYPES, SCHEMES, UsageError, check_files, check_override
-from fastlinear.cli.roofline import Ceiling, Roofline
 from fastlinear.layer import linear
 from fastlinear.plan import measuring, rivals
 from fastlinear.plan.table import runnable
@@ -94,13 +94,13 @@ def bench(options: argparse.Namespace) -> int:
     shapes = shapes_of(options.like) if options.like else options.shapes
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
     packed = scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]]
-    roofline = Roofline(packed, options.isa, scheme)
+    ceilings = Ceilings(packed, options.isa, scheme)
     counts = options.threads or [_products.num_threads()]
     threads = ", ".join(map(str, counts))
     print(f"{_kernels.cpu_info()['model']}, {threads} thread(s), {form}, activation {options.activation}")
     state = "from memory" if options.cold else "warm"
-    print(f"Microseconds of a whole call, weights {state}. Roofline: {roofline.says()}\n")
-    head = [*_HEAD, *["calculated"] * roofline.tiles, *options.against, "runs on"]
+    print(f"Microseconds of a whole call, weights {state}. Roofline: {ceilings.says()}\n")
+    head = [*_HEAD, *["calculated"] * ceilings.tiles, *options.against, "runs on"]
     todo = [(count, shape) for count in counts for shape in shapes]
     interrupted, notes = False, set()
     widths = [max(len("x".join(map(str, shape))) for shape in shapes), *[8] * (len(head) - 2), 24]
@@ -109,7 +109,7 @@ def bench(options: argparse.Namespace) -> int:
             for done, (count, (m, k, n)) in enumerate(todo):
                 table.progress(f"{m}x{k}x{n}, {done + 1} of {len(todo)}")
                 torch.set_num_threads(count)
-                result = _measure(m, k, n, DTYPES[options.dtype], scheme, activation, roofline, options)
+                result = _measure(m, k, n, DTYPES[options.dtype], scheme, activation, ceilings, options)
                 results.append(result.record())
                 table.progress("")
                 table.add(_cells(result))
@@ -134,14 +134,14 @@ def _measure(
     dtype: torch.dtype,
     scheme: Scheme | None,
     activation: Activation | None,
-    roofline: Roofline,
+    ceilings: Ceilings,
     options: argparse.Namespace,
 ) -> Result:
     stock, x = nn.Linear(k, n, dtype=dtype, device="cpu").eval(), torch.randn(m, k, dtype=dtype, device="cpu")
     calls: list[Callable[[Tensor], object]] = [functools.partial(_stock, stock, activation)]
     names, provisional = ["nn.Linear"], [False]
     with torch.inference_mode():
-        for kernel in [""] if roofline.isa is None else roofline.kernels():
+        for kernel in [""] if ceilings.isa is None else ceilings.kernels():
             fast = linear.FastLinear.from_linear(stock, activation, quantize=scheme).eval()
             with _only(kernel), measuring.process.thorough():
                 fast(x)
@@ -153,7 +153,7 @@ def _measure(
         calls += [call for call in others.values() if call is not None]
         with Waits(_products.pool_threads()) as waiting:
             began, before = time.perf_counter(), waiting()
-            ceiling = roofline.measure(m, k, n, x.itemsize)
+            ceiling = ceilings.measure(m, k, n, x.itemsize)
             times = _alternate(calls, x, _evict if options.cold else None)
             waited = (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads()
     best = min(range(1, native), key=times.__getitem__)

@@ -19,7 +19,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
-from fastlinear.spec import activations, attention, gates, int4, int8, programs
+from fastlinear.spec import activations, attention, gates, grouping, int4, int8, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
 from fastlinear.spec.int8 import Quantized, Rows
@@ -78,7 +78,7 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
     worst, of_x = 0.0, DTYPES[row["rows"]]
     for offsets, (m, k, n) in itertools.product((False, True), _SHAPES):
         coding = int4.Coding(16, int4.table_in(layout), offsets=offsets)
-        coded = int4.quantize_weight(torch.randn(n, k, device="cpu") + offsets, coding)
+        coded = grouping.quantize_weight(torch.randn(n, k, device="cpu") + offsets, coding)
         x, bias = torch.randn(m, k, device="cpu").to(of_x), torch.zeros(n, device="cpu")
         out = _run(row, coding.layout(layout), x, coded, bias, torch.float32)
         weight, size = int4.dequantize(coded).to(of_x).double(), int4.magnitudes(coded).double()
@@ -93,7 +93,7 @@ def _worst_dots(row: dict[str, Any], layout: str) -> float:
     worst, coding = 0.0, int4.Coding(16, int4.table_in(layout), offsets=True)
     for kind, (m, k, n) in itertools.product(int4.ROW_KINDS, _SHAPES):
         x, nothing = torch.randn(m, k, device="cpu"), torch.zeros(n, device="cpu")
-        weight = int4.quantize_weight(torch.randn(n, k, device="cpu"), coding)
+        weight = grouping.quantize_weight(torch.randn(n, k, device="cpu"), coding)
         rows = _plans.RowQuantizer(kind)
         got = _run(row, coding.layout(layout), x, weight, nothing, torch.float32, rows=rows)
         u, scale = int4.quantize_rows(x, coding.group, kind)

@@ -11,7 +11,16 @@ from typing import Any, NoReturn
 import torch
 
 from fastlinear.cli import bench, check, info, inspect, tune
-from fastlinear.cli.options import DTYPES, UsageError, add_quantize, add_threads, to_batches, to_dtype, to_shapes
+from fastlinear.cli.options import (
+    DTYPES,
+    UsageError,
+    add_quantize,
+    add_threads,
+    check_max_isa,
+    to_batches,
+    to_dtype,
+    to_shapes,
+)
 from fastlinear.spec import activations
 
 SHAPES = "64x16x32,1x768x3072,16x768x3072,128x768x3072,1x1024x1024,16x1024x1024"
@@ -45,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = torch.get_num_threads()
     try:
+        check_max_isa()
         threads = getattr(options, "threads", None)
         torch.set_num_threads(threads if isinstance(threads, int) else before)
         code = int(options.run(options))

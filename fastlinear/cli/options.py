@@ -6,15 +6,17 @@ import argparse
 import os
 from pathlib import Path
 
+import fastlinear._environment as environment
+import fastlinear._kernels as _kernels
 import fastlinear._tensors as _tensors
 from fastlinear.plan import table
 from fastlinear.spec.schemes import Int4Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, Scheme
 
 SCHEMES: dict[str, Scheme] = {
     "int8": Int8Dynamic(),
-    "int8wo": Int8WeightOnly(),
+    "w8f": Int8WeightOnly(),
     "int4": Int4Dynamic(),
-    "int4wo": Int4WeightOnly(),
+    "w4f": Int4WeightOnly(),
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _tensors.FORMATS}
 
@@ -32,6 +34,13 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
 
 def add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=positive, help="threads of torch's pool (default: torch's own choice)")
+
+
+def check_max_isa() -> None:
+    try:
+        environment.check_max_isa(_kernels.isas(), severe=True)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_override() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
-from fastlinear.layer import embedding, experts, linear, mixture, packs, takeover
+from fastlinear.layer import embedding, experts, experts_frozen, linear, mixture, packs, takeover
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shelf import Shelf, shelve
@@ -79,7 +79,7 @@ def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool = False)
             linear.adopt(module, None, "lazy", name, _precision(record, dynamic), record)
 
 
-def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts.Frozen]:
+def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts_frozen.Frozen]:
     """The name of experts, and their packs, which are made one after the other; ValueError where one is no weight."""
     form: Any = mixture.form_of(module)
     own = [sources[f"{name}.{each}" if name else each] for each in experts.names_of(module)]
@@ -88,7 +88,7 @@ def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str
         second = _shelf(own[1], False, False)
     except ValueError as error:
         raise ValueError(f"its {name}: {error}") from error
-    return name, experts.Frozen(first, second, experts.dtype_of(module), (False, False), f"from {own[0].label}")
+    return name, experts_frozen.Frozen(first, second, experts.dtype_of(module), (False, False), f"from {own[0].label}")
 
 
 def _shelf(source: Source, interleaved: bool, gated: bool) -> Shelf:
@@ -111,10 +111,10 @@ def _precision(frozen: Frozen, dynamic: bool) -> Precision:
     return precision._replace(rows=Rows("groups") if dynamic and whole else None)
 
 
-def _become_experts(module: Any, name: str, frozen: experts.Frozen) -> None:
+def _become_experts(module: Any, name: str, frozen: experts_frozen.Frozen) -> None:
     coding = coding_of(frozen.first.packs[0])
     experts.adopt(module, "lazy", name, Precision(frozen.first.format, coding=coding))
-    experts.hold(module, frozen)
+    experts_frozen.hold(module, frozen)
 
 
 def _is_linear(each: Held) -> bool:

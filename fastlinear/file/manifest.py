@@ -1,6 +1,6 @@
 """What a frozen file says of its model, beside its tensors: JSON in the metadata, written and, with distrust, read.
 
-    {"schema": 1, "library": "0.1.0",
+    {"schema": 1, "library": "0.2.0",
      "layers": [{"name": "encoder.fc1", "n": 3072, "k": 768, "layout": "fp32/32x1", "panels": "encoder.fc1.packed",
                  ...}],
      "fused": [{"layer": "encoder.fc1", "holder": "encoder", "slot": "act"}],
@@ -41,7 +41,7 @@ from fastlinear.layer.shelf import bytes_of
 from fastlinear.plan import table
 from fastlinear.spec import int4, int8, programs
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
+from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of, present
 from fastlinear.spec.int4 import is_table
 from fastlinear.spec.int8 import BYTES, Requantize, Rows, is_scale, is_zero
 from fastlinear.spec.precision import epilogue, wanted
@@ -209,7 +209,7 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     optional = {"quantized": dict, "products": text, "experts": number, "interleaved": bool}
     kinds |= {key: optional[key] for key in optional if isinstance(raw, dict) and key in raw}
     _check_fields("a layer", raw, kinds)
-    layer = Layer(**raw)
+    layer = Layer(**raw | {key: present(raw[key]) for key in ("packed", "layout")})
     who = f"the layer {shown(layer.name)}"
     base = table.base(layer.layout)
     if base not in layouts:

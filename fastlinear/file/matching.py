@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlinear.file.manifest import Fused, Layer, Manifest, member, plain_names
 from fastlinear.file.safetensors import Contents, Entry, shown
-from fastlinear.layer import experts, linear, mixture
+from fastlinear.layer import experts, experts_frozen, linear, mixture
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
 from fastlinear.layer.shard import local
@@ -37,8 +37,8 @@ def tensors_of(model: nn.Module) -> Iterator[Held]:
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None and attribute == "weight" and is_frozen(module):
                 tensor = torch.empty(_weight_shape(module), dtype=dtype_of(module), device="meta")
-            if tensor is None and experts.are_frozen(module) and attribute in module.names:
-                tensor = experts.on_meta(module, attribute)
+            if tensor is None and experts_frozen.are_frozen(module) and attribute in module.names:
+                tensor = experts_frozen.on_meta(module, attribute)
             if tensor is not None and attribute != PLACEHOLDER:
                 kind = "transient" if attribute in module._non_persistent_buffers_set else "buffer"
                 kind = "parameter" if attribute in module._parameters else kind

@@ -20,7 +20,7 @@ from fastlinear.file import manifest, matching, safetensors
 from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check_channels, member
 from fastlinear.file.matching import Held, Match, tensors_of
 from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
-from fastlinear.layer import attention, experts, linear, packs
+from fastlinear.layer import attention, experts, experts_frozen, linear, packs
 from fastlinear.layer.embedding import is_packed
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import Frozen, hold, record_of
@@ -348,7 +348,9 @@ def _become_experts(module: Any, name: str, first: Layer, shelves: list[Shelf]) 
     else:
         experts.adopt(module, first.tune, name, precision)
     origin = "" if shelves[0].layout == first.layout else f"repacked from {first.layout}"
-    experts.hold(module, experts.Frozen(shelves[0], shelves[1], DTYPES[first.held], (False, False), origin))
+    experts_frozen.hold(
+        module, experts_frozen.Frozen(shelves[0], shelves[1], DTYPES[first.held], (False, False), origin)
+    )
 
 
 def _shelf(record: Layer, mapped: Mapped) -> Shelf:

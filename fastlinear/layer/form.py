@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import FP32
+from fastlinear.spec.formats import FP32, present
 from fastlinear.spec.int4 import spelling
 from fastlinear.spec.int8 import Requantize, Rows
 from fastlinear.spec.precision import Precision
@@ -56,7 +56,9 @@ class Form(NamedTuple):
         rows = Rows(self.rows, self.scale, self.zero, self.smooth) if self.rows else None
         out = None if self.out is None else Requantize(self.out, self.out_scale, self.out_zero)
         coding = spelling(self.coding) if self.coding else None
-        return Precision(self.packed or None, self.accumulate, rows, out, products=self.products, coding=coding)
+        return Precision(
+            present(self.packed) or None, self.accumulate, rows, out, products=self.products, coding=coding
+        )
 
     def fused(self) -> Activation | None:
         """The activation as a layer has it."""

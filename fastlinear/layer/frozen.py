@@ -38,6 +38,7 @@ from fastlinear.layer.shard import Shard
 from fastlinear.plan import table
 from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import gates
+from fastlinear.spec.formats import present
 from fastlinear.spec.precision import Precision
 
 _log = logging.getLogger("fastlinear")
@@ -150,7 +151,7 @@ def _packed_again(
     smooth: Tensor | None,
     gated: bool = False,
 ) -> Frozen:
-    packed = kind_of(gated)(weight, table.layout(packed_as), scale, zero)
+    packed = kind_of(gated)(weight, table.layout(present(packed_as)), scale, zero)
     return Frozen(packed, dtype, requires_grad, smooth=smooth)
 
 

@@ -11,7 +11,6 @@ from fastlinear.layer.frozen import is_frozen
 from fastlinear.layer.linear import FastLinear
 from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.schemes import Scheme
 
 _OF_ACTIVATION = {activation: gate for gate, activation in programs.GATES.items()}
 
@@ -19,27 +18,16 @@ _OF_ACTIVATION = {activation: gate for gate, activation in programs.GATES.items(
 class FastGatedLinear(FastLinear):
     """y = activation(x Wg^T + bg) * (x Wu^T + bu), the first half of a gated MLP (Shazeer 2020, arXiv:2002.05202).
 
-    activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "relu" (ReGLU), "sigmoid" (GLU), as for FastLinear.
+    activation: "silu" (SwiGLU), if none is given, "gelu" or "gelu_tanh" (GeGLU), "relu" (ReGLU), "sigmoid" (GLU).
     Input [..., in_features], output [..., out_features]. `weight` is [2 * out_features, in_features], the gate's rows
     first, and so is `bias`: that of one linear layer whose output is cut by chunk(2, -1). A pack has the channels in
     turns, so that a tile holds a gate and what it lets through, and half as many columns are written. All else is as in
     FastLinear. Raises ValueError for an activation that is no gate.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: object = "silu",
-        accumulate: str = "fp32",
-        products: torch.dtype | None = None,
-    ) -> None:
-        wish: Any = {"activation": activation, "accumulate": accumulate, "products": products}
-        super().__init__(in_features, 2 * out_features, bias, device, dtype, **wish)
+    @staticmethod
+    def _rows(out_features: int) -> int:
+        return 2 * out_features
 
     @staticmethod
     def _resolve(activation: object, epilogue: object) -> Activation | None:
@@ -52,15 +40,7 @@ class FastGatedLinear(FastLinear):
 
     @classmethod
     def from_linears(
-        cls,
-        gate: nn.Linear,
-        up: nn.Linear,
-        activation: object = "silu",
-        *,
-        dtype: torch.dtype | None = None,
-        accumulate: str = "fp32",
-        quantize: Scheme | None = None,
-        products: torch.dtype | None = None,
+        cls, gate: nn.Linear, up: nn.Linear, activation: object = "silu", **options: Any
     ) -> FastGatedLinear:
         """activation(gate(x)) * up(x), of a copy of their parameters; the options are those of `from_linear`, which
         takes one layer that has both, and shares its parameters. Raises TypeError or ValueError for layers that differ
@@ -83,7 +63,6 @@ class FastGatedLinear(FastLinear):
                     parts = [getattr(layer, name) for layer in (gate, up)]
                     setattr(both, name, nn.Parameter(torch.cat(parts), any(part.requires_grad for part in parts)))
         both.train(gate.training)
-        wish: Any = {"dtype": dtype, "accumulate": accumulate, "quantize": quantize, "products": products}
-        fast = cls.from_linear(both, activation, **wish)
+        fast = cls.from_linear(both, activation, **options)
         assert isinstance(fast, cls)
         return fast

@@ -78,8 +78,13 @@ class FastLinear(FastModule, nn.Linear):
     ) -> None:
         resolved = self._resolve(activation, epilogue)
         asked = wanted(None, accumulate, products=products)
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, self._rows(out_features), bias, device, dtype)
         _become_fast(self, resolved, "lazy", "", asked.of("", self.weight.dtype))
+
+    @staticmethod
+    def _rows(out_features: int) -> int:
+        """Of the weight."""
+        return out_features
 
     @staticmethod
     def _resolve(activation: object, epilogue: object) -> Activation | None:

@@ -34,7 +34,7 @@ from fastlinear.layer.form import FORM, SCHEMA, Form, arguments, key_of
 from fastlinear.layer.lookup import Layer, find, key_of_layer
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, name_of
+from fastlinear.spec.formats import DTYPES, name_of, present
 from fastlinear.spec.packed import numbers
 from fastlinear.spec.programs import is_gated
 
@@ -104,7 +104,7 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tens
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     form = Form(*rest)
-    packed = form.packed or name_of(weight.dtype)
+    packed = present(form.packed) or name_of(weight.dtype)
     key = key_of(weight.data_ptr(), form.fused(), form.transposed, form.precision())
     slot = (*key, packed)
     layer = find(slot, key, packed, weight, bias)
@@ -122,7 +122,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 
 
 def _unpack(panels: Tensor, layout: str, n: int, k: int) -> Tensor:
-    packed = _weights.Packed.over(panels.numpy(), layout, n, k)
+    packed = _weights.Packed.over(panels.numpy(), present(layout), n, k)
     return numbers(packed)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import fastlinear._fingerprints as _fingerprints
 import fastlinear._weights as _weights
+from fastlinear.layer import unpacked
 from fastlinear.plan import table
-from fastlinear.spec import gates, int4
+from fastlinear.spec import gates, grouping, int4
 from fastlinear.spec.formats import DTYPES
-from fastlinear.spec.int8 import Quantized, quantize_weight
+from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import Precision, is_same
 
 # (memory of the weight, whether it is transposed, layout, smoothing) -> what it was when it was packed, and its pack.
@@ -30,16 +31,13 @@ class GatedPacked(_weights.Packed):
         self,
         weight: Tensor,
         layout: str,
-        scale: Tensor | None = None,
-        zero: Tensor | None = None,
-        table: Tensor | None = None,
-        offset: Tensor | None = None,
-        supers: Tensor | None = None,
+        scale: Any = None,
+        zero: Any = None,
+        table: Any = None,
+        *groups: Tensor | None,
     ) -> None:
-        scale, zero, offset, supers = (
-            t if t is None else gates.interleave(t, layout) for t in (scale, zero, offset, supers)
-        )
-        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, offset, supers)
+        scale, zero, *rest = (t if t is None else gates.interleave(t, layout) for t in (scale, zero, *groups))
+        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, *rest)
 
     def unpack(self) -> Tensor:
         return gates.separate(super().unpack(), self.layout)
@@ -125,9 +123,9 @@ def _contents(dense: Tensor, precision: Precision) -> tuple[Any, ...]:
     if precision.packed in DTYPES:
         return (dense.to(DTYPES[precision.packed]),)
     if precision.coding is not None:
-        coded = int4.quantize_weight(dense, precision.coding)
+        coded = grouping.quantize_weight(dense, precision.coding)
         return coded.codes, *coded.contents()
-    quantized = quantize_weight(dense, precision.smooth)
+    quantized = unpacked.quantized(dense, precision.smooth)
     return quantized.values, quantized.scale, quantized.zero
 
 

@@ -13,6 +13,7 @@ import fastlinear._fingerprints as _fingerprints
 import fastlinear._plans as _plans
 import fastlinear._products as _products
 from fastlinear._engine import Engine
+from fastlinear.layer import unpacked
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.lock import lock
@@ -37,7 +38,7 @@ def watching(done: Callable[[Any], object]) -> Iterator[None]:
 
 
 def is_quantized(precision: Precision) -> bool:
-    """Whether the numbers of a pack are not those of a floating format, so that they cost as much to make again."""
+    """Whether the numbers of a pack are not those of a floating format."""
     return bool(precision.scheme) or precision.packed not in (None, *DTYPES)
 
 
@@ -58,9 +59,8 @@ def prepare(layer: Any, engine: Engine, packed_as: str, x: Tensor) -> bool:
             if layer._is_own(engine):
                 packed_as = layer._precision.packed or name_of(weight.dtype)
             precision = layer._precision_in(engine, packed_as)
-            # To quantize a weight takes as long for torch's ops as for a pack.
-            quantized = layer._is_own(engine) and is_quantized(precision)
-            if frozen is None and not engine.ready(weight) and not quantized:
+            left = not (layer._is_own(engine) and is_quantized(precision)) or unpacked.answers(precision)
+            if frozen is None and not engine.ready(weight) and left:
                 return False
             fingerprint = _fingerprints.Fingerprint(weight)
             packed = pack(weight, precision, layer._transposed, fingerprint=fingerprint, gated=layer._gated)

@@ -231,13 +231,13 @@ def _frozen(told: Found, asked: Wanted, name: str, held: torch.dtype, gated: boo
         frozen = Frozen(packed, held, origin=f"unpacked from {label} to {packed.format}", smooth=precision.smooth)
         return frozen, precision._replace(packed=None if packed.format == name_of(held) else packed.format)
     scheme = asked.scheme
-    frozen = over(weight, held, label, "int8wo" if scheme is None else scheme.packed, gated)
+    frozen = over(weight, held, label, "w8f" if scheme is None else scheme.packed, gated)
     products = asked.switched if asked.switched != FP32 else asked.everywhere.products
     rows = None if scheme is None else scheme.rows(name)
     return frozen, precision_of(frozen)._replace(rows=rows, products=products, accumulate=asked.everywhere.accumulate)
 
 
-def over(weight: Weight, held: torch.dtype, label: str, integers: str = "int8wo", gated: bool = False) -> Frozen:
+def over(weight: Weight, held: torch.dtype, label: str, integers: str = "w8f", gated: bool = False) -> Frozen:
     """Codes, or integers in the format `integers`, bit for bit, in the place of a Parameter of dtype `held`."""
     if isinstance(weight, Quantized):
         return Frozen(packs.pack_quantized(weight, integers, gated), held, origin=f"from {label}")

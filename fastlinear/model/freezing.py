@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastlinear.layer import experts
+from fastlinear.layer import experts, experts_frozen
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.form import address_of
 from fastlinear.layer.frozen import Freezable, is_frozen, thaw_layer
@@ -43,7 +43,7 @@ def freeze(model: Model) -> Model:
         freeze_layer(*tied)
     for module in mixtures:
         if module.why_unread() is None:  # type: ignore[operator]
-            experts.freeze(module)
+            experts_frozen.freeze(module)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what casts and copies took: up to a sixth
     if trim is not None:
         trim(0)
@@ -61,7 +61,7 @@ def unfreeze(model: Model) -> Model:
         if isinstance(module, Freezable):
             thaw_layer(module)
         elif experts.is_fast_experts(module):
-            experts.thaw(module)
+            experts_frozen.thaw(module)
     return model
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastlinear._engine as _engine
 import fastlinear._products as _products
+import fastlinear._timing as _timing
 from fastlinear.layer import linear
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.fusion import Absorbed
@@ -171,8 +171,8 @@ def _timed(names: dict[nn.Module, str]) -> Iterator[Times]:
             if linear.is_fast(layer) and not type(layer)._is_quick:  # type: ignore[attr-defined]
                 for hook in _hooks(name, times, {}):
                     stack.callback(hook(layer).remove)
-        stack.callback(_engine.tell_times, None)
-        _engine.tell_times(done)
+        stack.callback(_timing.tell_times, None)
+        _timing.tell_times(done)
         yield times
 
 

@@ -51,11 +51,13 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
             if not layer.plans:
                 continue
         joined = len(weights) > 1
-        one = Running(layer, name, ()) if known is None else Running(known, known._name if joined else name, (), joined)
-        if known is None:
-            one = grouped.get(layer, one)
-        one = found.get(one.layer, one)
-        found[one.layer] = one._replace(parts=(*one.parts, name))
+        running = Running(layer, name, ())
+        if known is not None:
+            running = Running(known, known._name if joined else name, (), joined)
+        else:
+            running = grouped.get(layer, running)
+        running = found.get(running.layer, running)
+        found[running.layer] = running._replace(parts=(*running.parts, name))
     return [*found.values()]
 
 

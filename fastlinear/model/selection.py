@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 import fastlinear._extras as _extras
-from fastlinear.layer import attention, experts, linear, takeover
+from fastlinear.layer import attention, experts, experts_frozen, linear, takeover
 from fastlinear.layer.fitness import conv1d, dtype_of, why_not
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.spec.formats import DTYPES, name_of
@@ -109,7 +109,7 @@ def choose(
         if is_fast(layer) and _is_already(layer, name, asked):
             return "already fast"
         of_experts = layer in mixtures
-        if experts.are_frozen(layer) if of_experts else is_frozen(layer):
+        if experts_frozen.are_frozen(layer) if of_experts else is_frozen(layer):
             return "frozen in another precision, which unfreeze makes room for"
         if layer in excluded:
             return f"excluded by {excluded[layer]}"
@@ -130,12 +130,12 @@ def choose(
             return f"an adapter of rank {rank} gains less than its tuning costs: name it in include to have it"
         rounds = asked.packed not in (None, name_of(dtype_of(layer)))
         if rounds and layer not in included:
-            what = DTYPES.get(asked.packed or "", asked.packed)
+            form = DTYPES.get(asked.packed or "", asked.packed)
             if name.split(".")[-1] == "lm_head":
-                return f"packing an lm_head as {what} is lossy: name it in include to have it"
+                return f"packing an lm_head as {form} is lossy: name it in include to have it"
             if len(uses[layer.weight]) > 1:
                 names = " and ".join(uses[layer.weight])
-                return f"packing a shared weight ({names}) as {what} is lossy: name the layer in include to have it"
+                return f"packing a shared weight ({names}) as {form} is lossy: name the layer in include to have it"
         return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
 
     reasons = {layer: reason(layer, names[0]) for layer, names in layers.items()}
@@ -159,8 +159,8 @@ def as_patterns(argument: str, patterns: Any) -> list[Pattern] | None:
     """`patterns` as a list; raises TypeError for anything but names, globs, module types and iterables of them."""
     if patterns is None:
         return None
-    one = isinstance(patterns, (str, type)) or not isinstance(patterns, Iterable)
-    several: list[Any] = [patterns] if one else list(patterns)
+    is_single = isinstance(patterns, (str, type)) or not isinstance(patterns, Iterable)
+    several: list[Any] = [patterns] if is_single else list(patterns)
     for pattern in several:
         if not isinstance(pattern, str) and not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
             raise TypeError(f"{argument} takes names, globs and nn.Module types, but was given {pattern!r}")

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlinear.layer import experts, takeover
+from fastlinear.layer import experts, experts_frozen, takeover
 from fastlinear.layer.fitness import features_of
 from fastlinear.layer.frozen import record_of
 from fastlinear.model.convert import stock_copy
@@ -89,7 +89,7 @@ def _weights(model: nn.Module, fast: set[str]) -> Share:
 
 def _of_frozen_experts(module: Any) -> Iterator[tuple[str, int]]:
     """Names and elements of the weights of frozen experts, which are no parameters any more."""
-    if experts.are_frozen(module):
+    if experts_frozen.are_frozen(module):
         for name, (n, k) in zip(module.names, module.shapes, strict=True):
             yield name, module.count * n * k
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fastlinear.plan.table import layout
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32
+from fastlinear.spec.precision import Precision
 from fastlinear.spec.programs import is_gated
 
 FROZEN = "none"  # what a frozen layer holds instead of a parameter of some format
@@ -80,3 +81,48 @@ def shape_of(key: str) -> tuple[int, int] | None:
     """The (n, k) of the weight that a `Problem.key` is about; None for other words."""
     found = re.search(r"/n(\d+)/k(\d+)/", key)
     return None if found is None else (int(found[1]), int(found[2]))
+
+
+class Packs(Protocol):
+    """One packed weight [n, k], or several of a kind."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+
+
+def asked_of(
+    packed: Packs,
+    precision: Precision,
+    m: int,
+    x: str,
+    threads: int,
+    *,
+    bias: bool,
+    activation: Activation | None,
+    held: str = FROZEN,
+    transposed: bool = False,
+) -> Problem:
+    """What a layer asks: for a bucket of m rows in the format `x`, on this weight, computed in `precision`."""
+    return Problem(
+        m=m,
+        n=packed.n,
+        k=packed.k,
+        x=x,
+        packed=packed.format,
+        held=held,
+        accumulate=precision.accumulate,
+        bias=bias,
+        activation=activation,
+        transposed=transposed,
+        threads=threads,
+        scheme=precision.scheme,
+        fallback=precision.fallback and held != FROZEN,
+        layout=packed.layout,
+        products=precision.products,
+    )

@@ -3,35 +3,59 @@ product (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009).
 
     seconds >= max(2 M N K / operations, bytes / bandwidth)
 
-Operations a second are those of the fastest kernel of a format on operands in the second-level caches; bandwidth is
-that of the fastest read of a weight by one row of x, from the caches and from memory. So the roof is what was reached
-once, not what a data sheet says, and it is measured on as many threads as the product runs on.
+Operations a second are those of a kernel that has its rows in L1 and its panels in L2 (`peak`); bandwidth is that of
+reading as many bytes from where they lie (`read_rate`). So the roof is what was reached once, not what a data sheet
+says, and it is measured on as many threads as the product runs on. `measure` has the roof of a format, for reports;
+benchmarks measure the two beside each of their products.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import fastlinear._cpu as _cpu
 import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
-import fastlinear._weights as _weights
-from fastlinear.plan import measuring, table
+from fastlinear.plan import measuring
 from fastlinear.plan.candidates import Chosen, native_candidates
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.plan.waits import Waits
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS
 
-_ROWS, _COLUMNS, _K = 192, 256, 512  # a thread's share: operands of 0.6 MB in fp32, which a second-level cache holds
-_LONG, _CACHED, _BEYOND = 1024, 256, 4096  # K, and columns a thread: 1 MB in fp32, and 16 MB that are evicted first
-_CALLS, _COLD_CALLS = 20, 2  # of each candidate, of which the fastest counts
-_SECONDS = 0.1  # at most, for all candidates
+AHEAD = (0, 512, 4096)  # bytes to prefetch: which is fastest depends on the level of the memory
+_LEAST_BYTES = 16 << 20  # to read between two looks at the clock
+_CACHED, _BEYOND = 1 << 20, 16 << 20  # bytes a thread: what a second-level cache holds, and what it does not
+_MANY = 512  # rows, columns and K of a product that all kernels are for
 _STOLEN = 0.1  # of the time, in which threads waited for others: what was measured is not believed
+
+
+def peak(kernels: Iterable[str], threads: int) -> float:
+    """Operations a second, two a multiply-add, of the fastest of these kernels on so many threads, or on one."""
+    return max(_products.peak(_plans.Plan(name, count)) for name in kernels for count in {1, threads})
+
+
+def memory_of(nbytes: int) -> Tensor:
+    """So many bytes, or up to a line more, to read."""
+    return torch.ones(-(-nbytes // 64) * 64, dtype=torch.uint8, device="cpu")
+
+
+def read_rate(memory: Tensor, threads: int, cold: bool = False, ahead: Sequence[int] = AHEAD) -> float:
+    """Bytes a second that so many threads read, each its share, again and again, or once from memory where it is cold;
+    of the fastest of ways to prefetch."""
+    passes = 1 if cold else max(2, _LEAST_BYTES // memory.nbytes)
+    best = 0.0
+    for each in ahead:
+        if cold:
+            _cpu.evict(memory.data_ptr(), memory.nbytes)
+        best = max(best, _products.read_rate(memory, threads, passes, each))
+    return best
 
 
 class Roofline(NamedTuple):
@@ -100,41 +124,10 @@ def measure(x: str, packed: str, threads: int) -> Roofline | None:
 
 
 def _measured(x: str, packed: str, threads: int) -> Roofline:
-    """The fastest product, and the bytes that one row of x reads a second, from the caches and from memory."""
-    with measuring.process.thorough(), measuring.process.turn("roofline"), torch.inference_mode():
-        seconds = _fastest(x, packed, threads, _ROWS, _COLUMNS * threads, _K)
-        cached, shared, memory = (
-            4 * columns * threads * _LONG / _fastest(FP32, FP32, threads, 1, columns * threads, _LONG, cold=cold)
-            for columns, cold in ((_CACHED, False), (_BEYOND, False), (_BEYOND, True))
-        )
-    return Roofline(packed, threads, 2 * _ROWS * _COLUMNS * threads * _K / seconds, cached, shared, memory)
-
-
-def _fastest(of_x: str, packed: str, threads: int, m: int, n: int, k: int, *, cold: bool = False) -> float:
-    """Seconds of the fastest call of any kernel on so many threads."""
     whole = packed in PRODUCTS
-    weight = _weight(packed, n, k)
-    problem = Problem(m, n, k, of_x, packed, FROZEN, FP32, False, None, False, threads, "symmetric" * whole)
-    rows = _plans.RowQuantizer("symmetric") if whole else None
-    x, nothing = torch.ones(m, k, dtype=DTYPES[of_x], device="cpu"), _plans.Epilogue(())
-    out, best, end = torch.empty(m, n, dtype=x.dtype, device="cpu"), math.inf, time.perf_counter() + _SECONDS
-    for plan in native_candidates(problem):
-        if plan.plan_threads != threads or plan.k_slices > 1:
-            continue
-        runs = _plans.Plan(plan.name, threads)
-        for _ in range(_COLD_CALLS if cold else _CALLS):
-            if cold:
-                _cpu.evict(weight.data.data_ptr(), weight.data.nbytes)
-            began = time.perf_counter()
-            _products.run(weight, runs, nothing, x, None, out, rows)
-            best = min(best, time.perf_counter() - began)
-            if time.perf_counter() > end:
-                return best
-    return best
-
-
-def _weight(packed: str, n: int, k: int) -> _weights.Packed:
-    if packed in DTYPES:
-        return _weights.Packed(torch.ones(n, k, dtype=DTYPES[packed], device="cpu"), table.layout(packed))
-    ones = torch.ones(n, k, dtype=torch.int8, device="cpu")
-    return _weights.Packed(ones, table.layout(packed), torch.ones(n, device="cpu"))
+    problem = Problem(_MANY, _MANY, _MANY, x, packed, FROZEN, FP32, False, None, False, threads, "symmetric" * whole)
+    with measuring.process.thorough(), measuring.process.turn("roofline"):
+        operations = peak(dict.fromkeys(plan.name for plan in native_candidates(problem)), threads)
+        near, far = (memory_of(nbytes * threads) for nbytes in (_CACHED, _BEYOND))
+        cached, shared, beyond = (read_rate(m, threads, cold) for m, cold in ((near, False), (far, False), (far, True)))
+    return Roofline(packed, threads, operations, cached, shared, beyond)

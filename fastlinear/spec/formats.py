@@ -17,6 +17,13 @@ PRODUCTS = {row["format"] for row in _kernels.rows()} - {  # weights that these 
     row["format"] for row in _kernels.rows() if row["rows"] not in INTEGER_ROWS
 }
 DTYPES = {name: dtype for dtype, name in _tensors.FORMATS.items()}
+FORMERLY = {"int8wo": "w8f"}  # in version 0.1: its files, pickles and exported programs have these
+
+
+def present(name: str) -> str:
+    """What a format, or a layout of it, is called today."""
+    form, slash, sizes = name.partition("/")
+    return FORMERLY.get(form, form) + slash + sizes
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ import fastlinear._plans as _plans
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of
+from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of, present
 from fastlinear.spec.int4 import Coding
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.programs import steps_of
@@ -55,6 +55,10 @@ class Precision(NamedTuple):
         if x in BYTES:
             return self.rows is not None and self.rows.kind == "static"
         return x in _tensors.FORMATS and (x is torch.float32 or self.packed != FP32)
+
+    def present(self) -> Precision:
+        """The same, where an older version pickled it."""
+        return self if self.packed is None else self._replace(packed=present(self.packed))
 
     def under(self, dtype: torch.dtype) -> str:
         """The format of the packed weight under autocast to `dtype`, which integers are deaf to."""

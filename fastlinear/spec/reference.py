@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastlinear._tensors as _tensors
-from fastlinear.spec import gates, int4, programs
+from fastlinear.spec import gates, grouping, int4, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32
 from fastlinear.spec.int8 import BYTES, dequantize_rows, handed_on, quantize_channels, quantize_rows, requantize
@@ -95,8 +95,8 @@ class Reference(NamedTuple):
             dtype = DTYPES[packed]
             return w if w.dtype is dtype else _straight_through(_as(w.detach().to(dtype), wide), _as(w, wide))
         if (coding := self.precision.coding) is not None:
-            codes, of_groups, *offset = int4.quantize_channels(w.detach(), coding)
-            table = int4.table_of(coding, w) if coding.table else None
+            codes, of_groups, *offset = grouping.quantize_channels(w.detach(), coding)
+            table = grouping.table_of(coding, w) if coding.table else None
             stands_for = int4.dequantize(int4.Coded(codes, of_groups, table, coding.group, *offset))
             return _straight_through(_as(stands_for, wide), _as(w, wide))
         if packed not in _tensors.PACKED:  # it is used as it is held

@@ -108,7 +108,7 @@ class Int8Dynamic(Scheme):
 class Int8WeightOnly(Scheme):
     """int8 weights, multiplied by inputs in floating point: a quarter of the memory, and of the time to read it."""
 
-    packed = "int8wo"
+    packed = "w8f"
 
 
 @dataclass(frozen=True)

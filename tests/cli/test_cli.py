@@ -214,7 +214,7 @@ def test_bench_in_16_bits(dtype: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert f" {dtype}, activation relu" in text and re.search(r"^3x8x8 .* (torch|bf16|fp16)/", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8wo"])
+@pytest.mark.parametrize("scheme", ["int8", "w8f"])
 def test_bench_and_tune_in_int8(scheme: str, user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--quantize packs the weights in 8 bits, on which kernels of theirs run."""
     assert cli.main(["bench", "--shapes", "3x8x8", "--dtype", "bfloat16", "--quantize", scheme]) == 0

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import fastlinear
 import fastlinear._products as _products
 from fastlinear import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
-from fastlinear.spec import activations, int4
+from fastlinear.spec import activations, grouping, int4
 from fastlinear.spec.int8 import (
     TINY,
     dequantize,
@@ -207,7 +207,7 @@ def numbers(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if precision.packed is None:
         pass
     elif precision.coding is not None:
-        weight = int4.dequantize(int4.quantize_weight(weight, precision.coding))
+        weight = int4.dequantize(grouping.quantize_weight(weight, precision.coding))
     elif precision.packed.startswith("int8"):
         weight = dequantize(quantize_weight(weight, precision.smooth))
     else:

@@ -19,6 +19,7 @@ import fastlinear._fingerprints as _fingerprints
 import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
+from fastlinear.layer import unpacked
 from fastlinear.layer.linear import FastLinear
 from fastlinear.layer.planning import prepare
 from fastlinear.plan import rivals
@@ -410,16 +411,77 @@ def test_two_weights_in_turn() -> None:
         assert fast._engine.packed is not None
 
 
-def test_a_quantized_weight_that_keeps_changing_keeps_its_numbers() -> None:
-    """torch's op would compute other numbers: such a layer is packed at each change."""
-    stock = nn.Linear(K, N).eval()
-    fast, x = OFF(stock, quantize=fastlinear.Int8Dynamic()), torch.randn(5, K)
-    with torch.no_grad():
-        for _ in range(5):
+def smoothed(stock: nn.Module, x: Tensor) -> fastlinear.Calibration:
+    return fastlinear.calibrate(stock, [x, x * torch.linspace(0.1, 9, K)], smooth=0.5)
+
+
+QUANTIZED = {
+    "dynamic": lambda stock, x: fastlinear.Int8Dynamic(),
+    "asymmetric": lambda stock, x: fastlinear.Int8Dynamic(asymmetric=True),
+    "smoothed": lambda stock, x: fastlinear.Int8Dynamic(calibration=smoothed(stock, x)),
+    "static": lambda stock, x: fastlinear.Int8Static(fastlinear.calibrate(stock, [x])),
+    "weight-only": lambda stock, x: fastlinear.Int8WeightOnly(),
+    "4 bits": lambda stock, x: fastlinear.Int4Dynamic(),
+}
+
+
+@pytest.mark.parametrize("multiplies", [True, False], ids=["", "no exact product of torch's"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("scheme", QUANTIZED)
+@torch.no_grad()
+def test_a_quantized_weight_that_keeps_changing_keeps_its_numbers(
+    scheme: str, kind: type[nn.Module], multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of int8 each answer has the bits that a pack would give, before the activation, but is given without one; sums
+    that are no integers may be summed up in another order. Weights of 4 bits are packed at each change."""
+    monkeypatch.setattr(unpacked, "_multiplies", lambda: multiplies)
+    layer = nn.Linear(K, N) if kind is nn.Linear else Conv1D(N, K)
+    stock, x = nn.Sequential(layer).eval(), torch.randn(3, 5, K)
+    how = {"quantize": QUANTIZED[scheme](stock, x[0])}
+    fast, packs, real = OFF(stock, **how), [], _weights.Packed
+    fast(x)
+    for i in range(30):
+        stock[0].weight.mul_(1.1)
+        rows = x.to(torch.bfloat16) if i % 3 == 2 else x
+        with monkeypatch.context() as patch:
+            patch.setattr(_weights, "Packed", lambda *args: packs.append(args) or real(*args))
+            y = fast(rows)
+        again = OFF(copy.deepcopy(stock), **how)(rows)
+        assert y.dtype is rows.dtype and (rows is not x or not torch.equal(y, stock(x)))
+        if scheme == "weight-only":
+            torch.testing.assert_close(y, again)
+        else:
+            assert torch.equal(y, again), i
+    changing = fast[0]._elsewhere.get(_reasons.CHANGING, 0)
+    assert (len(packs), changing) == ((30, 0) if scheme == "4 bits" else (1, 29))
+    for _ in range(10):
+        y = fast(x)
+    assert fast[0]._engine.fresh(fast[0]) and torch.equal(y, OFF(copy.deepcopy(stock), **how)(x))
+
+
+def test_gradients_of_a_quantized_weight_that_keeps_changing() -> None:
+    """Are those through the numbers that are multiplied, as of a pack."""
+    stock, x = nn.Linear(K, N).eval(), torch.randn(5, K)
+    fast = OFF(stock, quantize=fastlinear.Int8Dynamic())
+    for _ in range(12):
+        with torch.no_grad():
             stock.weight.mul_(1.1)
-            y = fast(x)
-            again = OFF(stock, quantize=fastlinear.Int8Dynamic())
-            assert torch.equal(y, again(x)) and not torch.equal(y, stock(x))
+        again = OFF(copy.deepcopy(stock), quantize=fastlinear.Int8Dynamic())
+        got, want = (torch.autograd.grad(each(x).square().sum(), tuple(each.parameters())) for each in (fast, again))
+        torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
+def test_no_number_in_a_quantized_weight_that_keeps_changing() -> None:
+    """Is refused as it would be in a pack."""
+    stock, x = nn.Linear(K, N).eval(), torch.randn(5, K)
+    fast = OFF(stock, quantize=fastlinear.Int8WeightOnly())
+    for _ in range(5):
+        stock.weight.mul_(1.1)
+        fast(x)
+    stock.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"nan \(at \[3, 4\]\) cannot be quantized to int8"):
+        fast(x)
 
 
 def test_tune_packs_what_kept_changing() -> None:

@@ -11,7 +11,7 @@ import torch
 import fastlinear
 from fastlinear import FastExperts
 from fastlinear.file import inspection, safetensors
-from fastlinear.layer import experts
+from fastlinear.layer import experts_frozen
 
 E, K, HIDDEN = 3, 40, 27
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -19,7 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"packed": torch.bfloat16},
     "products": {"products": torch.bfloat16},
     "int8": {"quantize": fastlinear.Int8Dynamic(asymmetric=True)},
-    "int8wo": {"quantize": fastlinear.Int8WeightOnly()},
+    "w8f": {"quantize": fastlinear.Int8WeightOnly()},
     "int4": {"quantize": fastlinear.Int4Dynamic()},
     "oai": {"activation": ("swiglu_oai", 1.5, 5.0)},
 }
@@ -50,7 +50,7 @@ def test_round_trip(options: dict[str, Any], frozen: bool, tmp_path: Path) -> No
     fastlinear.save(model, path)
     told = made(**{k: v for k, v in options.items() if k == "activation"})
     loaded = fastlinear.load(path, told)
-    assert experts.are_frozen(loaded[0]) and torch.equal(loaded[0](*given()), y)
+    assert experts_frozen.are_frozen(loaded[0]) and torch.equal(loaded[0](*given()), y)
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert loaded[0].dtypes == model[0].dtypes and not loaded[0]._elsewhere
     assert torch.equal(fastlinear.load(path, fastlinear.freeze(made(**options)))[0](*given()), y)
@@ -123,7 +123,7 @@ def test_lies_are_refused(lie: Any, tmp_path: Path) -> None:
     before = copy.deepcopy(model)
     with pytest.raises(fastlinear.FormatError):
         fastlinear.load(path, model)
-    assert not experts.are_frozen(model[0])
+    assert not experts_frozen.are_frozen(model[0])
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
     assert safetensors.read(path).entries

@@ -113,7 +113,7 @@ def foreign_layouts(packed: str) -> list[str]:
 def test_a_foreign_layout_is_repacked(path: Path, layout: str, zeros: bool) -> None:
     """It is this machine's layout afterwards, with the very integers, scales and zero points."""
     packed = layout.split("/")[0]
-    if zeros and packed == "int8wo":
+    if zeros and packed == "w8f":
         return  # which has none
     weight, scheme = theirs(zeros), next(s for s in Int8Dynamic.__mro__[1].__subclasses__() if s.packed == packed)()
     elsewhere = nn.Sequential(nn.Linear(K, N)).eval()
@@ -242,7 +242,7 @@ def lies() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
             lambda s: s.update(packed="fp32", layout=table.layout("fp32")),
             "packed in fp32, and quantized by",
         ),
-        "weight-only": (lambda s: s.update(packed="int8wo", layout=table.layout("int8wo")), "packed in int8wo, and"),
+        "weight-only": (lambda s: s.update(packed="w8f", layout=table.layout("w8f")), "packed in w8f, and"),
         "too many columns": (lambda s: s.update(k=_weights.dot_limit() + 1), "that a sum of integers holds"),
     }
 

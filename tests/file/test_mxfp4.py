@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastlinear
-from fastlinear.layer import experts
+from fastlinear.layer import experts_frozen
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,7 +69,7 @@ def test_bits_are_kept(tmp_path: Path) -> None:
     fast = fastlinear.load_quantized(tmp_path / "model", on_meta())
     for own, theirs in zip(fast.model.layers, stock.model.layers, strict=True):
         mixture = own.mlp.experts
-        assert experts.are_frozen(mixture) and mixture.packed_as == "int4"
+        assert experts_frozen.are_frozen(mixture) and mixture.packed_as == "int4"
         assert mixture._frozen_experts.first.layout.endswith(":32:e8m0")
         for name in ("gate_up_proj", "down_proj"):
             assert torch.equal(getattr(mixture, name), getattr(theirs.mlp.experts, name))

@@ -152,7 +152,7 @@ def test_the_table_pairs_the_formats() -> None:
     integer products, and those that multiply bf16 take int8 in bf16; in all, each format of x meets each 16-bit
     weight."""
     formats = list(_tensors.PACKED)
-    assert formats == [*_tensors.FORMATS.values(), "int8wo", "int8"] == ["fp32", "bf16", "fp16", "int8wo", "int8"]
+    assert formats == [*_tensors.FORMATS.values(), "w8f", "int8"] == ["fp32", "bf16", "fp16", "w8f", "int8"]
     table = _kernels.kernels()
     for kernel in table:
         assert kernel["reads"][0] == kernel["layout"] and len(set(kernel["reads"])) == len(kernel["reads"])
@@ -164,7 +164,7 @@ def test_the_table_pairs_the_formats() -> None:
         assert integers == (kernel["accumulate"] == "int32")
         widens = {layout.split("/")[0] for layout in kernel["reads"][1:]}
         pairs = kernel["format"] == kernel["rows"] == "bf16"
-        others = set(formats[1:-1]) if kernel["format"] == "fp32" else {"int8wo"} if pairs else set()
+        others = set(formats[1:-1]) if kernel["format"] == "fp32" else {"w8f"} if pairs else set()
         assert widens - GROUPED == others
         whole_panels = bool(others) and kernel["columns"] % 32 == 0
         assert widens & GROUPED == (GROUPED if whole_panels else set()), kernel["name"]

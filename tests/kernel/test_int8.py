@@ -138,7 +138,7 @@ def test_the_limit_of_k() -> None:
                 Packed(too_long, layout, torch.ones(1), zero)
         with pytest.raises(ValueError, match="at most 65793"):
             _weights.packed_nbytes(layout, 1, 65794)
-    Packed(torch.zeros(1, 70000, dtype=torch.int8), "int8wo/16x1", torch.ones(1))
+    Packed(torch.zeros(1, 70000, dtype=torch.int8), "w8f/16x1", torch.ones(1))
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_layers_in_a_chain(kernel: Kernel, dtype: torch.dtype) -> None:
 
 # ---- weights alone ---------------------------------------------------------------------------------------------------
 
-WEIGHT_ONLY = [kernel for kernel in native.FLOATING if kernel["format"] == "int8wo"]
+WEIGHT_ONLY = [kernel for kernel in native.FLOATING if kernel["format"] == "w8f"]
 
 
 def weight_only(kernel: Kernel, x: Tensor, q: Quantized, b: Tensor | None, steps: Steps = (), **how: Any) -> Tensor:
@@ -367,7 +367,7 @@ M, N, K = 5, 37, 10
 INTEGER = next(k for k in native.INTEGER if k["runnable"])
 PLAIN = next(k for k in native.RUNNABLE if k["own"] == "fp32")
 LAYOUT, VALUES, ONES = INTEGER["layout"], torch.ones(N, K, dtype=torch.int8), torch.ones(N)
-ALONE = next(k["layout"] for k in native.RUNNABLE if k["format"] == "int8wo")
+ALONE = next(k["layout"] for k in native.RUNNABLE if k["format"] == "w8f")
 
 
 def product(**changed: Any) -> None:

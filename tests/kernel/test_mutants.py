@@ -43,7 +43,7 @@ SCALAR, BF16, PAIRS, HALVES, VEC, TILES = (
 TALL = "fp32/avx512/14x32"
 TALL_BF16, TALL_PAIRS, WIDENING = "bf16/avx512/14x32", "bf16/avx512_bf16/14x32", "fp32/avx512/14x32 on bf16/32x2"
 TILED, TILED_BYTES = "bf16/amx/32x32", "int8/amx/16x64"
-PAIRING = "bf16/avx512_bf16/14x32 on int8wo/32x1"
+PAIRING = "bf16/avx512_bf16/14x32 on w8f/32x1"
 
 WORDS, QUADS, BYTES = "int8/avx512/6x32", "int8/avx512_vnni/14x32", "int8/scalar/4x8"
 INTEGERS = [

@@ -208,7 +208,7 @@ def test_integers_meet_operands(kernel: Kernel, form: str) -> None:
     torch.manual_seed(0)
     x, w, b = torch.randn(M, K), torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.randn(N)
     packed, plan = native.pack(w, kernel["layout"], torch.rand(N) + 0.5), _plans.Plan(kernel["name"])
-    rows = None if kernel["layout"].startswith("int8wo") else _plans.RowQuantizer("asymmetric")
+    rows = None if kernel["layout"].startswith("w8f") else _plans.RowQuantizer("asymmetric")
     bare, y = torch.full((2, M, N), torch.nan)
     _products.run(packed, plan, _plans.Epilogue(), x, b, bare, rows)
     for dtype in native.FLOATS:

@@ -44,7 +44,7 @@ def beside(layout: str, n: int) -> dict[str, Tensor]:
     """What a weight of n channels in this layout may have beside its values, with all kinds of numbers."""
     scale, zero = torch.rand(n), torch.randint(-128, 128, (n,), dtype=torch.int32)
     zero[:1] = 127  # there is one, where there are channels
-    named = {"int8": {"scale": scale, "zero": zero}, "int8wo": {"scale": scale}}
+    named = {"int8": {"scale": scale, "zero": zero}, "w8f": {"scale": scale}}
     return named.get(layout.split("/")[0], {})
 
 
@@ -60,7 +60,7 @@ def test_every_bit_comes_back(layout: str, dtype: torch.dtype, nr: int, kr: int)
         packed = Packed(w, layout, **channels)
         assert (packed.n, packed.k, packed.layout) == (n, k, layout)
         assert (packed.dtype, packed.format) == (dtype, layout.split("/")[0])
-        padded, arrays = math.ceil(n / nr) * nr, {"int8": 3, "int8wo": 1}.get(packed.format, 0)
+        padded, arrays = math.ceil(n / nr) * nr, {"int8": 3, "w8f": 1}.get(packed.format, 0)
         in_panels = dtype.itemsize * padded * math.ceil(k / kr) * kr
         assert packed.nbytes == packed.data.nbytes == in_panels + 4 * arrays * padded
         assert packed.nbytes == _weights.packed_nbytes(layout, n, k)

@@ -15,7 +15,7 @@ import fastlinear._environment as environment
 import fastlinear._experts as _experts
 import fastlinear._plans as _plans
 from fastlinear import FastExperts
-from fastlinear.layer import experts
+from fastlinear.layer import experts, experts_frozen
 from fastlinear.layer.packs import pack_apart
 from fastlinear.plan import table
 from fastlinear.spec.experts import Form, computed, spelling_of
@@ -31,7 +31,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "products": {"products": torch.bfloat16},
     "int8": {"quantize": fastlinear.Int8Dynamic()},
     "int8 asymmetric": {"quantize": fastlinear.Int8Dynamic(asymmetric=True)},
-    "int8wo": {"quantize": fastlinear.Int8WeightOnly()},
+    "w8f": {"quantize": fastlinear.Int8WeightOnly()},
     "int4": {"quantize": fastlinear.Int4WeightOnly(group=16)},
     "mxfp4": {"quantize": fastlinear.Int4WeightOnly(table="fp4")},
     "int4 dynamic": {"quantize": fastlinear.Int4Dynamic()},
@@ -292,18 +292,18 @@ def test_copies_and_frozen_weights(options: dict[str, Any]) -> None:
         fastlinear.freeze(module)
         for twin in (copied, unpickled, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(twin(*given), y) and list(twin.state_dict()) == names
-        assert experts.are_frozen(pickle.loads(pickle.dumps(module))) and list(module.state_dict()) == names
+        assert experts_frozen.are_frozen(pickle.loads(pickle.dumps(module))) and list(module.state_dict()) == names
         other = made(**options)
         other.load_state_dict(module.state_dict())
         torch.testing.assert_close(other(*given), y, rtol=3e-2, atol=2e-2)
         frozen = copy.deepcopy(module)
         module.load_state_dict(other.state_dict())
-        assert not experts.are_frozen(module) and torch.equal(module.down_proj, other.down_proj)
+        assert not experts_frozen.are_frozen(module) and torch.equal(module.down_proj, other.down_proj)
         frozen.down_proj.mul_(2.0)  # of what is lent
-        assert not experts.are_frozen(frozen)
+        assert not experts_frozen.are_frozen(frozen)
         torch.testing.assert_close(frozen.down_proj, 2 * other.down_proj)
         fastlinear.freeze(other)
-        assert not experts.are_frozen(other.double()) and other.down_proj.dtype is torch.float64
+        assert not experts_frozen.are_frozen(other.double()) and other.down_proj.dtype is torch.float64
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])

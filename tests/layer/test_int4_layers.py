@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear import FastLinear, Int4Dynamic, Int4WeightOnly
-from fastlinear.spec import int4
+from fastlinear.spec import grouping, int4
 
 SCHEMES = [
     Int4WeightOnly(),
@@ -39,7 +39,7 @@ def rounded(model: nn.Sequential, scheme: Int4WeightOnly) -> nn.Sequential:
     """The stock model with the numbers of its weights as codes have them."""
     model = copy.deepcopy(model)
     for layer in (model[0], model[2]):
-        layer.weight.data = int4.dequantize(int4.quantize_weight(layer.weight, scheme.coding()))
+        layer.weight.data = int4.dequantize(grouping.quantize_weight(layer.weight, scheme.coding()))
     return model
 
 
@@ -120,7 +120,7 @@ def test_integer_products_are_one_set_of_numbers(scheme: Int4Dynamic, m: int, tm
     the quantized inputs and weight; gradients are those of them. No plan is of floats."""
     model, x = stock()[:1], torch.randn(m, K)
     fast = OFF(model, quantize=scheme)
-    coded, kind = int4.quantize_weight(model[0].weight, scheme.coding()), scheme.rows("").kind
+    coded, kind = grouping.quantize_weight(model[0].weight, scheme.coding()), scheme.rows("").kind
     want = int4.linear(x, coded, kind) + model[0].bias
     frozen = fastlinear.freeze(copy.deepcopy(fast))
     fastlinear.save(frozen, tmp_path / "frozen")
@@ -148,7 +148,7 @@ def _rows_of(kernel: str) -> str:
 def test_integer_products_err_by_eight_bits_of_a_group() -> None:
     """One large input costs the others of its group their precision, by_row all of its row."""
     model, x = nn.Linear(256, 64, bias=False).eval(), torch.randn(4, 256)
-    exact = int4.dequantize(int4.quantize_weight(model.weight, Int4Dynamic().coding()))
+    exact = int4.dequantize(grouping.quantize_weight(model.weight, Int4Dynamic().coding()))
     with torch.inference_mode():
         error = [(OFF(model, quantize=Int4Dynamic(by_row=row))(x) - x @ exact.t()).norm() for row in (False, True)]
         assert error[0] < error[1] < 0.02 * float((x @ exact.t()).norm())

@@ -192,7 +192,7 @@ def test_wishes_beside_it() -> None:
     x = torch.randn(40, 64)
     only = OFF(model, quantize=fastlinear.Int8WeightOnly(), products=BF16)
     assert torch.equal(only(x), only(x.bfloat16().float())) and not torch.equal(only(x), model(x))
-    assert "int8wo, bfloat16 products" in repr(only[0])
+    assert "w8f, bfloat16 products" in repr(only[0])
     head = OFF(nn.ModuleDict({"fc": nn.Linear(8, 8), "lm_head": nn.Linear(8, 8)}), products=BF16)
     assert not linear.is_fast(head["lm_head"]) and "lossy" in str(fastlinear.report(head)[1].reason)
     options = {"products": BF16, "tune": "off"}

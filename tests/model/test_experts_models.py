@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
-from fastlinear.layer import experts
+from fastlinear.layer import experts, experts_frozen
 
 transformers = pytest.importorskip("transformers")
 
@@ -131,7 +131,7 @@ def test_every_form(flags: tuple[bool, ...]) -> None:
     torch.testing.assert_close(fast(x, ids, weights), stock(x, ids, weights))
     assert not fast._elsewhere
     names = list(fast.state_dict())
-    experts.freeze(fast)
+    experts_frozen.freeze(fast)
     torch.testing.assert_close(fast(x, ids, weights), stock(x, ids, weights))
     state = stock.state_dict()
     assert list(fast.state_dict()) == names == list(state)

@@ -8,7 +8,7 @@ from models import OFF, Model, mlp
 from torch import nn
 
 import fastlinear
-import fastlinear._engine as _engine
+import fastlinear._timing as _timing
 from fastlinear import Int8Dynamic, Int8Static
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import is_frozen
@@ -122,12 +122,12 @@ def test_timing_leaves_layers_fused() -> None:
         fast(x)  # the first call after Dynamo ran may go to the activation itself
     calls: list[str] = []
     fast.act._apply_original = lambda x: calls.append("original")
-    _engine.tell_times(lambda layer, seconds: calls.append(layer._name))
+    _timing.tell_times(lambda layer, seconds: calls.append(layer._name))
     try:
         with torch.no_grad():
             y = fast(x)
     finally:
-        _engine.tell_times(None)
+        _timing.tell_times(None)
     assert calls == ["up", "down", "twice", "twice"]
     torch.testing.assert_close(y, fast(x))
 

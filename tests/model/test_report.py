@@ -117,7 +117,7 @@ def test_table() -> None:
         entry(
             "b" * 200,
             answer(16384, "bf16/avx512_bf16/14x128", "tuned", 123.456, "uint8", "int8"),
-            dtype="bfloat16 as int8wo",
+            dtype="bfloat16 as w8f",
             quality=Quality(41.5, 138.2),
             frozen=True,
         ),
@@ -141,14 +141,14 @@ def test_errors_and_refusals() -> None:
             entry(f"layer.{i}.fc", *runs, dtype="float32 as int8", activation=None, quality=Quality(40.0 - i, 30.4 + i))
             for i in range(3)
         ]
-        + [entry("head", answer(8, "int8wo/avx512/6x64", "cache"), dtype="float32 as int8wo", quality=Quality(39.9))]
+        + [entry("head", answer(8, "w8f/avx512/6x64", "cache"), dtype="float32 as w8f", quality=Quality(39.9))]
         + [entry("stock", answer(8, "fp32/avx512/6x64", "cache"))]
     )
     lines = [" ".join(line.split()) for line in str(table).splitlines()]
     assert lines[0] == "layer n in x out weight dB activation M x runs on speed-up MiB"
     assert lines[2] == "layer.*.fc 3 768x3072 fp32 as int8 38/30 8 fp32 int8/avx512_vnni/6x64 27.00"
     assert lines[3:5] == ["32 fp32 fp32/avx512/14x32 1.50x", "(int8 refused)"]
-    assert lines[5] == "head 1 768x3072 fp32 as int8wo 40 gelu 8 fp32 int8wo/avx512/6x64 9.00"
+    assert lines[5] == "head 1 768x3072 fp32 as w8f 40 gelu 8 fp32 w8f/avx512/6x64 9.00"
     assert lines[6] == "stock 1 768x3072 fp32 gelu 8 fp32 fp32/avx512/6x64 9.00" and "dB: signal" in str(table)
 
 

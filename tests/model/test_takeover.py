@@ -265,7 +265,7 @@ def test_what_inputs_become() -> None:
         assert not fastlinear.report(fast)[0].frozen and reason in str(fastlinear.report(fast)[0].reason)
         assert type(fast[3]) is fastlinear.FastLinear
     fast = fastlinear.convert(around(quantized("fp8")[1]), quantize=fastlinear.Int8WeightOnly())
-    assert fast[1]._frozen.packed.format == "int8wo"  # of fp8 that has no kernels of its own
+    assert fast[1]._frozen.packed.format == "w8f"  # of fp8 that has no kernels of its own
 
 
 # ---- what is left alone ----

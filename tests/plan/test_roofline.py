@@ -30,8 +30,8 @@ class Waiting:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small operands, and nothing known from before."""
-    for name, value in {"_ROWS": 8, "_K": 16, "_LONG": 64, "_BEYOND": 64, "_CACHED": 32, "_CALLS": 1}.items():
+    """Little memory, and nothing known from before."""
+    for name, value in {"_MANY": 8, "_BEYOND": 1 << 14, "_CACHED": 1 << 12, "_LEAST_BYTES": 1 << 16}.items():
         monkeypatch.setattr(roofline, name, value)
     monkeypatch.setattr(roofline, "_known", {})
     monkeypatch.setattr(roofline, "Waits", Waiting)
@@ -46,7 +46,7 @@ def test_every_format_has_a_roof(packed: str) -> None:
         roof is not None and min(roof.operations, roof.cached, roof.shared, roof.memory) > 0 and roof.packed == packed
     )
     assert roofline.measure(x, packed, 1) is roof
-    assert roofline.measure("fp32", "int8wo", 1) == roofline.measure("fp32", "fp32", 1)
+    assert roofline.measure("fp32", "w8f", 1) == roofline.measure("fp32", "fp32", 1)
 
 
 def test_a_busy_machine_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

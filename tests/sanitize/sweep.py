@@ -17,7 +17,7 @@ import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.cli import check
-from fastlinear.spec import int4
+from fastlinear.spec import grouping, int4
 from fastlinear.spec.formats import INTEGER_ROWS
 from fastlinear.spec.int8 import KINDS, Rows
 
@@ -68,7 +68,7 @@ def attention(isa: str, draw: random.Random) -> None:
 
 def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Packed:
     coding = int4.Coding(draw.choice((16, 32, 128)), int4.table_in(layout), offsets=draw.random() < 0.5)
-    codes = int4.quantize_weight(weight, coding)
+    codes = grouping.quantize_weight(weight, coding)
     return _weights.Packed(codes.codes, coding.layout(layout), *codes.contents())
 
 

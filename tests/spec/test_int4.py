@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlinear.spec import int4
+from fastlinear.spec import grouping, int4
 from fastlinear.spec.int4 import TABLES, Coding
 
 CODINGS = [
@@ -46,7 +46,7 @@ def test_the_search_beats_plain_rounding(coding: Coding) -> None:
     """No group errs more than by plain rounding, and all together at least 5 % less (with codes of 8 bits there is
     less to find), where K ends in a group, too."""
     w = torch.randn(48, 3 * coding.group + 5, generator=torch.Generator().manual_seed(1))
-    searched = int4.dequantize(int4.quantize_weight(w, coding))
+    searched = int4.dequantize(grouping.quantize_weight(w, coding))
     ours, theirs = error(w, searched, coding.group), error(w, plain(w, coding), coding.group)
     assert bool((ours <= theirs * (1 + 1e-5) + 1e-12).all())
     assert float(ours.sum()) < (0.95 if coding.table else 0.99) * float(theirs.sum())
@@ -79,9 +79,9 @@ def test_what_codes_stand_for_is_quantized_to_them(
     coding = Coding(group, TABLES[table], scales, offsets)
     r = torch.randn(8, k, generator=torch.Generator().manual_seed(k))
     for kind, weight in WEIGHTS.items():
-        found = int4.quantize_weight(weight(r), coding)
-        again = int4.quantize_weight(int4.dequantize(found), coding)
-        traced = int4.quantize_channels(weight(r), coding)
+        found = grouping.quantize_weight(weight(r), coding)
+        again = grouping.quantize_weight(int4.dequantize(found), coding)
+        traced = grouping.quantize_channels(weight(r), coding)
         for name, one, other in zip(("codes", "scale", "offset"), contents(found), contents(again), strict=False):
             assert torch.equal(one, other), (kind, name)
         assert all(map(torch.equal, contents(found), traced)), kind
@@ -94,11 +94,11 @@ def contents(coded: int4.Coded) -> list[Tensor]:
 @every_coding
 def test_what_codes_hold_comes_back(coding: Coding) -> None:
     """Groups of zeros are zeros; with offsets, constant ones are their constant."""
-    zeros = int4.quantize_weight(torch.zeros(3, 40), coding)
+    zeros = grouping.quantize_weight(torch.zeros(3, 40), coding)
     assert not int4.dequantize(zeros).any() and zeros.scale.dtype is coding.scales
     if coding.offsets:
         constant = torch.full((3, 40), 0.75)
-        assert torch.equal(int4.dequantize(int4.quantize_weight(constant, coding)), constant)
+        assert torch.equal(int4.dequantize(grouping.quantize_weight(constant, coding)), constant)
 
 
 def test_a_weight_of_codes_is_found_again() -> None:
@@ -108,12 +108,12 @@ def test_a_weight_of_codes_is_found_again() -> None:
     scale = torch.rand(16, 2).half().float() + 0.1
     scale = scale.half().float()
     w = integers * scale.repeat_interleave(32, 1)
-    assert torch.equal(int4.dequantize(int4.quantize_weight(w, Coding())), w)
+    assert torch.equal(int4.dequantize(grouping.quantize_weight(w, Coding())), w)
 
 
 def test_no_rows_and_no_columns() -> None:
     for shape in ((0, 40), (3, 0)):
-        assert int4.dequantize(int4.quantize_weight(torch.zeros(shape), Coding())).shape == shape
+        assert int4.dequantize(grouping.quantize_weight(torch.zeros(shape), Coding())).shape == shape
 
 
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
@@ -121,9 +121,9 @@ def test_odd_weights_are_refused(odd: float) -> None:
     w = torch.randn(4, 40)
     w[2, 33] = odd
     with pytest.raises(ValueError, match=r"at \[2, 33\]"):
-        int4.quantize_weight(w, Coding())
+        grouping.quantize_weight(w, Coding())
     with pytest.raises(ValueError, match=r"torch\.float16 does not hold"):
-        int4.quantize_weight(torch.full((4, 40), 1e7), Coding())
+        grouping.quantize_weight(torch.full((4, 40), 1e7), Coding())
 
 
 @every_coding

@@ -75,6 +75,8 @@ struct Quantization {
   Extremes (*magnitude)(const float* x, std::ptrdiff_t n);  // -a and a, where a is the larger of the extremes
   RowForm forms[3];                                         // uint8, int16; int8, which `by_groups` makes
   void (*by_groups)(const GroupedRow& row);
+  // A channel of a weight = scale * integers; its scale, NaN where it has an infinity or a NaN.
+  float (*channel)(const float* w, std::ptrdiff_t n, std::int8_t* integers);
   // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor) + added, of int32 sums
   void (*dequantize)(const DequantizeArgs& args);
   // y = max(sum * scale_w + bias, floor) + added, of fp32 sums

@@ -78,6 +78,39 @@ inline Affine affine_of(RowKind kind, const RowScale& row) {
   return {inverse, -zero, 255.0f - zero, row.zero};
 }
 
+// Row r of x, [m, k], in fp32 and smoothed: in place, or in memory of this thread.
+inline const float* numbers(const Rows& x, std::ptrdiff_t row, std::ptrdiff_t k, const float* smooth,
+                            const Vectors& vectors) {
+  const Conversion& conversion = vectors.conversions[static_cast<std::size_t>(x.format)];
+  const bool wide = conversion.widen == nullptr;  // fp32 already
+  if (wide && smooth == nullptr) return reinterpret_cast<const float*>(x.at(row, 0));
+  thread_local Scratch memory;
+  float* const numbers = memory.floats(k);
+  if (wide)
+    std::memcpy(numbers, x.at(row, 0), static_cast<std::size_t>(k) * sizeof(float));
+  else
+    conversion.widen(x.at(row, 0), numbers, k);
+  if (smooth != nullptr) vectors.quantization->scale_columns({numbers, k, numbers, k, 1, k, smooth});
+  return numbers;
+}
+
+// Numbers of a row as integers in a form that kernels read; how they are scaled.
+inline RowScale quantize_row(const Quantization& quantization, const RowQuantizer& how, const RowForm& form,
+                             const float* x, std::ptrdiff_t k, void* to) {
+  const RowKind kind = how.kind;
+  RowScale scale{how.scale, how.zero, 0};
+  bool finite = false;
+  if (kind != RowKind::fixed) {
+    const Extremes e = (kind == RowKind::symmetric ? quantization.magnitude : quantization.extremes)(x, k);
+    scale = scale_of(kind, e);
+    finite = e.finite;
+  }
+  Affine affine = affine_of(kind, scale);
+  if (form.centered) affine.zero = 0;
+  if (!(finite ? form.finite : form.any)(x, k, affine, to)) scale.scale = std::numeric_limits<float>::quiet_NaN();
+  return scale;
+}
+
 }  // namespace prologue_detail
 
 // The rows [part.begin, part.end) of a problem.
@@ -151,38 +184,13 @@ class Prologue {
     rounding.widen(rounded, reinterpret_cast<float*>(to), p_.k);
   }
 
-  // Row r in fp32 and smoothed: in place, or in memory of this thread.
-  const float* numbers(std::ptrdiff_t row) {
-    const float* const smooth = p_.quantizer.smooth;
-    const bool wide = conversion().widen == nullptr;  // fp32 already
-    if (wide && smooth == nullptr) return reinterpret_cast<const float*>(p_.x.at(row, 0));
-    thread_local Scratch memory;
-    float* const numbers = memory.floats(p_.k);
-    if (wide)
-      std::memcpy(numbers, p_.x.at(row, 0), static_cast<std::size_t>(p_.k) * sizeof(float));
-    else
-      conversion().widen(p_.x.at(row, 0), numbers, p_.k);
-    if (smooth != nullptr) plan_.vectors->quantization->scale_columns({numbers, p_.k, numbers, p_.k, 1, p_.k, smooth});
-    return numbers;
+  const float* numbers(std::ptrdiff_t row) const {
+    return prologue_detail::numbers(p_.x, row, p_.k, p_.quantizer.smooth, *plan_.vectors);
   }
 
   void quantize(std::ptrdiff_t row, char* to) {
-    using namespace prologue_detail;
-    const RowKind kind = p_.quantizer.kind;
     const Quantization& quantization = *plan_.vectors->quantization;
-    const float* const x = numbers(row);
-    RowScale scale{p_.quantizer.scale, p_.quantizer.zero, 0};
-    bool finite = false;
-    if (kind != RowKind::fixed) {
-      const Extremes e = (kind == RowKind::symmetric ? quantization.magnitude : quantization.extremes)(x, p_.k);
-      scale = scale_of(kind, e);
-      finite = e.finite;
-    }
-    Affine affine = affine_of(kind, scale);
-    if (plan_.form->centered) affine.zero = 0;
-    if (!(finite ? plan_.form->finite : plan_.form->any)(x, p_.k, affine, to))
-      scale.scale = std::numeric_limits<float>::quiet_NaN();
-    finish(row, to, scale);
+    finish(row, to, prologue_detail::quantize_row(quantization, p_.quantizer, *plan_.form, numbers(row), p_.k, to));
   }
 
   RowGroups beside(char* row) const {

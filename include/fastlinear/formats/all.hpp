@@ -17,7 +17,7 @@ inline constexpr FormatInfo kFormats[] = {
     {Format::fp32, "fp32", 32, true, pack_elements<std::uint32_t>, unpack_elements<std::uint32_t>},
     {Format::bf16, "bf16", 16, true, pack_elements<std::uint16_t>, unpack_elements<std::uint16_t>, bit(Format::fp32)},
     {Format::fp16, "fp16", 16, true, pack_elements<std::uint16_t>, unpack_elements<std::uint16_t>, bit(Format::fp32)},
-    {Format::int8wo, "int8wo", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>,
+    {Format::w8f, "w8f", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>,
      bit(Format::fp32) | bit(Format::bf16), 1},
     {Format::int8, "int8", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>, 0, 3, 0x80},
     {Format::uint8, "uint8", 8, false, nullptr, nullptr},

@@ -87,6 +87,28 @@ bool quantize(const float* x, std::ptrdiff_t n, const Affine& affine, void* out)
   return all_zero(quantizing.odd);
 }
 
+// Divided, not multiplied by what 1 / scale is rounded to: a weight's integers are made once, and nearest.
+template <class F, class I>
+float quantize_channel(const float* w, std::ptrdiff_t n, std::int8_t* out) {
+  const Extremes e = magnitude<F, I>(w, n);
+  if (!e.finite) return __builtin_nanf("");
+  const float scale = e.greatest / 127.0f;
+  if (scale < std::numeric_limits<float>::min()) {
+    std::memset(out, 0, static_cast<std::size_t>(n));
+    return 0.0f;
+  }
+  const F divisor = F::set(scale), most = F::set(127.0f), least = F::set(-127.0f);
+  const auto integers = [&](F x) { return nearest(min(most, max(least, x / divisor))); };
+  std::ptrdiff_t i = 0;
+  for (; i + F::width <= n; i += F::width) I::store(out + i, integers(F::load(w + i)));
+  if (i < n) {
+    std::int8_t last[F::width];
+    I::store(last, integers(load_partial<F>(w + i, n - i)));
+    std::memcpy(out + i, last, static_cast<std::size_t>(n - i));
+  }
+  return scale;
+}
+
 template <bool Adds, class F>
 [[gnu::always_inline]] inline F with_added(const DequantizeArgs& t, std::ptrdiff_t row, std::ptrdiff_t column, F y) {
   if constexpr (Adds)
@@ -185,6 +207,7 @@ inline constexpr Quantization quantization{
      {Format::int16, true, quantize<F, I, std::int16_t, false>, quantize<F, I, std::int16_t, true>},
      {Format::int8, true, nullptr, nullptr}},
     quantize_groups<F, I>,
+    quantize_channel<F, I>,
     dequantize<F, I>,
     scale_columns<F>,
 };

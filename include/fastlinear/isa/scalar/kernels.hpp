@@ -43,8 +43,8 @@ inline constexpr Kernel kBf16Kernels[] = {
 inline constexpr Kernel kFp16Kernels[] = {
     {"fp16/scalar/4x16", kIsa, Format::fp32, {Format::fp16, 16, Fp16::kr}, 4, 1, tile<Fp16, 16, Fp16::kr>},
 };
-inline constexpr Kernel kInt8woKernels[] = {
-    {"int8wo/scalar/4x16", kIsa, Format::fp32, {Format::int8wo, 16, Int8::kr}, 4, 1, tile<Int8, 16, Int8::kr>},
+inline constexpr Kernel kW8fKernels[] = {
+    {"w8f/scalar/4x16", kIsa, Format::fp32, {Format::w8f, 16, Int8::kr}, 4, 1, tile<Int8, 16, Int8::kr>},
 };
 inline constexpr Kernel kInt8Kernels[] = {
     {"int8/scalar/4x8",

@@ -1,22 +1,15 @@
-"""What the machine itself needs for a product, measured in the same run: the roofline (Williams, Waterman, Patterson,
-CACM 52(4), 2009), and for tiles also what their published throughput says.
-
-attainable seconds = max(2 M N K / peak, bytes to read / read rate of that many bytes)
-
-The peak is that of the best kernel with its rows in L1 and its panels in L2; bytes to read are those of the packed
-weight and of x.
+"""What the machine itself needs for a product, measured in the same run: the roofline (plan/roofline.py), and for tiles
+also what their published throughput says. Bytes to read are those of the packed weight and of x.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
-import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear.cli.options import UsageError
+from fastlinear.plan import roofline
 from fastlinear.plan.table import Row, runnable
 from fastlinear.spec.formats import INTEGER_ROWS, PRODUCTS
 from fastlinear.spec.schemes import Scheme
@@ -24,8 +17,6 @@ from fastlinear.spec.schemes import Scheme
 # Operations a cycle of a core's tile unit: a product of 16 x 16 sums and 64 bytes of K takes 16 cycles (Intel 64 and
 # IA-32 Architectures Optimization Reference Manual, chapter 20).
 _TILE_ROWS, _TILE_BYTES, _TILE_CYCLES = 16, 64, 16
-_AHEAD = (0, 512, 4096)  # bytes to prefetch: which is fastest depends on the level of the memory
-_LEAST_BYTES = 16 << 20  # to read between two looks at the clock
 
 
 class Ceiling(NamedTuple):
@@ -52,8 +43,8 @@ class Ceiling(NamedTuple):
         }
 
 
-class Roofline:
-    """The ceilings of weights packed in `form`, or as a scheme says, of one ISA or of the best that runs here.
+class Ceilings:
+    """Those of weights packed in `form`, or as a scheme says, of one ISA or of the best that runs here.
 
     UsageError where that ISA has no kernel for such weights.
     """
@@ -86,10 +77,8 @@ class Roofline:
         row, threads = self._rows[0], _products.num_threads()
         layout = str(row["layout"]) if self._coding is None else self._coding.layout(str(row["layout"]))
         nbytes = _weights.packed_nbytes(layout, n, k) + itemsize * m * k
-        flops = max(_products.peak(_plans.Plan(name, count)) for name in self.kernels() for count in {1, threads})
-        memory = torch.ones(-(-nbytes // 64) * 64, dtype=torch.uint8, device="cpu")
-        passes = max(2, _LEAST_BYTES // memory.numel())
-        rate = max(_products.read_rate(memory, threads, passes, ahead) for ahead in _AHEAD)
+        flops = roofline.peak(self.kernels(), threads)
+        rate = roofline.read_rate(roofline.memory_of(nbytes), threads)
         cycles = _tile_cycles(row, m, k, n) / threads if self.tiles else None
         return Ceiling(nbytes, 2 * m * n * k, flops, rate, cycles, _products.clock_rate())
 

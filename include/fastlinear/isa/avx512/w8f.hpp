@@ -12,15 +12,15 @@ namespace fastlinear::avx512 {
 
 struct Int8Weights : Fp32Weights {
   using Weight = Int8;
-  static constexpr Layout layout{Format::int8wo, 32, Int8::kr};
+  static constexpr Layout layout{Format::w8f, 32, Int8::kr};
 
   static Vector weights(const Int8* p, std::ptrdiff_t) { return F32::load(p).v; }
 };
 
-inline constexpr Kernel kInt8woKernels[] = {
-    kernels::row<kernels::Tile<Int8Weights>, 6, 2>("int8wo/avx512/6x64", kIsa),
-    kernels::row<kernels::Tile<Int8Weights>, 14, 1>("int8wo/avx512/14x32", kIsa),
-    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("int8wo/avx512/1x128", kIsa),
+inline constexpr Kernel kW8fKernels[] = {
+    kernels::row<kernels::Tile<Int8Weights>, 6, 2>("w8f/avx512/6x64", kIsa),
+    kernels::row<kernels::Tile<Int8Weights>, 14, 1>("w8f/avx512/14x32", kIsa),
+    kernels::row<kernels::Tile<Int8Weights>, 1, 4>("w8f/avx512/1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512
