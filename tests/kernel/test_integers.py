@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from test_norms import isas
 from torch import Tensor
 
 import fastlinear._rows as _rows
@@ -12,6 +11,8 @@ import fastlinear._tensors as _tensors
 from fastlinear._plans import RowQuantizer
 from fastlinear.spec import int8
 from fastlinear.spec.int8 import Rows
+
+from .test_norms import isas
 
 DTYPES = list(_tensors.FORMATS)
 WIDTHS = [1, 7, 16, 35, 70, 1030]
