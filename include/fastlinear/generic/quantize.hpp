@@ -98,7 +98,7 @@ float quantize_channel(const float* w, std::ptrdiff_t n, std::int8_t* out) {
     return 0.0f;
   }
   const F divisor = F::set(scale), most = F::set(127.0f), least = F::set(-127.0f);
-  const auto integers = [&](F x) { return nearest(min(most, max(least, x / divisor))); };
+  const auto integers = [&](F x) { return nearest(min(most, max(least, rounded(x / divisor)))); };
   std::ptrdiff_t i = 0;
   for (; i + F::width <= n; i += F::width) I::store(out + i, integers(F::load(w + i)));
   if (i < n) {

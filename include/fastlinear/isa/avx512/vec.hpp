@@ -34,10 +34,8 @@ struct F32 {
 
   static F32 load(const Fp16* p) { return {_mm512_maskz_cvtph_ps(kAll, load_32_bytes(p))}; }
   static void store(Fp16* p, F32 x) { store_32_bytes(p, _mm512_maskz_cvtps_ph(kAll, x.v, _MM_FROUND_TO_NEAREST_INT)); }
-  static F32 load(const Bf16* p) {
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, load_32_bytes(p));
-    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16))};
-  }
+  static __m512i load_words(const void* p) { return _mm512_maskz_cvtepu16_epi32(kAll, load_32_bytes(p)); }
+  static F32 load(const Bf16* p) { return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, load_words(p), 16))}; }
   static void load_pairs(const Bf16* p, F32& even, F32& odd) {
     const __m512i both = _mm512_loadu_si512(p);
     even.v = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, both, 16));
@@ -69,9 +67,7 @@ struct F32 {
     return {_mm512_castsi512_ps(_mm512_mask_or_epi32(least, odd, least, _mm512_set1_epi32(0x400000)))};
   }
   static F32 load_six(const std::uint16_t* p, std::ptrdiff_t stride, std::ptrdiff_t i) {
-    const auto word = [&](std::ptrdiff_t w) {
-      return _mm512_maskz_cvtepu16_epi32(kAll, load_32_bytes(p + w * stride));
-    };
+    const auto word = [&](std::ptrdiff_t w) { return load_words(p + w * stride); };
     const auto shifted = [&](__m512i v, std::ptrdiff_t by) {
       return _mm512_maskz_srl_epi32(kAll, v, _mm_cvtsi32_si128(static_cast<int>(by)));
     };
