@@ -137,9 +137,9 @@ class FastModule(WithEngines):
             y = None if why in _BY_TORCH else self._answer(x, self.packed_as, bare, operands)
         if y is None:
             self._count(x, why)
-            y = self._torch(x, bare, operands)
             if why not in (_reasons.UNFIT, _reasons.DISABLED, _reasons.AUTOCAST) and record_of(self) is None:
-                self._teach(self._engine_for(self.packed_as, bare), bare)
+                y = self._teach(self._engine_for(self.packed_as, bare), bare, x, operands)
+            y = self._torch(x, bare, operands) if y is None else y
         return y
 
     def _answer_shared(self, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor | None:
@@ -157,18 +157,20 @@ class FastModule(WithEngines):
             self._reset()
         return answer(self, x, shard)
 
-    def _teach(self, engine: Engine, bare: bool) -> None:
-        """Tells the engine how torch answers in training mode and while the weight keeps changing."""
+    def _teach(self, engine: Engine, bare: bool, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor | None:
+        """Tells the engine how torch answers in training mode and while the weight keeps changing; the answer for x, if
+        that is what a pack would give."""
         activation, precision = self.computes(bare)
         changing: Any
         plain = changing = rivals.make(rivals.BASELINE, self.weight, self._transposed, activation, {}).run
-        reference, mixed = Reference(activation, precision, self._transposed), False
+        reference, exact = Reference(activation, precision, self._transposed), unpacked.answers(precision)
         if is_quantized(precision):
-            mixed = unpacked.answers(precision)
-            changing = unpacked.Unpacked(reference, engine.rows) if mixed else None
+            changing = unpacked.Unpacked(reference, engine.rows) if exact else None
         elif precision.packed not in (None, name_of(self.weight.dtype)):
             changing = reference.floats
-        engine.plainly(plain, changing, self._elsewhere, mixed)
+        engine.plainly(plain, changing, self._elsewhere, exact)
+        fits = exact and not self.training and not operands and x.dtype in _tensors.FORMATS
+        return changing(x, self.weight, self.bias) if fits and x.shape[-1:] == (self._columns(),) else None
 
     def _count(self, x: Tensor, why: str) -> None:
         self._tell(why_elsewhere(self, x, why in (_reasons.STALE, _reasons.GRADIENT)))
