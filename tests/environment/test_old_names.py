@@ -77,7 +77,7 @@ def test_files_with_a_former_name_of_a_format(old: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_pickles_with_a_former_name_of_a_format(old: str, frozen: bool) -> None:
     """They answer the same bits as what was pickled: layers, frozen ones, and experts."""
-    gate = fastlinear.FastExperts(2, 24, 16, quantize=fastlinear.Int8WeightOnly(), tune="off").eval()
+    gate = fastlinear.FastExperts(2, 24, 16, quantize=fastlinear.Int8WeightOnly()).eval()
     x, routed = torch.randn(3, 24), (torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
     for model, inputs in ((weight_only()[0], (x,)), (gate, (x, *routed))):
         want = model(*inputs)

@@ -15,7 +15,7 @@ import fastlinear._environment as environment
 import fastlinear._experts as _experts
 import fastlinear._plans as _plans
 from fastlinear import FastExperts
-from fastlinear.layer import experts, experts_frozen
+from fastlinear.layer import experts, experts_frozen, experts_module
 from fastlinear.layer.packs import pack_apart
 from fastlinear.plan import table
 from fastlinear.spec.experts import Form, computed, spelling_of
@@ -187,11 +187,11 @@ def test_many_tokens_are_cut() -> None:
     given = routed(50, 2)
     with torch.no_grad():
         want = module(*given)
-        limit, experts._BETWEEN = experts._BETWEEN, 4 * 1024
+        limit, experts_module._BETWEEN = experts_module._BETWEEN, 4 * 1024
         try:
             torch.testing.assert_close(module(*given), want)
         finally:
-            experts._BETWEEN = limit
+            experts_module._BETWEEN = limit
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
