@@ -15,7 +15,7 @@ import fastlinear._environment as environment
 import fastlinear._experts as _experts
 import fastlinear._plans as _plans
 from fastlinear import FastExperts
-from fastlinear.layer import experts, experts_frozen, experts_module
+from fastlinear.layer import experts_frozen, experts_module
 from fastlinear.layer.packs import pack_apart
 from fastlinear.plan import table
 from fastlinear.spec.experts import Form, computed, spelling_of
