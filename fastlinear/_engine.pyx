@@ -2,6 +2,8 @@
 # distutils: language = c++
 """The hot path of one layer, from the module and its input to the output: guards, looks, plan, kernel; about 2 us."""
 
+from weakref import ref
+
 import torch
 
 from cpython.object cimport PyObject, PyTypeObject
@@ -102,15 +104,19 @@ cdef class Engine:
         pack of what it was is let go."""
         if self.packed is not None:
             self.waits = 0 if self.answered >= TRIAL else TRIAL
-            self.packed = None
+            self.packed = self.weight = self.fingerprint = None
         if self.waits == 0:
             return True
         cdef Fingerprint last = self.last
-        if self.same(weight, self.candidate) and last.holds(weight):
+        if self.candidate is None or not (self.candidate() is weight or self.by_memory and is_plain(weight)):
+            # Weakly, for one that was moved in for this call is to go after it; a sample is for one that comes again.
+            self.candidate, self.last, self.waits = ref(weight), None, TRIAL
+        elif last is None:
+            self.last, self.waits = Fingerprint(weight), self.waits - 1
+        elif last.holds(weight):
             self.waits -= 1
         else:
-            last = Fingerprint(weight)
-            self.candidate, self.last, self.waits = weight, last, TRIAL
+            self.last, self.waits = Fingerprint(weight), TRIAL
         return self.waits == 0
 
     def plainly(self, training, changing, dict counts not None, bint mixed=False):

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,23 @@ def test_swapped_parameters(what: str) -> None:
         finally:
             torch.__future__.set_swap_module_params_on_conversion(False)
         torch.testing.assert_close(fast(x), stock(x))
+
+
+@torch.no_grad()
+def test_a_weight_that_went_is_not_kept() -> None:
+    """Weights that are replaced after each call, as offloaded ones are, go; one that stays is packed after a while."""
+    layer, x, gone = OFF(nn.Linear(K, N).eval()), torch.randn(5, K), []
+    for _ in range(30):
+        layer.weight = nn.Parameter(torch.randn(N, K))
+        gone.append(weakref.ref(layer.weight))
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+        layer.weight = nn.Parameter(torch.empty(N, K, device="meta"))
+    assert not any(each() is not None for each in gone)
+    layer.weight = nn.Parameter(torch.randn(N, K))
+    before = layer._elsewhere["its weight keeps changing"]
+    for _ in range(20):
+        layer(x)
+    assert layer._elsewhere["its weight keeps changing"] - before == 8
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "a device_map"])
