@@ -52,6 +52,7 @@ constexpr Vectors kVectors{
     .norm = norm<F32>,
     .attention = attentions<F32, 6>,
     .few_queries = few_queries<F32>,
+    .rounded_attention = nullptr,
     .rotation = rotation<F32>,
     .expand_scales = expand_scales<F32>,
 };

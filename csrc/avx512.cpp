@@ -25,6 +25,7 @@ FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "fastlinear/generic/norm.hpp"
 #include "fastlinear/generic/quantize.hpp"
 #include "fastlinear/generic/rotation.hpp"
+#include "fastlinear/generic/rounded_attention.hpp"
 #include "fastlinear/epilogues/all.hpp"
 #include "fastlinear/isa/avx512/fp32.hpp"
 #include "fastlinear/isa/avx512/bf16.hpp"
@@ -55,6 +56,7 @@ constexpr Vectors kVectors{
     .norm = norm<F32>,
     .attention = attentions<F32, 14>,
     .few_queries = few_queries<F32>,
+    .rounded_attention = &rounded_attention<F32>,
     .rotation = rotation<F32>,
     .expand_scales = expand_scales<F32>,
 };

@@ -42,6 +42,7 @@ constexpr Vectors kVectors{
     .norm = norm<F32>,
     .attention = attentions<F32, 4>,
     .few_queries = few_queries<F32>,
+    .rounded_attention = nullptr,
     .rotation = rotation<F32>,
     .expand_scales = expand_scales<F32>,
 };

@@ -11,6 +11,7 @@ def attention(
     isa: str | None = ...,
     rows: tuple[int, int] = ...,
     joined: bool = ...,
+    products: str | None = ...,
 ) -> Tensor | None: ...
 def store(
     q: Tensor,

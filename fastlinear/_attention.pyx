@@ -7,9 +7,11 @@ import torch
 from libc.math cimport sqrt
 from libcpp cimport bool as cbool
 
-from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
-from fastlinear._products cimport AttentionProblem, CacheProblem, Heads, make_attention, make_cache, pool_size
-from fastlinear._tensors cimport FP32, Format, View, is_float, look_at
+from fastlinear._kernels cimport Kernel, Vectors, best_vectors, runnable_vectors
+from fastlinear._products cimport (
+    AttentionProblem, CacheProblem, Heads, make_attention, make_cache, pool_size, rounding_kernel
+)
+from fastlinear._tensors cimport BF16, FP32, Format, View, is_float, look_at
 
 cdef object Tensor = torch.Tensor
 cdef object boolean = torch.bool
@@ -72,7 +74,7 @@ cdef bint mask_of(object mask, AttentionProblem* p) except -1:
 
 def attention(
     q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None, tuple rows=(0, 0),
-    bint joined=False
+    bint joined=False, str products=None
 ):
     """softmax(q k^T * scale + mask) v, as fastlinear/spec/attention.py says. None for what it does not take: all are
     dense fp32, bf16 or fp16 CPU tensors of one dtype, whose elements lie side by side.
@@ -81,11 +83,13 @@ def attention(
     dtype, two to four dimensions that broadcast to [B, H, L, S]; scale: None for 1 / sqrt(D).
     The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D]. rows: (H, G) where q, k, v and the result
     are instead as linear layers have them, [B, L, H * D] and [B, S, G * D]; joined: where the result alone is.
-    isa: whose vectors to use, by name; else the best that may run. ValueError for one that may not, MemoryError where
-    scratch memory ran out. Gradients are the caller's business.
+    isa: whose vectors to use, by name; else the best that may run. products: the name of a kernel of bf16 rows that
+    multiplies fp32 or bf16 in bf16, rounding what is not, where k has its elements in pairs; None for fp32. ValueError
+    for one that may not, MemoryError where scratch memory ran out. Gradients are the caller's business.
     """
     cdef View a, b, c
     cdef AttentionProblem p
+    cdef const Kernel* kernel = NULL
     cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
     cdef ptrdiff_t threads
     cdef cbool done
@@ -107,6 +111,10 @@ def attention(
     p.mask.data = NULL
     if mask is not None and (causal or not mask_of(mask, &p)):
         return None
+    if products is not None:
+        kernel = rounding_kernel(products)
+    if kernel != NULL and p.q.format != <Format> BF16 and p.q.format != <Format> FP32:
+        return None
     p.scale = 1.0 / sqrt(p.size) if scale is None else scale
     p.causal = causal
     y = q.new_empty(p.batches, p.queries, p.heads * p.size)
@@ -114,10 +122,10 @@ def attention(
         return None
     threads = pool_size()
     if 2 * p.batches * p.heads * p.queries * p.keys * p.size < LARGE:
-        done = make_attention(p, vectors[0], threads)
+        done = make_attention(p, vectors[0], kernel, threads)
     else:
         with nogil:
-            done = make_attention(p, vectors[0], threads)
+            done = make_attention(p, vectors[0], kernel, threads)
     if not done:
         raise MemoryError(f"no memory for the scratch rows of attention over {p.keys} keys of {p.size}")
     return y if count > 0 or joined else y.view(p.batches, p.queries, p.heads, p.size).transpose(1, 2)

@@ -2,7 +2,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
-from fastlinear._kernels cimport Vectors
+from fastlinear._kernels cimport Kernel, Vectors
 from fastlinear._plans cimport (
     Bias, COperand, CPlan, CRowQuantizer, Epilogue, Format, Packed, Plan, Problem, RowQuantizer, Rows, Segment
 )
@@ -109,5 +109,8 @@ cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1
 cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_integers(const IntegersProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
-cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
+cdef cbool make_attention(
+    const AttentionProblem& p, const Vectors& vectors, const Kernel* kernel, ptrdiff_t threads
+) noexcept nogil
+cdef const Kernel* rounding_kernel(str name) except NULL
 cdef cbool make_cache(const CacheProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

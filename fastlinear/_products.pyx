@@ -15,7 +15,7 @@ from libc.stdint cimport int64_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
-from fastlinear._kernels cimport Vectors, parse_layout, reads, reads_layout
+from fastlinear._kernels cimport Kernel, Vectors, parse_layout, reads, reads_layout, runnable_kernel
 from fastlinear._plans cimport (
     MAX_OPERANDS, Bias, COperand, CPlan, Epilogue, Plan, Problem, RowQuantizer, Segment, Segments, answers,
     as_operand, columns_of
@@ -34,7 +34,8 @@ cdef extern from "fastlinear/host/parallel.hpp" namespace "fastlinear" nogil:
     vector[long] thread_ids(const ThreadPool&) except +
 
 cdef extern from "fastlinear/driver/attention.hpp" namespace "fastlinear" nogil:
-    cbool attend(const AttentionProblem&, const Vectors&, ptrdiff_t)
+    cbool attend(const AttentionProblem&, const Vectors&, const Kernel*, ptrdiff_t)
+    cbool rounds_attention(const Kernel&)
 
 cdef extern from "fastlinear/driver/cache.hpp" namespace "fastlinear" nogil:
     cbool store(const CacheProblem&, const Vectors&, ptrdiff_t)
@@ -321,8 +322,17 @@ cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t thr
 
 # ---- attention ----
 
-cdef cbool make_attention(const AttentionProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
-    return attend(p, vectors, threads)
+cdef cbool make_attention(
+    const AttentionProblem& p, const Vectors& vectors, const Kernel* kernel, ptrdiff_t threads
+) noexcept nogil:
+    return attend(p, vectors, kernel, threads)
+
+
+cdef const Kernel* rounding_kernel(str name) except NULL:
+    cdef const Kernel* kernel = runnable_kernel(name)
+    if not rounds_attention(kernel[0]):
+        raise ValueError(f"attention multiplies by a kernel of rows and panels of bf16, not by {name!r}")
+    return kernel
 
 
 cdef cbool make_cache(const CacheProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:

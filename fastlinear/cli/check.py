@@ -19,6 +19,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
+from fastlinear.plan.attention import rounding_kernels
 from fastlinear.spec import activations, attention, gates, grouping, int4, int8, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, INTEGER_ROWS
@@ -151,25 +152,31 @@ def _worst_function(row: dict[str, Any], name: str) -> float:
 
 
 def attentions() -> Iterator[tuple[str, str, float]]:
-    """(ISA, "attention", its worst error as a share of what is allowed) for all that have vectors and may run."""
+    """(ISA, "attention", its worst error as a share of what is allowed) for all that have vectors and may run, and of
+    each kernel that multiplies it in bf16."""
     for isa in _kernels.isas():
         worst = _worst_attention(isa)
         if worst is not None:
             yield isa, "attention", worst
+    for kernel in rounding_kernels():
+        worst = _worst_attention(None, kernel)
+        if worst is not None:
+            yield kernel, "attention in bf16", worst
 
 
-def _worst_attention(isa: str) -> float | None:
+def _worst_attention(isa: str | None, kernel: str | None = None) -> float | None:
     """Largest error of attention over what is allowed; None where the ISA has no vectors of its own, or may not run."""
     worst = 0.0
-    for dtype, (queries, keys, size), causal in itertools.product(DTYPES.values(), _HEADS, (False, True)):
+    dtypes, products = (DTYPES.values(), None) if kernel is None else ((torch.float32, torch.bfloat16), torch.bfloat16)
+    for dtype, (queries, keys, size), causal in itertools.product(dtypes, _HEADS, (False, True)):
         q = torch.randn(2, 4, queries, size, device="cpu").to(dtype)
         k, v = (torch.randn(2, 2, keys, size, device="cpu").to(dtype) for _ in range(2))
         mask = None if causal else torch.rand(2, 1, queries, keys, device="cpu") < 0.8
         try:
-            y = _attention.attention(q, k, v, mask, causal, None, True, isa)
+            y = _attention.attention(q, k, v, mask, causal, None, True, isa, products=kernel)
         except ValueError:
             return None
-        want, bound = attention.exact(q, k, v, mask, causal)
+        want, bound = attention.exact(q, k, v, mask, causal, products=products)
         worst = max(worst, float("inf") if y is None else _largest((y.double() - want).abs() / bound))
     return worst
 

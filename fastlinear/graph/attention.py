@@ -17,8 +17,8 @@ from fastlinear.plan.attention import Answer
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
-    """Puts ours, which decides in each call, in the place of torch's."""
+def absorb(graph: fx.Graph, story: Story, tune: str, rounds: bool) -> None:
+    """Puts ours, which decides in each call, in the place of torch's. rounds: whether fp32 is multiplied in bf16."""
     for node in list(graph.nodes):
         if node.op != "call_function" or op_of(node) != "scaled_dot_product_attention":
             continue
@@ -32,7 +32,7 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
         heads = [given[name] for name in _ARGUMENTS[:3]]
         whole = whole_of(node, heads)
         rows = (0, 0) if whole is None else whole.rows
-        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(tell, told), rows)
+        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(tell, told), rows, rounds)
         last = node if whole is None else whole.after[0]
         with graph.inserting_before(node):
             made = graph.call_function(run, (*(heads if whole is None else whole.sources), given.get("attn_mask")))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 import fastlinear.graph.attention as attention
@@ -71,7 +72,8 @@ class Rewriter:
             self._number()
             norms.absorb(self.graph, self.story, self._is_calm, self._is_fresh)
             caches.absorb(self.graph, self.story, self.options.tune)
-            attention.absorb(self.graph, self.story, self.options.tune)
+            rounds = self.options.products is torch.bfloat16
+            attention.absorb(self.graph, self.story, self.options.tune, rounds)
             tidying.keep_constants(self.capture.module, self.story)
         self.graph.lint()
         return layers

@@ -65,11 +65,13 @@ def function(
     measure: bool,
     tell: Callable[[Answer], object] = lambda _: None,
     rows: tuple[int, int] = (0, 0),
+    rounds: bool = False,
 ) -> Attention:
     """attention(q, k, v, mask) -> y, as the op with these arguments, on whatever is faster for each kind of call.
 
     measure: whether that may be found out in calls; else by a rule. tell: is given each new answer. rows: (H, G) where
-    q, k and v are not cut into heads yet, and y is not to be, either: [B, L, H * D] and [B, S, G * D].
+    q, k and v are not cut into heads yet, and y is not to be, either: [B, L, H * D] and [B, S, G * D]. rounds: whether
+    fp32 may be multiplied in bf16.
     """
     answers: dict[Any, Answer] = {}
     how = (causal, scale, grouped)
@@ -88,7 +90,7 @@ def function(
                 answers.clear()
             answers[kind] = found
             tell(found)
-        y = native(q, k, v, mask, *how) if found.ours else None
+        y = native(q, k, v, mask, *how, products=found.products) if found.ours else None
         return plain(q, k, v, mask, *how) if y is None else y
 
     def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
@@ -99,12 +101,11 @@ def function(
         if mask is not None:
             kind = "row" if mask.shape[-2] == 1 or mask.stride(-2) == 0 else "full"
         b, h, queries, size = parts[0].shape
-        asked = Question(
-            b * h, queries, parts[1].shape[2], size, _tensors.FORMATS[q.dtype], kind, torch.get_num_threads()
-        )
+        name = _tensors.FORMATS[q.dtype] + (" as bf16" if rounds and q.dtype is torch.float32 else "")
+        asked = Question(b * h, queries, parts[1].shape[2], size, name, kind, torch.get_num_threads())
         return plan.answer(
             asked,
-            lambda: native(q, k, v, mask, *how),
+            lambda kernel: native(q, k, v, mask, *how, products=kernel),
             lambda: plain(q, k, v, mask, *how),
             measure=measure,
         )

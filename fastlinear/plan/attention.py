@@ -18,10 +18,10 @@ from fastlinear.plan.decide import believed, cache, remember, tell
 from fastlinear.plan.memory import Remembered
 from fastlinear.plan.waits import Waits
 
-OURS, TORCH = rivals.ATTENTION
+OURS, ROUNDED, TORCH = rivals.ATTENTION
 _LANES = 32  # contract/attention.hpp
 FEW_QUERIES = 8  # driver/few_queries.hpp
-_TILES_WIN = 96  # keys or queries from which on torch's bf16 products in AMX tiles beat ours on widened numbers
+_ROUNDED_WINS = 48  # keys or queries from which on products of bf16 repay their packing
 _LARGEST = 256  # of heads
 
 
@@ -32,7 +32,7 @@ class Question(NamedTuple):
     queries: int
     keys: int
     size: int
-    format: str
+    format: str  # of q, k and v; fp32 that may be rounded is "fp32 as bf16"
     mask: str  # "none", "causal", "row" for one that all queries share, "full"
     threads: int
 
@@ -48,16 +48,32 @@ class Answer(NamedTuple):
     ours: bool
     why: str  # for the report
     due: float = 0.0  # when to ask again, by time.monotonic(); 0 for never
+    products: str | None = None  # the kernel that multiplies in bf16, if one does
+
+
+ROUNDABLE = ("bf16", "fp32 as bf16")
+
+
+def rounding_kernels() -> list[str]:
+    """The kernels that attention may multiply in bf16 by, the best first."""
+    rows = (row for row in _kernels.kernels() if row["runnable"] and row["rows"] == row["format"] == "bf16")
+    return [row["name"] for row in sorted(rows, key=lambda row: -row["mr"] * row["row_step"])]
+
+
+@functools.cache
+def rounding_kernel() -> str | None:
+    """That which does; None where the CPU has none."""
+    return next(iter(rounding_kernels()), None)
+
+
+def rounding(asked: Question) -> str | None:
+    """The kernel that may answer a question in products of bf16, where torch's own would, or users said so."""
+    return rounding_kernel() if asked.format in ROUNDABLE and asked.queries > FEW_QUERIES else None
 
 
 @functools.cache
 def _l2() -> int:
     return int(_kernels.cpu_info()["l2"]) or 1 << 20
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    return any(row["format"] == "bf16" and row["row_step"] > 1 and row["runnable"] for row in _kernels.kernels())
 
 
 def why_never(asked: Question) -> str | None:
@@ -72,14 +88,16 @@ def why_never(asked: Question) -> str | None:
 
 def by_rule(asked: Question) -> Answer:
     """Where nothing is measured."""
-    many = asked.queries > FEW_QUERIES and max(asked.queries, asked.keys) >= _TILES_WIN
-    if many and asked.format == "bf16" and _has_tiles():
-        return Answer(False, "torch, by rule: it multiplies bf16 in tiles")
-    return Answer(True, "fastlinear, by rule")
+    if max(asked.queries, asked.keys) < _ROUNDED_WINS:
+        return Answer(True, "fastlinear, by rule")
+    return Answer(True, "fastlinear, by rule", products=rounding(asked))
 
 
-def answer(exact: Question, ours: Callable[[], object], stock: Callable[[], object], *, measure: bool = True) -> Answer:
-    """Whether `ours` or `stock`, which do the same, is to answer the question; they may be called for measuring."""
+def answer(
+    exact: Question, ours: Callable[[str | None], object], stock: Callable[[], object], *, measure: bool = True
+) -> Answer:
+    """Whether `ours`, given the kernel that multiplies in bf16 or None, or `stock`, which do the same, is to answer the
+    question; they may be called for measuring."""
     if (reason := why_never(exact)) is not None:
         return Answer(False, f"torch: {reason}")
     asked = exact.bucketed()
@@ -87,13 +105,16 @@ def answer(exact: Question, ours: Callable[[], object], stock: Callable[[], obje
         return by_rule(asked)
     key = asked.key()
     known = cache().get(key)
-    if known is not None and known.name in rivals.ATTENTION:
-        return _told(known)
+    kernel = rounding(asked)
+    if known is not None and known.name in rivals.ATTENTION and (kernel or known.name != ROUNDED):
+        return _told(known, kernel)
     with measuring.process.turn(key) as why_not:
         if why_not:
             return by_rule(asked)._replace(due=measuring.process.due(key, why_not))
         with torch.inference_mode(), Waits(_products.pool_threads()) as waited:
-            runs = [race.Candidate(OURS, ours, asked.threads), race.Candidate(TORCH, stock)]
+            runs = [race.Candidate(OURS, lambda: ours(None), asked.threads), race.Candidate(TORCH, stock)]
+            if kernel is not None:
+                runs.append(race.Candidate(ROUNDED, lambda: ours(kernel), asked.threads))
             choice = race.choose(runs, TORCH, budget=race.BUDGET / 2, waited=waited)
     rows = "\n".join(f"  {name:<28} {ms:9.4f} ms" for name, ms in choice.table)
     tell(f"AUTOTUNE {key}\n{rows}\nchosen: {choice.name}")
@@ -101,12 +122,14 @@ def answer(exact: Question, ours: Callable[[], object], stock: Callable[[], obje
         return by_rule(asked)._replace(due=measuring.process.due(key, measuring.BUSY))
     found = Remembered(choice.name, {}, choice.table, choice.speedup, choice.spread)
     remember(key, choice, found)
-    return _told(found)
+    return _told(found, kernel)
 
 
-def _told(known: Remembered) -> Answer:
-    if known.name == OURS:
-        return Answer(True, f"fastlinear, {known.speedup or 1.0:.2f} times as fast as torch")
+def _told(known: Remembered, kernel: str | None) -> Answer:
+    if known.name != TORCH:
+        rounded = kernel if known.name == ROUNDED else None
+        how = f"fastlinear{'' if rounded is None else ' in products of bf16'}"
+        return Answer(True, f"{how}, {known.speedup or 1.0:.2f} times as fast as torch", products=rounded)
     return Answer(False, "torch, which was measured to be no slower")
 
 

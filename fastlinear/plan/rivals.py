@@ -76,7 +76,8 @@ _MAKERS: dict[str, Callable[[Tensor, bool, Packs], _Sums]] = {
     "torch/mkldnn": _mkldnn,
 }
 NAMES = tuple(_MAKERS)
-ATTENTION = ("attention/fastlinear", "torch/attention")  # ours and torch's, between which plan/attention.py decides
+# Ours, ours in products of bf16, and torch's, between which plan/attention.py decides.
+ATTENTION = ("attention/fastlinear", "attention/fastlinear in bf16", "torch/attention")
 
 
 def make(name: str, weight: Tensor, transposed: bool, activation: Activation | None, packs: Packs) -> Rival:

@@ -5,7 +5,9 @@ Of queries q [B, H, L, D], keys and values k, v [B, G, S, D], where each of the 
     s = (scale q) k^T + mask    a mask of bools adds 0 where it is true, else -inf; causal: query i sees keys 0 to i
     y = sum over keys of e^(s - max s) v / sum over keys of e^(s - max s)
 
-all of it in fp32 (of fp64: in fp64), rounded once at the end. A query that sees no key gives 0, as in torch.
+all of it in fp32 (of fp64: in fp64), rounded once at the end. A query that sees no key gives 0, as in torch. In
+products of bf16, q, k, v and the numerators e^(s - max s) are rounded to it before they are multiplied, once; the sum
+that y is divided by is that of the numerators as they were.
 
 Rotary embedding of x [B, H, L, D] by cos and sin [B or 1, L, D], of which h(x) is the second half of its elements,
 negated, and then the first:
@@ -50,15 +52,23 @@ def with_weights(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    products: torch.dtype | None = None,
 ) -> Tensor:
-    """y, [B, H, L, D], in the dtype of q; k and v may have fewer heads."""
+    """y, [B, H, L, D], in the dtype of q; k and v may have fewer heads. products: what is rounded to before."""
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    k, v = (t.to(wide).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = scores(q.to(wide), k, mask, causal, scale)
+    rows, k, v = (t.to(products or t.dtype).to(wide) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    s = scores(rows, k, mask, causal, scale)
     highest = s.amax(-1, keepdim=True)
     e = (s - highest.masked_fill(highest == -math.inf, 0)).exp()
     total = e.sum(-1, keepdim=True)
+    e = e.to(products or wide).to(wide)
     return ((e @ v) / total.masked_fill(total == 0, 1)).to(q.dtype)
 
 
@@ -96,10 +106,17 @@ def store(
 
 
 def exact(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y in fp64, and what a result in the dtype of q may be off by (docs/numerics.md says why)."""
-    unit, dtype, (q, k, v) = 2.0**-24, q.dtype, (t.double() for t in (q, k, v))
+    """y in fp64, and what a result in the dtype of q may be off by (docs/numerics.md says why). With `products`, that
+    of q, k and v as these are rounded."""
+    unit, dtype, (q, k, v) = 2.0**-24, q.dtype, (t.to(products or t.dtype).double() for t in (q, k, v))
     y = attention(q, k, v, mask, causal, scale)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     s = scores(q, k, mask, causal, scale)
@@ -109,5 +126,8 @@ def exact(
     p, distance = s.softmax(-1).nan_to_num(), (s.amax(-1, keepdim=True) - s).masked_fill(~seen, 0)
     relative = torch.expm1(2 * off) + (2 * k.shape[2] + 16) * unit
     bound = relative * (p @ v.abs()) + unit * ((p * distance) @ v.abs() + (p * distance).sum(-1, True) * y.abs())
-    rounding = torch.finfo(dtype).eps / 2 * y.abs() if dtype is not torch.float32 else 0.0
+    if products is not None:  # of each numerator; and flushed to zero, of products and sums
+        bound = bound + torch.finfo(products).eps / 2 * (1 + relative) * (p @ v.abs())
+        bound = bound + (k.shape[2] + 2) * 2.0**-126
+    rounding = torch.finfo(dtype).eps / 2 * (y.abs() + bound) if dtype is not torch.float32 else 0.0
     return y, bound + rounding + torch.finfo(dtype).smallest_normal

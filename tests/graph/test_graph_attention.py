@@ -12,7 +12,7 @@ import fastlinear
 from fastlinear.graph import backend
 from fastlinear.model.rows import NodeReport
 from fastlinear.plan import attention as plan
-from fastlinear.plan import decide, race, rivals
+from fastlinear.plan import decide, race
 
 sdpa = F.scaled_dot_product_attention
 Heads = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -189,8 +189,50 @@ def test_what_is_measured_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None
     q = torch.randn(2, 3, 21, 16)
     for winner, length in ((plan.OURS, 21), (plan.TORCH, 45)):
         asked = plan.Question(6, length, length, 16, "fp32", "none", 1)
-        answers = [plan.answer(asked._replace(queries=n), lambda: q, lambda: q) for n in (length, length + 2)]
+        answers = [plan.answer(asked._replace(queries=n), lambda _: q, lambda: q) for n in (length, length + 2)]
         assert {found.ours for found in answers} == {winner == plan.OURS} and len({found.why for found in answers}) == 1
         remembered = decide.cache().get(asked.bucketed().key())
         assert remembered is not None and remembered.name == winner
-    assert races == [[*rivals.ATTENTION]] * 2
+    assert races == [[plan.OURS, plan.TORCH]] * 2
+
+
+def test_products_of_bf16_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are measured beside the others for bf16, and for fp32 where users asked for such products, if there are more
+    than a few queries; an answer that won is not believed where no kernel is for it."""
+    raced: list[list[str]] = []
+    given: list[str | None] = []
+
+    def choose(candidates: Any, baseline: str, **_: Any) -> race.Verdict:
+        raced.append([candidate.name for candidate in candidates])
+        for candidate in candidates:
+            candidate.run()
+        return race.Verdict(plan.ROUNDED, ((plan.ROUNDED, 1.0),), 1.5, True, 1, 3, 0.01)
+
+    monkeypatch.setattr(race, "choose", choose)
+    monkeypatch.setattr(plan, "rounding_kernel", lambda: "bf16/amx/32x32")
+    for format in plan.ROUNDABLE:
+        asked = plan.Question(6, 37, 37, 16, format, "none", 1)
+        for _ in range(2):
+            found = plan.answer(asked, given.append, lambda: None)
+            assert found.ours and found.products == "bf16/amx/32x32" and "products of bf16" in found.why
+    assert raced == [[plan.OURS, plan.TORCH, plan.ROUNDED]] * 2 and given == [None, "bf16/amx/32x32"] * 2
+    assert plan.rounding(asked._replace(queries=8)) is None and plan.rounding(asked._replace(format="fp32")) is None
+    assert plan.by_rule(asked).products is None and plan.by_rule(asked._replace(keys=200)).products == "bf16/amx/32x32"
+    monkeypatch.setattr(plan, "rounding_kernel", lambda: None)
+    monkeypatch.setattr(race, "choose", lambda *_, **__: race.Verdict(plan.OURS, (), 1.5, True, 1, 3, 0.01))
+    assert plan.answer(asked, given.append, lambda: None).products is None
+
+
+def test_fp32_is_multiplied_in_bf16_where_users_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """products=torch.bfloat16 reaches attention; without it fp32 stays fp32."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        plan, "answer", lambda question, *_, **__: asked.append(question.format) or plan.Answer(True, "")
+    )
+    check(Attention(TAKEN["plain"]), torch.randn(1, 10, 32))
+    model, x = Attention(TAKEN["plain"]), torch.randn(1, 10, 32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        options = {"tune": "off", "products": torch.bfloat16}
+        torch.compile(model, backend=backend, fullgraph=True, options=options)(x)
+    assert asked == ["fp32", "fp32 as bf16"]

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastlinear._attention as _attention
 import fastlinear._kernels as _kernels
 import fastlinear._tensors as _tensors
+from fastlinear.plan.attention import rounding_kernels
 from fastlinear.spec import attention as spec
 
 DTYPES = list(_tensors.FORMATS)
@@ -29,6 +30,7 @@ SHAPES = [
     (1, 1, 1, 3, 16, 128),
     (2, 10, 1, 2, 40, 72),
 ]
+LONG = (1, 1, 1, 65, 200, 64)  # several tiles of queries, many of keys
 MASKS = ("none", "causal", "padding", "filled", "bool", "additive", "by head", "by query of a batch")
 
 
@@ -76,6 +78,68 @@ def test_attention_is_within_the_bound(isa: str, kind: str) -> None:
         assert y is not None and y.dtype is dtype and y.shape == q.shape and y.transpose(1, 2).is_contiguous()
         want, bound = spec.exact(q, k, v, mask, causal)
         assert ((y.double() - want).abs() <= bound).all(), (dtype, b, h, g, queries, keys, size)
+
+
+@pytest.mark.parametrize("kernel", rounding_kernels())
+@pytest.mark.parametrize("kind", MASKS)
+def test_products_of_bf16_are_within_their_bound(kernel: str, kind: str) -> None:
+    """Each kernel that multiplies bf16, for bf16 and for fp32 that is rounded, and the specification; heads of an odd
+    size are computed in fp32, which is within the bound, too, where they hold bf16."""
+    for (b, h, g, queries, keys, size), dtype in itertools.product([*SHAPES, LONG], (torch.bfloat16, torch.float32)):
+        q, k, v = heads(b, h, queries, size, dtype), heads(b, g, keys, size, dtype), heads(b, g, keys, size, dtype)
+        if size % 2:
+            q, k, v = (t.bfloat16().to(dtype) for t in (q, k, v))
+        mask, causal = mask_of(kind, b, h, queries, keys, dtype), kind == "causal"
+        y = _attention.attention(q, k, v, mask, causal, None, True, products=kernel)
+        assert y is not None and y.dtype is dtype and y.transpose(1, 2).is_contiguous()
+        want, bound = spec.exact(q, k, v, mask, causal, products=torch.bfloat16)
+        for found in (y, spec.attention(q, k, v, mask, causal, products=torch.bfloat16)):
+            assert ((found.double() - want).abs() <= bound).all(), (dtype, b, h, g, queries, keys, size)
+        if dtype is torch.float32 and size % 2 == 0 and keys > 1:  # it is rounded indeed
+            assert not torch.equal(y, _attention.attention(q, k, v, mask, causal, None, True))
+
+
+@pytest.mark.parametrize("kernel", rounding_kernels())
+def test_products_of_bf16_of_odd_numbers(kernel: str) -> None:
+    """A query that sees nothing gives 0, NaN and infinities go where they go in fp32, and nothing is read outside;
+    rows of linear layers and two threads give the same bits."""
+    q, k, v = heads(1, 2, 37, 32), heads(1, 2, 45, 32), heads(1, 2, 45, 32)
+    mask = torch.zeros(37, 45)
+    mask[2], mask[3, 4:], mask[4] = -math.inf, -math.inf, torch.finfo(torch.float32).min
+    y = _attention.attention(q, k, v, mask, products=kernel)
+    assert y is not None and not y[:, :, 2].any()
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, mask), rtol=0.05, atol=0.05)
+    odd = v.clone()
+    odd[0, 1, 4, 7] = math.nan
+    y = _attention.attention(q, k, odd, products=kernel)
+    assert y is not None and torch.equal(y.isnan(), F.scaled_dot_product_attention(q, k, odd).isnan())
+    odd = k.clone()
+    odd[0, 0, 3, 3] = math.nan
+    y = _attention.attention(q, odd, v, products=kernel)
+    assert y is not None and y[:, 0].isnan().all() and y[:, 1].isfinite().all()
+    for dtype, at in itertools.product((torch.float32, torch.bfloat16), ("start", "end")):
+        q, k, v = (guarded(torch.randn(1, 1, rows, 22).to(dtype), at) for rows in (19, 35, 35))  # type: ignore[arg-type]
+        for mask in (guarded(torch.randn(19, 35), at), guarded(torch.rand(1, 35) < 0.5, at)):  # type: ignore[arg-type]
+            y = _attention.attention(q, k, v, mask, products=kernel)
+            want = _attention.attention(q.clone(), k.clone(), v.clone(), mask, products=kernel)
+            assert y is not None and want is not None and torch.equal(y, want)
+    x = torch.randn(2, 150, 3 * 4 * 24).bfloat16()
+    parts = x.chunk(3, -1)
+    cut = [t.unflatten(-1, (-1, 24)).transpose(1, 2) for t in parts]
+    y = _attention.attention(*parts, None, True, rows=(4, 4), products=kernel)
+    torch.set_num_threads(2)
+    want = _attention.attention(*cut, None, True, products=kernel)
+    torch.set_num_threads(1)
+    assert y is not None and want is not None and torch.equal(y, want.transpose(1, 2).flatten(2))
+
+
+def test_products_are_of_kernels_of_bf16() -> None:
+    """Another kernel is named, and fp16 is left to the caller."""
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="rows and panels of bf16, not by 'fp32/scalar/4x16'"):
+        _attention.attention(q, q, q, products="fp32/scalar/4x16")
+    for kernel in rounding_kernels():
+        assert _attention.attention(*[q.half()] * 3, products=kernel) is None
 
 
 def test_the_specification_and_torch_are_within_the_bound() -> None:

@@ -17,6 +17,7 @@ import fastlinear._products as _products
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.cli import check
+from fastlinear.plan.attention import rounding_kernels
 from fastlinear.spec import grouping, int4
 from fastlinear.spec.formats import INTEGER_ROWS
 from fastlinear.spec.int8 import KINDS, Rows
@@ -50,7 +51,7 @@ def product(row: dict[str, Any], layout: str, draw: random.Random) -> None:
     _products.run(packed, plan, epilogue, x, bias, out, rows, operands)
 
 
-def attention(isa: str, draw: random.Random) -> None:
+def attention(isa: str, kernels: list[str], draw: random.Random) -> None:
     queries, keys, size = (draw.choice((1, 2, 7, 13, 16, 17, 31, 33, 40)) for _ in range(3))
     dtype, groups = draw.choice(list(_tensors.FORMATS)), draw.choice((1, 2))
     q = torch.randn(2, queries, 2, size).to(dtype).transpose(1, 2)
@@ -58,7 +59,8 @@ def attention(isa: str, draw: random.Random) -> None:
     mask = draw.choice(
         (None, torch.rand(2, 1, 1, keys) < 0.5, torch.rand(queries, keys) < 0.5, torch.randn(queries, keys))
     )
-    _attention.attention(q, k, v, mask, mask is None and draw.random() < 0.5, None, True, isa)
+    causal, products = mask is None and draw.random() < 0.5, draw.choice([None, *kernels])
+    _attention.attention(q, k, v, mask, causal, None, True, isa, products=products)
     if size % 2 == 0 and queries <= keys:
         cos, sin = torch.randn(2, 1, queries, size).to(dtype)
         at, full = keys - queries, draw.random() < 0.5
@@ -75,11 +77,11 @@ def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Pa
 def main() -> None:
     draw, count = random.Random(0), int(sys.argv[1])
     table = [(row, layout) for row in _kernels.kernels() if row["runnable"] for layout in row["reads"]]
-    isas = [isa for isa, what, _ in check.attentions()]
+    isas = [isa for isa, what, _ in check.attentions() if what == "attention"]
     for i in range(count):
         torch.manual_seed(i)
         product(*table[i % len(table)], draw)
-        attention(isas[i % len(isas)], draw)
+        attention(isas[i % len(isas)], rounding_kernels(), draw)
     if count < 1000:
         return
     for kernel, what, worst in check.results():

@@ -40,6 +40,34 @@ constexpr std::ptrdiff_t attention_scratch(std::ptrdiff_t keys, std::ptrdiff_t s
   return kAttentionLanes * (size + 2 * keys);
 }
 
+// What stands around two products of bf16 rows and bf16/32x2 panels, by a micro-kernel (kernel.hpp), that are attention
+// with weights rounded to bf16. Rows of q are its A, keys are the channels of the first weight, elements of a head
+// those of the second, whose A are the softmax numerators.
+struct WeighArgs {
+  const float* products;  // of the first row: tiles of `columns` keys, `tile` floats apart, row by row
+  std::ptrdiff_t columns, tile;
+  std::ptrdiff_t rows, keys;  // keys: as many as the last row sees
+  std::ptrdiff_t diagonal;    // the first row sees the keys 0 to this one, each next row one more
+  float scale;
+  const float* added;  // these, as in AttentionArgs
+  const void* mask;
+  std::ptrdiff_t mask_stride;
+  Format mask_format;
+  float* scores;  // one row of them, in whole vectors
+  void* weights;  // bf16, written up to `filled`, with zeros behind the keys
+  std::ptrdiff_t weights_stride, filled;
+  float* factors;  // [rows]: 1 / the sum of each
+};
+
+struct RoundedAttention {
+  // Rows of bf16, an even number of elements apart and of as many -> panels, which have zeros for what is not there.
+  void (*pack_keys)(const void* rows, std::ptrdiff_t stride, std::ptrdiff_t keys, std::ptrdiff_t size, void* panels);
+  void (*pack_values)(const void* rows, std::ptrdiff_t stride, std::ptrdiff_t keys, std::ptrdiff_t size, void* panels);
+  void (*weigh)(const WeighArgs&);
+  // Each row of a tile times its factor, in place.
+  void (*scale_rows)(float* tile, std::ptrdiff_t ld, std::ptrdiff_t rows, std::ptrdiff_t columns, const float* factors);
+};
+
 // y = softmax(scale q k^T + added) v of few queries, which see the same keys: heads that share k and v at one position.
 struct FewQueriesArgs {
   const void* q;  // [queries, size] of the function's format, as y, k and v

@@ -22,8 +22,9 @@ struct Vectors {
   const Conversion* conversions;  // in the order of enum Format
   const Quantization* quantization;
   Norm norm;
-  const Attention* attention;     // in the order of enum Format, floating ones
-  const FewQueries* few_queries;  // in the same order
+  const Attention* attention;                 // in the order of enum Format, floating ones
+  const FewQueries* few_queries;              // in the same order
+  const RoundedAttention* rounded_attention;  // null where no kernel reads rows of bf16
   Rotation rotation;
   ExpandScales expand_scales;
 };

@@ -3,13 +3,13 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 #include <new>
 
 #include "fastlinear/contract/isa.hpp"
 #include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/driver/few_queries.hpp"
 #include "fastlinear/driver/heads.hpp"
+#include "fastlinear/driver/rounded_attention.hpp"
 #include "fastlinear/formats/all.hpp"
 #include "fastlinear/host/memory.hpp"
 #include "fastlinear/host/parallel.hpp"
@@ -111,12 +111,7 @@ class Attender {
     float* const to = scratch(2).floats(p_.keys);
     if (mask == mask_) return to;
     mask_ = mask;
-    if (is_float(p_.mask.format)) {
-      widen(p_.mask.format, mask, to, p_.keys);
-    } else {
-      constexpr float kUnseen = -std::numeric_limits<float>::infinity();
-      for (std::ptrdiff_t i = 0; i < p_.keys; ++i) to[i] = mask[i] != 0 ? 0.0f : kUnseen;
-    }
+    widen_mask(p_, vectors_, mask, to);
     return to;
   }
 
@@ -131,15 +126,16 @@ class Attender {
   std::ptrdiff_t turned_queries_ = 0;
 };
 
-// False when memory ran out; y is then undefined.
-inline bool attend(const AttentionProblem& p, const Vectors& vectors, std::ptrdiff_t threads) try {
-  if (p.queries <= kFewQueries) return attend_few(p, vectors, threads);
+// What queries are answered by on each thread: make() gives an object of a `make`. False when memory ran out; y is then
+// undefined.
+template <class Make>
+bool attend(const AttentionProblem& p, std::ptrdiff_t threads, const Make& make) try {
   const std::ptrdiff_t heads = p.batches * p.heads;
   if (2 * heads * p.queries * p.keys * p.size < kSerialAttention) threads = 1;
   // Whole heads where there are enough of them, since k and v are prepared for each part.
   const std::ptrdiff_t parts = threads == 1 || heads >= 4 * threads ? 1 : (p.queries + 63) / 64;
   return share_out(heads * parts, threads, [&] {
-    return [&p, parts, attender = Attender(p, vectors)](std::ptrdiff_t i) mutable {
+    return [&p, parts, attender = make()](std::ptrdiff_t i) mutable {
       const std::ptrdiff_t head = i / parts, part = i % parts;
       attender.make(head / p.heads, head % p.heads, share_begin(p.queries, part, parts),
                     share_begin(p.queries, part + 1, parts));
@@ -147,6 +143,13 @@ inline bool attend(const AttentionProblem& p, const Vectors& vectors, std::ptrdi
   });
 } catch (const std::bad_alloc&) {
   return false;
+}
+
+// In fp32; or, with a kernel that rounds_attention, in products of bf16, of q, k and v in bf16 or fp32.
+inline bool attend(const AttentionProblem& p, const Vectors& vectors, const Kernel* kernel, std::ptrdiff_t threads) {
+  if (kernel != nullptr && has_pairs(p)) return attend(p, threads, [&] { return RoundingAttender(p, *kernel); });
+  if (p.queries <= kFewQueries) return attend_few(p, vectors, threads);
+  return attend(p, threads, [&] { return Attender(p, vectors); });
 }
 
 }  // namespace fastlinear

@@ -1,7 +1,9 @@
 // Tensors of heads, and what is asked of them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <limits>
 
 #include "fastlinear/contract/isa.hpp"
 #include "fastlinear/formats/all.hpp"
@@ -26,6 +28,17 @@ struct AttentionProblem {
   float scale;
   bool causal;  // query i sees the keys 0 to i
 };
+
+// A mask that is the same for all queries, in fp32.
+inline void widen_mask(const AttentionProblem& p, const Vectors& vectors, const char* mask, float* to) {
+  constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+  if (p.mask.format == kNumbers)
+    std::copy_n(reinterpret_cast<const float*>(mask), p.keys, to);
+  else if (is_float(p.mask.format))
+    vectors.conversions[static_cast<std::size_t>(p.mask.format)].widen(mask, to, p.keys);
+  else
+    for (std::ptrdiff_t i = 0; i < p.keys; ++i) to[i] = mask[i] != 0 ? 0.0f : kUnseen;
+}
 
 // With fewer multiplications than this (about 10 us) a second thread is not worth waking.
 inline constexpr std::ptrdiff_t kSerialAttention = 1 << 20;
