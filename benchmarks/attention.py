@@ -34,6 +34,7 @@ SHAPES = {
     "512, causal": (1, 12, 512, 64, True, False),
 }
 CALLS = 40
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quartiles(*runs: Callable[[], object]) -> list[float]:
@@ -54,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     torch.manual_seed(0)
     print(f"{'':<28}{'dtype':<10}{'torch us':>10}{'ours us':>10}{'in bf16':>10}{'ratio':>8}  rms errors")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for name, (b, h, length, size, causal, padded) in SHAPES.items():
             q, k, v = (torch.randn(b, length, h, size).to(dtype).transpose(1, 2) for _ in range(3))
             mask = torch.rand(b, 1, 1, length) < 0.9 if padded else None

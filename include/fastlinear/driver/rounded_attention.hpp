@@ -92,11 +92,12 @@ class RoundingAttender {
     return to;
   }
 
-  // Rows of A times `columns` channels of a packed weight, one tile after the other.
+  // Rows of A times `columns` channels of a weight of `depth` k, of which the first `k` count, one tile after the
+  // other.
   float* product(const Bf16* a, std::ptrdiff_t stride, std::ptrdiff_t rows, const char* panels, std::ptrdiff_t columns,
-                 std::ptrdiff_t k, std::size_t which) const {
-    const std::ptrdiff_t panel_bytes = round_up(k, kPair) * kPanel * element_bytes(Format::bf16);
-    float* const tiles = scratch(which).floats(ceil_div(columns, kernel_.columns()) * tile());
+                 std::ptrdiff_t depth, std::ptrdiff_t k) const {
+    const std::ptrdiff_t panel_bytes = round_up(depth, kPair) * kPanel * element_bytes(Format::bf16);
+    float* const tiles = scratch(4).floats(ceil_div(columns, kernel_.columns()) * tile());
     TileArgs t{};
     t.a = a, t.lda = stride, t.rows = rows, t.k = k, t.panel_stride = panel_bytes;
     for (std::ptrdiff_t first = 0, i = 0; first < columns; first += kernel_.columns(), ++i) {
@@ -124,7 +125,7 @@ class RoundingAttender {
                                                                             p_.size);
       std::fill(to + p_.size, to + round_up(p_.size, kernel_.k_step), Bf16{});
     }
-    const float* const products = product(q, q_stride, rows, keys_, keys, p_.size, 4);
+    const float* const products = product(q, q_stride, rows, keys_, keys, p_.size, p_.size);
 
     const std::ptrdiff_t filled = round_up(round_up(keys, kernel_.k_step), kLanes);
     Bf16* const weights = rows_of(5, rows, filled, weights_stride);
@@ -147,7 +148,7 @@ class RoundingAttender {
                  .filled = filled,
                  .factors = factors});
 
-    float* const sums = product(weights, weights_stride, rows, values_, p_.size, keys, 4);
+    float* const sums = product(weights, weights_stride, rows, values_, p_.size, p_.keys, keys);
     for (std::ptrdiff_t first = 0, i = 0; first < p_.size; first += kernel_.columns(), ++i) {
       float* const made = sums + i * tile();
       const std::ptrdiff_t columns = std::min(kernel_.columns(), p_.size - first);
