@@ -22,6 +22,7 @@ OURS, ROUNDED, TORCH = rivals.ATTENTION
 _LANES = 32  # contract/attention.hpp
 FEW_QUERIES = 8  # driver/few_queries.hpp
 _ROUNDED_WINS = 48  # keys or queries from which on products of bf16 repay their packing
+_TILES_WIN = 224  # and from which on torch's, in AMX tiles too, are no slower
 _LARGEST = 256  # of heads
 
 
@@ -88,9 +89,10 @@ def why_never(asked: Question) -> str | None:
 
 def by_rule(asked: Question) -> Answer:
     """Where nothing is measured."""
-    if max(asked.queries, asked.keys) < _ROUNDED_WINS:
-        return Answer(True, "fastlinear, by rule")
-    return Answer(True, "fastlinear, by rule", products=rounding(asked))
+    kernel, longest = rounding(asked), max(asked.queries, asked.keys)
+    if kernel is not None and "/amx" in kernel and asked.format == "bf16" and longest >= _TILES_WIN:
+        return Answer(False, "torch, by rule: it multiplies bf16 in tiles")
+    return Answer(True, "fastlinear, by rule", products=kernel if longest >= _ROUNDED_WINS else None)
 
 
 def answer(

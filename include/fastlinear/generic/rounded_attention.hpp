@@ -53,17 +53,18 @@ template <class V, class More>
 void weigh_row(const WeighArgs& t, Size row, const V& lanes, const More& more) {
   constexpr Size w = V::width;
   const Size keys = std::min(t.keys, t.diagonal + row + 1);
-  const float* const products = t.products + row * t.columns;
+  const float* products = t.products + row * t.columns;
   auto* const weights = static_cast<Bf16*>(t.weights) + row * t.weights_stride;
   const V scale = V::set(t.scale), unseen = V::set(-kInfinity);
   V most = unseen;
-  for (Size i = 0; i < keys; i += w) {
-    V x = V::load(products + i / t.columns * t.tile + i % t.columns) * scale;
-    x = x + more(i, keys - i);
-    if (keys - i < w) x = select_gt(V::set(static_cast<float>(keys - i)), lanes, x, unseen);
-    V::store(t.scores + i, x);
-    most = max(most, x);
-  }
+  for (Size tile = 0; tile < keys; tile += t.columns, products += t.tile)
+    for (Size at = 0; at < std::min(t.columns, keys - tile); at += w) {
+      const Size i = tile + at;
+      V x = V::load(products + at) * scale + more(i, keys - i);
+      if (keys - i < w) x = select_gt(V::set(static_cast<float>(keys - i)), lanes, x, unseen);
+      V::store(t.scores + i, x);
+      most = max(most, x);
+    }
   const float highest = greatest(most);
   const V top = V::set(highest == -kInfinity ? 0.0f : highest);  // of a row that sees nothing all scores become 0
   V sum = V::set(0.0f);
