@@ -103,8 +103,10 @@ std::vector<float> product(const Kernel& kernel, const Layout& layout, Shape s, 
   if (named.operands > 0) program.steps[0].params[0] = 0.75f;
   RowQuantizer rows{};
   if (kernel.accumulate == Format::int32) rows = {.kind = RowKind::fixed, .scale = 1.0f, .zero = 128};
+  if (kernel.rows == Format::int8) rows = {.kind = RowKind::symmetric};  // products of groups
   const Rows of_x{reinterpret_cast<const char*>(x.data()), s.k, Format::fp32};
-  const Weight weight = weight_at(layout, s.n, s.k, packed.data());
+  Weight weight = weight_at(layout, s.n, s.k, packed.data());
+  if (layout.format == Format::int4) find_integers(weight.groups);
   if (!gemm({s.m, s.n, s.k, of_x, rows, weight, {}, {&segment, 1}, program, nullptr, nullptr}, plan)) std::abort();
   return y;
 }
@@ -116,6 +118,7 @@ bool check(const Kernel& kernel, const Layout& layout) {
     for (const ptrdiff_t slices : {1, 3}) {
       std::vector<float> x(static_cast<std::size_t>(s.m * s.k)), w(static_cast<std::size_t>(s.n * s.k));
       for (float& value : x) value = static_cast<float>(below(9) - 4);
+      for (ptrdiff_t i = 0; i < s.m; ++i) x[i * s.k] = 127.0f;  // so that the scale of symmetric rows is 1
       for (float& value : w) value = static_cast<float>(codes ? below(16) : below(9) - 4);
       std::vector<char> packed = pack(layout, s, w);
       const std::vector<float> y = product(kernel, layout, s, x, packed, slices, kIdentity);
