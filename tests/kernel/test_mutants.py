@@ -61,8 +61,8 @@ INTEGERS = [
     (
         "NaN is overlooked",
         PROLOGUE,
-        "«finite ? plan_.form->finite : plan_.form->any»",
-        "plan_.form->finite",
+        "«finite ? form.finite : form.any»",
+        "form.finite",
         QUADS,
     ),
     ("smoothing is forgotten in fp32", PROLOGUE, "«wide && smooth == nullptr»", "wide", QUADS),
