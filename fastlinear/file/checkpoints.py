@@ -86,7 +86,10 @@ def _source(mapped: Gguf, stored: str, entry: gguf.Entry, heads: int, shift: flo
 
     if not heads and not shift:
         rows = mapped.rows(stored)
-        return Source(entry.shape, entry.kind, lambda: ggml.unpack(entry.kind, rows), rows, floating, release)
+        return Source(
+            entry.shape, entry.kind, lambda: ggml.unpack(entry.kind, rows), rows, floating, release,
+            part=lambda begin, end: ggml.unpack(entry.kind, rows[begin:end]),
+        )  # fmt: skip
     if heads and entry.shape[0] % (2 * heads):
         raise ValueError(f"its {shown(stored)} has {entry.shape[0]} rows, which {heads} heads do not share")
 

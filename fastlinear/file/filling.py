@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ from fastlinear.spec.precision import Precision
 class Source(NamedTuple):
     """A tensor of a checkpoint. label: how it is held there, "Q4_0", say; read: what it stands for; rows: its bytes,
     uint8 [N, bytes], where it is of one of ggml's kinds, which `label` then is; floating: whether it is plain floats;
-    release: lets go of the pages of the file that `read` brought into memory; expert: where it is of the weights of
-    experts, that of one of them."""
+    release: lets go of the pages of the file that reading brought into memory; expert: where it is of the weights of
+    experts, that of one of them; part: what its channels from one up to another stand for, where it can be read so."""
 
     shape: tuple[int, ...]
     label: str
@@ -37,6 +37,11 @@ class Source(NamedTuple):
     floating: bool = False
     release: Callable[[], object] = lambda: None
     expert: Callable[[int], Coded] | None = None
+    part: Callable[[int, int], Weight] | None = None
+
+
+_AT_ONCE = 524288  # elements of a weight that are read and packed at a time, where it can be had in parts
+_PANELS = 64  # channels that are whole panels in every layout
 
 
 def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool = False) -> None:
@@ -94,8 +99,13 @@ def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str
 def _shelf(source: Source, interleaved: bool, gated: bool) -> Shelf:
     read, count = source.expert, source.shape[0]
     assert read is not None
-    every = (_in_halves(read(expert)) if interleaved else read(expert) for expert in range(count))
-    return shelve((packs.pack_coded(coded, gated) for coded in every), count)
+
+    def packed(expert: int) -> _weights.Packed:
+        coded = _in_halves(read(expert)) if interleaved else read(expert)
+        source.release()
+        return packs.pack_coded(coded, gated)
+
+    return shelve(map(packed, range(count)), count)
 
 
 def _in_halves(coded: Coded) -> Coded:
@@ -179,14 +189,33 @@ def _packed(name: str, source: Source, held: torch.dtype) -> Frozen:
 
 def _frozen(source: Source, held: torch.dtype) -> Frozen:
     """A weight as a linear layer whose Parameter was of dtype `held` has it: bit for bit, unless told otherwise."""
-    floats = source.read()
-    if not isinstance(floats, Tensor):
-        return takeover.over(floats, held, source.label)
-    wide = floats.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
-    floats = floats.to(held) if wide or floats.dtype not in _tensors.FORMATS else floats
-    packed = packs.pack(floats, Precision(name_of(floats.dtype)))
-    origin = f"from {source.label}" if source.floating else f"unpacked from {source.label} to {packed.format}"
-    return Frozen(packed, held, origin=origin)
+    n, k = source.shape
+    rows = max(1, _AT_ONCE // max(1, k) // _PANELS) * _PANELS
+    if source.part is None or n <= rows:
+        weight = source.read()
+        packed = _pack(weight, held)
+    else:
+        packed = packs.stitched(_in_parts(source, source.part, rows, held), n)
+    kept = packed.grouped or source.floating or packed.format == "w8f"
+    return Frozen(
+        packed, held, origin=f"from {source.label}" if kept else f"unpacked from {source.label} to {packed.format}"
+    )
+
+
+def _in_parts(
+    source: Source, part: Callable[[int, int], Weight], rows: int, held: torch.dtype
+) -> Iterator[_weights.Packed]:
+    for begin in range(0, source.shape[0], rows):
+        yield _pack(part(begin, min(begin + rows, source.shape[0])), held)
+        source.release()
+
+
+def _pack(weight: Weight, held: torch.dtype) -> _weights.Packed:
+    if not isinstance(weight, Tensor):
+        return takeover.packed_as_is(weight)
+    wide = weight.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
+    floats = weight.to(held) if wide or weight.dtype not in _tensors.FORMATS else weight
+    return packs.pack_apart(floats, Precision(name_of(floats.dtype)))
 
 
 def _revive(model: Any, bare: list[Held]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlinear.file import safetensors
 from fastlinear.file.filling import Source
 from fastlinear.file.safetensors import MAX_BYTES, AnyPath, Entry, Mapped, at_once, parse_json, shown
-from fastlinear.layer import experts
+from fastlinear.layer import experts, pages
 from fastlinear.spec.checkpoints import MIXTURES, SCHEMES, Mixture, Scheme
 from fastlinear.spec.packed import Weight, stands_for
 
@@ -114,7 +114,12 @@ def _quantized(folder: Folder, scheme: Scheme, names: Mapping[str, str], layer: 
         shape = scheme.shape(parts, folder.config)
     except ValueError as error:
         raise ValueError(f"its layer {shown(layer)}: {error}") from error
-    return Source(shape, scheme.label, lambda: scheme.weight(parts, folder.config))
+    return Source(
+        shape,
+        scheme.label,
+        lambda: scheme.weight(parts, folder.config),
+        release=lambda: pages.let_go(*parts.values()),
+    )
 
 
 def _of_experts(folder: Folder, mixture: Mixture, names: Mapping[str, str], full: str, transposed: bool) -> Source:
@@ -129,10 +134,23 @@ def _of_experts(folder: Folder, mixture: Mixture, names: Mapping[str, str], full
         every = torch.stack([stands_for(mixture.weight(parts, expert)) for expert in range(count)])
         return every.mT if transposed else every
 
-    return Source(shape, mixture.label, read, expert=lambda expert: mixture.weight(parts, expert))
+    return Source(
+        shape,
+        mixture.label,
+        read,
+        release=lambda: pages.let_go(*parts.values()),
+        expert=lambda expert: mixture.weight(parts, expert),
+    )
 
 
 def _plain(folder: Folder, name: str) -> Source:
     entry = folder.entry(name)
     floating = entry.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return Source(entry.shape, str(entry.dtype).removeprefix("torch."), lambda: folder.tensor(name), floating=floating)
+    return Source(
+        entry.shape,
+        str(entry.dtype).removeprefix("torch."),
+        lambda: folder.tensor(name),
+        floating=floating,
+        release=lambda: pages.let_go(folder.tensor(name)),
+        part=lambda begin, end: folder.tensor(name)[begin:end],
+    )

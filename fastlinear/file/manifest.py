@@ -17,6 +17,8 @@ One product of a mixture of experts is a layer, too, by the name of its paramete
 of n x k lie in its panels, each at a multiple of 64 bytes, and whether the module holds gates and what goes through
 them in turns: "interleaved": false.
 
+An embedding that looks up the channels of a pack is a layer that says "lookup": true.
+
 All that it says is held against the entries of the file before anybody believes it; names are held against the model by
 whoever loads it.
 """
@@ -37,6 +39,7 @@ import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.file.safetensors import LIMIT, PAGE, Contents, Entry, parse_json, shown
 from fastlinear.layer import linear
+from fastlinear.layer.embedding import PACKED
 from fastlinear.layer.shelf import bytes_of
 from fastlinear.plan import table
 from fastlinear.spec import int4, int8, programs
@@ -84,6 +87,7 @@ class Layer(NamedTuple):
     products: str = FP32
     experts: int = 0  # how many weights there are, where this is one product of a mixture, by its parameter's name
     interleaved: bool = False
+    lookup: bool = False  # this is an embedding over the pack
 
     @property
     def weight(self) -> str:
@@ -121,7 +125,12 @@ class Manifest(NamedTuple):
     @property
     def linear(self) -> tuple[Layer, ...]:
         """Those that are linear layers of the model."""
-        return tuple(layer for layer in self.layers if not layer.experts)
+        return tuple(layer for layer in self.layers if not layer.experts and not layer.lookup)
+
+    @property
+    def lookups(self) -> tuple[Layer, ...]:
+        """Those that are embeddings."""
+        return tuple(layer for layer in self.layers if layer.lookup)
 
     @property
     def mixtures(self) -> dict[str, tuple[Layer, ...]]:
@@ -167,6 +176,8 @@ def _dump_layer(layer: Layer) -> dict[str, Any]:
     scheme, products = raw.pop("quantized"), raw.pop("products")  # files without them are for older versions, too
     experts, interleaved = raw.pop("experts"), raw.pop("interleaved")
     raw |= {"experts": experts, "interleaved": interleaved} if experts else {}
+    if not raw["lookup"]:
+        del raw["lookup"]
     raw |= {} if scheme is None else {"quantized": scheme.dump()}
     return raw if products == FP32 else {**raw, "products": products}
 
@@ -206,7 +217,7 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
     kinds: dict[str, Any] = {"name": text, "n": number, "k": number, "held": text, "packed": text, "layout": text}
     kinds |= {"panels": text, "bias": (text, None), "activation": (list, None), "transposed": bool}
     kinds |= {"accumulate": text, "tune": text}
-    optional = {"quantized": dict, "products": text, "experts": number, "interleaved": bool}
+    optional = {"quantized": dict, "products": text, "experts": number, "interleaved": bool, "lookup": bool}
     kinds |= {key: optional[key] for key in optional if isinstance(raw, dict) and key in raw}
     _check_fields("a layer", raw, kinds)
     layer = Layer(**raw | {key: present(raw[key]) for key in ("packed", "layout")})
@@ -241,7 +252,16 @@ def _layer(raw: Any, layouts: Mapping[str, str]) -> Layer:
         raise ValueError(f"{who} cannot be of {layer.experts} experts")
     if layer.experts and quantized is not None and (quantized.out is not None or quantized.smooth is not None):
         raise ValueError(f"{who} is of experts, which have no smoothing and hand on no integers")
+    _check_lookup(who, layer)
     return layer._replace(activation=activation, quantized=quantized)
+
+
+def _check_lookup(who: str, layer: Layer) -> None:
+    """ValueError where an embedding has what none has."""
+    others = (layer.bias, layer.activation, layer.quantized)
+    odd = layer.packed != PACKED or layer.transposed or layer.experts or any(each is not None for each in others)
+    if layer.lookup and odd:
+        raise ValueError(f"{who} is no embedding, which is packed in {PACKED} and nothing else")
 
 
 def _check_fields(who: str, raw: object, kinds: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastlinear.file.manifest import Fused, Layer, Manifest, member, plain_names
 from fastlinear.file.safetensors import Contents, Entry, shown
 from fastlinear.layer import experts, experts_frozen, linear, mixture
+from fastlinear.layer.embedding import is_packed, why_no_rows
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
 from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
 from fastlinear.layer.shard import local
@@ -37,6 +38,8 @@ def tensors_of(model: nn.Module) -> Iterator[Held]:
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None and attribute == "weight" and is_frozen(module):
                 tensor = torch.empty(_weight_shape(module), dtype=dtype_of(module), device="meta")
+            if tensor is None and attribute == "weight" and is_packed(module):
+                tensor = module.weight  # on meta
             if tensor is None and experts_frozen.are_frozen(module) and attribute in module.names:
                 tensor = experts_frozen.on_meta(module, attribute)
             if tensor is not None and attribute != PLACEHOLDER:
@@ -72,6 +75,8 @@ def match(model: nn.Module, said: Manifest, contents: Contents) -> Match:
             f"it has {listed([each.name for each in other])} in other shapes than this {type(model).__name__}, the "
             f"first {list(stored[first.name].shape)}, not {list(first.tensor.shape)}"
         )
+    for layer in said.lookups:
+        _check_lookup(modules[layer.name], layer)
     for name, products in said.mixtures.items():
         _check_mixture(modules[name], name, products)
     return Match(modules, stored, plain, [pair for pair in pairs if pair is not None])
@@ -94,6 +99,15 @@ def listed(names: list[str]) -> str:
 
 def _plainly(name: str) -> str:
     return name if name.isprintable() and len(name) < 200 else shown(name)
+
+
+def _check_lookup(module: Any, layer: Layer) -> None:
+    """ValueError where the model's module cannot be the embedding of the file."""
+    reason, own = why_no_rows(module), f"its embedding {layer.name!r}"
+    if reason is not None:
+        raise ValueError(f"{own} is packed, but in this model {reason}")
+    if (shape := tuple(module.weight.shape)) != (layer.n, layer.k):
+        raise ValueError(f"{own} is {layer.n} x {layer.k}, but {' x '.join(map(str, shape))} in this model")
 
 
 def _check_mixture(module: Any, name: str, products: tuple[Layer, ...]) -> None:

@@ -6,7 +6,7 @@ is the file.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -20,8 +20,7 @@ from fastlinear.file import manifest, matching, safetensors
 from fastlinear.file.manifest import Fused, Layer, Manifest, StoredScheme, check_channels, member
 from fastlinear.file.matching import Held, Match, tensors_of
 from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
-from fastlinear.layer import attention, experts, experts_frozen, linear, packs
-from fastlinear.layer.embedding import is_packed
+from fastlinear.layer import attention, embedding, experts, experts_frozen, linear, packs
 from fastlinear.layer.fitness import dtype_of, why_unread
 from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.layer.shard import local, shard_of
@@ -32,7 +31,7 @@ from fastlinear.model.encoders import forbid_bypasses
 from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.memory import Remembered
 from fastlinear.plan.problem import FROZEN
-from fastlinear.spec.formats import DTYPES
+from fastlinear.spec.formats import DTYPES, FP32
 from fastlinear.spec.int4 import coding_of
 from fastlinear.spec.precision import Precision
 from fastlinear.spec.programs import is_gated
@@ -68,9 +67,7 @@ def save(model: nn.Module, path: AnyPath) -> None:
     transient = []
     _check_modules(modules)
     for held in tensors_of(model):
-        if held.module in layers and held.attribute == "weight":
-            continue
-        if held.module in mixtures and held.attribute in experts.names_of(held.module):
+        if _is_packed(held, layers, mixtures):
             continue
         _check_storable(held)
         first = stored.setdefault(_identity(held.tensor), held.name)
@@ -97,6 +94,9 @@ def save(model: nn.Module, path: AnyPath) -> None:
         weight = local(module._parameters.get("weight"))
         if weight is not None and _identity(weight) in stored:
             ties[member(name, "weight")] = stored[_identity(weight)]
+    for name, frozen in ((name, embedding.pack_of(module)) for name, module in modules.items()):
+        if frozen is not None:
+            records.append(_lookup(name, frozen, panels, blobs))
     for record, blob in (_product_of(m, name, which) for m, name in mixtures.items() for which in (0, 1)):
         records.append(record)
         blobs[record.panels] = blob
@@ -121,7 +121,7 @@ def _check_modules(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} has extra state beside its tensors")
-        if is_packed(module):
+        if embedding.is_packed(module) and embedding.pack_of(module) is None:
             raise TypeError(f"{name!r} cannot be saved: a {type(module).__name__} looks up rows of another file")
 
 
@@ -151,6 +151,22 @@ def _blob(layer: Any) -> tuple[Blob, Hashable]:
     nbytes = _weights.packed_nbytes(layout, *_shape(layer))
     key = _identity(weight), precision.packed, precision.coding, transposed, layer._gated, id(precision.smooth)
     return Blob(nbytes, lambda: packs.pack(weight, precision, transposed, gated=layer._gated).data), key
+
+
+def _is_packed(held: Held, layers: Container[Any], mixtures: Container[Any]) -> bool:
+    """Whether it is a weight that is stored as a pack."""
+    if held.module in mixtures:
+        return held.attribute in experts.names_of(held.module)
+    return held.attribute == "weight" and (held.module in layers or embedding.is_packed(held.module))
+
+
+def _lookup(name: str, frozen: Frozen, panels: dict[Hashable, str], blobs: dict[str, Blob]) -> Layer:
+    """An embedding over a pack, which is added to what is written if no layer has it."""
+    packed, held = frozen.packed, _tensors.FORMATS[frozen.dtype]
+    entry = panels.setdefault(id(frozen), member(name, _PACKED))
+    blobs.setdefault(entry, Blob(packed.nbytes, lambda: packed.data))
+    form = packed.format, packed.layout, entry
+    return Layer(name, packed.n, packed.k, held, *form, None, None, False, FP32, "lazy", lookup=True)
 
 
 def _record(layer: Any, name: str, panels: str) -> Layer:
@@ -269,6 +285,8 @@ def load(path: AnyPath, model: Model) -> Model:
             _become(match.modules[record.name], record, frozen[record.panels], record.weight in match.stored)
         for pair in match.pairs:
             fusion.absorb(pair)
+        for record in said.lookups:
+            embedding.look_up_pack(match.modules[record.name], frozen[record.panels])
         for name, products in said.mixtures.items():
             _become_experts(match.modules[name], name, products[0], shelves[name])
         for record in said.linear:
@@ -291,7 +309,7 @@ def _packs(said: Manifest, mapped: Mapped) -> dict[str, Frozen]:
     """The packed weights by their entries: in the mapping, or repacked where this machine has another layout."""
     frozen = {}
     layouts = {packed: table.layout(packed) for packed in {record.packed for record in said.layers}}
-    for record in said.linear:
+    for record in (*said.linear, *said.lookups):
         if record.panels not in frozen:
             data = mapped.blob(record.panels, _weights.packed_nbytes(record.layout, record.n, record.k))
             kind = packs.kind_of(is_gated(record.activation))
@@ -316,6 +334,8 @@ def _assign(match: Match, said: Manifest, mapped: Mapped) -> None:
         tensor = parameters[name] if held.kind == "parameter" else parameters[name].data
         if (shard := shard_of(getattr(held.module, held.attribute))) is not None:
             tensor = nn.Parameter(shard.whole(parameters[name].data), requires_grad=False)
+        if held.attribute == "weight" and embedding.is_packed(held.module):
+            embedding.make_plain(held.module)
         setattr(held.module, held.attribute, tensor)
 
 

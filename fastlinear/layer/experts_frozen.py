@@ -13,6 +13,7 @@ from fastlinear.layer import mixture, pages
 from fastlinear.layer.fallback import label
 from fastlinear.layer.lent import Lent
 from fastlinear.layer.lock import lock
+from fastlinear.layer.quality import note_experts
 from fastlinear.layer.shelf import Shelf
 from fastlinear.spec.experts import Form
 
@@ -115,6 +116,8 @@ def freeze(module: Any) -> None:
         dtype, wants = parameters[0].dtype, (parameters[0].requires_grad, parameters[1].requires_grad)
         # Anew, as they may have changed in a way that torch does not count.
         first, second = module.packed(0), module.packed(1)
+        for which, shelf in enumerate((first, second)):
+            note_experts(module, which, shelf)
         hold(module, Frozen(first, second, dtype, wants))
         pages.let_go(*(parameter.detach() for parameter in parameters))
 

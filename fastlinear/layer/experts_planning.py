@@ -109,10 +109,17 @@ class Plannable(nn.Module):
     def packed(self, which: int) -> Shelf:
         """The weights of the one product or the other, packed anew."""
         weights: Any = self._parameters[self.names[which]]
-        form, precision = self._form, self.precision
-        gated = which == 0 and programs.is_gated(form.program)
-        turned = form.weight if which == 0 else lambda weight: weight.mT if form.transposed else weight
-        return shelve((pack_apart(turned(weight), precision, gated) for weight in weights.detach()), len(weights))
+        precision = self.precision
+        gated = which == 0 and programs.is_gated(self._form.program)
+        every = (pack_apart(self.weight_of(which, expert), precision, gated) for expert in range(len(weights)))
+        return shelve(every, len(weights))
+
+    def weight_of(self, which: int, expert: int) -> Tensor:
+        """The weight [n, k] of one expert, gates before what goes through them."""
+        weight: Tensor = self._parameters[self.names[which]][expert].detach()  # type: ignore[index]
+        if which == 0:
+            return self._form.weight(weight)
+        return weight.mT if self._form.transposed else weight
 
     def _plan(self, which: int, rows: int, pairs: int, x: torch.dtype, ready: Ready) -> _plans.Plan:
         """What runs the one product or the other, of so many rows an expert."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -148,6 +149,35 @@ def pack_coded(coded: int4.Coded, gated: bool = False) -> _weights.Packed:
     """A weight in groups that somebody else quantized, bit for bit, in the layout of this machine."""
     layout = coded.coding.layout(table.layout(coded.coding.packed))
     return kind_of(gated)(coded.codes, layout, *coded.contents())
+
+
+def stitched(parts: Iterable[_weights.Packed], n: int) -> _weights.Packed:
+    """The packs of channels that follow one another, n in all, as one. Each but the last has whole panels; one at a
+    time is in memory beside the result, which a weight that was read at once would be there beside twice."""
+    done = 0
+    for part in parts:
+        if not done:
+            layout, k, nr = part.layout, part.k, part.head(1).n
+            block = _weights.Block(_weights.packed_nbytes(layout, n, k))
+            memory = torch.frombuffer(block, dtype=torch.uint8)
+        panels, before, every = (-(-channels // nr) for channels in (part.n, done, n))
+        at_whole = at_part = 0
+        for size in _sections(part, panels):  # of each panel
+            begin = at_whole + before * size
+            memory[begin : begin + panels * size] = part.data[at_part : at_part + panels * size]
+            at_whole, at_part = at_whole + every * size, at_part + panels * size
+        memory[at_whole:] = part.data[at_part:]  # the table, which all have
+        done += part.n
+    return _weights.Packed.over(block, layout, n, k)
+
+
+def _sections(packed: _weights.Packed, panels: int) -> list[int]:
+    """Bytes that a panel has in each of the pieces that a pack of floats or in groups is: the panels, and then scales,
+    and offsets."""
+    own, table = packed.head(packed.n).nbytes, 64 if packed.format == "int4" else 0
+    behind = packed.nbytes - own - table
+    pieces = 2 if packed.layout.endswith(":offsets") else 1
+    return [own // panels, *[behind // pieces // panels] * pieces]
 
 
 def repack(packed: _weights.Packed, layout: str) -> _weights.Packed:

@@ -6,6 +6,7 @@ import weakref
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 import fastlinear._weights as _weights
@@ -15,6 +16,7 @@ from fastlinear.spec import grouping, int4
 from fastlinear.spec.int8 import Quantized, output_snr, signal_to_noise, weight_snr
 from fastlinear.spec.packed import numbers
 
+_FEW = 4  # experts of a mixture that are looked at
 _ELEMENTS = 1 << 20  # of a larger weight every second, third ... channel is looked at
 
 
@@ -27,7 +29,7 @@ class Quality(NamedTuple):
 
 UNKNOWN = Quality()
 # By who has the weight: the layer, since another layer on the same pack has other inputs, or none, to tell an error by;
-# of frozen layers, which have no inputs any more, by the pack.
+# of frozen layers, which have no inputs any more, by the pack; of experts by their shelf.
 _known: WeakKeyDictionary[Any, tuple[weakref.ref[_weights.Packed], Quality]] = WeakKeyDictionary()
 
 
@@ -43,10 +45,45 @@ def quality_of(layer: Any) -> Quality:
     return _noted(layer, packed)
 
 
+def quality_of_pack(packed: _weights.Packed) -> Quality:
+    """Of one whose weight is gone, as it was with that."""
+    return _noted(packed, packed)
+
+
 def coded_snr(weight: Tensor, coding: int4.Coding) -> float:
     """Signal to noise in dB that a weight [n, k], or of a large one every second, third ... channel, keeps as codes."""
     part = weight.detach()[:: max(1, weight.numel() // _ELEMENTS)]
     return signal_to_noise(part, int4.dequantize(grouping.quantize_weight(part, coding)))
+
+
+def quality_of_experts(module: Any, which: int) -> Quality:
+    """Of what the one product of a mixture or the other is packed in, over some experts; for a frozen one as it was
+    with the weights."""
+    frozen, ready = module._frozen_experts, module._ready
+    if frozen is None and ready is not None:
+        note_experts(module, which, ready.shelves[which])
+    shelf = ready and ready.shelves[which] if frozen is None else (frozen.first, frozen.second)[which]
+    return UNKNOWN if shelf is None else _noted(shelf, shelf.packs[0])
+
+
+def note_experts(module: Any, which: int, shelf: Any) -> None:
+    """Remembers it of a shelf of the weights that a module still has."""
+    if shelf.packs[0].scale is None or _noted(shelf, shelf.packs[0]) != UNKNOWN:
+        return
+    few = range(0, len(shelf.packs), max(1, len(shelf.packs) // _FEW))
+    every = max(1, len(few) * shelf.n * shelf.k // _ELEMENTS)
+    exact, found = (
+        torch.cat([of(expert)[::every] for expert in few])
+        for of in (lambda expert: module.weight_of(which, expert), lambda expert: numbers(shelf.packs[expert]))
+    )
+    _known[shelf] = weakref.ref(shelf.packs[0]), Quality(signal_to_noise(exact, found))
+
+
+def note_weight(packed: _weights.Packed, weight: Tensor) -> None:
+    """Remembers it of a pack whose weight [n, k] is about to go."""
+    every = max(1, packed.n * packed.k // _ELEMENTS)
+    found = Quality(signal_to_noise(weight.detach()[::every], numbers(packed)[::every]))
+    _known[packed] = weakref.ref(packed), found
 
 
 def note(layer: Any, packed: _weights.Packed, for_good: bool = False) -> None:

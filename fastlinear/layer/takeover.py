@@ -21,7 +21,6 @@ from fastlinear.spec.foreign import TORCHAO
 from fastlinear.spec.formats import DTYPES, FP32, name_of
 from fastlinear.spec.int4 import Coded, coding_of
 from fastlinear.spec.int8 import Quantized
-from fastlinear.spec.packed import Weight
 from fastlinear.spec.precision import Precision, Wanted
 
 _UNPACKING = "ct_decompress_hook"
@@ -231,18 +230,18 @@ def _frozen(told: Found, asked: Wanted, name: str, held: torch.dtype, gated: boo
         frozen = Frozen(packed, held, origin=f"unpacked from {label} to {packed.format}", smooth=precision.smooth)
         return frozen, precision._replace(packed=None if packed.format == name_of(held) else packed.format)
     scheme = asked.scheme
-    frozen = over(weight, held, label, "w8f" if scheme is None else scheme.packed, gated)
+    packed = packed_as_is(weight, "w8f" if scheme is None else scheme.packed, gated)
+    frozen = Frozen(packed, held, origin=f"from {label}")
     products = asked.switched if asked.switched != FP32 else asked.everywhere.products
     rows = None if scheme is None else scheme.rows(name)
     return frozen, precision_of(frozen)._replace(rows=rows, products=products, accumulate=asked.everywhere.accumulate)
 
 
-def over(weight: Weight, held: torch.dtype, label: str, integers: str = "w8f", gated: bool = False) -> Frozen:
-    """Codes, or integers in the format `integers`, bit for bit, in the place of a Parameter of dtype `held`."""
+def packed_as_is(weight: Coded | Quantized, integers: str = "w8f", gated: bool = False) -> _weights.Packed:
+    """Codes, or integers in the format `integers`, bit for bit."""
     if isinstance(weight, Quantized):
-        return Frozen(packs.pack_quantized(weight, integers, gated), held, origin=f"from {label}")
-    assert isinstance(weight, Coded)
-    return Frozen(packs.pack_coded(weight, gated), held, origin=f"from {label}")
+        return packs.pack_quantized(weight, integers, gated)
+    return packs.pack_coded(weight, gated)
 
 
 def precision_of(frozen: Frozen) -> Precision:

@@ -19,7 +19,7 @@ from fastlinear.layer import attention, experts, linear, takeover
 from fastlinear.layer.fitness import dtype_of, taken_over
 from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shard import shard_of
-from fastlinear.model import chains, fusion
+from fastlinear.model import chains, fusion, vocabulary
 from fastlinear.model.agreement import agreed
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
@@ -27,7 +27,7 @@ from fastlinear.model.freezing import unfreeze
 from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose, is_fast
 from fastlinear.model.tuning import check_example, check_module, fast_layers, run_to_tune
 from fastlinear.spec.precision import Precision, Wanted, wanted
-from fastlinear.spec.schemes import Scheme
+from fastlinear.spec.schemes import Int8WeightOnly, Scheme
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,6 +45,7 @@ def convert(
     accumulate: str = "fp32",
     quantize: Scheme | None = None,
     products: torch.dtype | None = None,
+    embeddings: Int8WeightOnly | None = None,
     fuse: bool = True,
     inplace: bool = False,
     freeze: bool = False,
@@ -78,6 +79,9 @@ def convert(
         when this is called: bf16 in layers of fp32 after torch.set_float32_matmul_precision("medium") or
         torch.backends.mkldnn.matmul.fp32_precision = "bf16", unless another of these wishes is given; torch.float32
         does not round.
+    embeddings: Int8WeightOnly() packs embeddings in 8 bits, and unpacks the rows that are looked up; so it packs the
+        head of a language model (linear layers of an embedding's weight, or called `lm_head`), whatever `quantize`
+        says. What was tied stays so, over one pack, which is frozen at once.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
         a module whose source says so. Each call proves that anew: where the layer is called by something else, has
         hooks or was wrapped (by LoRA, say), or its activation was replaced or taken away, it computes what nn.Linear
@@ -111,6 +115,7 @@ def convert(
     names = {module: name for name, module in model.named_modules()}
     with agreed(model, "convert") as story:
         reasons = choose(model, include, exclude, filter_fn, asked)
+        tables = vocabulary.tables_of(model, embeddings, reasons)
         story.update((names[layer], f"{asked.text()}, {_placed(layer, reason)}") for layer, reason in reasons.items())
     wished = [layer for layer, reason in reasons.items() if reason is None]
     mixtures = [layer for layer in wished if experts.are_experts(layer)]
@@ -135,10 +140,9 @@ def convert(
             _set_precision(undo, twin[layer], _next(layer, asked, names[layer]))
         for layer in mixtures:
             _adopt_experts(undo, twin[layer], names[layer], mode, asked)
-        for pair in pairs:
-            there = pair._replace(linear=twin[pair.linear], holder=twin[pair.holder])
-            fusion.absorb(there)
-            undo.callback(fusion.restore, there.holder, there.slot)
+        for table in tables:
+            vocabulary.pack(undo, table, twin, names, mode)
+        _absorb(undo, pairs, twin)
         if asked.scheme is not None and asked.scheme.chain:
             for first, out in chains.find(result, {twin[layer] for layer in (*chosen, *fast)}):
                 _set_precision(undo, first, linear.precision_of(first)._replace(out=out))
@@ -178,6 +182,13 @@ def _taken(
     if over is not None:  # which `release` would bring back as numbers
         undo.callback(_set_weight, twin, layer._parameters["weight"])
     return over, asked.of(name, dtype_of(layer))
+
+
+def _absorb(undo: ExitStack, pairs: list[fusion.Pair], twin: dict[Any, Any]) -> None:
+    for pair in pairs:
+        there = pair._replace(linear=twin[pair.linear], holder=twin[pair.holder])
+        fusion.absorb(there)
+        undo.callback(fusion.restore, there.holder, there.slot)
 
 
 def _set_weight(layer: Any, weight: Any) -> None:

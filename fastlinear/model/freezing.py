@@ -11,9 +11,10 @@ from typing import TypeVar
 from torch import nn
 
 from fastlinear.layer import experts, experts_frozen
+from fastlinear.layer.embedding import pack_of, unpack_rows
 from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.form import address_of
-from fastlinear.layer.frozen import Freezable, is_frozen, thaw_layer
+from fastlinear.layer.frozen import Freezable, Frozen, is_frozen, thaw_layer
 from fastlinear.layer.linear import freeze_layer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,6 +58,11 @@ def unfreeze(model: Model) -> Model:
     Raises TypeError for anything but an nn.Module.
     """
     _check("unfreeze", model)
+    tied: dict[Frozen, nn.Parameter] = {}
+    for module in model.modules():
+        if (frozen := pack_of(module)) is not None:  # first, while it knows the layers that are tied to it
+            unpack_rows(module, tied.get(frozen))
+            tied[frozen] = module.weight  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, Freezable):
             thaw_layer(module)

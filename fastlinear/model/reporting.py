@@ -17,19 +17,20 @@ import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 from fastlinear.layer import experts, linear, takeover
 from fastlinear.layer.fitness import features_of
-from fastlinear.layer.frozen import record_of
-from fastlinear.layer.quality import UNKNOWN, quality_of
+from fastlinear.layer.frozen import Frozen, record_of
+from fastlinear.layer.quality import UNKNOWN, quality_of, quality_of_experts, quality_of_pack
 from fastlinear.layer.shard import local
 from fastlinear.model import page, splits, table
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import expert_layers, why_skipped
 from fastlinear.model.shares import Share, share_of
+from fastlinear.model.vocabulary import packed_embeddings
 from fastlinear.plan import roofline
 from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.decide import spell
 from fastlinear.plan.roofline import Spot
-from fastlinear.spec.formats import DTYPES, name_of
+from fastlinear.spec.formats import DTYPES, long_name, name_of
 
 
 class Report(tuple[LayerReport, ...]):
@@ -126,7 +127,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
     told = splits.notes(rows.items())
     noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
     mixtures = [row for layer, names in expert_layers(whole).items() for row in describe_experts(names[0], layer)]
-    found = Report([*noted, *mixtures])
+    lookups = [describe_embedding(*each) for each in packed_embeddings(whole)]
+    found = Report([*noted, *mixtures, *lookups])
     found.graphs = own
     fast |= {row.name for row in mixtures if row.decision not in ("skipped", "elsewhere")}
     found.share = share_of(whole, fast, example)
@@ -177,6 +179,25 @@ def describe(name: str, layer: Any, otherwise: str = "convert was not called on 
     )
 
 
+def describe_embedding(name: str, module: Any, frozen: Frozen) -> LayerReport:
+    """An embedding over a pack, whose memory counts for a layer that has it, too."""
+    n, k = frozen.packed.n, frozen.packed.k
+    return LayerReport(
+        name=name,
+        in_features=n,
+        out_features=k,
+        dtype=f"{str(frozen.dtype).removeprefix('torch.')} as {long_name(frozen.packed.format)} rows",
+        activation=None,
+        decision="looked up",
+        buckets=(),
+        pack_mib=0.0 if frozen.layers else frozen.packed.nbytes / 2**20,
+        frozen=True,
+        origin=frozen.origin,
+        quality=quality_of_pack(frozen.packed),
+        weight_mib=0.0 if frozen.layers else n * k * frozen.dtype.itemsize / 2**20,
+    )
+
+
 def describe_experts(name: str, module: Any) -> Iterator[LayerReport]:
     """A row for each of the two products of a mixture."""
     fast, reason = experts.is_fast_experts(module), None
@@ -199,6 +220,7 @@ def describe_experts(name: str, module: Any) -> Iterator[LayerReport]:
             reason=reason,
             frozen=frozen is not None,
             origin="" if frozen is None else frozen.origin,
+            quality=quality_of_experts(module, which) if fast else UNKNOWN,
             elsewhere=elsewhere,
             weight_mib=count * n * k * experts.dtype_of(module).itemsize / 2**20,
             experts=count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import fastlinear._weights as _weights
@@ -17,6 +18,16 @@ def stands_for(weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     return int4.dequantize(weight) if isinstance(weight, Coded) else int8.dequantize(weight)
+
+
+def rows_of(panels: Tensor, layout: str, n: int, k: int, ids: Tensor) -> Tensor:
+    """Channels of an int8 weight [n, k] in panels of a layout "w8f/32x1": what they stand for, fp32 [ids, k]. No
+    more than those are read. IndexError for an id that is none."""
+    width = int(layout.partition("/")[2].partition("x")[0])
+    count = -(-n // width)
+    values = panels[: count * width * k].view(torch.int8).view(count, k, width)
+    scale = panels[count * width * k :].view(torch.float32)[:n].index_select(0, ids)
+    return values[ids // width, :, ids % width].float() * scale[:, None]
 
 
 def numbers(packed: _weights.Packed) -> Tensor:

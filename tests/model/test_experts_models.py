@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
 from fastlinear.layer import experts, experts_frozen
+from fastlinear.layer.quality import coded_snr
 
 transformers = pytest.importorskip("transformers")
 
@@ -255,6 +256,29 @@ def test_experts_that_are_left_alone(spoil: Any) -> None:
     assert REASONS[spoil] in str(reason)
     assert found.share is not None
     assert ("model.layers.0.mlp.experts.gate_up_proj", 5 * 112 * 48) in found.share.slow
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_the_report_tells_the_error_of_experts(name: str) -> None:
+    """In dB, of both products, against the weights as they were; frozen experts keep what was known."""
+    model, _ = made(name)
+    stock: Any = mixtures(model)[0]
+    scheme = fastlinear.Int4WeightOnly()
+    fast = fastlinear.convert(model, quantize=scheme, tune="off")
+    with torch.no_grad():
+        fast(TOKENS)
+    found = [row.quality.weight for row in fastlinear.report(fast) if "layers.0.mlp.experts" in row.name]
+    for own, told in zip(experts.names_of(stock), found, strict=True):
+        weight = stock._parameters[own].detach()
+        rows = weight.mT if experts.is_transposed(stock) else weight
+        assert told == pytest.approx(coded_snr(rows.flatten(0, 1), scheme.coding()), abs=0.5)
+    frozen = fastlinear.report(fastlinear.freeze(fast))
+    assert [row.quality.weight for row in frozen if "layers.0.mlp.experts" in row.name] == found
+    assert "dB" in str(frozen)
+    plain = fastlinear.convert(made(name)[0], tune="off")
+    with torch.no_grad():
+        plain(TOKENS)
+    assert {row.quality.weight for row in fastlinear.report(plain) if "experts" in row.name} == {None}
 
 
 def test_training() -> None:
