@@ -27,10 +27,12 @@ class Peaks(NamedTuple):
     native: tuple[str, ...] = ()
 
 
-def peaks_of(form: str) -> Peaks:
-    """For weights in this format: of the best ISA that runs here."""
-    packed = form if form in PRODUCTS else FP32
+def peaks_of(form: str, in_groups: bool = False) -> Peaks:
+    """For weights in this format: of the best ISA that runs here; in_groups: of integers as vectors multiply them,
+    under which weights in groups of K are, too."""
+    packed = "int8" if in_groups else form if form in PRODUCTS else FP32
     rows = [row for row in fastlinear.kernels() if row["runnable"]]  # best first
+    rows = [row for row in rows if row["row_step"] == 1] if in_groups else rows
     ours = [row for row in rows if row["format"] == packed]
     own = [row for row in rows if row["rows"] == row["format"] == form != FP32 and row["accumulate"] == FP32]
     isa, native_isa = ours[0]["isa"], own[0]["isa"] if own else None
@@ -67,7 +69,7 @@ class Ceiling:
         """Of the way to prefetch that reads fastest here."""
         return max(upper_quartile(rates) for rates in self._reads.values() if rates)
 
-    def figures(self, m: int, k: int, n: int, itemsizes: tuple[int, int], seconds: float) -> dict[str, float]:
+    def figures(self, m: int, k: int, n: int, itemsizes: tuple[int, float], seconds: float) -> dict[str, float]:
         """What a record says of the roofline, and of the native one if there is one; `seconds` is FastLinear's time."""
         least = attainable(m, k, n, self.flops, self.bandwidth, itemsizes)
         figures = {
@@ -93,12 +95,12 @@ def upper_quartile(rates: Sequence[float]) -> float:
     return sorted(rates, reverse=True)[len(rates) // 4]
 
 
-def attainable(m: int, k: int, n: int, flops: float, bandwidth: float, itemsizes: tuple[int, int] = (4, 4)) -> float:
+def attainable(m: int, k: int, n: int, flops: float, bandwidth: float, itemsizes: tuple[int, float] = (4, 4)) -> float:
     """Seconds that a product [m, k] x [n, k]^T + [n] takes at least; itemsizes: see bytes_read."""
     return max(2 * m * n * k / flops, bytes_read(m, k, n, itemsizes) / bandwidth)
 
 
-def bytes_read(m: int, k: int, n: int, itemsizes: tuple[int, int] = (4, 4)) -> int:
+def bytes_read(m: int, k: int, n: int, itemsizes: tuple[int, float] = (4, 4)) -> int:
     """itemsizes: bytes of an element of x and bias, and of the weight."""
     of_x, of_weight = itemsizes
-    return of_weight * n * k + of_x * (m * k + n)
+    return round(of_weight * n * k) + of_x * (m * k + n)

@@ -3,6 +3,7 @@
     python benchmarks/bench.py                    the whole grid, written to benchmarks/results/ (about 8 minutes)
     python benchmarks/bench.py --dtype bfloat16   weights and inputs in bf16; the fp32 FastLinear stands beside them
     python benchmarks/bench.py --quantize int8    int8 weights and products, or w8f: int8 weights only
+    python benchmarks/bench.py --quantize int4    weights of 4 bits in groups of 32; int4g128, and int4wo: weights only
     python benchmarks/bench.py --quantize int8 --peers  and ONNX Runtime and OpenVINO beside, in processes of their own
     python benchmarks/bench.py --quick            a few shapes, nothing written
     python benchmarks/bench.py --isa avx2         all of it as on a CPU without AVX-512
@@ -128,7 +129,7 @@ def about(python: Path | None) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark, printing as it goes; what it returns is what the JSON holds."""
     form, dtype = options.form, str(options.dtype).removeprefix("torch.")
-    peaks = peaks_of(form)
+    peaks = peaks_of(form, in_groups=form in peers.SCHEMES and peers.SCHEMES[form].integers)
     makers, refused = peers.willing(form, options.dtype)
     python = remote.environment() if options.peers else None
     records = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from shapes import FP32, OURS
 from timing import race
 
 import fastlinear
-import fastlinear._tensors as _tensors
 
 # Seconds, fewest and most rounds for one cell of the grid.
 FULL, QUICK = (1.2, 5, 40), (0.05, 3, 5)
@@ -31,7 +31,7 @@ def run_grid(
         torch.set_num_threads(threads)
         with remotes(python, options.form, threads) as rivals:
             for k, n in options.shapes:
-                layer = torch.nn.Linear(k, n, dtype=options.dtype)
+                layer = peers.rounded(torch.nn.Linear(k, n, dtype=options.dtype), options.form)
                 layers = copies(options, layer, options.form)
                 fast = {OURS: peers.Fast(layers, options.form)}
                 if options.form != FP32:
@@ -46,7 +46,7 @@ def run_grid(
 def copies(options: argparse.Namespace, layer: torch.nn.Linear, form: str) -> list[torch.nn.Linear]:
     """As many as no cache holds once packed in this format, where cold weights are to be measured."""
     wanted = max(COLD_BYTES, COLD_CACHES * int(fastlinear.cpu_info()["l3"]))
-    enough = max(2, -(-wanted // (_tensors.PACKED[form].itemsize * layer.weight.numel())))
+    enough = max(2, math.ceil(wanted / (peers.weight_bytes(form) * layer.weight.numel())))
     return peers.copies(layer, enough if "cold" in options.states else 1)
 
 
@@ -72,14 +72,14 @@ def run_cell(
     if options.inductor and "hot" in options.states:
         contestants["inductor"] = peers.Candidate(peers.inductor(layers, m), x)
     peers.check(contestants, options.form, layers[0], x)
-    of_weight = _tensors.PACKED[options.form].itemsize
+    of_weight = peers.weight_bytes(options.form)
     for state in options.states:
         hot = state == "hot"
         rotations = {
             name: contestant.rotation(hot) for name, contestant in contestants.items() if hot or name != "inductor"
         }
         used = 1 if hot else len(layers)
-        ceiling = Ceiling(peaks, threads, used * of_weight * n * k + x.itemsize * (m * k + m * n + n), hot)
+        ceiling = Ceiling(peaks, threads, int(used * of_weight * n * k) + x.itemsize * (m * k + m * n + n), hot)
         timings = race(rotations, ceiling, *effort(options))
         yield {
             "threads": threads,

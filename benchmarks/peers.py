@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 
 import fastlinear
 import fastlinear._plans as _plans
+import fastlinear._tensors as _tensors
 from fastlinear.plan import decide, measuring
 from fastlinear.plan.candidates import Chosen
+from fastlinear.spec import grouping, int4
 from fastlinear.spec.int8 import quantize_weight
+from fastlinear.spec.schemes import Int4Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, Scheme
 
 Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
 
@@ -96,6 +100,36 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return own.values, own.scale
 
 
+@functools.lru_cache(maxsize=2)  # the search for scales takes a second
+def coded(layer: nn.Linear, form: str) -> int4.Coded:
+    """Its weight in groups, in the codes that FastLinear has, which stand for -8 to 7."""
+    coding = SCHEMES[form].coding()
+    assert coding is not None
+    return grouping.quantize_weight(layer.weight, coding)
+
+
+def as_stored(layer: nn.Linear, form: str) -> tuple[Tensor, Tensor]:
+    """Its weight as rivals in other processes get it: `quantized`; or, in groups, uint8 codes [N, K] of 8 more than
+    what is to be multiplied by the scales fp16 [N, groups]."""
+    if SCHEMES[form].coding() is None:
+        return quantized(layer.weight)
+    own = coded(layer, form)
+    return own.codes, own.scale
+
+
+def rounded(layer: nn.Linear, form: str) -> nn.Linear:
+    """With weights that the format holds exactly, where it has 4 bits: what all make of them is then the same."""
+    if form in SCHEMES and (coding := SCHEMES[form].coding()) is not None:
+        layer.weight.data = int4.dequantize(grouping.quantize_weight(layer.weight, coding)).to(layer.weight.dtype)
+    return layer
+
+
+def weight_bytes(form: str) -> float:
+    """Of one weight in the packs of a format, with the scale that it shares."""
+    coding = SCHEMES[form].coding() if form in SCHEMES else None
+    return _tensors.PACKED[form].itemsize if coding is None else 0.5 + coding.scales.itemsize / coding.group
+
+
 def quantize_dynamic(layers: Sequence[nn.Linear], m: int, engine: str) -> list[Call]:
     """The operator in the modules that torch.ao.quantization.quantize_dynamic makes, relu fused, a scale a row."""
     torch.backends.quantized.engine = engine  # is asked when a weight is packed, by nobody else here
@@ -125,6 +159,21 @@ def int8pack(layers: Sequence[nn.Linear], m: int) -> list[Call]:
     return [call(layer) for layer in layers]
 
 
+def int4pack(layers: Sequence[nn.Linear], m: int, form: str) -> list[Call]:
+    """ATen's weight-only operator on groups, then bias and relu in place."""
+    run, pack = torch.ops.aten._weight_int4pack_mm_for_cpu.default, torch.ops.aten._convert_weight_to_int4pack_for_cpu
+
+    own = coded(layers[0], form)
+
+    def call(layer: nn.Linear) -> Call:
+        weight, group, bias = pack(own.codes.int(), 1), own.group, layer.bias.bfloat16()
+        scale = own.scale.T.bfloat16()
+        scale_and_zero = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
+        return lambda x: torch.relu_(run(x.bfloat16(), weight, group, scale_and_zero).add_(bias))
+
+    return [call(layer) for layer in layers]
+
+
 PEERS: Makers = {
     "nn.Linear": eager,
     **({"mkl": mkl} if torch.backends.mkl.is_available() else {}),
@@ -140,15 +189,25 @@ QUANTIZED: dict[str, Makers] = {  # by format; others have PEERS
         },
     },
     "w8f": {"nn.Linear": eager, "int8pack": int8pack},
+    **{
+        form: {"nn.Linear": eager, "int4pack": functools.partial(int4pack, form=form)}
+        for form in ("int4", "int4g128", "int4wo")
+    },
 }
-SCHEMES = {"int8": "Int8Dynamic", "w8f": "Int8WeightOnly"}  # by format, what fastlinear calls it
+SCHEMES: dict[str, Scheme] = {  # by format, with the size of its groups where that is another than 32
+    "int8": Int8Dynamic(),
+    "w8f": Int8WeightOnly(),
+    "int4": Int4Dynamic(group=32),
+    "int4g128": Int4Dynamic(group=128),
+    "int4wo": Int4WeightOnly(group=32),
+}
 
 
 def willing(form: str, dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
     """The peers that run in this format, x of this dtype, on this CPU; and what is to be said of the others: the words
     of those that refuse, and who computes something else (oneDNN's sums of int8 saturate on AVX2)."""
     makers, refused = {}, {}
-    layer, x = nn.Linear(512, 64, dtype=dtype), torch.randn(16, 512).to(dtype)
+    layer, x = rounded(nn.Linear(512, 64, dtype=dtype), form), torch.randn(16, 512).to(dtype)
     for name, make in QUANTIZED.get(form, PEERS).items():
         try:
             with torch.inference_mode():
@@ -162,7 +221,7 @@ def willing(form: str, dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
 
 def options(form: str) -> dict[str, Any]:
     """What fastlinear.convert is told, for packed weights of a format; nothing where that is their own."""
-    return {"quantize": getattr(fastlinear, SCHEMES[form])()} if form in SCHEMES else {}
+    return {"quantize": SCHEMES[form]} if form in SCHEMES else {}
 
 
 class Fast:
@@ -170,7 +229,12 @@ class Fast:
 
     def __init__(self, layers: Sequence[nn.Linear], form: str) -> None:
         make = fastlinear.FastLinear.from_linear
-        self.modules: list[Any] = [make(layer.eval(), activation="relu", **options(form)) for layer in layers]
+        self.modules: list[Any]
+        if form in SCHEMES and SCHEMES[form].coding() is not None:  # one search for scales, and packs of their own
+            frozen = pickle.dumps(fastlinear.freeze(make(layers[0].eval(), activation="relu", **options(form))))
+            self.modules = [pickle.loads(frozen) for _ in layers]
+        else:
+            self.modules = [make(layer.eval(), activation="relu", **options(form)) for layer in layers]
 
     def tune(self, x: Tensor) -> tuple[Candidate, Chosen, float]:
         """Lets the first layer choose its plan for x, in the layers' dtype, and gives it to the others; the modules to

@@ -12,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from apart import Apart
-from peers import quantized
+from peers import as_stored
 from timing import settle
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / ".venv-peers"
 PINS = HERE / "rivals.txt"
-RIVALS = {"int8": ("onnxruntime", "openvino"), "w8f": ("openvino_fp32",)}  # by format
+_FOUR_BITS = ("onnxruntime_int4", "openvino_int4", "llama_cpp")
+RIVALS = {  # by format
+    "int8": ("onnxruntime", "openvino"),
+    "w8f": ("openvino_fp32",),
+    "int4": _FOUR_BITS,
+    "int4g128": _FOUR_BITS,
+    "int4wo": ("openvino_int4_fp32",),
+}
 
 
 def environment() -> Path:
@@ -37,14 +44,15 @@ def versions(python: Path) -> dict[str, str]:
     """Of what is pinned."""
     frozen = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
     installed = dict(line.split("==") for line in frozen.splitlines() if "==" in line)
-    return {name: installed[name] for name in ("onnxruntime", "openvino")}
+    return {name: installed[name] for name in ("onnxruntime", "openvino", "xllamacpp")}
 
 
 class Remote(Apart):
     """One rival: what peers.Candidate is for a call of this process."""
 
-    def __init__(self, command: Sequence[str | Path], name: str, threads: int) -> None:
+    def __init__(self, command: Sequence[str | Path], name: str, threads: int, form: str) -> None:
         super().__init__([*command, name, str(threads)], name)
+        self._form = form
         self._folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:
@@ -54,7 +62,7 @@ class Remote(Apart):
     def layers(self, layer: nn.Linear, copies: int) -> None:
         """Hands over the layer, its weight quantized as FastLinear's is, to be built so many times."""
         self._copies = copies
-        weight, scale = quantized(layer.weight)
+        weight, scale = as_stored(layer, self._form)
         self._write(weight=weight, scale=scale, bias=layer.bias.float())
         self.ask("layers", self._folder.name, copies)
 
@@ -89,6 +97,6 @@ def remotes(python: Path | None, form: str, threads: int) -> Iterator[list[Remot
         started = []
         for name in RIVALS.get(form, ()):
             if python is not None:
-                started.append(Remote([python, HERE / "rival.py"], name, threads))
+                started.append(Remote([python, HERE / "rival.py"], name, threads, form))
                 stack.callback(started[-1].close)
         yield started

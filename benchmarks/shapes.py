@@ -16,7 +16,8 @@ GRID = Grid(
     ((384, 384), (384, 1536), (768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 4096)),
 )
 INT8 = Grid((1, 4, 8, 16, 32, 64, 128, 512), ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)))
-GRIDS = {"int8": INT8, "w8f": INT8}  # by format; others have GRID
+INT4 = Grid((1, 4, 8, 16, 128), ((2048, 5632), (5632, 2048), (4096, 4096)))
+GRIDS = {"int8": INT8, "w8f": INT8, "int4": INT4, "int4g128": INT4, "int4wo": INT4}  # by format; others have GRID
 QUICK = Grid((1, 16, 64), ((384, 384), (768, 768)))
 SMALL = (64, 16, 32)  # M, K, N of a layer so small that the call around the kernel decides
 
@@ -24,7 +25,10 @@ OURS, LINEAR, FP32 = "fastlinear", "nn.Linear", "fp32"  # the last: the fp32 Fas
 RIVALS = (LINEAR, "mkl", "onednn")  # "the best of them"; Inductor and fp32 are shown beside
 ONNX, TORCH = ("onnxruntime",), ("torch_x86", "torch_onednn")
 INT8_RIVALS = (*ONNX, *TORCH, "openvino")
+INT4_ONNX, INT4_OPENVINO, LLAMA, INT4PACK = ("onnxruntime_int4",), ("openvino_int4",), ("llama_cpp",), ("int4pack",)
+INT4_RIVALS = (*INT4_ONNX, *INT4_OPENVINO, *LLAMA, *INT4PACK)
 INT8_PACKS = "at most 0.255 of fp32, plus scales"
+INT4_PACKS = "at most 0.141 of fp32, scales included"
 
 
 class Band(NamedTuple):
@@ -73,6 +77,30 @@ def _sixteen_bit(small: float, medium: float, large: float, over_linear: float) 
     )
 
 
+def _four_bit(isa: str, many_rows: dict[str, float], *goals: Goal) -> Targets:
+    return Targets(
+        (
+            Band("M = 1", 1, 1, {isa: 0.90}),
+            Band("M = 2..127", 2, 127, {}),
+            Band("M >= 128", 128, math.inf, many_rows),
+        ),
+        (
+            *goals,
+            Goal("int4pack, M = 1", INT4PACK, 1.5, everywhere=False, most=1),
+            Goal("int4pack, M > 1", INT4PACK, 2.0, everywhere=False, least=2),
+        ),
+        (LINEAR, *INT4_RIVALS) if goals else (LINEAR, *INT4PACK, "openvino_int4_fp32"),
+        INT4_PACKS,
+    )
+
+
+_DYNAMIC = (  # against others that quantize their inputs, too
+    Goal("ONNX Runtime, M = 1", INT4_ONNX, 1.2, everywhere=False, most=1),
+    Goal("ONNX Runtime, M > 1", INT4_ONNX, 2.0, everywhere=False, least=2),
+    Goal("OpenVINO", INT4_OPENVINO, 1.05, everywhere=False),
+    Goal("llama.cpp, M = 4..16", LLAMA, 1.3, everywhere=False, least=4, most=16),
+)
+
 TARGETS = {
     "fp32": Targets(
         (
@@ -114,6 +142,9 @@ TARGETS = {
         (LINEAR, "int8pack", "openvino_fp32"),
         INT8_PACKS,
     ),
+    "int4": _four_bit("avx512_vnni", {"avx512_vnni": 0.45}, *_DYNAMIC),
+    "int4g128": _four_bit("avx512_vnni", {"avx512_vnni": 0.60}, *_DYNAMIC),
+    "int4wo": _four_bit("avx512", {}),
 }
 
 

@@ -42,9 +42,10 @@ def goal(entry: dict[str, Any], name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", shapes.TARGETS)
 def test_the_grid_is_the_one_that_was_asked_for(dtype: str) -> None:
-    """72 shapes, 40 with int8 weights, and every M of them in one band, for each format."""
+    """72 shapes, 40 with int8 weights, 15 with 4 bits, and every M of them in one band, for each format."""
     grid = shapes.GRIDS.get(dtype, shapes.GRID)
-    assert len(grid.ms) * len(grid.shapes) == (40 if dtype in peers.SCHEMES else 72)
+    wanted = {"int4": 15, "int8": 40}.get(peers.SCHEMES[dtype].packed[:4], 40) if dtype in peers.SCHEMES else 72
+    assert len(grid.ms) * len(grid.shapes) == wanted
     bands = shapes.TARGETS[dtype].bands
     assert all(sum(band.least <= m <= band.most for band in bands) == 1 for m in (*grid.ms, *shapes.GRID.ms))
 
@@ -54,6 +55,9 @@ WANTED = {  # of the roofline of AVX-512 (with VNNI for int8) and AVX2, by M
     "bf16": {1: (0.88, None), 4: (0.80, None), 16: (0.80, None), 32: (0.88, 0.80), 64: (0.88, 0.80), 128: (0.92, 0.80)},
     "fp16": {1: (0.88, None), 4: (0.75, None), 16: (0.75, None), 32: (0.85, 0.80), 64: (0.85, 0.80), 128: (0.90, 0.80)},
     "int8": {1: (0.90, None), 4: (None, None), 16: (0.90, None), 32: (0.90, None), 512: (0.90, None)},
+    "int4": {1: (0.90, None), 4: (None, None), 16: (None, None), 128: (0.45, None)},
+    "int4g128": {1: (0.90, None), 4: (None, None), 16: (None, None), 128: (0.60, None)},
+    "int4wo": {1: (0.90, None), 4: (None, None), 16: (None, None), 128: (None, None)},
     "w8f": {1: (0.85, 0.85), 4: (None, None), 16: (None, None), 32: (0.75, 0.75), 512: (0.75, 0.75)},
 }
 
@@ -61,8 +65,8 @@ WANTED = {  # of the roofline of AVX-512 (with VNNI for int8) and AVX2, by M
 @pytest.mark.parametrize("dtype", shapes.TARGETS)
 def test_the_targets_are_those_of_the_issues(dtype: str) -> None:
     """The shares of the roofline by M and ISA, of every format a weight may have."""
-    assert shapes.TARGETS.keys() == fastlinear._tensors.PACKED.keys()
-    wide_isa = "avx512_vnni" if dtype == "int8" else "avx512"
+    assert shapes.TARGETS.keys() == fastlinear._tensors.PACKED.keys() | {"int4", "int4g128", "int4wo"}
+    wide_isa = "avx512_vnni" if dtype in ("int8", "int4", "int4g128") else "avx512"
     for m, (wide, narrow) in WANTED[dtype].items():
         (band,) = (band for band in shapes.TARGETS[dtype].bands if band.least <= m <= band.most)
         assert (band.targets.get(wide_isa), band.targets.get("avx2")) == (wide, narrow)
@@ -160,18 +164,21 @@ def torch_engines() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype"), [("int8", torch.float32), ("w8f", torch.float32), ("w8f", torch.bfloat16)], ids=str
+    ("form", "dtype"),
+    [("int8", torch.float32), ("w8f", torch.float32), ("w8f", torch.bfloat16), ("int4", torch.float32)],
+    ids=str,
 )
-def test_the_peers_of_int8_compute_the_layer(form: str, dtype: torch.dtype) -> None:
+def test_the_peers_of_quantized_weights_compute_the_layer(form: str, dtype: torch.dtype) -> None:
     """torch's own are there and near enough to pass, but for oneDNN where its sums saturate; what lies 4 % off in every
     element does not."""
     torch.manual_seed(0)
-    (layer,) = peers.copies(torch.nn.Linear(256, 64, dtype=dtype), 1)
+    (layer,) = peers.copies(peers.rounded(torch.nn.Linear(256, 64, dtype=dtype), form), 1)
     x = torch.randn(48, 256).to(dtype)
     makers, refused = peers.willing(form, dtype)
     assert makers.keys() | refused.keys() == peers.QUANTIZED[form].keys()
     saturating = set() if "avx512_vnni" in fastlinear.cpu_info()["isas"] else {"torch_onednn"}
-    assert makers.keys() >= {"nn.Linear"} | (torch_engines() - saturating if form == "int8" else {"int8pack"})
+    wanted = {"int8": torch_engines() - saturating, "w8f": {"int8pack"}, "int4": {"int4pack"}}
+    assert makers.keys() >= {"nn.Linear"} | wanted[form]
     with torch.inference_mode():
         candidates = {name: peers.Candidate(make([layer], 48), x) for name, make in makers.items()}
         peers.check(candidates, form, layer, x)
@@ -222,7 +229,7 @@ def fake(tmp_path: Path) -> Iterator[remote.Remote]:
     """A rival in another process, of numpy."""
     program = tmp_path / "fake.py"
     program.write_text(FAKE.format(folder=str(FOLDER)))
-    rival = remote.Remote([sys.executable, program], "fake", 1)
+    rival = remote.Remote([sys.executable, program], "fake", 1, "int8")
     yield rival
     rival.close()
     assert rival._process.returncode is not None and not Path(rival._folder.name).exists()
@@ -266,8 +273,8 @@ def test_nobody_measures_while_threads_still_spin(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not (remote.FOLDER / remote.PINS.name).exists(), reason="`bench.py --peers` makes .venv-peers")
 @pytest.mark.parametrize("form", remote.RIVALS)
 def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
-    """ONNX Runtime and OpenVINO, where their environment has been made."""
-    layer, x = torch.nn.Linear(256, 64), torch.randn(16, 256)
+    """ONNX Runtime, OpenVINO and llama.cpp, where their environment has been made."""
+    layer, x = peers.rounded(torch.nn.Linear(256, 64), form), torch.randn(16, 256)
     with remote.remotes(remote.environment(), form, 1) as rivals:
         assert [rival.name for rival in rivals] == list(remote.RIVALS[form])
         for rival in rivals:
@@ -519,6 +526,7 @@ bench.main()
         pytest.param("float32", None, "int8", marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", None, None, marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", "avx2", "w8f", marks=pytest.mark.exhaustive),
+        pytest.param("float32", None, "int4", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_tiny_run_writes_figures_and_plot(
@@ -539,7 +547,10 @@ def test_a_tiny_run_writes_figures_and_plot(
     document = json.loads(figures.read_text())
     x = fastlinear._tensors.FORMATS[getattr(torch, dtype)]
     form, isas = quantize or x, fastlinear.cpu_info()["isas"]
-    widest = max({"avx2", "avx512", *({"avx_vnni", "avx512_vnni"} if form == "int8" else ())} & {*isas}, key=isas.index)
+    vectors = {"avx_vnni", "avx512_vnni"}
+    widest = max(
+        {"avx2", "avx512", *{"int8": vectors | {"amx"}, "int4": vectors}.get(form, ())} & {*isas}, key=isas.index
+    )
     assert (document["format"], document["dtype"], document["x"]) == (1, form, x)
     assert document["isa"] == (limit or widest)
     assert document["about"].keys() == {"cpu", "cores", "system", "versions", "date", "commit"}
@@ -549,7 +560,7 @@ def test_a_tiny_run_writes_figures_and_plot(
         *remote.RIVALS.get(form, ())
     }
     peers_here = peers.QUANTIZED.get(form, peers.PEERS).keys() - document["refused"].keys()
-    size, of_weight = getattr(torch, dtype).itemsize, fastlinear._tensors.PACKED[form].itemsize
+    size, of_weight = getattr(torch, dtype).itemsize, peers.weight_bytes(form)
     for r in document["records"]:
         beside = {"fp32"} if form != "fp32" else set()
         assert r["us"].keys() == r["median_us"].keys() == peers_here | beside | {"fastlinear"}

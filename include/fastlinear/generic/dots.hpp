@@ -80,6 +80,10 @@ void multiply(const TileArgs& t) {
   const bool streams = t.prefetch_stride == 0;
   const char* prefetch = streams ? panels[0] + kAhead : t.prefetch;
   const std::ptrdiff_t step = streams ? nr * 4 : t.prefetch_stride, between = streams ? t.panel_stride : nr * 4;
+  // Behind the end of the panels a single row goes on at the beginning of the next ones, for 3 % of the time from
+  // memory.
+  const std::ptrdiff_t codes = ceil_div(t.k, kr) * nr * 4, to_next = streams ? P * t.panel_stride - codes : 0;
+  [[maybe_unused]] std::ptrdiff_t left = codes - kAhead;
 
   t.lines.fetch();
   if (!t.accumulate)
@@ -105,6 +109,7 @@ void multiply(const TileArgs& t) {
         panels[p] += nr * 4;
       }
       prefetch += step;
+      if constexpr (R == 1) prefetch += (left -= step) == 0 ? to_next : 0;
     }
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < Count; ++v) {
