@@ -169,8 +169,9 @@ class FastModule(WithEngines):
         elif precision.packed not in (None, name_of(self.weight.dtype)):
             changing = reference.floats
         engine.plainly(plain, changing, self._elsewhere, exact)
-        fits = exact and not self.training and not operands and x.dtype in _tensors.FORMATS
-        return changing(x, self.weight, self.bias) if fits and x.shape[-1:] == (self._columns(),) else None
+        dense = x.layout is torch.strided and not x.is_nested and x.shape[-1:] == (self._columns(),)
+        fits = exact and dense and not self.training and not operands and x.dtype in _tensors.FORMATS
+        return changing(x, self.weight, self.bias) if fits else None
 
     def _count(self, x: Tensor, why: str) -> None:
         self._tell(why_elsewhere(self, x, why in (_reasons.STALE, _reasons.GRADIENT)))

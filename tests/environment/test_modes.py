@@ -208,7 +208,7 @@ def numbers(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pass
     elif precision.coding is not None:
         weight = int4.dequantize(grouping.quantize_weight(weight, precision.coding))
-    elif precision.packed.startswith("int8"):
+    elif precision.packed in ("int8", "w8f"):
         weight = dequantize(quantize_weight(weight, precision.smooth))
     else:
         weight = weight.to({"bf16": torch.bfloat16, "fp16": torch.float16}[precision.packed])

@@ -56,7 +56,7 @@ template <class Op, std::ptrdiff_t R, std::ptrdiff_t V>
       for (std::ptrdiff_t r = 0; r < R; ++r) {
         c[r][v] = Op::multiply_add(x[r], w, c[r][v]);
         // Not before this: clang would widen the next weights early, and keep a sum in memory to have the register.
-        if constexpr (sizeof(*weights[v]) == 2 && V > 1)
+        if constexpr (sizeof(*weights[v]) == 2 && V > 1 && R > 1)
           if (v + 1 < V) asm("" : "+v"(c[r][v]), "+m"(*const_cast<typename Op::Weight*>(weights[v + 1])));
       }
     }
