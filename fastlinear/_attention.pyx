@@ -171,7 +171,8 @@ def store(
 
     q: [B, H, L, D], k, v: [B, G, L, D], cos, sin: [B or 1, L, D]; D is even, elements lie side by side, and the rows
     fit in the cache. full: L rows leave the cache at its front, and all that is behind them moves up, before L = S - at
-    rows are written. rows: (H, G) where q, k and v are instead [B, L, H * D] and [B, L, G * D]. isa, errors: as in `attention`.
+    rows are written. rows: (H, G) where q, k and v are instead [B, L, H * D] and [B, L, G * D]. isa, errors: as in
+    `attention`.
     """
     cdef View a
     cdef CacheProblem p
