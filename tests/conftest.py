@@ -59,6 +59,10 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:  # it counts what all tests compile against one limit
+        dynamo.reset()
+        dynamo.utils.counters.clear()
 
 
 SHORT = "not exhaustive"  # the marks that `make test` asks for
