@@ -79,11 +79,6 @@ struct Session {
   void (*leave)(const void* memory);
 };
 
-// A kernel of groups that has a single row only streams its panels and their scales: so many bytes ahead it asks for
-// lines, across the pages at which the hardware's own prefetching ends (worth a tenth at 12 cycles a line, and 2 % at
-// 4).
-inline constexpr std::ptrdiff_t kAhead = 1024, kScalesAhead = 256;
-
 struct Kernel {
   const char* name;  // "fp32/avx512/6x64": format of the weight, ISA, rows x columns of the tile
   const Isa& isa;

@@ -26,6 +26,7 @@
 
 #include "fastlinear/contract/kernel.hpp"
 #include "fastlinear/formats/scales.hpp"
+#include "fastlinear/generic/ahead.hpp"
 
 namespace fastlinear::dots {
 
@@ -78,12 +79,11 @@ void multiply(const TileArgs& t) {
   // The only tile of its panels streams them; others bring some of the next ones. One loop does both, without a branch,
   // for which GCC 12 would keep a second copy of the sums.
   const bool streams = t.prefetch_stride == 0;
-  const char* prefetch = streams ? panels[0] + kAhead : t.prefetch;
+  const char* prefetch = streams ? panels[0] + (R > 1 ? kCodesAhead : 0) : t.prefetch;
   const std::ptrdiff_t step = streams ? nr * 4 : t.prefetch_stride, between = streams ? t.panel_stride : nr * 4;
-  // Behind the end of the panels a single row goes on at the beginning of the next ones, for 3 % of the time from
-  // memory.
-  const std::ptrdiff_t codes = ceil_div(t.k, kr) * nr * 4, to_next = streams ? P * t.panel_stride - codes : 0;
-  [[maybe_unused]] std::ptrdiff_t left = codes - kAhead;
+  const std::ptrdiff_t bytes = ceil_div(t.k, kr) * nr * 4, next = nr * (how.format == Format::fp32 ? 4 : 2);
+  Ahead codes(streams ? kCodesAhead : 0, bytes, streams ? P * t.panel_stride : bytes);
+  Ahead groups(kGroupsAhead * next, ceil_div(t.k, how.size) * next, P * how.panel_stride);
 
   t.lines.fetch();
   if (!t.accumulate)
@@ -91,8 +91,9 @@ void multiply(const TileArgs& t) {
   const char *scales = how.scales, *offsets = how.offsets;
   for (std::ptrdiff_t k = 0, group = 0; k < t.k; ++group) {
     const std::ptrdiff_t end = std::min(t.k, k + how.size);
+    const std::ptrdiff_t of_scales = R == 1 ? groups.step(next) : kGroupsAhead * next;
 #pragma GCC unroll 8
-    for (std::ptrdiff_t p = 0; p < P; ++p) __builtin_prefetch(scales + p * how.panel_stride + kScalesAhead);
+    for (std::ptrdiff_t p = 0; p < P; ++p) __builtin_prefetch(scales + p * how.panel_stride + of_scales);
     typename Op::Sum c[R][Count];
 #pragma GCC unroll 16
     for (std::ptrdiff_t r = 0; r < R; ++r) {
@@ -102,14 +103,14 @@ void multiply(const TileArgs& t) {
     }
     for (; k < end; k += kr) {
       add<V, Op, R, Count, P>(c, op, panels, a + k, t.lda);
+      const std::ptrdiff_t ahead = R == 1 ? codes.step(step) : 0;
 #pragma GCC unroll 8
       for (std::ptrdiff_t p = 0; p < P; ++p) {
-        __builtin_prefetch(prefetch + p * between, 0, 2);
-        __builtin_prefetch(prefetch + p * between + 64, 0, 2);
+        __builtin_prefetch(prefetch + p * between + ahead, 0, 2);
+        __builtin_prefetch(prefetch + p * between + ahead + 64, 0, 2);
         panels[p] += nr * 4;
       }
       prefetch += step;
-      if constexpr (R == 1) prefetch += (left -= step) == 0 ? to_next : 0;
     }
 #pragma GCC unroll 8
     for (std::ptrdiff_t v = 0; v < Count; ++v) {
@@ -127,7 +128,6 @@ void multiply(const TileArgs& t) {
       }
     }
     asm volatile("" ::: "memory");  // the tile stays where it is: GCC 12 would keep a second one on the stack
-    const std::ptrdiff_t next = nr * (how.format == Format::fp32 ? 4 : 2);
     scales += next;
     if constexpr (Offsets) offsets += next;
   }

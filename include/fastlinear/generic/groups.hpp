@@ -21,32 +21,9 @@
 #include "fastlinear/formats/int4.hpp"
 #include "fastlinear/formats/int8.hpp"
 #include "fastlinear/formats/scales.hpp"
+#include "fastlinear/generic/ahead.hpp"
 
 namespace fastlinear::groups {
-
-// How far ahead a single row has its weights brought into L2: so many bytes of a panel's codes, and the scales of so
-// many groups. Memory takes as long as the work on some 20 lines of codes, more than L1 waits for at a time.
-inline constexpr std::ptrdiff_t kCodesAhead = 2048, kGroupsAhead = 4;
-
-// From a place in a panel to what is to be brought into the cache there: `ahead` bytes on or, where the panel's `bytes`
-// end before that, at the beginning of the one that comes `stride` bytes behind it, which is read next.
-class Ahead {
- public:
-  Ahead(std::ptrdiff_t ahead, std::ptrdiff_t bytes, std::ptrdiff_t stride)
-      : ahead_(ahead), left_(bytes - ahead), jump_(stride - bytes) {
-    if (left_ <= 0) cross();
-  }
-  std::ptrdiff_t step(std::ptrdiff_t bytes) {
-    const std::ptrdiff_t ahead = ahead_;
-    left_ -= bytes;
-    if (left_ == 0) cross();
-    return ahead;
-  }
-
- private:
-  void cross() { ahead_ += jump_; }
-  std::ptrdiff_t ahead_, left_, jump_;
-};
 
 // Adds kr k, whose codes begin at `panels`, to the sums c of R rows; Summing: and x itself to `totals`, in every lane.
 template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t Count, std::ptrdiff_t P>
