@@ -69,13 +69,6 @@ class Attender {
     return memory[which];
   }
 
-  void widen(Format format, const char* from, float* to, std::ptrdiff_t n) const {
-    if (format == kNumbers)
-      std::copy_n(reinterpret_cast<const float*>(from), n, to);
-    else
-      vectors_.conversions[static_cast<std::size_t>(format)].widen(from, to, n);
-  }
-
   // The rows of k or v in fp32, each readable up to a multiple of `columns`, where all can be in L1 at a time: rows of
   // one head lie as far apart as all heads are wide, often by a power of two, so that they meet in a few sets. A few
   // queries do not pay for a copy.
@@ -85,7 +78,7 @@ class Attender {
     if (heads.format == kNumbers && !copies) return {reinterpret_cast<const float*>(heads.at(b, h)), heads.row};
     float* const to = scratch(which).floats(p_.keys * wide);
     for (std::ptrdiff_t r = 0; r < p_.keys; ++r) {
-      widen(heads.format, heads.at(b, h, r), to + r * wide, p_.size);
+      widen(vectors_, heads.format, heads.at(b, h, r), to + r * wide, p_.size);
       std::fill(to + r * wide + p_.size, to + (r + 1) * wide, 0.0f);
     }
     return {to, wide};
@@ -106,14 +99,7 @@ class Attender {
     fetch(p_.v.at(batch, kv), p_.v.row, p_.keys);
   }
 
-  // A mask that is the same for all queries, in fp32.
-  const float* added(const char* mask) {
-    float* const to = scratch(2).floats(p_.keys);
-    if (mask == mask_) return to;
-    mask_ = mask;
-    widen_mask(p_, vectors_, mask, to);
-    return to;
-  }
+  const float* added(const char* mask) { return mask_.added(p_, vectors_, mask, scratch(2).floats(p_.keys)); }
 
   static constexpr std::ptrdiff_t kCopies = 32, kPage = 1024;  // of floats
   static constexpr std::ptrdiff_t kShort = 64;                 // of rows
@@ -122,7 +108,8 @@ class Attender {
   const Vectors& vectors_;
   std::ptrdiff_t batch_ = -1, kv_head_ = -1;
   Wide k_{}, v_{};
-  const char *mask_ = nullptr, *turned_ = nullptr;
+  SharedMask mask_;
+  const char* turned_ = nullptr;
   std::ptrdiff_t turned_queries_ = 0;
 };
 

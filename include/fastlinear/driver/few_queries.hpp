@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "fastlinear/driver/grid.hpp"
 #include "fastlinear/driver/heads.hpp"
@@ -69,12 +68,7 @@ class FewAttender {
     if (!is_float(p_.mask.format) && std::memchr(mask, 0, static_cast<std::size_t>(n)) == nullptr) return nullptr;
     if (p_.mask.format == kNumbers) return reinterpret_cast<const float*>(mask);
     float* const to = memory.floats(n);
-    if (is_float(p_.mask.format)) {
-      vectors_.conversions[static_cast<std::size_t>(p_.mask.format)].widen(mask, to, n);
-    } else {
-      constexpr float kUnseen = -std::numeric_limits<float>::infinity();
-      for (std::ptrdiff_t key = 0; key < n; ++key) to[key] = mask[key] != 0 ? 0.0f : kUnseen;
-    }
+    widen_mask(vectors_, p_.mask.format, mask, to, n);
     return to;
   }
 

@@ -29,16 +29,33 @@ struct AttentionProblem {
   bool causal;  // query i sees the keys 0 to i
 };
 
-// A mask that is the same for all queries, in fp32.
-inline void widen_mask(const AttentionProblem& p, const Vectors& vectors, const char* mask, float* to) {
-  constexpr float kUnseen = -std::numeric_limits<float>::infinity();
-  if (p.mask.format == kNumbers)
-    std::copy_n(reinterpret_cast<const float*>(mask), p.keys, to);
-  else if (is_float(p.mask.format))
-    vectors.conversions[static_cast<std::size_t>(p.mask.format)].widen(mask, to, p.keys);
+// So many numbers of a floating format, in fp32.
+inline void widen(const Vectors& vectors, Format format, const char* from, float* to, std::ptrdiff_t n) {
+  if (format == kNumbers)
+    std::copy_n(reinterpret_cast<const float*>(from), n, to);
   else
-    for (std::ptrdiff_t i = 0; i < p.keys; ++i) to[i] = mask[i] != 0 ? 0.0f : kUnseen;
+    vectors.conversions[static_cast<std::size_t>(format)].widen(from, to, n);
 }
+
+// What a mask adds to the scores of its first n keys, in fp32.
+inline void widen_mask(const Vectors& vectors, Format format, const char* mask, float* to, std::ptrdiff_t n) {
+  constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+  if (is_float(format)) return widen(vectors, format, mask, to, n);
+  for (std::ptrdiff_t i = 0; i < n; ++i) to[i] = mask[i] != 0 ? 0.0f : kUnseen;
+}
+
+// A mask that is the same for all queries, of one head after the other: widened where it is another than the last.
+class SharedMask {
+ public:
+  const float* added(const AttentionProblem& p, const Vectors& vectors, const char* mask, float* to) {
+    if (mask != last_) widen_mask(vectors, p.mask.format, mask, to, p.keys);
+    last_ = mask;
+    return to;
+  }
+
+ private:
+  const char* last_ = nullptr;
+};
 
 // With fewer multiplications than this (about 10 us) a second thread is not worth waking.
 inline constexpr std::ptrdiff_t kSerialAttention = 1 << 20;

@@ -164,13 +164,7 @@ class RoundingAttender {
     }
   }
 
-  // A mask that is the same for all queries, in fp32.
-  const float* added(const char* mask) {
-    float* const to = scratch(8).floats(p_.keys);
-    if (mask != mask_) widen_mask(p_, vectors_, mask, to);
-    mask_ = mask;
-    return to;
-  }
+  const float* added(const char* mask) { return mask_.added(p_, vectors_, mask, scratch(8).floats(p_.keys)); }
 
   const AttentionProblem& p_;
   const Kernel& kernel_;
@@ -178,7 +172,8 @@ class RoundingAttender {
   const RoundedAttention& ours_;
   alignas(kSessionBytes) char state_[kSessionBytes];
   std::ptrdiff_t batch_ = -1, kv_head_ = -1;
-  const char *keys_ = nullptr, *values_ = nullptr, *mask_ = nullptr;
+  const char *keys_ = nullptr, *values_ = nullptr;
+  SharedMask mask_;
 };
 
 }  // namespace fastlinear
