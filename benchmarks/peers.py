@@ -100,10 +100,15 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return own.values, own.scale
 
 
+def coding_of(form: str) -> int4.Coding | None:
+    """How weights in groups become codes; None for all others."""
+    return SCHEMES[form].coding() if form in SCHEMES else None
+
+
 @functools.lru_cache(maxsize=2)  # the search for scales takes a second
 def coded(layer: nn.Linear, form: str) -> int4.Coded:
     """Its weight in groups, in the codes that FastLinear has, which stand for -8 to 7."""
-    coding = SCHEMES[form].coding()
+    coding = coding_of(form)
     assert coding is not None
     return grouping.quantize_weight(layer.weight, coding)
 
@@ -111,7 +116,7 @@ def coded(layer: nn.Linear, form: str) -> int4.Coded:
 def as_stored(layer: nn.Linear, form: str) -> tuple[Tensor, Tensor]:
     """Its weight as rivals in other processes get it: `quantized`; or, in groups, uint8 codes [N, K] of 8 more than
     what is to be multiplied by the scales fp16 [N, groups]."""
-    if SCHEMES[form].coding() is None:
+    if coding_of(form) is None:
         return quantized(layer.weight)
     own = coded(layer, form)
     return own.codes, own.scale
@@ -119,14 +124,14 @@ def as_stored(layer: nn.Linear, form: str) -> tuple[Tensor, Tensor]:
 
 def rounded(layer: nn.Linear, form: str) -> nn.Linear:
     """With weights that the format holds exactly, where it has 4 bits: what all make of them is then the same."""
-    if form in SCHEMES and (coding := SCHEMES[form].coding()) is not None:
+    if (coding := coding_of(form)) is not None:
         layer.weight.data = int4.dequantize(grouping.quantize_weight(layer.weight, coding)).to(layer.weight.dtype)
     return layer
 
 
 def weight_bytes(form: str) -> float:
     """Of one weight in the packs of a format, with the scale that it shares."""
-    coding = SCHEMES[form].coding() if form in SCHEMES else None
+    coding = coding_of(form)
     return _tensors.PACKED[form].itemsize if coding is None else 0.5 + coding.scales.itemsize / coding.group
 
 
@@ -230,7 +235,7 @@ class Fast:
     def __init__(self, layers: Sequence[nn.Linear], form: str) -> None:
         make = fastlinear.FastLinear.from_linear
         self.modules: list[Any]
-        if form in SCHEMES and SCHEMES[form].coding() is not None:  # one search for scales, and packs of their own
+        if coding_of(form) is not None:  # one search for scales, and packs of their own
             frozen = pickle.dumps(fastlinear.freeze(make(layers[0].eval(), activation="relu", **options(form))))
             self.modules = [pickle.loads(frozen) for _ in layers]
         else:

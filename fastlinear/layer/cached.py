@@ -61,7 +61,7 @@ def function(
         if rotated is None:
             q, k, v = sdpa.cut(heads, q, k, v) if whole else (q, k, v)
             rotated = in_torch(q, k, v, cos, sin, keys, values, at, length is None)
-            return joined(sdpa.stock(rotated, keys, values, mask, *how))
+            return as_given(sdpa.stock(rotated, keys, values, mask, *how))
         if causal:
             keys, values = keys[:, :, :rows], values[:, :, :rows]
         if rows <= FEW_QUERIES:
@@ -71,10 +71,10 @@ def function(
         end = at + rows
         if mask is not None and not _shows(mask, end, keys.shape[2]):
             keys, values, mask = keys[:, :, :end], values[:, :, :end], mask[..., :end]
-        return joined(many(rotated, keys, values, mask))
+        return as_given(many(rotated, keys, values, mask))
 
-    def joined(y: Tensor) -> Tensor:
-        return y.transpose(1, 2).flatten(2) if whole else y
+    def as_given(y: Tensor) -> Tensor:
+        return sdpa.joined(y) if whole else y
 
     return attend
 

@@ -119,8 +119,13 @@ def cut(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     return q.unflatten(-1, (h, -1)).transpose(1, 2), *(t.unflatten(-1, (g, -1)).transpose(1, 2) for t in (k, v))
 
 
+def joined(y: Tensor) -> Tensor:
+    """What heads [B, H, L, D] are cut from: [B, L, H * D]."""
+    return y.transpose(1, 2).flatten(2)
+
+
 def _stock_of_rows(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
-    return stock(*cut(rows, q, k, v), mask, *how).transpose(1, 2).flatten(2)
+    return joined(stock(*cut(rows, q, k, v), mask, *how))
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

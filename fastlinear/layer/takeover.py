@@ -30,7 +30,7 @@ Own = dict[str, Any]  # the attributes, parameters and buffers of a module
 
 
 class Found(NamedTuple):
-    """The tensors of a layer as a reader of checkpoints has them. bits: of its codes, 0 where it has none."""
+    """The tensors of a layer as a reader of checkpoints has them."""
 
     scheme: Scheme
     parts: Parts
