@@ -142,7 +142,6 @@ def test_all_modes_give_the_same_numbers(scheme: str, freeze: bool, activation: 
 def test_tracers_give_the_same_numbers(scheme: str, tracer: str, kind: str, freeze: bool) -> None:
     """So do those that trace and watch, torch.export and torch.compile, and both kinds of layer; and the modes, after
     them."""
-    torch._dynamo.reset()
     answers_alike(layer_of(scheme, "gelu", freeze, kind), {tracer: TRACERS[tracer], **MODES})
 
 
@@ -244,7 +243,6 @@ def test_gradients_are_those_of_the_numbers(scheme: str, kind: str, activation: 
 @pytest.mark.parametrize(("activation", "freeze"), [(None, True), ("gelu", False), ("relu", True)])
 def test_gradients_of_every_way_agree(scheme: str, activation: str | None, freeze: bool) -> None:
     """torch.func, double backward, checkpoints, profiles, compiled code and batches of gradients: one derivative."""
-    torch._dynamo.reset()
     layer, x = layer_of(scheme, activation, freeze), torch.randn(5, K, requires_grad=True)
     weights = torch.randn(5, N)
 

@@ -46,7 +46,6 @@ def test_attention_over_a_cache(name: str) -> None:
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
     wanted: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    torch._dynamo.reset()
     with torch.inference_mode():
         expected = model.generate(ids, **wanted)
         model.forward = torch.compile(model.forward, backend="fastlinear", fullgraph=True, options={"tune": "off"})
@@ -56,7 +55,6 @@ def test_attention_over_a_cache(name: str) -> None:
     writes = [[node for node in graph.nodes if node.op in ("index_copy_", "copy_")] for graph in graphs]
     others = [nodes for nodes in writes if any(node.outcome != "fused" for node in nodes)]
     assert len(graphs) > 1 and all(writes) and len(others) <= left, others
-    torch._dynamo.reset()
 
 
 def test_caches_of_several_lengths() -> None:
@@ -65,7 +63,6 @@ def test_caches_of_several_lengths() -> None:
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(MODELS["llama"][0]()).eval()
     ids = torch.randint(1, 97, (1, 5))
-    torch._dynamo.reset()
     with torch.inference_mode():
         forward, fast = model.forward, torch.compile(model.forward, backend="fastlinear", options={"tune": "off"})
         for tokens in (3, 5):
@@ -79,7 +76,6 @@ def test_caches_of_several_lengths() -> None:
     for graph in graphs:
         writes = [node for node in graph.nodes if node.op in ("index_copy_", "transpose")]
         assert len(writes) > 2 and all(node.outcome == "fused" for node in writes), writes
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -100,12 +96,9 @@ def test_no_token_compiles_anew(
     model: Any = fastlinear.load_quantized(path, on_meta(architecture))
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     wanted: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    torch._dynamo.reset()
-    counters.clear()
     with torch.inference_mode():
         expected = model.generate(ids, **wanted)
         model.forward = torch.compile(model.forward, backend="fastlinear", fullgraph=True)
         text = model.generate(ids, cache_implementation="static", **wanted)
     assert torch.equal(text, expected)
     assert counters["stats"]["unique_graphs"] == graphs
-    torch._dynamo.reset()

@@ -199,7 +199,6 @@ def test_parameters_may_change(name: str) -> None:
 
 def test_one_graph_of_many_modules() -> None:
     """Blocks that are compiled one by one share a graph, and each has its own packed weights in it."""
-    torch._dynamo.reset()
     blocks = nn.ModuleList([Net(_three) for _ in range(4)])
     for block in blocks:
         block.compile(backend=fastlinear.graph.backend, options={"tune": "off"})
@@ -213,7 +212,6 @@ def test_one_graph_of_many_modules() -> None:
 
 def test_a_layer_goes_with_its_graph() -> None:
     """Packed weights do not outlive what was compiled."""
-    torch._dynamo.reset()
     gc.collect()
     before = len(operators._known)
     fast = check(Net(_three))
