@@ -1,7 +1,11 @@
 """Where modules and classes have gone that pickles, and imports of versions before 0.2, know by other names."""
 
-import importlib
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 _MOVED = {
     "activations": "spec.activations",
@@ -20,7 +24,16 @@ _MOVED = {
 }
 
 
-def keep_old_names() -> None:
+class _Finder(MetaPathFinder, Loader):
     """Makes `import fastlinear.linear` and the like find the module that has the place now."""
-    for old, new in _MOVED.items():
-        sys.modules[f"fastlinear.{old}"] = importlib.import_module(f"fastlinear.{new}")
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        return ModuleSpec(name, self) if package == "fastlinear" and old in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Puts the other module into the place of this one, which importlib allows for."""
+        sys.modules[module.__name__] = import_module(f"fastlinear.{_MOVED[module.__name__.rpartition('.')[2]]}")
+
+
+sys.meta_path.append(_Finder())

@@ -201,7 +201,7 @@ _library.impl("linear", _cpu, "CPU")
 _library.impl("linear", _formula, "CompositeExplicitAutograd")  # every other device
 _library.impl("linear", _autocast, "AutocastCPU")
 _library.impl("linear", _autograd, "Autograd", with_keyset=True)
-torch.library.register_fake("fastlinear::linear", _fake, lib=_library)
+_library.impl("linear", _fake, "Meta")  # register_fake looks through all modules for who calls it
 torch.library.register_vmap("fastlinear::linear", _vmap, lib=_library)
 
 _library.define("activation(Tensor y, str name, float[] params) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -211,4 +211,4 @@ _library.impl(
 
 _library.define("unpack(Tensor panels, str layout, int n, int k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("unpack", _unpack, "CPU")
-torch.library.register_fake("fastlinear::unpack", _fake_weight, lib=_library)
+_library.impl("unpack", _fake_weight, "Meta")

@@ -187,5 +187,5 @@ _library.impl("attention", _cpu, "CPU")
 _library.impl("attention", _formula, "CompositeExplicitAutograd")  # every other device
 _library.impl("attention", _formula, "AutocastCPU")  # torch's own casts
 _library.impl("attention", _autograd, "Autograd", with_keyset=True)
-torch.library.register_fake("fastlinear::attention", _fake, lib=_library)
+_library.impl("attention", _fake, "Meta")
 torch.library.register_vmap("fastlinear::attention", _vmap, lib=_library)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of, present
 from fastlinear.spec.int4 import Coding
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.programs import steps_of
-from fastlinear.spec.schemes import Scheme
+
+if TYPE_CHECKING:
+    from fastlinear.spec.schemes import Scheme
 
 
 class Precision(NamedTuple):
@@ -156,24 +158,32 @@ def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = N
     sums = sorted({row["accumulate"] for row in _kernels.rows()} & {*DTYPES} | {FP32}, reverse=True)
     if accumulate not in sums:
         raise ValueError(f"accumulate must be {' or '.join(map(repr, sums))}, but is {accumulate!r}")
-    if quantize is not None and not isinstance(quantize, Scheme):
-        if isinstance(quantize, type) and issubclass(quantize, Scheme):
-            name = quantize.__name__
-            raise TypeError(f"quantize must be a scheme, such as {name}(...), but is the class {name} itself")
-        kinds = ", ".join(each.__name__ for each in Scheme.__subclasses__())
-        raise TypeError(f"quantize must be None or one of fastlinear's {kinds}, but is {quantize!r}")
-    if quantize is not None and dtype is not None:
-        raise ValueError(f"a weight is packed by dtype={dtype} or by quantize={quantize!r}, not by both")
+    scheme = None if quantize is None else _checked(quantize)
+    if scheme is not None and dtype is not None:
+        raise ValueError(f"a weight is packed by dtype={dtype} or by quantize={scheme!r}, not by both")
     if products in narrow and dtype not in (None, products):
         raise ValueError(f"products={products} are of weights packed so, not by dtype={dtype}")
-    if products in narrow and quantize is not None and (quantize.packed in PRODUCTS or quantize.integers):
-        raise ValueError(f"products={products} are none of integers, which quantize={quantize!r} makes")
-    if products in narrow and quantize is None:
+    if products in narrow and scheme is not None and (scheme.packed in PRODUCTS or scheme.integers):
+        raise ValueError(f"products={products} are none of integers, which quantize={scheme!r} makes")
+    if products in narrow and scheme is None:
         dtype = products
-    switched = products is None and dtype is None and quantize is None and accumulate == FP32
+    switched = products is None and dtype is None and scheme is None and accumulate == FP32
     packed, rounded = (None if each is None else name_of(each) for each in (dtype, products))  # type: ignore[arg-type]
     precision = Precision(packed, str(accumulate), products=rounded or FP32)
-    return Wanted(precision, quantize, switch_of_torch() if switched else FP32)
+    return Wanted(precision, scheme, switch_of_torch() if switched else FP32)
+
+
+def _checked(quantize: object) -> Scheme:
+    """A scheme as it is; TypeError for anything else."""
+    from fastlinear.spec.schemes import Scheme  # here: to make its classes is a quarter of `import fastlinear`
+
+    if isinstance(quantize, Scheme):
+        return quantize
+    if isinstance(quantize, type) and issubclass(quantize, Scheme):
+        name = quantize.__name__
+        raise TypeError(f"quantize must be a scheme, such as {name}(...), but is the class {name} itself")
+    kinds = ", ".join(each.__name__ for each in Scheme.__subclasses__())
+    raise TypeError(f"quantize must be None or one of fastlinear's {kinds}, but is {quantize!r}")
 
 
 def _check_dtype(what: str, given: object, allowed: list[torch.dtype | None]) -> None:
