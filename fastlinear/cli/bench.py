@@ -94,7 +94,7 @@ def bench(options: argparse.Namespace) -> int:
     shapes = shapes_of(options.like) if options.like else options.shapes
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
     packed = scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]]
-    ceilings = Ceilings(packed, options.isa, scheme)
+    ceilings = Ceilings(packed, options.isa, scheme, options.cold)
     counts = options.threads or [_products.num_threads()]
     threads = ", ".join(map(str, counts))
     print(f"{_kernels.cpu_info()['model']}, {threads} thread(s), {form}, activation {options.activation}")

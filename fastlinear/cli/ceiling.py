@@ -18,6 +18,8 @@ from fastlinear.spec.schemes import Scheme
 # IA-32 Architectures Optimization Reference Manual, chapter 20).
 _TILE_ROWS, _TILE_BYTES, _TILE_CYCLES = 16, 64, 16
 
+_PASSES = 3  # over cold memory, each way: a single one is too short to be believed
+
 
 class Ceiling(NamedTuple):
     """Of one product: bytes to read, operations, operations and bytes a second, cycles that tiles need, the clock."""
@@ -46,11 +48,13 @@ class Ceiling(NamedTuple):
 class Ceilings:
     """Those of weights packed in `form`, or as a scheme says, of one ISA or of the best that runs here.
 
+    cold: whether the weights come from memory in each call.
+
     UsageError where that ISA has no kernel for such weights.
     """
 
-    def __init__(self, form: str, isa: str | None, scheme: Scheme | None = None) -> None:
-        self.isa = isa
+    def __init__(self, form: str, isa: str | None, scheme: Scheme | None = None, cold: bool = False) -> None:
+        self.isa, self._cold = isa, cold
         self._coding = None if scheme is None else scheme.coding()
         of_integers = form in PRODUCTS or (scheme is not None and scheme.integers)
         rows = [row for row in runnable() if row["format"] == form and (row["rows"] in INTEGER_ROWS) == of_integers]
@@ -70,7 +74,8 @@ class Ceilings:
 
     def says(self) -> str:
         also = f"; calculated: {_TILE_CYCLES} cycles a product of tiles" if self.tiles else ""
-        return f"peak of {self._isa} from cache, read rate of as many bytes{also}."
+        read = "memory" if self._cold else "as many bytes"
+        return f"peak of {self._isa} from cache, read rate of {read}{also}."
 
     def measure(self, m: int, k: int, n: int, itemsize: int) -> Ceiling:
         """Of x [m, k], of elements of so many bytes, times a weight [n, k]."""
@@ -78,7 +83,9 @@ class Ceilings:
         layout = str(row["layout"]) if self._coding is None else self._coding.layout(str(row["layout"]))
         nbytes = _weights.packed_nbytes(layout, n, k) + itemsize * m * k
         flops = roofline.peak(self.kernels(), threads)
-        rate = roofline.read_rate(roofline.memory_of(nbytes), threads)
+        memory = roofline.memory_of(max(nbytes, roofline.BEYOND * threads) if self._cold else nbytes)
+        tries = _PASSES if self._cold else 1
+        rate = roofline.read_rate(memory, threads, self._cold, roofline.AHEAD * tries)
         cycles = _tile_cycles(row, m, k, n) / threads if self.tiles else None
         return Ceiling(nbytes, 2 * m * n * k, flops, rate, cycles, _products.clock_rate())
 

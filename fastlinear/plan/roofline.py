@@ -31,7 +31,7 @@ from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS
 
 AHEAD = (0, 512, 4096)  # bytes to prefetch: which is fastest depends on the level of the memory
 _LEAST_BYTES = 16 << 20  # to read between two looks at the clock
-_CACHED, _BEYOND = 1 << 20, 16 << 20  # bytes a thread: what a second-level cache holds, and what it does not
+_CACHED, BEYOND = 1 << 20, 16 << 20  # bytes a thread: what a second-level cache holds, and what it does not
 _MANY = 512  # rows, columns and K of a product that all kernels are for
 _STOLEN = 0.1  # of the time, in which threads waited for others: what was measured is not believed
 
@@ -128,6 +128,6 @@ def _measured(x: str, packed: str, threads: int) -> Roofline:
     problem = Problem(_MANY, _MANY, _MANY, x, packed, FROZEN, FP32, False, None, False, threads, "symmetric" * whole)
     with measuring.process.thorough(), measuring.process.turn("roofline"):
         operations = peak(dict.fromkeys(plan.name for plan in native_candidates(problem)), threads)
-        near, far = (memory_of(nbytes * threads) for nbytes in (_CACHED, _BEYOND))
+        near, far = (memory_of(nbytes * threads) for nbytes in (_CACHED, BEYOND))
         cached, shared, beyond = (read_rate(m, threads, cold) for m, cold in ((near, False), (far, False), (far, True)))
     return Roofline(packed, threads, operations, cached, shared, beyond)

@@ -18,6 +18,7 @@ import fastlinear
 import fastlinear._kernels as _kernels
 from fastlinear.cli import bench, check, info, limits
 from fastlinear.cli import commands as cli
+from fastlinear.plan import roofline
 
 MODEL = """
 import torch
@@ -166,6 +167,21 @@ def test_bench_like_a_model(user_folder: Path, capsys: pytest.CaptureFixture[str
     (result,) = json.loads(Path("figures.json").read_text())["results"]
     assert set(result["against_us"]) == {"torch", "mkl", "onednn"} and result["against_us"]["torch"] > 0
     assert Path("figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_read_rate_is_of_where_the_weights_lie(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that come from memory are held against what memory gives, as benchmarks/bench.py does."""
+    read: list[tuple[int, bool]] = []
+
+    def read_rate(memory: torch.Tensor, threads: int, cold: bool, ahead: object) -> float:
+        read.append((memory.nbytes, cold))
+        return 1e10
+
+    monkeypatch.setattr(roofline, "read_rate", read_rate)
+    assert cli.main(["bench", "--shapes", "1x64x64", *["--cold"] * cold]) == 0
+    ((nbytes, from_memory),) = read
+    assert from_memory is cold and (nbytes >= roofline.BEYOND) is cold
 
 
 @pytest.mark.parametrize("seconds", [0.0, 100.0])

@@ -31,7 +31,7 @@ class Waiting:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory, and nothing known from before."""
-    for name, value in {"_MANY": 8, "_BEYOND": 1 << 14, "_CACHED": 1 << 12, "_LEAST_BYTES": 1 << 16}.items():
+    for name, value in {"_MANY": 8, "BEYOND": 1 << 14, "_CACHED": 1 << 12, "_LEAST_BYTES": 1 << 16}.items():
         monkeypatch.setattr(roofline, name, value)
     monkeypatch.setattr(roofline, "_known", {})
     monkeypatch.setattr(roofline, "Waits", Waiting)
