@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 import fastlinear._extras as _extras
 from fastlinear.file import manifest, safetensors
 from fastlinear.file.saving import load
 from fastlinear.layer import experts, pages
 from fastlinear.layer.fallback import label
+from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.model.convert import convert, unconvert
 from fastlinear.spec.precision import wanted
 from fastlinear.spec.schemes import Scheme
@@ -149,6 +152,7 @@ class FastLinearQuantizer(HfQuantizer):
     _packed: str | None = None  # a file of fastlinear.save
     _reading: _Reading | None = None
     _dtype: torch.dtype | None = None
+    _narrow: tuple[nn.Module, ...] = ()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -191,7 +195,25 @@ class FastLinearQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected.add(_EVERYTHING)
         elif files:
             self._reading = _Reading(files)
+            self._narrow = tuple(self._as_stored(model, files))
         return model
+
+    def _as_stored(self, model: Any, files: list[str]) -> Iterator[nn.Module]:
+        """The linear layers that are packed in fewer bytes anyway, of weights that are cast up while they are read: on
+        meta they get the dtype of the file, so that the wide weights of all layers are never there at once."""
+        asked: Any = self.quantization_config
+        if not asked.freeze or (asked.quantize is None and asked.dtype is None) or self._dtype is not torch.float32:
+            return
+        stored = {name: entry.dtype for file in files for name, entry in safetensors.read(file).entries.items()}
+        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        for name, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            dtype = next((stored[each] for each in _ends(f"{name}.weight") if each in stored), None)
+            lossy_head = asked.quantize is None and name.rpartition(".")[2] == "lm_head"  # which convert leaves alone
+            alone = type(module) is nn.Linear and weight.is_meta and uses[id(weight)] == 1 and not lossy_head
+            if alone and dtype in (torch.bfloat16, torch.float16):
+                module._parameters["weight"] = nn.Parameter(weight.to(dtype), requires_grad=weight.requires_grad)
+                yield module
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         asked: Any = self.quantization_config
@@ -209,11 +231,28 @@ class FastLinearQuantizer(HfQuantizer):
                 freeze=asked.freeze,
                 inplace=True,
             )
+            for layer in self._narrow:
+                _widen(layer, self._dtype)
         model.is_quantized = asked.freeze
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return unconvert(model).to(dtype)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A dotted name, and that without one, two ... words at its front, as a model within this one has it."""
+    words = name.split(".")
+    return (".".join(words[i:]) for i in range(len(words)))
+
+
+def _widen(layer: Any, dtype: Any) -> None:
+    """Has a layer know its weight as of another dtype, or, where it was not packed, cast it."""
+    frozen = record_of(layer)
+    if frozen is not None:
+        hold(layer, Frozen(frozen.packed, dtype, frozen.requires_grad, frozen.origin, frozen.smooth, frozen.shard))
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=layer.weight.requires_grad)
 
 
 _AS_STOCK = "grouped_mm"  # what computes where fast experts do not

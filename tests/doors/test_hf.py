@@ -180,6 +180,32 @@ def test_memory(tmp_path: Path, dtype: Any) -> None:
     assert after["RssFile"] - before["RssFile"] < 0.15 * size
 
 
+@pytest.mark.parametrize(
+    "how", [{"quantize": fastlinear.Int8Dynamic()}, {"dtype": torch.bfloat16}], ids=["int8", "bf16"]
+)
+def test_memory_of_weights_that_are_cast_up(tmp_path: Path, how: dict[str, Any]) -> None:
+    """A file in bf16 that is loaded as fp32 and packed in fewer bytes: wide weights are never there at once, and the
+    layers are those of a model that was loaded, and then converted."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    asked = FastLinearConfig(exclude="model.layers.0.mlp", **how)
+    plain = load(tmp_path, dtype=torch.float32)
+    want = fastlinear.convert(plain, exclude="model.layers.0.mlp", freeze=True, inplace=True, **how)
+    load(tmp_path, quantization_config=asked, dtype=torch.float32)  # what it imports
+    size = (tmp_path / "model.safetensors").stat().st_size
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status()
+    model = load(tmp_path, quantization_config=asked, dtype=torch.float32)
+    assert status()["VmHWM"] - before["VmRSS"] < 1.25 * size  # a layer of so small a model is a tenth of it
+    assert fast_names(model) == fast_names(want) and len(fast_names(model)) == 39
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(model), logits(want), rtol=0, atol=0)
+    state, expected = model.dequantize().state_dict(), fastlinear.unconvert(want).state_dict()
+    assert all(torch.equal(state[name], value) and value.dtype is torch.float32 for name, value in expected.items())
+
+
 def status() -> dict[str, int]:
     """Memory of this process, in bytes."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
