@@ -20,6 +20,19 @@ _PRODUCTS = {
 }
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_ROUTER = {"ffn_gate_inp": "mlp.gate"}
+_SHARED = {  # the expert that every token goes to
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+# Of all experts of a layer, [experts, N, K]: Parameters without a module of their own, the first of two tensors.
+EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
 _SANDWICH = {
     "attn_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -35,6 +48,7 @@ _FIELDS = {
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
+    "expert_used_count": "num_experts_per_tok",
 }
 UNUSED = ("rope_freqs.weight",)  # what a model computes from its config
 
@@ -53,8 +67,12 @@ class Architecture(NamedTuple):
         if stem in _OUTER:
             return f"{_OUTER[stem]}.{kind}"
         block, _, rest = stem.removeprefix("blk.").partition(".")
-        known = stem.startswith("blk.") and block.isdecimal() and block.isascii() and rest in self.layer
-        return f"model.layers.{int(block[:9])}.{self.layer[rest]}.{kind}" if known else None
+        if not (stem.startswith("blk.") and block.isdecimal() and block.isascii()):
+            return None
+        layer = f"model.layers.{int(block[:9])}"
+        if rest in EXPERTS and "ffn_gate_inp" in self.layer and kind == "weight":
+            return f"{layer}.{EXPERTS[rest]}"
+        return f"{layer}.{self.layer[rest]}.{kind}" if rest in self.layer else None
 
     def heads(self, stored: str, fields: Mapping[str, Any], architecture: str) -> int:
         """In how many heads the rows of a tensor are permuted; 0 if they are not. ValueError where no field tells."""
@@ -74,11 +92,19 @@ class Architecture(NamedTuple):
 
 _PERMUTED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 ARCHITECTURES = {
-    "llama": Architecture(_PRODUCTS | _NORMS, _PERMUTED),  # Mistral's, too
+    "llama": Architecture(_PRODUCTS | _NORMS | _ROUTER, _PERMUTED),  # Mistral's and Mixtral's, too
     "qwen2": Architecture(_PRODUCTS | _NORMS),
     "qwen3": Architecture(_PRODUCTS | _NORMS | _HEAD_NORMS),
+    "qwen2moe": Architecture(_PRODUCTS | _NORMS | _ROUTER | _SHARED),
+    "qwen3moe": Architecture(_PRODUCTS | _NORMS | _HEAD_NORMS | _ROUTER),
     "gemma3": Architecture(_PRODUCTS | _SANDWICH | _HEAD_NORMS, shift=1.0),
 }
+
+
+def expert_part(stored: str) -> str | None:
+    """Which of the tensors of all experts one is, by its name in a file; None where it is none of those."""
+    part = stored.removesuffix(".weight").rpartition(".")[2]
+    return part if part in EXPERTS else None
 
 
 def architecture_of(fields: Mapping[str, Any]) -> tuple[str, Architecture]:

@@ -6,10 +6,10 @@ import os
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlinear.file import folders, gguf
-from fastlinear.file.architectures import UNUSED, architecture_of, check_config
+from fastlinear.file.architectures import EXPERTS, UNUSED, architecture_of, check_config, expert_part
 from fastlinear.file.filling import Source, fill, with_ties
 from fastlinear.file.gguf import Gguf
 from fastlinear.file.safetensors import AnyPath, faults_of, shown
@@ -19,12 +19,14 @@ from fastlinear.spec.packed import Weight, stands_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_ROW = "ffn_gate_inp_shexp.weight"  # a layer of one channel, which files have as a vector
+
 
 def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Model:
     """Give `model` the weights of a checkpoint that others quantized, bit for bit, and return it.
 
-    path: a GGUF file of Llama, Mistral, Qwen 2 and 3 or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K,
-        Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32; or a folder of safetensors files whose config.json has a
+    path: a GGUF file of Llama, Mistral, Mixtral, Qwen 2 and 3 (MoE, too) or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0,
+        Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32; or a folder of safetensors files whose config.json has a
         quantization_config of GPTQ or AWQ (gemm), compressed-tensors (pack-quantized, int8 and fp8), bitsandbytes (nf4
         and fp4), HQQ (4 bits, axis 1), fp8 in blocks, or the MXFP4 experts of gpt-oss.
     model: the model of transformers, on the meta device or with any weights, which go unread; for a GGUF file a causal
@@ -60,18 +62,25 @@ def _sources(mapped: Gguf, model: Any) -> dict[str, Source]:
     check_config(mapped.fields, name, getattr(model, "config", None))
     whole = hasattr(model, "lm_head")  # else it is what lies within the causal model
     sources: dict[str, Source] = {}
+    of_experts: dict[str, dict[str, str]] = {}
     for stored, entry in mapped.entries.items():
         if stored in UNUSED:
             continue
         target = architecture.name(stored)
         if target is None:
             raise ValueError(f"it has the tensor {shown(stored)}, which no {name} model has")
+        if (part := expert_part(stored)) is not None:
+            of_experts.setdefault(target if whole else target.removeprefix("model."), {})[part] = stored
+            continue
+        if stored.endswith(_ROW) and len(entry.shape) == 1:
+            entry = entry._replace(shape=(1, *entry.shape))
         heads = architecture.heads(stored, mapped.fields, name)
         shift = architecture.shift if architecture.is_norm(stored) else 0.0
         target = target if whole else target.removeprefix("model.")
         if target in sources:
             raise ValueError(f"it has a second tensor {shown(stored)}")
         sources[target] = _source(mapped, stored, entry, heads, shift)
+    sources |= {target: _of_experts(mapped, parts) for target, parts in of_experts.items()}
     embedded = sources.get("model.embed_tokens.weight")
     if whole and embedded is not None:
         sources.setdefault("lm_head.weight", embedded)
@@ -101,3 +110,30 @@ def _source(mapped: Gguf, stored: str, entry: gguf.Entry, heads: int, shift: flo
         return stands_for(unpacked) - shift if shift else unpacked
 
     return Source(entry.shape, entry.kind, read, None, floating, release)
+
+
+def _of_experts(mapped: Gguf, parts: dict[str, str]) -> Source:
+    """The weights of all experts of one product: those of a file's tensors, gates before what goes through them."""
+    stored = [parts[part] for part in EXPERTS if part in parts]
+    entries = [mapped.entries[name] for name in stored]
+    kind, *others = [entry.kind for entry in entries]
+    if any(len(entry.shape) != 3 for entry in entries):
+        raise ValueError(f"its {shown(stored[0])} is {list(entries[0].shape)}, which holds no experts")
+    (count, _, k), *rest = [entry.shape for entry in entries]
+    if any(other != kind for other in others) or any((e, columns) != (count, k) for e, _, columns in rest):
+        told = " and ".join(f"{shown(n)} {e.kind} {list(e.shape)}" for n, e in zip(stored, entries, strict=True))
+        raise ValueError(f"its {told} are no weights of one product: kinds, experts and columns have to be the same")
+    rows = [mapped.rows(name).view(count, entry.shape[1], -1) for name, entry in zip(stored, entries, strict=True)]
+
+    def expert(which: int) -> Any:  # floats, or Coded
+        return ggml.unpack(kind, torch.cat([each[which] for each in rows]))
+
+    def read() -> Tensor:
+        return torch.stack([stands_for(expert(which)) for which in range(count)])
+
+    def release() -> None:
+        for name in stored:
+            mapped.release(name)
+
+    shape, floating = (count, sum(entry.shape[1] for entry in entries), k), ggml.is_floating(kind)
+    return Source(shape, kind, read, floating=floating, release=release, expert=None if floating else expert)
