@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +33,11 @@ from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.schemes import Scheme
 
-_SECONDS = 0.3  # a shape
+_SECONDS, _PATIENCE = 0.3, 0.9  # a shape, and more of them while others disturb
+_ROUNDS = 5  # at least
 _SAMPLE = 200e-6  # of calls between two looks at the clock
 _MOST_OTHER = 512 << 20  # bytes that are read to make weights cold
-_STOLEN = 0.05  # of the time, in which threads waited for CPUs that others had: figures are marked
+_STOLEN = 0.05  # of a round, in which threads waited for CPUs that others had: its times do not count
 _RIVALS = {"torch": rivals.BASELINE, "mkl": "torch/mkl", "onednn": "torch/mkldnn", "inductor": ""}
 
 _HEAD = ("M x K x N", "threads", "nn.Linear", "FastLinear", "speed-up", "GFLOP/s", "GB/s", "roofline")
@@ -151,11 +153,9 @@ def _measure(
         native = len(calls)
         others = {name: _rival(name, stock, activation, x) for name in options.against}
         calls += [call for call in others.values() if call is not None]
+        ceiling = ceilings.measure(m, k, n, x.itemsize)
         with Waits(_products.pool_threads()) as waiting:
-            began, before = time.perf_counter(), waiting()
-            ceiling = ceilings.measure(m, k, n, x.itemsize)
-            times = _alternate(calls, x, _evict if options.cold else None)
-            waited = (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads()
+            times, waited = _alternate(calls, x, waiting, _evict if options.cold else None)
     best = min(range(1, native), key=times.__getitem__)
     left = iter(times[native:])
     against = {name: None if call is None else next(left) for name, call in others.items()}
@@ -268,22 +268,52 @@ def _stock(layer: nn.Linear, activation: Activation | None, x: Tensor) -> Tensor
     return activations.apply(activation, layer(x))
 
 
+class _Round(NamedTuple):
+    """Seconds of each call in one turn of all, and the share of the turn in which threads waited for a CPU."""
+
+    times: list[float]
+    waited: float
+
+
 def _alternate(
-    calls: Sequence[Callable[[Any], object]], x: Tensor, evict: Callable[[], object] | None = None
-) -> list[float]:
-    """Microseconds of each call: lower quartile of rounds in which all take turns; evict: what makes each one cold."""
+    calls: Sequence[Callable[[Any], object]],
+    x: Tensor,
+    waiting: Callable[[], float],
+    evict: Callable[[], object] | None = None,
+) -> tuple[list[float], float]:
+    """Microseconds of each call, the lower quartile of rounds in which all take turns, and the share of the time in
+    which threads waited: of rounds that nobody disturbed, where patience finds some. evict: what makes a call cold."""
     counts = [max(1, int(_SAMPLE / min(_seconds(call, x, 1) for _ in range(3)))) for call in calls]
-    times: list[list[float]] = [[] for _ in calls]
+    rounds: list[_Round] = []
+    fair: list[_Round] = []
     stop = time.perf_counter() + _SECONDS
-    while time.perf_counter() < stop or len(times[0]) < 5:
-        for call, count, of_call in zip(calls, counts, times, strict=True):
-            if evict is None:
-                _seconds(call, x, 1)  # what the other one left in the caches is not what a warm call starts from
-                of_call.append(_seconds(call, x, count))
-            else:
-                evict()
-                of_call.append(_seconds(call, x, 1))
-    return [1e6 * sorted(of_call)[len(of_call) // 4] for of_call in times]
+    while (
+        (now := time.perf_counter()) < stop or len(rounds) < _ROUNDS or (len(fair) < _ROUNDS and now < stop + _PATIENCE)
+    ):
+        rounds.append(_round(calls, counts, x, waiting, evict))
+        if rounds[-1].waited <= _STOLEN:
+            fair.append(rounds[-1])
+    used = fair if len(fair) >= _ROUNDS else rounds
+    times = [1e6 * sorted(of_call)[len(used) // 4] for of_call in zip(*(each.times for each in used), strict=True)]
+    return times, statistics.mean(each.waited for each in used)
+
+
+def _round(
+    calls: Sequence[Callable[[Any], object]],
+    counts: Sequence[int],
+    x: Tensor,
+    waiting: Callable[[], float],
+    evict: Callable[[], object] | None,
+) -> _Round:
+    began, before, times = time.perf_counter(), waiting(), []
+    for call, count in zip(calls, counts, strict=True):
+        if evict is None:
+            _seconds(call, x, 1)  # what the other one left in the caches is not what a warm call starts from
+            times.append(_seconds(call, x, count))
+        else:
+            evict()
+            times.append(_seconds(call, x, 1))
+    return _Round(times, (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads())
 
 
 def _seconds(call: Callable[[Any], object], x: Tensor, count: int) -> float:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,28 @@ def test_bench_marks_what_a_busy_machine_gave(
     text = capsys.readouterr().out
     assert (re.search(r"^1x8x8 .* !$", text, re.MULTILINE) is not None) == (seconds > 0)
     assert ("others had the CPUs" in text) == (seconds > 0)
+
+
+def test_bench_counts_only_rounds_that_nobody_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rounds of five take ten times as long, as threads wait for a CPU: the fifth is what a call takes."""
+
+    class Machine:
+        now = waited = 0.0
+        looks, busy = 0, False
+
+        def call(self, x: object) -> None:
+            self.now += 1e-2 if self.busy else 1e-3
+            self.waited += 9e-3 if self.busy else 0.0
+
+        def waiting(self) -> float:  # asked before and after a round
+            self.busy = self.looks % 10 != 0
+            self.looks += 1
+            return self.waited
+
+    machine = Machine()
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: machine.now))
+    times, waited = bench._alternate([machine.call], torch.zeros(1, device="cpu"), machine.waiting)
+    assert times == [pytest.approx(1000)] and waited == 0
 
 
 def test_an_interrupted_bench_keeps_what_is_done(
