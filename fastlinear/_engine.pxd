@@ -17,7 +17,7 @@ cdef class Engine:
     cdef object weight        # the parameter that was packed; None for a frozen layer
     cdef bint by_memory       # any other tensor over the memory that was packed is as good
     cdef Fingerprint fingerprint    # of it as it was then
-    cdef object candidate     # weakly, the parameter that waits to be packed
+    cdef object candidate     # weakly, the storage of the parameter that waits to be packed
     cdef Fingerprint last     # of it as it was at the last call
     cdef object plain         # (x, weight, bias) -> y in torch's ops while training; None until the module has told
     cdef object changing      # the same in the numbers of a pack, while the weight keeps changing; may be None

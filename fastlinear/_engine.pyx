@@ -108,9 +108,11 @@ cdef class Engine:
         if self.waits == 0:
             return True
         cdef Fingerprint last = self.last
-        if self.candidate is None or not (self.candidate() is weight or self.by_memory and is_plain(weight)):
+        storage = weight.untyped_storage()
+        if self.candidate is None or not (self.candidate() is storage or self.by_memory and is_plain(weight)):
             # Weakly, for one that was moved in for this call is to go after it; a sample is for one that comes again.
-            self.candidate, self.last, self.waits = ref(weight), None, TRIAL
+            # Its storage, as torch.utils.swap_tensors refuses a Parameter that has a weak reference.
+            self.candidate, self.last, self.waits = ref(storage), None, TRIAL
         elif last is None:
             self.last, self.waits = Fingerprint(weight), self.waits - 1
         elif last.holds(weight):

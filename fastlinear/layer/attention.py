@@ -7,7 +7,7 @@ can be fast, frozen and saved like any linear layer; `close` undoes that. State 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastlinear.layer import fitness, linear
+from fastlinear.layer.form import address_of
 from fastlinear.layer.frozen import record_of
 from fastlinear.spec import attention
 from fastlinear.spec.precision import Wanted
 
 _PARTS = ("weight", "bias")
-_CROSS = (
-    "_cross"  # query, key and value as layers apart, for inputs that are not one tensor, and what they were made of
-)
+_CROSS = "_cross"  # where a module keeps its _Apart
+
+
+class _Apart(NamedTuple):
+    """Query, key and value as layers apart, for inputs that are not one tensor, and what they were made of: objects of
+    the whole projection, and where the memory is that its parameters had, which `.data =` changes behind them."""
+
+    known: tuple[Any, ...]
+    places: list[Any]
+    layers: list[nn.Module] | None
 
 
 class FastMultiheadAttention(nn.MultiheadAttention):
@@ -116,8 +124,8 @@ class FastMultiheadAttention(nn.MultiheadAttention):
 
     def apart(self) -> list[Any]:
         """The projections as layers of their own, if a call to another sequence has made them so far."""
-        known = vars(self).get(_CROSS)
-        return [] if known is None else [layer for layer in known[1] or () if linear.is_fast(layer)]
+        apart: _Apart | None = vars(self).get(_CROSS)
+        return [] if apart is None else [layer for layer in apart.layers or () if linear.is_fast(layer)]
 
     def _layers_apart(self) -> list[nn.Module] | None:
         """The projections as layers of their own, without gradients; None where they would not have the numbers of the
@@ -125,10 +133,10 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         whole, apart = self.in_proj, vars(self).get(_CROSS)
         weight, bias = whole._parameters.get("weight"), whole._parameters.get("bias")
         known = (weight, record_of(whole), bias, type(whole), vars(whole).get("_precision"))
-        if apart is None or any(a is not b for a, b in zip(apart[0], known, strict=True)):
-            apart = vars(self)[_CROSS] = (known, _apart(whole))
-        layers: list[nn.Module] | None = apart[1]
-        return layers
+        places = [None if t is None else (address_of(t), t.shape, t.stride(), t.dtype) for t in (weight, bias)]
+        if apart is None or any(a is not b for a, b in zip(apart.known, known, strict=True)) or apart.places != places:
+            apart = vars(self)[_CROSS] = _Apart(known, places, _apart(whole))
+        return apart.layers
 
     def _heads(self, y: Tensor, alone: bool) -> Tensor:
         y = y.unsqueeze(0) if alone else y if self.batch_first else y.transpose(0, 1)

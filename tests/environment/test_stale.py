@@ -193,6 +193,22 @@ def test_a_flat_buffer() -> None:
         torch.testing.assert_close(fast(x), model(x))
 
 
+def test_a_flat_buffer_under_an_attention_to_another_sequence() -> None:
+    """The layers of query, key and value apart are views of a memory that `.data =` may take from the whole."""
+    stock = nn.MultiheadAttention(K, 2, batch_first=True).eval()
+    fast, x = OFF(stock), torch.randn(1, 5, K)
+    flat = torch.randn(sum(p.numel() for p in fast.parameters()))
+    with torch.no_grad():
+        fast(x, x + 1, x)
+        for parameter, part in zip(fast.parameters(), flat.split([p.numel() for p in fast.parameters()]), strict=True):
+            parameter.data = part.view_as(parameter)
+        for factor in (1.0, 0.5):
+            flat.mul_(factor)
+            now = nn.MultiheadAttention(K, 2, batch_first=True).eval()
+            now.load_state_dict(fast.state_dict())
+            torch.testing.assert_close(fast(x, x + 1, x)[0], now(x, x + 1, x)[0])
+
+
 def test_memory_that_comes_back_at_the_same_address() -> None:
     """A freed weight's address is reused by the next one, which may differ in a single element: the storage tells."""
     stock, fast, x = packed_layer()
@@ -496,10 +512,16 @@ def test_tune_packs_what_kept_changing() -> None:
     assert fast._engine.fresh(fast)
 
 
-def test_no_weak_reference_to_a_parameter() -> None:
-    """torch.utils.swap_tensors refuses tensors that have one; after it, the answer is that of the new contents."""
+@pytest.mark.parametrize("changes", [0, 1, 3])
+def test_no_weak_reference_to_a_parameter(changes: int) -> None:
+    """torch.utils.swap_tensors refuses tensors that have one, such as a weight that changed and waits to be packed;
+    after it, the answer is that of the new contents."""
     stock, fast, x = packed_layer()
     other = nn.Linear(K, N).eval()
+    with torch.no_grad():
+        for _ in range(changes):
+            stock.weight.mul_(1.5)
+            fast(x)
     torch.utils.swap_tensors(stock.weight, other.weight)
     assert_seen(stock, fast, x)
 
