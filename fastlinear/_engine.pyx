@@ -15,7 +15,7 @@ from fastlinear._reasons import CHANGING, DISABLED, GRADIENT, STALE, TRAINING, U
 from fastlinear._calls cimport Tickets, leads_to, put_in_slot, quiet, stock_call
 from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
-from fastlinear._operands cimport is_plain, laid, new_output, wants_grad
+from fastlinear._operands cimport are_plain, is_plain, laid, new_output, wants_grad
 from fastlinear._plans cimport (
     BUCKETS, MAX_OPERANDS, STATIC, Bias, COperand, Epilogue, Plan, RowQuantizer, Segment, answers, bucket_of, columns_of
 )
@@ -188,9 +188,9 @@ cdef class Engine:
         return self.packed is not None and self.same(weight, self.weight) and self.fingerprint.holds(weight)
 
     # `module(x, *operands)`, or None where nn.Module.__call__ has to run it: hooks, a patched forward, compile(),
-    # an x that is no plain tensor.
+    # an x or an operand that is no plain tensor.
     cdef object called(self, object module, dict state, object x, tuple operands):
-        if not is_plain(x) or not quiet(state) or self.replaced() or calls_are_seen():
+        if not is_plain(x) or not are_plain(operands) or not quiet(state) or self.replaced() or calls_are_seen():
             return None
         if self.elsewhere is None:
             return self.guarded(module, state, x, operands)
@@ -392,11 +392,13 @@ cdef object quick_call(object module, object args, PyObject* options):
 
 
 cdef object call_of(object module, object args, PyObject* options):
-    if options == NULL and PyTuple_GET_SIZE(args) == 1:
+    cdef Py_ssize_t given = PyTuple_GET_SIZE(args)
+    if options == NULL and given > 0:
         state = <dict> PyObject_GenericGetDict(module, NULL)
         engine = (<dict> state).get("_engine")
-        if type(engine) is Engine:
-            y = (<Engine> engine).called(module, <dict> state, <object> PyTuple_GET_ITEM(args, 0), ())
+        if type(engine) is Engine and given == 1 + <Py_ssize_t> (<Engine> engine).epilogue.operands:
+            operands = () if given == 1 else (<tuple> args)[1:]
+            y = (<Engine> engine).called(module, <dict> state, <object> PyTuple_GET_ITEM(args, 0), operands)
             if y is not None:
                 return y
     return stock_call(module, args, options)

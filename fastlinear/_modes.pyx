@@ -78,6 +78,14 @@ def watched():
     return mode_of_call() is UNFIT
 
 
+def undisturbed():
+    """True where kernels may answer a call without gradients: nothing watches it, autocast is off, fastlinear is on."""
+    if disabled():
+        return False
+    mode = mode_of_call()
+    return mode is None or mode is PROFILED
+
+
 # Whether autograd notes what is computed.
 cdef bint gradients() except -1:
     return dispatch.gradients() if dispatch.attached() else is_grad_enabled()

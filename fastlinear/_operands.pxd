@@ -3,6 +3,7 @@ from fastlinear._tensors cimport View
 
 
 cdef bint is_plain(object tensor)
+cdef bint are_plain(tuple tensors)
 cdef bint wants_grad(tuple operands) except -1
 cdef list laid(View* x, tuple operands, ptrdiff_t columns, COperand* beside)
 cdef object new_output(object x, View* v, ptrdiff_t n, object dtype)

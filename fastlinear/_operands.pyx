@@ -17,6 +17,13 @@ cdef bint is_plain(object tensor):
     return type(tensor) is Tensor or type(tensor) is Parameter
 
 
+cdef bint are_plain(tuple tensors):
+    for tensor in tensors:
+        if not is_plain(tensor):
+            return False
+    return True
+
+
 cdef bint wants_grad(tuple operands) except -1:
     for operand in operands:
         if operand.requires_grad:

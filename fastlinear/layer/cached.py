@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 import fastlinear._attention as _attention
-import fastlinear._environment as environment
 import fastlinear.layer.sdpa as sdpa
-from fastlinear._modes import watched
+from fastlinear._modes import undisturbed
 from fastlinear.plan.attention import FEW_QUERIES, Answer
 from fastlinear.spec.attention import turned
 
@@ -54,7 +53,7 @@ def function(
     ) -> Tensor:
         rows = q.shape[1 if whole else 2]
         at = keys.shape[2] - rows if length is None else int(length)
-        plain = watched() or torch.is_autocast_enabled("cpu") or environment.disabled() or torch.is_grad_enabled()
+        plain = torch.is_grad_enabled() or not undisturbed()
         rotated = None if plain else store(q, k, v, cos, sin, keys, values, at, length is None, None, heads)
         if length is not None:
             length.add_(rows)

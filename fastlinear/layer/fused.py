@@ -62,3 +62,6 @@ class TakesOperands(FastModule):
 
     def __prepare_scriptable__(self) -> FastModule:
         raise TypeError(f"{label(self)} cannot be scripted, since its epilogue has operands: trace or export it")
+
+
+FastModule._forwards.add(TakesOperands.forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from inspect import getmembers
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class FastModule(WithEngines):
     __jit_unused_properties__: list[str]
     _elsewhere: dict[str, int]  # calls that the kernels did not answer, by reason
     _is_quick = False  # calls go to the engine without nn.Module.__call__
+    _forwards: ClassVar[set[Any]] = set()  # those that do nothing else
     _kernel: str | None = None  # what `linear.force` told it to run
     in_features: int
     out_features: int
@@ -82,7 +83,7 @@ class FastModule(WithEngines):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._is_quick = cls.forward is FastModule.forward  # a user's own forward is to be called
+        cls._is_quick = cls.forward in FastModule._forwards  # a user's own forward is to be called
         _engine.quicken(cls)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -299,6 +300,9 @@ class FastModule(WithEngines):
 FastModule.__annotations__ = {"training": bool}
 FastModule.forward.__annotations__ = FastModule._forward.__annotations__ = {}
 FastModule.__jit_unused_properties__ = [name for name, _ in getmembers(FastModule, lambda m: isinstance(m, property))]
+
+
+FastModule._forwards.add(FastModule.forward)
 
 
 def _spell(program: Activation) -> str:

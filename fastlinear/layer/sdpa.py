@@ -20,7 +20,7 @@ import fastlinear._attention as _attention
 import fastlinear._environment as environment
 import fastlinear._tensors as _tensors
 import fastlinear._torch as _torch
-from fastlinear._modes import watched
+from fastlinear._modes import undisturbed
 from fastlinear.plan import attention as plan
 from fastlinear.plan.attention import Answer, Question
 from fastlinear.spec import attention as spec
@@ -79,8 +79,7 @@ def function(
     plain = functools.partial(_stock_of_rows, rows) if rows[0] else stock
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        grad = torch.is_grad_enabled() and _wants_grad(q, k, v, mask)
-        if grad or watched() or torch.is_autocast_enabled("cpu") or environment.disabled():
+        if not undisturbed() or _wants_grad(q, k, v, mask):
             return plain(q, k, v, mask, *how)
         kind = (q.shape, k.shape, q.dtype, None if mask is None else mask.shape, torch.get_num_threads())
         found = answers.get(kind)

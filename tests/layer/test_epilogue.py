@@ -213,6 +213,25 @@ def test_bad_operands_are_refused(beside: list[Any], message: str) -> None:
             fast(torch.randn(3, K), *beside)
 
 
+def test_who_sees_a_call() -> None:
+    """A call with operands goes to the engine at once, but not past a hook, a forward of a user's own, or an operand
+    that is more than its memory."""
+
+    class Mine(torch.Tensor):
+        pass
+
+    fast, x, r = layer(("add",)).eval(), torch.randn(3, K), torch.randn(3, N)
+    with torch.no_grad():
+        y, seen = fast(x, r), list[Any]()
+        assert type(fast)._is_quick
+        assert type(fast(x, r.as_subclass(Mine))) is Mine
+        with fast.register_forward_hook(lambda _layer, given, _y: seen.append(given)):
+            assert torch.equal(fast(x, r), y)
+        assert [len(given) for given in seen] == [2]
+        kind = type("Own", (type(fast),), {"forward": lambda self, *given: seen.append(given)})
+        assert not kind._is_quick
+
+
 def test_bad_layers_are_refused() -> None:
     """Two answers, a script, a class that takes no operands."""
     with pytest.raises(ValueError, match="two answers"):
