@@ -93,6 +93,10 @@ void multiply(const TileArgs& t) {
 
   std::ptrdiff_t k = 0;
   [[maybe_unused]] Lines lines = t.lines;
+  // Where an operand doubles them, a row now and then: so many at once take all buffers of the core, and the panel's
+  // lines wait for one.
+  [[maybe_unused]] const std::ptrdiff_t pause = lines.beside.bytes > 0 && t.k > 8 * lines.rows ? 8 : 1;
+  [[maybe_unused]] std::ptrdiff_t next_row_at = 0;
   if constexpr (!prefetches || kr > 1) lines.fetch();
   const Weight* w[V];
   for (; k + kr <= t.k; k += kr) {
@@ -100,7 +104,10 @@ void multiply(const TileArgs& t) {
     for (std::ptrdiff_t v = 0; v < V; ++v) w[v] = panel[v / per_panel] + k * nr + v % per_panel * Op::lanes * kr;
     if constexpr (prefetches) {
       if constexpr (kr == 1)
-        if (lines.rows > 0) lines.fetch_row();
+        if (k == next_row_at && lines.rows > 0) {
+          lines.fetch_row();
+          next_row_at += pause;
+        }
       __builtin_prefetch(prefetch, 0, 2);  // 2: into L2
       if constexpr (two_lines) __builtin_prefetch(prefetch + 64, 0, 2);
       prefetch += t.prefetch_stride;
