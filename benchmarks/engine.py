@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from apart import serve
-from timing import Turns
+from timing import WHOLE, Turns
 
 Run = Callable[[], Any]  # the first output
 Build = Callable[[Path, dict[str, Any], int], Run]
@@ -80,7 +80,7 @@ class Runner(Turns):
         return seconds
 
     def rotate(self) -> float:
-        return self.rotate_over([lambda _: self._run()])
+        return self.rotate_over([lambda _: self._run()], WHOLE)
 
 
 def main(name: str, threads: str) -> None:

@@ -37,7 +37,9 @@ def minilm() -> nn.Module:
 
 
 def whisper() -> nn.Module:
-    config = transformers.WhisperConfig(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048)
+    config = transformers.WhisperConfig(
+        d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, decoder_attention_heads=8
+    )
     return transformers.WhisperModel(config).encoder  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ SLOW = 0.25  # a call that takes longer is sampled as it is: next to that, what 
 REST = 2e-3  # seconds that a process at rest spends next to no time on a CPU
 COLD_SAMPLE = 10e-3  # a cold sample is one pass over the copies, or as many of them as fit in here
 WAKE = 2e-3  # seconds of untimed calls that bring back the threads and the code of a process that rested
+WHOLE = 10e-3  # the same before a sample of a whole model, whose weights others evicted as a whole
 
 
 class Timing(NamedTuple):
@@ -38,7 +39,7 @@ class Sampled(Protocol):
 class Rotation:
     """One candidate: a single call to repeat (hot), or one for each copy of the weights, used in turn (cold)."""
 
-    def __init__(self, calls: Sequence[Call], x: object) -> None:
+    def __init__(self, calls: Sequence[Call], x: object, wake: float = WAKE) -> None:
         self._next, self._x, self._hot = itertools.cycle(calls), x, len(calls) == 1
         once = self._seconds(1)
         if once < SLOW:
@@ -48,7 +49,7 @@ class Rotation:
         # Before a hot sample, as many untimed calls bring back what the other candidates evicted: the last-level cache
         # takes in a weight of its own size only after several passes. Before a cold one, whose weights may not be
         # there, the pool and all else are brought back: where others ran in their own processes, all was asleep.
-        self._warm_up = 0 if once >= SLOW else max(self._count * self._hot, math.ceil(WAKE / once))
+        self._warm_up = 0 if once >= SLOW else max(self._count * self._hot, math.ceil(wake / once))
         self.cost = once * (self._count + self._warm_up)  # seconds that one sample takes
 
     def _seconds(self, count: int) -> float:
@@ -81,9 +82,9 @@ class Turns:
 
     _rotation: Rotation
 
-    def rotate_over(self, calls: Sequence[Call]) -> float:
+    def rotate_over(self, calls: Sequence[Call], wake: float = WAKE) -> float:
         """Prepares samples; seconds that one takes."""
-        self._rotation = Rotation(calls, None)
+        self._rotation = Rotation(calls, None, wake)
         settle()
         return self._rotation.cost
 
