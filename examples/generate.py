@@ -63,14 +63,12 @@ def seconds(model: Any, inputs: Any, tokens: int) -> tuple[float, Any]:
 def run(name: str, model: Any, inputs: Any, tokens: int) -> Any:
     """Generates, and prints how fast: the first times compile, choose kernels and tune."""
     with torch.inference_mode():
-        for _ in range(3):
-            seconds(model, inputs, 4)
-        # As many tokens as are wanted make the cache: the prompt's time has the same one.
+        for _ in range(3):  # of the length that is measured, which later and shorter ones get the cache of, too
+            seconds(model, inputs, tokens)
         first = min(seconds(model, inputs, 2)[0] for _ in range(3))
         whole, ids = min((seconds(model, inputs, tokens) for _ in range(2)), key=lambda each: each[0])
     prompt, each = inputs["input_ids"].shape[1], (whole - first) / (tokens - 2)
-    read = prompt / max(first - each, 1e-9)
-    print(f"{name:34} {read:10.0f} {1 / each:10.1f} {mebibytes(model):10.1f}")
+    print(f"{name:34} {prompt / (first - each):10.0f} {1 / each:10.1f} {mebibytes(model):10.1f}")
     return ids[0, prompt:]
 
 
@@ -87,6 +85,7 @@ def main() -> None:
     path, tokens = given.file or real_file(), max(8, given.tokens)
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": given.prompt}]

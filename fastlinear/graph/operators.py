@@ -83,7 +83,7 @@ def operator_for(spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator:
 
 
 def _held(layer: Operator) -> Tensor | None:
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")  # which, asked for by [], would be unpacked for good
     panels: Tensor | None = weight if layer._frozen is None else layer._frozen.panels
     return panels
 

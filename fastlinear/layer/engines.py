@@ -14,7 +14,7 @@ from torch import Tensor
 import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine
-from fastlinear.layer import gradient, lookup
+from fastlinear.layer import gradient, lookup, spelled
 from fastlinear.layer.fitness import dtype_of
 from fastlinear.layer.frozen import Freezable, record_of, watch_parameters
 from fastlinear.layer.lock import lock
@@ -36,6 +36,7 @@ class WithEngines(Freezable):
     _torch_packs: rivals.Packs  # of the weight as it is now
     _stock: tuple[Any, Any] | None = None  # the class that this is the twin of, and its forward as it was
     _absorbed: Any = None  # the marker where the activation stood that this layer applies for it
+    _spelled = ""  # what `spelled.form_of` knows its op by
     _tune: str
     _shard: Shard | None = None  # where its weight is one that several processes share
     weight: Tensor
@@ -142,6 +143,7 @@ class WithEngines(Freezable):
             for each in filter(None, (engine, engine.elsewhere)):
                 each.hold(frozen.packed)
         vars(self).update(_engine=engine, _casting={}, _plans={}, _torch_packs={})
+        vars(self)["_spelled"] = "" if frozen is None else spelled.spell(self)
         vars(self).setdefault("_elsewhere", {})
         lookup.register(self)
 

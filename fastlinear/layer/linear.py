@@ -336,6 +336,7 @@ _OWN = (
     "_operands",
     "_kernel",
     "_shard",
+    "_spelled",
 )
 _CONV_OWN = ("in_features", "out_features")
 

@@ -22,6 +22,7 @@ class Layer(Protocol):
     training: bool
     _transposed: bool
     _precision: Precision
+    _spelled: str
 
     @property
     def _parameters(self) -> Mapping[str, Tensor | None]: ...
@@ -34,6 +35,9 @@ class Layer(Protocol):
 
     @property
     def packed_as(self) -> str: ...
+
+    @property
+    def _differs_by_call(self) -> bool: ...
 
     def _columns(self) -> int: ...
 

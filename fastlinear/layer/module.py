@@ -14,7 +14,7 @@ import fastlinear._environment as environment
 import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 from fastlinear._engine import Engine
-from fastlinear.layer import gradient, operator, unpacked
+from fastlinear.layer import gradient, operator, spelled, unpacked
 from fastlinear.layer.elsewhere import why_elsewhere
 from fastlinear.layer.engines import WithEngines
 from fastlinear.layer.fallback import in_torch, label
@@ -39,6 +39,7 @@ _UNSAVED = (
     "_panels",
     "_form",
     "_shard",
+    "_spelled",
     "__jit_ignored_attributes__",
 )
 
@@ -103,6 +104,10 @@ class FastModule(WithEngines):
         if _is_dynamo_compiling():
             if self._stock is not None and self._stock[0].forward is not self._stock[1]:
                 return self._replaced(self._stock[0], input, operands)
+            if self._spelled and not operands and not torch.compiler.is_exporting():
+                y = spelled.linear(self, input)
+                if y is not None:
+                    return y
             bare = self._differs_by_call  # the marker, which is traced too, applies the original
             exporting = torch.compiler.is_exporting()
             way = self._torch if exporting else functools.partial(operator.linear, self)

@@ -14,6 +14,7 @@ import fastlinear
 from fastlinear.graph import backend
 from fastlinear.graph.expansions import EXPANSIONS
 from fastlinear.graph.patterns import COMPOSITES
+from fastlinear.layer.frozen import is_frozen
 from fastlinear.model.rows import NodeReport
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
@@ -276,9 +277,11 @@ def test_gates_follow_their_parameters(bias: bool) -> None:
 def test_chains_of_converted_models() -> None:
     """A layer that was converted, frozen or built with operands absorbs what follows it."""
     net = Net(lambda m, x: m.a(x) + x)
-    for prepare in (fastlinear.convert, lambda m: fastlinear.convert(m, freeze=True)):
-        fast = check(prepare(copy.deepcopy(net)))
+    for frozen in (False, True):
+        fast = check(fastlinear.convert(copy.deepcopy(net), freeze=frozen))
         assert outcomes(fast, "add") == {"fused"}
+        layers = [layer for graph in fastlinear.report(fast).graphs for layer, _ in graph.layers]
+        assert layers and all(is_frozen(layer) is frozen for layer in layers)  # no weight is unpacked for a graph
     net.a = fastlinear.FastLinear.from_linear(nn.Linear(8, 8), epilogue=("mul", "relu")).eval()
     net.function = lambda m, x: m.a(x, x) + m.weight
     fast = check(net)
