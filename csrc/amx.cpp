@@ -1,4 +1,5 @@
 // The amx rows of the library, and with them AMX-FP16, which younger CPUs have beside: kernels.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -15,6 +16,7 @@
 FL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,amx-int8")
 
 #include "fastlinear/isa/amx/bf16.hpp"
+#include "fastlinear/isa/amx/dots.hpp"
 #include "fastlinear/isa/amx/fp16.hpp"
 #include "fastlinear/isa/amx/int8.hpp"
 
@@ -29,7 +31,7 @@ extern const Isa kIsa;
 
 namespace amx {
 
-constexpr std::span<const Kernel> kKernels[] = {kBf16Kernels, kInt8Kernels};
+constexpr std::span<const Kernel> kKernels[] = {kBf16Kernels, kInt8Kernels, kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAmxTile, cpu_bits::kAmxBf16, cpu_bits::kAmxInt8};
 constexpr const Isa* kAbove[] = {&avx512_fp16::kIsa};
 

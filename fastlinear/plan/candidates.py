@@ -67,14 +67,14 @@ def _likely(layout: str, read: str, integers: bool, accumulate: str) -> tuple[Ro
 def native_candidates(problem: Problem) -> list[Chosen]:
     """The able kernels that may be fastest, on one thread and on all, with K slices where the tiles are too few.
 
-    Without further row tiles to share a widened panel, widening it is work in vain.
+    Without further row tiles to share a widened panel, widening it is work in vain, but where whole tiles multiply it.
     """
     work, panels = problem.m * problem.n * problem.k, base(problem.panels)
     counts = {1 if work < _PARALLEL_WORK else problem.threads, 1 if work < _SERIAL_WORK else problem.threads}
     return [
         Chosen(problem.m, problem.threads, problem.x, row["name"], threads, slices, "tuned")
         for row in _likely(panels, problem.rows, bool(problem.scheme), problem.accumulate)
-        if row["layout"] == panels or problem.m > row["mr"]
+        if row["layout"] == panels or problem.m > (row["mr"] if row["row_step"] == 1 else row["row_step"] // 4)
         for threads in sorted(counts)
         for slices in _slices(problem, row, threads)
     ]

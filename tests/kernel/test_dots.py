@@ -19,14 +19,19 @@ from fastlinear.spec import int4
 from fastlinear.spec.int4 import TABLES, Coded, Coding
 
 Kernel = dict[str, Any]
-ROWS = [row for row in _kernels.kernels() if row["rows"] == "int8" and "skipped" not in library.way(row["isa"])]
-PLAIN = {row["layout"]: row for row in ROWS if row["isa"] == "scalar"}
+ROWS = [
+    row | {"on": layout}
+    for row in _kernels.kernels()
+    for layout in row["reads"]
+    if row["rows"] == "int8" and "skipped" not in library.way(row["isa"])
+]
+PLAIN = {row["layout"]: row for row in ROWS if row["isa"] == "scalar" and row["on"] == row["layout"]}
 WHOLE = [numbers for numbers in TABLES.values() if Coding(table=numbers).is_whole]
-every_kernel = pytest.mark.parametrize("kernel", ROWS, ids=lambda row: row["name"])
+every_kernel = pytest.mark.parametrize("kernel", ROWS, ids=lambda row: f"{row['name']} on {row['on']}")
 
 
 def tables(kernel: Kernel) -> list[tuple[float, ...]]:
-    return WHOLE if kernel["format"] == "int4" else [()]
+    return WHOLE if kernel["on"].startswith("int4") else [()]
 
 
 def run(kernel: Kernel, packed: Packed, x: Tensor, kind: str = "groups", threads: int = 1, k_slices: int = 1) -> Tensor:
@@ -58,7 +63,7 @@ def test_every_code_times_every_byte_is_exact(kernel: Kernel) -> None:
         weight = Coded(codes, torch.full((len(codes), 3), 0.5), table, 16)
         x = torch.cat([torch.eye(k) * 127, torch.eye(k) * -127])
         want = int4.dequantize(weight).t() * 127
-        assert torch.equal(run(kernel, pack(weight, kernel["layout"]), x), torch.cat([want, -want]))
+        assert torch.equal(run(kernel, pack(weight, kernel["on"]), x), torch.cat([want, -want]))
 
 
 @every_kernel
@@ -76,7 +81,7 @@ def test_sums_of_integers_are_exact(kernel: Kernel) -> None:
             x[:, ::32] = 127
             x[0] = 127
             want = x.double() @ int4.dequantize(weight).double().t()
-            assert torch.equal(run(kernel, pack(weight, kernel["layout"]), x, kind).double(), want)
+            assert torch.equal(run(kernel, pack(weight, kernel["on"]), x, kind).double(), want)
 
 
 @every_kernel
@@ -98,15 +103,15 @@ def test_products_follow_the_specification(kernel: Kernel) -> None:
     ]
     for i, (m, n, k, coding, dtype) in enumerate(cases):
         weight, x = coded(n, k, coding), torch.randn(m, k).to(dtype)
-        packed, kind = pack(weight, kernel["layout"]), int4.ROW_KINDS[i % 2]
+        packed, kind = pack(weight, kernel["on"]), int4.ROW_KINDS[i % 2]
         y, want = run(kernel, packed, x, kind), int4.linear(x, weight, kind)
         u, scale = int4.quantize_rows(x, coding.group, kind)
         size = int4.dequantize_rows(u, scale, coding.group).abs() @ int4.magnitudes(weight).t()
         assert bool(((y - want).abs() <= 2.0**-23 * size).all())
-        assert torch.equal(y, run(PLAIN[kernel["layout"]], packed, x, kind))
+        assert torch.equal(y, run(PLAIN[kernel["on"]], packed, x, kind))
     weight, x = coded(96, 700, Coding(32, one, offsets=True)), torch.randn(2 * mr, 700)
-    packed = pack(weight, kernel["layout"])
-    want = run(PLAIN[kernel["layout"]], packed, x)
+    packed = pack(weight, kernel["on"])
+    want = run(PLAIN[kernel["on"]], packed, x)
     with library.caches_of(1 << 15, 1 << 13, 1 << 20):  # K in several blocks
         assert torch.equal(run(kernel, packed, x, threads=2), want)
         sliced = run(kernel, packed, x, threads=2, k_slices=2)
@@ -121,7 +126,7 @@ def test_odd_numbers_stay_in_their_row_and_channel(kernel: Kernel) -> None:
     weight = coded(40, k, coding)
     weight.scale.clamp_(-1e-3, 1e-3)
     weight.scale[3, 1] = torch.nan
-    packed = pack(weight, kernel["layout"])
+    packed = pack(weight, kernel["on"])
     x = torch.randn(6, k)
     x[0, 17], x[1, 18], x[2, 64] = torch.nan, torch.inf, -torch.inf
     x[3, 16:32], x[4] = 0.0, 1e-42
@@ -130,8 +135,8 @@ def test_odd_numbers_stay_in_their_row_and_channel(kernel: Kernel) -> None:
     assert y[:3].isnan().all() and y[:, 3].isnan().all()
     rest = [n for n in range(40) if n != 3]
     assert y[3:, rest].isfinite().all() and not y[4, rest].any()
-    assert same(y, run(PLAIN[kernel["layout"]], packed, x))
-    assert same(run(kernel, packed, x, "symmetric"), run(PLAIN[kernel["layout"]], packed, x, "symmetric"))
+    assert same(y, run(PLAIN[kernel["on"]], packed, x))
+    assert same(run(kernel, packed, x, "symmetric"), run(PLAIN[kernel["on"]], packed, x, "symmetric"))
 
 
 @every_kernel
@@ -139,10 +144,10 @@ def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
     """x and the packed weight end at a page that nobody may read."""
     for m, k in ((1, 37), (kernel["mr"], 64)):
         weight = coded(33, k, Coding(16, tables(kernel)[0], offsets=True))
-        held = pack(weight, kernel["layout"])
+        held = pack(weight, kernel["on"])
         packed = Packed.over(guard.guarded(held.data, "end").numpy(), held.layout, held.n, held.k)
         x = guard.guarded(torch.randn(m, k), "end")
-        assert torch.equal(run(kernel, packed, x), run(PLAIN[kernel["layout"]], held, x.clone()))
+        assert torch.equal(run(kernel, packed, x), run(PLAIN[kernel["on"]], held, x.clone()))
 
 
 def test_what_is_no_integer_is_refused() -> None:

@@ -9,7 +9,8 @@ namespace fastlinear {
 
 // The first k steps of `channels` channels of a packed panel, which are all of it but where panels have groups -> the
 // same in a floating format: [k][channels] in fp32, [(k + 1) / 2][channels][2] in bf16 and fp16. Exact, but for weights
-// that are scaled in groups, which bf16 rounds to nearest even.
+// that are scaled in groups, which bf16 rounds to nearest even. Or codes -> the integers that they mean, as int8g.
+// `out` has room for all k of the last group.
 struct ConvertArgs {
   const void* panel;  // where the group of the first k begins
   const Layout& layout;
@@ -32,6 +33,11 @@ struct Conversion {
   // `narrow` of `rows` rows, ld_in and ld_out elements apart.
   void (*narrow_rows)(const float* in, std::ptrdiff_t ld_in, void* out, std::ptrdiff_t ld_out, std::ptrdiff_t rows,
                       std::ptrdiff_t n);
+  ConvertPanel panel_to_bytes = nullptr;  // int8g
+
+  ConvertPanel panel_in(Format format) const {
+    return format == Format::int8g ? panel_to_bytes : panel_to[static_cast<std::size_t>(format)];
+  }
 };
 
 }  // namespace fastlinear

@@ -20,8 +20,8 @@ constexpr bool reads(const Kernel& kernel, const Layout& packed) {
   if (packed == pairs) return false;
   const FormatInfo& from = info(packed.format);
   const bool fits = from.grouped ? kernel.columns() % packed.nr == 0 : packed.nr == kernel.layout.nr;
-  const bool converted =
-      kernel.rows == kernel.layout.format && fits && (from.converts_to & bit(kernel.layout.format)) != 0;
+  const bool as_they_are = kernel.rows == (kernel.layout.format == Format::int8g ? Format::int8 : kernel.layout.format);
+  const bool converted = as_they_are && fits && (from.converts_to & bit(kernel.layout.format)) != 0;
   return packed == kernel.layout || converted;
 }
 

@@ -118,10 +118,10 @@ class Worker {
   // and one store a vector, once for all row tiles, and the copy stays in L2.
   void convert_panels(const Job& job, std::ptrdiff_t channel, TileArgs& a) {
     const Layout &layout = job.p.weight.layout, &read = job.plan.kernel->layout;
-    const Conversion& from = job.plan.vectors->conversions[static_cast<std::size_t>(layout.format)];
-    const ConvertPanel convert = from.panel_to[static_cast<std::size_t>(read.format)];
+    const ConvertPanel convert =
+        job.plan.vectors->conversions[static_cast<std::size_t>(layout.format)].panel_in(read.format);
     const auto* const packed = static_cast<const char*>(a.panel);
-    const std::ptrdiff_t bytes = panel_offset(read, a.k);
+    const std::ptrdiff_t bytes = panel_offset(read, round_up(a.k, layout.kr));
     std::byte* const copies = wide_.bytes(a.panels * bytes);
     for (std::ptrdiff_t i = 0; i < a.panels; ++i) {
       const std::ptrdiff_t first = channel % layout.nr + i * read.nr, panel = first / layout.nr;

@@ -6,6 +6,9 @@
 //   Lanes load(p)       the codes of V::width channels, kr consecutive k
 //   V value(lanes, i)   what those of the i-th k stand for
 //   multiply_add(x, w, c), add(x, c)   c + *x * w and c + *x, in place
+//   Integers(how), of int4               what codes mean as integers: unpack(p, low, high) makes of the codes of
+//   V::width
+//                                      channels those of the first and of the last four k, as bytes
 //
 // Sums of a group are made in registers, multiplied by its scale and added to the tile, in L1: for a group of 32 k that
 // is a load, an FMA and a store for 32 FMAs. An offset wants the sum of x over the group, which is one addition a row
@@ -177,6 +180,17 @@ void pair_panel(const ConvertArgs& args) {
       V::store_pairs(out + (k / 2 * args.channels + j) * 2, nearest_bf16(even),
                      k % 2 == 0 ? V::set(0.0f) : nearest_bf16(w));
   });
+}
+
+// What codes mean as integers, exactly: the panel that int8g would have.
+template <class V, class Codes>
+void byte_panel(const ConvertArgs& args) {
+  const typename Codes::Integers integers(*args.groups);
+  const std::ptrdiff_t row = args.channels * 4;  // bytes of four k
+  const auto* codes = static_cast<const char*>(args.panel) + args.first * 4;
+  auto* out = static_cast<char*>(args.out);
+  for (std::ptrdiff_t k = 0; k < args.k; k += Codes::layout.kr, codes += args.layout.nr * 4, out += 2 * row)
+    for (std::ptrdiff_t at = 0; at < row; at += V::width * 4) integers.unpack(codes + at, out + at, out + row + at);
 }
 
 // Null for the vectors of ISAs that do not multiply bf16.

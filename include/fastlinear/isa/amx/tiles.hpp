@@ -91,8 +91,9 @@ struct Block {
   static constexpr int a = R * C, b = a + R, b_tiles = 8 - b < C ? 8 - b : C;
   static_assert(b_tiles >= 1);
 
-  [[gnu::always_inline]] static char* at(float* tile, std::ptrdiff_t stride, int sum) {
-    return reinterpret_cast<char*>(tile) + sum / C * kRows * stride + sum % C * kBytes;
+  template <class Float>
+  [[gnu::always_inline]] static Float* at(Float* tile, std::ptrdiff_t stride, int sum) {
+    return tile + (sum / C * kRows * stride + sum % C * kBytes) / std::ptrdiff_t{sizeof(Float)};
   }
 
   // Column block I / R, row block I % R: B is loaded before the first row block, A before the first column block.
@@ -104,9 +105,39 @@ struct Block {
     Op::template multiply_add<r * C + c, a + r, weights>();
   }
 
+  static constexpr auto sums = std::make_integer_sequence<int, R * C>();
+
   template <int... I>
-  [[gnu::always_inline]] static void run(const TileArgs& t, std::ptrdiff_t tile_stride,
-                                         std::integer_sequence<int, I...>) {
+  [[gnu::always_inline]] static void zero_all(std::integer_sequence<int, I...>) {
+    (zero<I>(), ...);
+  }
+  template <int... I>
+  [[gnu::always_inline]] static void load_all(const float* tile, std::ptrdiff_t stride,
+                                              std::integer_sequence<int, I...>) {
+    (load<I>(at(tile, stride, I), stride), ...);
+  }
+  template <int... I>
+  [[gnu::always_inline]] static void store_all(float* tile, std::ptrdiff_t stride, std::integer_sequence<int, I...>) {
+    (store<I>(at(tile, stride, I), stride), ...);
+  }
+  template <int... I>
+  [[gnu::always_inline]] static void products(const char* rows, std::ptrdiff_t lda, const char* const* panels,
+                                              std::integer_sequence<int, I...>) {
+    (product<I>(rows, lda, panels), ...);
+  }
+  // With something else to do after each product, and each store.
+  template <class Between, int... I>
+  [[gnu::always_inline]] static void products(const char* rows, std::ptrdiff_t lda, const char* const* panels,
+                                              const Between& between, std::integer_sequence<int, I...>) {
+    ((product<I>(rows, lda, panels), between()), ...);
+  }
+  template <class Between, int... I>
+  [[gnu::always_inline]] static void store_all(float* tile, std::ptrdiff_t stride, const Between& between,
+                                               std::integer_sequence<int, I...>) {
+    ((store<I>(at(tile, stride, I), stride), between()), ...);
+  }
+
+  [[gnu::always_inline]] static void run(const TileArgs& t, std::ptrdiff_t tile_stride) {
     constexpr std::ptrdiff_t P = C / 2, element = Op::row_bytes, k_step = kBytes / element;
     auto* const tile = static_cast<float*>(t.tile);
     const std::ptrdiff_t lda = t.lda * element, steps = t.k / k_step;
@@ -118,14 +149,14 @@ struct Block {
     const std::ptrdiff_t line_stride = lines > 0 ? ahead / lines : 0;
 
     if (t.accumulate)
-      (load<I>(at(tile, tile_stride, I), tile_stride), ...);
+      load_all(tile, tile_stride, sums);
     else
-      (zero<I>(), ...);
+      zero_all(sums);
     Lines lines_of_end = t.lines;
     const std::ptrdiff_t rows_a_step = steps > 0 ? ceil_div(lines_of_end.rows, steps) : 0;
     for (std::ptrdiff_t s = 0; s < steps; ++s) {
       for (std::ptrdiff_t r = 0; r < rows_a_step && lines_of_end.rows > 0; ++r) lines_of_end.fetch_row();
-      (product<I>(rows, lda, panels), ...);
+      products(rows, lda, panels, sums);
       rows += kBytes;
       for (std::ptrdiff_t p = 0; p < P; ++p) panels[p] += kGroups * kGroupBytes;
       if (R > 1)
@@ -141,9 +172,9 @@ struct Block {
         std::memset(last[p] + bytes, 0, sizeof last[p] - bytes);
         copies[p] = last[p];
       }
-      (product<I>(rows, lda, copies), ...);
+      products(rows, lda, copies, sums);
     }
-    (store<I>(at(tile, tile_stride, I), tile_stride), ...);
+    store_all(tile, tile_stride, sums);
   }
 };
 
@@ -151,7 +182,7 @@ struct Block {
 template <class Op, std::ptrdiff_t MR, std::ptrdiff_t P>
 void run(const TileArgs& t) {
   constexpr std::ptrdiff_t stride = P * Op::layout.nr * 4;
-  const auto block = [&]<int R, int C>() { Block<Op, R, C>::run(t, stride, std::make_integer_sequence<int, R * C>()); };
+  const auto block = [&]<int R, int C>() { Block<Op, R, C>::run(t, stride); };
   const bool one_row_block = t.rows <= kRows, one_panel = t.panels == 1;
   if (MR > kRows && !one_row_block)
     block.template operator()<MR / kRows, 2>();

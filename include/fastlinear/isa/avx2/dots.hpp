@@ -36,18 +36,11 @@ struct SignedDots {
 
 struct CodeDots : SignedDots {
   static constexpr Layout layout = Int4::layout;
-  struct Weights {
-    __m256i low, high;
-  };
+  using Weights = Nibbles;
   __m256i table;
 
-  explicit CodeDots(const ScaledGroups& how)
-      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(how.integers)))) {}
-  Weights weights(const char* p) const {
-    const __m256i lanes = load(p), mask = _mm256_set1_epi8(15);
-    return {_mm256_shuffle_epi8(table, _mm256_and_si256(lanes, mask)),
-            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask))};
-  }
+  explicit CodeDots(const ScaledGroups& how) : table(byte_table(how.integers)) {}
+  Weights weights(const char* p) const { return look_up(table, p); }
   // Sums of both halves in int16 would overflow: of magnitudes up to 128 they are up to 4 * 128 * 127.
   static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
     __m256i x, magnitudes;

@@ -170,4 +170,21 @@ inline I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
+// Bytes that codes of 4 bits stand for: those in the lower and those in the upper halves of 32 bytes.
+struct Nibbles {
+  __m256i low, high;
+};
+
+inline __m256i byte_table(const std::int8_t (&integers)[16]) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(integers)));
+}
+
+inline Nibbles look_up(__m256i table, const char* codes) {
+  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), mask = _mm256_set1_epi8(15);
+  return {_mm256_shuffle_epi8(table, _mm256_and_si256(lanes, mask)),
+          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask))};
+}
+
+inline void store(char* p, __m256i bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes); }
+
 }  // namespace fastlinear::avx2

@@ -30,6 +30,16 @@ struct Products {
 };
 
 struct Codes : Products {
+  struct Integers {
+    __m512i table;
+
+    explicit Integers(const ScaledGroups& how) : table(byte_table(how.integers)) {}
+    void unpack(const char* codes, char* low, char* high) const {
+      const Nibbles bytes = look_up(table, codes);
+      store(low, bytes.low);
+      store(high, bytes.high);
+    }
+  };
   using Lanes = __m512i;
   static constexpr Layout layout = Int4::layout;
   __m512 table;

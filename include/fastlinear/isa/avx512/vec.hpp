@@ -189,4 +189,21 @@ inline I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline F32 to_float(I32 a) { return {_mm512_maskz_cvtepi32_ps(kAll, a.v)}; }
 
+// Bytes that codes of 4 bits stand for: those in the lower and those in the upper halves of 64 bytes.
+struct Nibbles {
+  __m512i low, high;
+};
+
+inline __m512i byte_table(const std::int8_t (&integers)[16]) {
+  return _mm512_maskz_broadcast_i32x4(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(integers)));
+}
+
+inline Nibbles look_up(__m512i table, const char* codes) {
+  const __m512i lanes = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
+  return {_mm512_shuffle_epi8(table, _mm512_and_si512(lanes, mask)),
+          _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(lanes, 4), mask))};
+}
+
+inline void store(char* p, __m512i bytes) { _mm512_storeu_si512(p, bytes); }
+
 }  // namespace fastlinear::avx512

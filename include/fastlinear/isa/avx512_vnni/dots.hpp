@@ -5,6 +5,7 @@
 //   12x32   24            4               3                 31     2.5 + 12
 //   4x64    16            8               3                 27     2.5 + 4
 //   1x128   8             16              3                 27     2.5 + 1; bound by the weights' bytes
+//   1x64    4             8               3                 15     the same; half as many streams, better from memory
 #pragma once
 
 #include "fastlinear/formats/int4.hpp"
@@ -34,20 +35,14 @@ struct BiasedDots {
 
 struct CodeDots : BiasedDots {
   static constexpr Layout layout = Int4::layout;
-  struct Weights {
+  using Weights = avx512::Nibbles;
+  struct Row {
     __m512i low, high;
   };
-  using Row = Weights;
   __m512i table;
 
-  explicit CodeDots(const ScaledGroups& how)
-      : table(biased(_mm512_maskz_broadcast_i32x4(avx512::kAll,
-                                                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(how.integers))))) {}
-  Weights weights(const char* p) const {
-    const __m512i lanes = load(p), mask = _mm512_set1_epi8(15);
-    return {_mm512_shuffle_epi8(table, _mm512_and_si512(lanes, mask)),
-            _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(lanes, 4), mask))};
-  }
+  explicit CodeDots(const ScaledGroups& how) : table(biased(avx512::byte_table(how.integers))) {}
+  Weights weights(const char* p) const { return avx512::look_up(table, p); }
   static Row row(const std::int8_t* a) { return {four(a), four(a + 4)}; }
   static Sum add(Sum c, const Weights& w, const Row& x) {
     asm("vpdpbusd %3, %1, %0\n\tvpdpbusd %4, %2, %0" : "+v"(c) : "v"(w.low), "v"(w.high), "v"(x.low), "v"(x.high));
@@ -74,6 +69,7 @@ inline constexpr Kernel kDotKernels[] = {
     kernels::row<CodeTile, 12, 1>("int4/avx512_vnni/12x32", kIsa),
     kernels::row<CodeTile, 4, 2>("int4/avx512_vnni/4x64", kIsa),
     kernels::row<CodeTile, 1, 4>("int4/avx512_vnni/1x128", kIsa),
+    kernels::row<CodeTile, 1, 2>("int4/avx512_vnni/1x64", kIsa),
     kernels::row<ByteTile, 12, 1>("int8g/avx512_vnni/12x32", kIsa),
     kernels::row<ByteTile, 1, 4>("int8g/avx512_vnni/1x128", kIsa),
 };

@@ -28,18 +28,11 @@ struct BiasedDots {
 
 struct CodeDots : BiasedDots {
   static constexpr Layout layout = Int4::layout;
-  struct Weights {
-    __m256i low, high;
-  };
+  using Weights = avx2::Nibbles;
   __m256i table;
 
-  explicit CodeDots(const ScaledGroups& how)
-      : table(biased(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(how.integers))))) {}
-  Weights weights(const char* p) const {
-    const __m256i lanes = load(p), mask = _mm256_set1_epi8(15);
-    return {_mm256_shuffle_epi8(table, _mm256_and_si256(lanes, mask)),
-            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask))};
-  }
+  explicit CodeDots(const ScaledGroups& how) : table(biased(avx2::byte_table(how.integers))) {}
+  Weights weights(const char* p) const { return avx2::look_up(table, p); }
   static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
     __m256i x;
     asm("vpbroadcastd %4, %1\n\t%{vex%} vpdpbusd %1, %2, %0\n\t"

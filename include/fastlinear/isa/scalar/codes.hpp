@@ -12,6 +12,17 @@ namespace fastlinear::scalar {
 extern const Isa kIsa;
 
 struct Codes {
+  struct Integers {
+    const std::int8_t* table;
+
+    explicit Integers(const ScaledGroups& how) : table(how.integers) {}
+    void unpack(const char* codes, char* low, char* high) const {
+      for (std::ptrdiff_t i = 0; i < 4; ++i) {
+        low[i] = static_cast<char>(table[codes[i] & 15]);
+        high[i] = static_cast<char>(table[codes[i] >> 4 & 15]);
+      }
+    }
+  };
   using Lanes = std::uint32_t;
   static constexpr Layout layout = Int4::layout;
   const float* table;
