@@ -117,7 +117,7 @@ def _of_experts(mapped: Gguf, parts: dict[str, str]) -> Source:
     stored = [parts[part] for part in EXPERTS if part in parts]
     entries = [mapped.entries[name] for name in stored]
     kind, *others = [entry.kind for entry in entries]
-    if any(len(entry.shape) != 3 for entry in entries):
+    if any(len(entry.shape) != 3 or 0 in entry.shape for entry in entries):
         raise ValueError(f"its {shown(stored[0])} is {list(entries[0].shape)}, which holds no experts")
     (count, _, k), *rest = [entry.shape for entry in entries]
     if any(other != kind for other in others) or any((e, columns) != (count, k) for e, _, columns in rest):

@@ -70,7 +70,8 @@ def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool = False)
         }
         mixtures = {each.module: name for name, each in held.items() if sources[name].expert is not None}
         shelves = {module: _shelved(module, name.rpartition(".")[0], sources) for module, name in mixtures.items()}
-        _revive(model, bare)
+        precisions = {key: _precision(record, dynamic) for key, record in frozen.items()}
+        _revive(model, bare)  # from here on nothing fails
         for name, each in held.items():
             if name in parameters:
                 setattr(each.module, each.attribute, parameters[name])
@@ -80,8 +81,8 @@ def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool = False)
             _become_experts(module, *of_experts)
         names = {each.module: name.removesuffix(".weight") for name, each in held.items() if _is_linear(each)}
         for module, name in names.items():
-            record = frozen[id(sources[f"{name}.weight"])]
-            linear.adopt(module, None, "lazy", name, _precision(record, dynamic), record)
+            key = id(sources[f"{name}.weight"])
+            linear.adopt(module, None, "lazy", name, precisions[key], frozen[key])
 
 
 def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str, experts_frozen.Frozen]:

@@ -70,7 +70,7 @@ class Coding(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether what codes stand for is integers of 8 bits, or halves of such, as integer products want it."""
-        return any(all(n * by == int(n * by) and -128 <= n * by <= 127 for n in self.numbers) for by in (1, 2))
+        return any(all((n * by).is_integer() and -128 <= n * by <= 127 for n in self.numbers) for by in (1, 2))
 
     @property
     def packed(self) -> str:

@@ -1,6 +1,7 @@
 """load_quantized on folders of safetensors: each scheme, packed here as its own packer does, arrives bit for bit."""
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -123,6 +124,15 @@ def test_bitsandbytes_own_packer(kind: str, nested: bool) -> None:
     parts = {"weight": data, **{f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}}
     read = stands_for(READ["bitsandbytes"][0].weight(parts, {}))
     torch.testing.assert_close(read, bnb.dequantize_4bit(data, state), rtol=1e-6 if nested else 0, atol=0)
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_table_that_has_no_numbers(number: float, dynamic: bool, tmp_path: Path) -> None:
+    """Bits are kept whatever they stand for, and such codes are none that integer products take."""
+    changed(tmp_path, "nf4", lambda tensors, _: tensors[f"{Q}.weight.quant_map"][3:4].fill_(number))
+    layer = fastlinear.load_quantized(tmp_path, on_meta(), dynamic=dynamic).get_submodule(Q)
+    assert layer._frozen.packed.format == "int4" and layer._precision.rows is None and not layer.weight.isfinite().all()
 
 
 # ---- bad input ----

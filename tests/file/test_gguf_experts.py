@@ -174,6 +174,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "fewer experts": (lambda t: t.update({UP: stored("Q4_0", 2, 256, 256)}), r"no weights of one product"),
     "no gates": (lambda t: t.pop(GATE), r"gate_up_proj is \[3, 256, 256\], but \[3, 512, 256\]"),
     "two dimensions": (lambda t: t.update({DOWN: stored("Q4_0", 768, 256)}), r"ffn_down_exps.weight' is \[768, 256\]"),
+    "no experts": (lambda t: t.update({DOWN: stored("F32", 0, 256, 256)}), r"\[0, 256, 256\], which holds no experts"),
     "floats in one of them": (
         lambda t: t.update({DOWN: stored("F32", 3, 256, 256)}),
         r"gate_up_proj is Q4_0, .* only one of gate_up_proj and down_proj is so",
