@@ -28,7 +28,7 @@ from fastlinear.layer.fallback import label
 from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.model.convert import convert, unconvert
 from fastlinear.spec.precision import wanted
-from fastlinear.spec.schemes import Scheme
+from fastlinear.spec.schemes import KINDS, Int8WeightOnly, Scheme
 
 __all__ = ["FastLinearConfig"]
 
@@ -48,8 +48,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin  # no
 class FastLinearConfig(QuantizationConfigMixin):
     """What `from_pretrained` of transformers is to make of the linear layers of a model, as its `quantization_config`.
 
-    dtype, quantize, include, exclude: as `convert` takes them, but for types of modules in `include` and `exclude`,
-        which no config.json can tell.
+    dtype, quantize, include, exclude, embeddings: as `convert` takes them, but for types of modules in `include` and
+        `exclude`, which no config.json can tell.
     freeze: each layer's weight goes as soon as it is packed, with the pages of the file that it was read from, so that
         memory peaks at the larger of file and model, and one layer. Such a model counts as quantized: Trainer trains
         adapters on it alone, `half()` and `float()` are refused, and `model.dequantize()` gives a stock model with what
@@ -58,7 +58,7 @@ class FastLinearConfig(QuantizationConfigMixin):
     `save_pretrained` writes stock weights and this config, so the folder loads with fast layers wherever this module
     was imported, and with stock ones elsewhere. A folder's own config comes before one that is passed. Where its
     model.safetensors is a file of `fastlinear.save`, that is loaded as by `fastlinear.load`, and tells all that dtype,
-    quantize, include and exclude could; FormatError where it is damaged, or of another model.
+    quantize and the others could; FormatError where it is damaged, or of another model.
 
     Raises TypeError or ValueError for arguments of a wrong kind.
     """
@@ -70,6 +70,7 @@ class FastLinearConfig(QuantizationConfigMixin):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         freeze: bool = True,
+        embeddings: Int8WeightOnly | dict[str, Any] | None = None,
         quant_method: str = _METHOD,
     ) -> None:
         if quant_method != _METHOD:
@@ -81,15 +82,20 @@ class FastLinearConfig(QuantizationConfigMixin):
         self.quantize = _scheme(quantize) if isinstance(quantize, dict) else quantize
         self.include, self.exclude = _names("include", include), _names("exclude", exclude)
         self.freeze = freeze
+        self.embeddings: Any = _scheme(embeddings) if isinstance(embeddings, dict) else embeddings
+        if not isinstance(self.embeddings, Int8WeightOnly | None):
+            raise TypeError(f"embeddings must be Int8WeightOnly() or None, but is {embeddings!r}")
         wanted(self.dtype, quantize=self.quantize)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json has of it; a calibration is told by its size alone."""
         scheme, dtype = self.quantize, self.dtype
+        assert dtype is None or isinstance(dtype, torch.dtype)
         return {
             "quant_method": _METHOD,
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else _named(dtype),
             "quantize": None if scheme is None else {"scheme": type(scheme).__name__, **_fields(scheme)},
+            "embeddings": None if self.embeddings is None else {"scheme": type(self.embeddings).__name__},
             "include": self.include,
             "exclude": self.exclude,
             "freeze": self.freeze,
@@ -100,15 +106,20 @@ def _fields(scheme: Any) -> dict[str, Any]:
     told = asdict(scheme)
     if scheme.calibration is not None:
         told["calibration"] = repr(scheme.calibration)
-    return told
+    return {name: _named(value) if isinstance(value, torch.dtype) else value for name, value in told.items()}
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _scheme(told: dict[str, Any]) -> Scheme:
-    kinds = {kind.__name__: kind for kind in Scheme.__subclasses__()}
     fields = dict(told)
-    kind = kinds.get(fields.pop("scheme", ""))
+    kind = KINDS.get(fields.pop("scheme", ""))
     if kind is None:
-        raise ValueError(f"quantize of a FastLinearConfig has a scheme of {', '.join(kinds)}, but is {told!r}")
+        raise ValueError(f"quantize of a FastLinearConfig has a scheme of {', '.join(KINDS)}, but is {told!r}")
+    if isinstance(scales := fields.get("scales"), str):
+        fields["scales"] = getattr(torch, scales, scales)
     return kind(**fields)
 
 
@@ -228,6 +239,7 @@ class FastLinearQuantizer(HfQuantizer):
                 quantize=asked.quantize,
                 include=asked.include,
                 exclude=asked.exclude,
+                embeddings=asked.embeddings,
                 freeze=asked.freeze,
                 inplace=True,
             )
@@ -249,9 +261,9 @@ def _ends(name: str) -> Iterator[str]:
 def _widen(layer: Any, dtype: Any) -> None:
     """Has a layer know its weight as of another dtype, or, where it was not packed, cast it."""
     frozen = record_of(layer)
-    if frozen is not None:
+    if frozen is not None and frozen.dtype is not dtype:
         hold(layer, Frozen(frozen.packed, dtype, frozen.requires_grad, frozen.origin, frozen.smooth, frozen.shard))
-    else:
+    elif frozen is None:
         layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=layer.weight.requires_grad)
 
 

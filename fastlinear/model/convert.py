@@ -24,7 +24,7 @@ from fastlinear.model.agreement import agreed
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
 from fastlinear.model.freezing import unfreeze
-from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose, is_fast
+from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose, excluded_lookups, is_fast
 from fastlinear.model.tuning import check_example, check_module, fast_layers, run_to_tune
 from fastlinear.spec.precision import Precision, Wanted, wanted
 from fastlinear.spec.schemes import Int8WeightOnly, Scheme
@@ -81,7 +81,7 @@ def convert(
         does not round.
     embeddings: Int8WeightOnly() packs embeddings in 8 bits, and unpacks the rows that are looked up; so it packs the
         head of a language model (linear layers of an embedding's weight, or called `lm_head`), whatever `quantize`
-        says. What was tied stays so, over one pack, which is frozen at once.
+        says. What was tied stays so, over one pack, which is frozen at once; `exclude` of one of them leaves all alone.
     fuse: absorb an activation where it is all that happens to the output of a converted layer, in nn.Sequential or in
         a module whose source says so. Each call proves that anew: where the layer is called by something else, has
         hooks or was wrapped (by LoRA, say), or its activation was replaced or taken away, it computes what nn.Linear
@@ -114,8 +114,8 @@ def convert(
     asked = wanted(dtype, accumulate, quantize, products)
     names = {module: name for name, module in model.named_modules()}
     with agreed(model, "convert") as story:
-        reasons = choose(model, include, exclude, filter_fn, asked)
-        tables = vocabulary.tables_of(model, embeddings, reasons)
+        reasons = choose(model, include, exclude, filter_fn, asked, lookups=embeddings is not None)
+        tables = vocabulary.tables_of(model, embeddings, reasons, excluded_lookups(model, exclude))
         story.update((names[layer], f"{asked.text()}, {_placed(layer, reason)}") for layer, reason in reasons.items())
     wished = [layer for layer, reason in reasons.items() if reason is None]
     mixtures = [layer for layer in wished if experts.are_experts(layer)]

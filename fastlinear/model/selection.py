@@ -49,6 +49,25 @@ def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     return layers
 
 
+def lookup_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The embeddings of `model`, with all their names."""
+    layers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding):
+            layers.setdefault(module, []).append(name)
+    return layers
+
+
+def excluded_lookups(model: nn.Module, exclude: Patterns | None) -> set[nn.Module]:
+    """The embeddings that a pattern of `exclude` matches."""
+    patterns = as_patterns("exclude", exclude) or []
+    return {
+        layer
+        for layer, names in lookup_layers(model).items()
+        if any(_matches(model, pattern, name) for pattern in patterns for name in names)
+    }
+
+
 def is_fast(layer: nn.Module) -> bool:
     """True for fast linear layers and fast experts."""
     return linear.is_fast(layer) or experts.is_fast_experts(layer)
@@ -90,16 +109,19 @@ def choose(
     exclude: Patterns | None,
     filter_fn: Filter | None,
     asked: Wanted = ANYHOW,
+    lookups: bool = False,
 ) -> dict[nn.Module, str | None]:
     """For every linear layer, and the experts of every mixture, the reason to leave it alone, or None to convert it
     (arguments as in `convert`).
 
-    Warns of a pattern that matches no layer, and when there is nothing to convert.
+    Warns of a pattern that matches no layer, nor with `lookups` an embedding that is excluded, and when there is
+    nothing to convert.
     """
     included_by, excluded_by = as_patterns("include", include), as_patterns("exclude", exclude)
     layers = linear_layers(model) | expert_layers(model)
     included = _hits(model, layers, "include", included_by or [])
-    excluded = _hits(model, layers, "exclude", excluded_by or [])
+    known = layers | lookup_layers(model) if lookups else layers
+    excluded = _hits(model, known, "exclude", excluded_by or [])
     heads, mixtures, small = attentions(model), expert_layers(model), adapters(model)
     uses: dict[Any, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -30,12 +30,14 @@ class Table(NamedTuple):
     heads: list[nn.Module]
 
 
-def tables_of(model: nn.Module, scheme: object, reasons: dict[nn.Module, str | None]) -> list[Table]:
+def tables_of(
+    model: nn.Module, scheme: object, reasons: dict[nn.Module, str | None], excluded: Collection[nn.Module]
+) -> list[Table]:
     """The weights that are to be packed in 8 bits: those of embeddings, and of what is called lm_head; none if `scheme`
     is None. TypeError for one that is not Int8WeightOnly().
 
-    reasons: why linear layers are left alone; those that are here are taken out. A weight whose layer the caller has
-    excluded stays, and so does one that something else uses, with a warning.
+    reasons: why linear layers are left alone; those that are here are taken out. A weight whose layer, or embedding
+    (`excluded`), the caller has excluded stays, and so does one that something else uses, with a warning.
     """
     if scheme is None:
         return []
@@ -55,7 +57,8 @@ def tables_of(model: nn.Module, scheme: object, reasons: dict[nn.Module, str | N
             tables[id(weight)].heads.append(module)
     found = []
     for table in tables.values():
-        if any(str(reasons[head]).startswith(("excluded", "refused")) for head in table.heads):
+        unwished = any(str(reasons[head]).startswith(("excluded", "refused")) for head in table.heads)
+        if unwished or any(lookup in excluded for lookup in table.lookups):
             continue
         reason = _why_not(model, table)
         if reason is None:

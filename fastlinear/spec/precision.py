@@ -175,15 +175,14 @@ def wanted(dtype: object = None, accumulate: object = FP32, quantize: object = N
 
 def _checked(quantize: object) -> Scheme:
     """A scheme as it is; TypeError for anything else."""
-    from fastlinear.spec.schemes import Scheme  # here: to make its classes is a quarter of `import fastlinear`
+    from fastlinear.spec.schemes import KINDS, Scheme  # here: to make their classes is a quarter of `import fastlinear`
 
     if isinstance(quantize, Scheme):
         return quantize
     if isinstance(quantize, type) and issubclass(quantize, Scheme):
         name = quantize.__name__
         raise TypeError(f"quantize must be a scheme, such as {name}(...), but is the class {name} itself")
-    kinds = ", ".join(each.__name__ for each in Scheme.__subclasses__())
-    raise TypeError(f"quantize must be None or one of fastlinear's {kinds}, but is {quantize!r}")
+    raise TypeError(f"quantize must be None or one of fastlinear's {', '.join(KINDS)}, but is {quantize!r}")
 
 
 def _check_dtype(what: str, given: object, allowed: list[torch.dtype | None]) -> None:

@@ -210,3 +210,6 @@ class Int8Static(Scheme):
 
     def why_not(self, name: str) -> str | None:
         return self.calibration.why_not(name)
+
+
+KINDS = {each.__name__: each for each in (Int8Dynamic, Int8WeightOnly, Int8Static, Int4WeightOnly, Int4Dynamic)}

@@ -181,6 +181,16 @@ def test_what_stays_as_it_is() -> None:
         fastlinear.convert(model, embeddings=fastlinear.Int8Dynamic())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_an_embedding_that_is_excluded(tied: bool) -> None:
+    """It stays, with the head that has its weight, and the pattern is none that matches nothing; other heads do not."""
+    for pattern in ("model.embed_tokens", nn.Embedding, "model.embed*"):
+        fast = fastlinear.convert(llama(tied), embeddings=EIGHT, exclude=pattern)
+        assert type(fast.get_input_embeddings()) is nn.Embedding
+        assert (fast.lm_head.packed_as == "w8f") is not tied
+
+
 def test_embeddings_of_other_classes() -> None:
     """That scale what they look up, as Gemma's do."""
     config = transformers.Gemma3TextConfig(
