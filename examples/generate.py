@@ -11,7 +11,9 @@ their weights take.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ def real_file() -> Path:
 
 def stock_model(path: Path) -> Any:
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    return load(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers ends
+        return load(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
 
 
 def fast_model(path: Path, dtype: torch.dtype, dynamic: bool) -> Any:
