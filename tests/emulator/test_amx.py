@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grouped
 import library
 import machines
 import native
@@ -22,6 +23,7 @@ import fastlinear
 from emulator.code import call
 from emulator.test_tiles import SILICON, config, pinned, stored_config
 from fastlinear import _kernels, _plans, _products
+from fastlinear.spec.int4 import Coding
 
 AMX = [kernel for kernel in native.ALL if kernel["isa"] in ("amx", "amx_fp16") and kernel["id"] == kernel["name"]]
 needs_amx = pytest.mark.skipif("skipped" in library.way("amx"), reason=f"amx is {library.way('amx')}")
@@ -78,6 +80,24 @@ def test_large_products_cost_what_arithmetic_needs(name: str) -> None:
     assert needed <= products(counts) <= 1.05 * needed
     assert counts["tileloadd"] + counts["tileloaddt1"] <= products(counts)
     assert counts["tilestored"] == counts["tilezero"] == 512 * 512 // 256  # each when it is done
+    assert (counts["sttilecfg"], counts["ldtilecfg"], counts["tilerelease"]) == (CONFIGURED,) * 3
+
+
+@counted
+@pytest.mark.parametrize("group", [64, 128])
+def test_large_products_of_groups_store_each_sum_once_a_group(group: int) -> None:
+    """M = N = K = 512: no multiply too many, one load each, and tiles as the session set them, where a group is as long
+    as what a tile takes."""
+    packed = grouped.pack(grouped.coded(512, 512, Coding(group, (), offsets=True)), "int8g/32x4")
+    x, y = torch.randn(512, 512), torch.empty(512, 512)
+    emulator.reset()
+    with emulator.running():
+        plan = _plans.Plan("int8g/amx/32x32")
+        _products.run(packed, plan, _plans.Epilogue(), x, None, y, _plans.RowQuantizer("groups"))
+        counts = emulator.counts()
+    assert products(counts) == counts["tdpbssd"] == 512 * 512 * 512 // (16 * 16 * 64)
+    assert counts["tileloadd"] + counts["tileloaddt1"] <= products(counts)
+    assert counts["tilestored"] == counts["tilezero"] == 512 * 512 // 256 * (512 // group)
     assert (counts["sttilecfg"], counts["ldtilecfg"], counts["tilerelease"]) == (CONFIGURED,) * 3
 
 
@@ -230,6 +250,8 @@ def table_of(layer: nn.Module) -> list[str]:
 PRODUCTS = """
 import sys, torch, emulator, machines
 from fastlinear import _kernels, _plans, _products, _weights
+from fastlinear.spec.int4 import Coding
+from grouped import coded, pack
 
 def compute():
     for name in [row["name"] for row in _kernels.rows() if row["isa"] == "amx"]:
@@ -238,6 +260,9 @@ def compute():
             x, out = torch.randn(m, k).bfloat16(), torch.empty(m, n)
             if name.startswith("bf16"):
                 packed, rows = _weights.Packed(torch.randn(n, k).bfloat16(), plan.layout), None
+            elif name.startswith("int8g"):
+                coding = Coding(group=16 if m % 2 else 128, table=(), offsets=m > 16)
+                packed, rows = pack(coded(n, k, coding), plan.layout), _plans.RowQuantizer("groups")
             else:
                 w = torch.randint(-127, 128, (n, k)).to(torch.int8)
                 packed, rows = _weights.Packed(w, plan.layout, torch.ones(n)), _plans.RowQuantizer("symmetric")
@@ -250,7 +275,7 @@ if sys.argv[1] == "silicon":
 else:
     with emulator.running():
         results = list(compute())
-    assert emulator.counts()["tdpbf16ps"] > 0 and emulator.counts()["tdpbusd"] > 0
+    assert all(emulator.counts()[name] > 0 for name in ("tdpbf16ps", "tdpbusd", "tdpbssd"))
 torch.save(results, sys.argv[2])
 """
 
@@ -266,7 +291,7 @@ def outputs(by: str, file: Path) -> list[Tensor]:
 def test_silicon_and_emulator_compute_the_same_bits(tmp_path: Path) -> None:
     """Where there are tiles, the machine's results and the emulator's are equal; elsewhere there are the latter."""
     emulated = outputs("emulator", tmp_path / "emulated.pt")
-    assert len(emulated) == 4 * sum(kernel["isa"] == "amx" for kernel in AMX)
+    assert len(emulated) == 4 * sum(row["isa"] == "amx" for row in _kernels.rows())
     if "amx" in _kernels.cpu_info()["isas"]:
         silicon = outputs("silicon", tmp_path / "silicon.pt")
         assert all(torch.equal(a, b) for a, b in zip(silicon, emulated, strict=True))

@@ -149,8 +149,8 @@ def test_fp16_sums_are_promoted(kernel: Kernel) -> None:
 
 def test_the_table_pairs_the_formats() -> None:
     """Every format has kernels on every ISA with vectors of its own; fp32 kernels widen all of them but that of
-    integer products, and those that multiply bf16 take int8 in bf16; in all, each format of x meets each 16-bit
-    weight."""
+    integer products, those that multiply bf16 take int8 in bf16, and those that multiply bytes in groups take 4 bits in
+    bytes; in all, each format of x meets each 16-bit weight."""
     formats = list(_tensors.PACKED)
     assert formats == [*_tensors.FORMATS.values(), "w8f", "int8"] == ["fp32", "bf16", "fp16", "w8f", "int8"]
     table = _kernels.kernels()
@@ -167,7 +167,9 @@ def test_the_table_pairs_the_formats() -> None:
         others = set(formats[1:-1]) if kernel["format"] == "fp32" else {"w8f"} if pairs else set()
         assert widens - GROUPED == others
         whole_panels = bool(others) and kernel["columns"] % 32 == 0
-        assert widens & GROUPED == (GROUPED if whole_panels else set()), kernel["name"]
+        bytes_in_groups = kernel["format"] == "int8g" and kernel["rows"] == "int8"
+        in_groups = GROUPED if whole_panels else {"int4"} if bytes_in_groups else set()
+        assert widens & GROUPED == in_groups, kernel["name"]
     for isa in ("scalar", "avx2", "avx512"):
         own = [kernel for kernel in table if kernel["isa"] == isa]
         assert {kernel["format"] for kernel in own} == {*formats, *GROUPED}
