@@ -13,7 +13,7 @@ here is meant for speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 TINY = 2.0**-126  # of a smaller scale the reciprocal may be infinite: such a row or channel counts as zeros
 KINDS = ("symmetric", "asymmetric", "static")
 BYTES = (torch.uint8, torch.int8)
-BLOCK = 1 << 18  # so many numbers of a weight are quantized at a time: what is computed on the way stays in cache
+BLOCK = 1 << 18  # so many numbers of a weight are looked at at a time: what is computed on the way stays in cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def quantize_weight(weight: Tensor, smooth: Tensor | None = None) -> Quantized:
     Raises ValueError for infinities and NaN.
     """
     w = weight.detach()
-    blocks = [quantize_channels(block, smooth) for block in w.split(max(1, BLOCK // max(1, w.shape[1])))]
+    blocks = [quantize_channels(block, smooth) for block in _blocks(w)]
     values, scale = map(torch.cat, zip(*blocks, strict=True))
     if not bool(scale.isfinite().all()):
         w = w.float() if smooth is None else w.float() / smooth
@@ -214,14 +214,31 @@ def handed_on(integers: Tensor, out: Requantize) -> Tensor:
 
 def signal_to_noise(exact: Tensor, approximate: Tensor) -> float:
     """10 log10 (sum exact^2 / sum (exact - approximate)^2) in dB, in fp64; infinite where the two are equal."""
-    signal, noise = exact.double().square().sum(), (exact.double() - approximate.double()).square().sum()
-    return math.inf if noise == 0 else 10 * float(torch.log10(signal / noise))
+    return _decibels(zip(_blocks(exact), _blocks(approximate), strict=True))
 
 
 def weight_snr(weight: Tensor, quantized: Quantized, smooth: Tensor | None = None) -> float:
     """Signal to noise of a quantized weight in dB, against the weight (divided by `smooth`) that was quantized."""
-    w = weight.detach().double()
-    return signal_to_noise(w if smooth is None else w / smooth, dequantize(quantized))
+    exact = (w.double() if smooth is None else w.double() / smooth for w in _blocks(weight.detach()))
+    values = _blocks(quantized.values)
+    counts = [len(each) for each in values]
+    zeros = [None] * len(counts) if quantized.zero is None else quantized.zero.split(counts)
+    parts = map(Quantized, values, quantized.scale.split(counts), zeros)
+    return _decibels(zip(exact, map(dequantize, parts), strict=True))
+
+
+def _blocks(matrix: Tensor) -> Sequence[Tensor]:
+    """Rows of so few numbers that what is computed of them takes no memory beside a large weight."""
+    blocks: Sequence[Tensor] = matrix.split(max(1, BLOCK // max(1, matrix[:1].numel())))
+    return blocks
+
+
+def _decibels(parts: Iterable[tuple[Tensor, Tensor]]) -> float:
+    signal = noise = torch.zeros((), dtype=torch.float64, device="cpu")
+    for exact, approximate in parts:
+        signal = signal + exact.double().square().sum()
+        noise = noise + (exact.double() - approximate.double()).square().sum()
+    return math.inf if noise == 0 else 10 * float(torch.log10(signal / noise))
 
 
 def output_snr(x: Tensor, weight: Tensor, quantized: Quantized, rows: Rows | None, bias: Tensor | None = None) -> float:

@@ -1,6 +1,8 @@
 """fastlinear.hf: what transformers loads with a FastLinearConfig is what convert makes of the stock model."""
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,47 @@ def test_weights_that_are_cast_up(tmp_path: Path, how: dict[str, Any]) -> None:
     torch.testing.assert_close(logits(model), logits(want), rtol=0, atol=0)
     state, expected = model.dequantize().state_dict(), fastlinear.unconvert(want).state_dict()
     assert all(torch.equal(state[name], value) and value.dtype is torch.float32 for name, value in expected.items())
+
+
+_PEAK = """
+import sys, torch, transformers, fastlinear
+from fastlinear.hf import FastLinearConfig
+
+def mib(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+
+def load(path):
+    how = {
+        "int8": {"quantize": fastlinear.Int8Dynamic()}, "int4": {"quantize": fastlinear.Int4Dynamic()},
+        "bf16": {"dtype": torch.bfloat16},
+    }[sys.argv[3]]
+    asked = FastLinearConfig(**how)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=asked, dtype=torch.float32)
+
+load(sys.argv[1])  # what it imports
+before = mib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts anew
+model = load(sys.argv[2])
+print(mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("how", ["int8", "int4", "bf16"])
+def test_memory_of_weights_that_are_cast_up(folder: Path, tmp_path: Path, how: str) -> None:
+    """No more than 1.15 times the file, with what quantization and its measure take on the way, and freed memory that
+    lies between packs; in a process of its own, which has no other to reuse."""
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=4
+    )
+    path = tmp_path / "larger"
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    found = subprocess.run(
+        [sys.executable, "-c", _PEAK, folder, path, how], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    size = (path / "model.safetensors").stat().st_size / 2**20
+    assert 0.3 * size < float(found.stdout.split()[-1]) <= 1.15 * size
 
 
 def status() -> dict[str, int]:
