@@ -49,7 +49,8 @@ def freeze(model: Model) -> Model:
         kept += 4 * tied[0].in_features * tied[0].out_features
         freeze_layer(*tied)
         if kept > _KEPT:
-            kept = _trim()
+            _trim()
+            kept = 0
     for module in mixtures:
         if module.why_unread() is None:  # type: ignore[operator]
             experts_frozen.freeze(module)
@@ -58,12 +59,11 @@ def freeze(model: Model) -> Model:
     return model
 
 
-def _trim() -> int:
-    """Returns what the C library holds of freed memory, of which 0 bytes are left then."""
+def _trim() -> None:
+    """Gives back what the C library holds of freed memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return 0
 
 
 def unfreeze(model: Model) -> Model:
