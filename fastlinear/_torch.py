@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REQUIRED = object()
 
@@ -129,3 +131,10 @@ enter_autocast = look_up("enter_autocast")
 exit_autocast = look_up("exit_autocast")
 encoder_layer = look_up("encoder_layer")
 native_attention = look_up("native_attention")
+
+
+def is_constant(function: Function) -> Function:
+    """As torch.compiler.assume_constant_result, which imports all of Dynamo, half a second of work, for those too who
+    compile nothing."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlinear._tensors import FORMATS
+from fastlinear._torch import is_constant
 from fastlinear.layer.form import Form, arguments
 from fastlinear.layer.lookup import Layer
 from fastlinear.spec.precision import Precision
@@ -28,7 +29,7 @@ def spell(layer: Layer) -> str:
     return spelled
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@is_constant
 def form_of(spelled: str, x: torch.dtype, bias: torch.dtype | None) -> Form | None:
     """The arguments of the op; None where the kernels do not take these dtypes."""
     form, precision, weight = _spelled[spelled]

@@ -23,6 +23,19 @@ def test_what_an_import_imports() -> None:
     assert zygote.checked(DEFINED, imported="torch").split() == ["linear", "unpack", "experts"]
 
 
+CONVERTED = """
+import sys, torch, fastlinear
+fast = fastlinear.convert(torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), freeze=True)
+fast(torch.ones(1, 8))
+print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules))
+"""
+
+
+def test_those_who_compile_nothing_import_no_compiler() -> None:
+    """Dynamo takes longer to import than a model to convert."""
+    assert zygote.checked(CONVERTED, imported="torch").split() == []
+
+
 def test_those_who_do_not_run_see_the_same_names() -> None:
     """What type checkers and editors read is what is given, from the same modules."""
     tree = ast.parse(Path(str(fastlinear.__file__)).read_text())

@@ -58,3 +58,9 @@ def test_depths() -> None:
     with torch.device("cpu"):
         for name in ("function_modes", "dispatch_modes"):
             assert _torch.PLACES[name][1]() == _torch.look_up(name)(), name
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    """Dynamo knows a function whose result it may keep by what torch.compiler.assume_constant_result sets."""
+    ours, torchs = _torch.is_constant(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(ours) == vars(torchs) != {}
