@@ -134,3 +134,18 @@ def tensors_of(architecture: str, kinds: list[str], embedding: str = "Q8_0") -> 
             kind, at = kinds[at % len(kinds)], at + 1
         tensors[gguf_name(architecture, name)] = blocks(kind, *parameter.shape)
     return tensors
+
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def assert_is(fast: Any, config: Any, expected: dict[str, Tensor]) -> None:
+    """A model has these weights, bit for bit, and answers as a stock one of them does."""
+    state = fast.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+    stock: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    stock.load_state_dict(expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -240,3 +240,18 @@ def product_of(library: Path) -> Product:
         return out
 
     return product
+
+
+# For programs that run in a process of their own: bytes that memory grew by, at most, since `begin()`.
+PEAK = """
+def of_process(key):
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+
+def begin():
+    global before
+    before = of_process("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts anew
+
+def peak():
+    return of_process("VmHWM") - before
+"""

@@ -69,14 +69,14 @@ def _sources(mapped: Gguf, model: Any) -> dict[str, Source]:
         target = architecture.name(stored)
         if target is None:
             raise ValueError(f"it has the tensor {shown(stored)}, which no {name} model has")
+        target = target if whole else target.removeprefix("model.")
         if (part := expert_part(stored)) is not None:
-            of_experts.setdefault(target if whole else target.removeprefix("model."), {})[part] = stored
+            of_experts.setdefault(target, {})[part] = stored
             continue
         if stored.endswith(_ROW) and len(entry.shape) == 1:
             entry = entry._replace(shape=(1, *entry.shape))
         heads = architecture.heads(stored, mapped.fields, name)
         shift = architecture.shift if architecture.is_norm(stored) else 0.0
-        target = target if whole else target.removeprefix("model.")
         if target in sources:
             raise ValueError(f"it has a second tensor {shown(stored)}")
         sources[target] = _source(mapped, stored, entry, heads, shift)

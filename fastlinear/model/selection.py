@@ -33,39 +33,31 @@ def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The layers of `model` that multiply by a weight, of any linear class, fast or not, with all their names; among
     them those of other packages, which quantized them."""
     classes = (nn.Linear, conv1d() or nn.Linear)
-    layers: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, classes) or linear.is_fast(module) or takeover.is_foreign(module):
-            layers.setdefault(module, []).append(name)
-    return layers
+    return _named(model, lambda m: isinstance(m, classes) or linear.is_fast(m) or takeover.is_foreign(m))
 
 
 def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The modules of `model` that hold the experts of a mixture as parameters, fast or not, with all their names."""
-    layers: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if experts.are_experts(module):
-            layers.setdefault(module, []).append(name)
-    return layers
+    return _named(model, experts.are_experts)
 
 
 def lookup_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The embeddings of `model`, with all their names."""
+    return _named(model, lambda module: isinstance(module, nn.Embedding))
+
+
+def _named(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[nn.Module, list[str]]:
     layers: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Embedding):
+        if wanted(module):
             layers.setdefault(module, []).append(name)
     return layers
 
 
 def excluded_lookups(model: nn.Module, exclude: Patterns | None) -> set[nn.Module]:
     """The embeddings that a pattern of `exclude` matches."""
-    patterns = as_patterns("exclude", exclude) or []
-    return {
-        layer
-        for layer, names in lookup_layers(model).items()
-        if any(_matches(model, pattern, name) for pattern in patterns for name in names)
-    }
+    lookups, patterns = lookup_layers(model), as_patterns("exclude", exclude) or []
+    return {layer for pattern in patterns for layer in _matched(model, lookups, pattern)}
 
 
 def is_fast(layer: nn.Module) -> bool:
@@ -196,7 +188,7 @@ def _hits(
     hits: dict[nn.Module, str] = {}
     for pattern in patterns:
         text = repr(pattern) if isinstance(pattern, str) else pattern.__name__
-        found = [layer for layer, names in layers.items() if any(_matches(model, pattern, name) for name in names)]
+        found = _matched(model, layers, pattern)
         hits.update(dict.fromkeys(found, text))
         if not found:
             example = repr(next(iter(layers.values()))[0]) if layers else "(it has none)"
@@ -206,6 +198,10 @@ def _hits(
                 stacklevel=4,
             )
     return hits
+
+
+def _matched(model: nn.Module, layers: dict[nn.Module, list[str]], pattern: Pattern) -> list[nn.Module]:
+    return [layer for layer, names in layers.items() if any(_matches(model, pattern, name) for name in names)]
 
 
 def _matches(model: nn.Module, pattern: Pattern, name: str) -> bool:

@@ -21,7 +21,7 @@ from fastlinear.spec.int4 import Coded, Coding
 _SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
 _NEAR = 0.6  # of the largest magnitude of the table: the search takes that of a group to no smaller one
 _BITS = {torch.bfloat16: 8, torch.float16: 11}  # of scales and offsets; of those in fp32 12
-_BLOCK = 1 << 17  # so many numbers are quantized at a time
+_BLOCK = 1 << 16  # so many numbers are quantized at a time
 
 
 def quantize_weight(weight: Tensor, coding: Coding) -> Coded:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import library
 import pytest
 import torch
 import zygote
@@ -204,26 +205,22 @@ def test_weights_that_are_cast_up(tmp_path: Path, how: dict[str, Any]) -> None:
     assert all(torch.equal(state[name], value) and value.dtype is torch.float32 for name, value in expected.items())
 
 
-_PEAK = """
+_PEAK = f"""{library.PEAK}
 import sys, torch, transformers, fastlinear
 from fastlinear.hf import FastLinearConfig
 
-def mib(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
-
 def load(path):
-    how = {
-        "int8": {"quantize": fastlinear.Int8Dynamic()}, "int4": {"quantize": fastlinear.Int4Dynamic()},
-        "bf16": {"dtype": torch.bfloat16},
-    }[sys.argv[3]]
+    how = dict(
+        int8=dict(quantize=fastlinear.Int8Dynamic()), int4=dict(quantize=fastlinear.Int4Dynamic()),
+        bf16=dict(dtype=torch.bfloat16),
+    )[sys.argv[3]]
     asked = FastLinearConfig(**how)
     return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=asked, dtype=torch.float32)
 
 load(sys.argv[1])  # what it imports
-before = mib("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts anew
+begin()
 model = load(sys.argv[2])
-print(mib("VmHWM") - before)
+print(peak())
 """
 
 
@@ -241,7 +238,7 @@ def test_memory_of_weights_that_are_cast_up(folder: Path, tmp_path: Path, how: s
         [sys.executable, "-c", _PEAK, folder, path, how], capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
-    size = (path / "model.safetensors").stat().st_size / 2**20
+    size = (path / "model.safetensors").stat().st_size
     assert 0.3 * size < float(found.stdout.split()[-1]) <= 1.15 * size
 
 

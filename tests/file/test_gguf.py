@@ -13,11 +13,12 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+import library
 import numpy as np
 import pytest
 import torch
 import transformers
-from ggufs import CONFIGS, Stored, blocks, fields_of, gguf_name, on_meta, tensors_of, write
+from ggufs import CONFIGS, IDS, Stored, assert_is, blocks, fields_of, gguf_name, on_meta, tensors_of, write
 from torch import Tensor, nn
 
 import fastlinear
@@ -28,7 +29,6 @@ from fastlinear.spec.ggml import KINDS
 
 from .test_damage import in_child, mutate_bytes
 
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 QUANTIZED = [kind for kind, row in KINDS.items() if row.size > 1]
 
 
@@ -75,14 +75,7 @@ def test_a_model_of_every_architecture(architecture: str, tmp_path: Path) -> Non
     expected = expected_state(architecture, tensors)
     fast = fastlinear.load_quantized(path, on_meta(architecture))
     assert all(fastlinear.report(fast)[i].frozen for i in range(14))
-    state = fast.state_dict()
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(state[name], value), name
-    stock = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=torch.float32).eval()
-    stock.load_state_dict(expected)
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert_is(fast, CONFIGS[architecture](), expected)
 
 
 @pytest.mark.parametrize("kind", [*QUANTIZED, "F16"])
@@ -182,25 +175,21 @@ def test_bytes_of_a_weight(tmp_path: Path) -> None:
 
 
 # What a file takes at most while it is loaded, over what it is large, beside what a first load has loaded of libraries.
-_PEAK = """
+_PEAK = f"""{library.PEAK}
 import sys, torch, transformers, fastlinear
 from pathlib import Path
-
-def mib(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
 
 def load(path):
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    before = mib("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")
-    return before, fastlinear.load_quantized(path, model)
+    begin()
+    return fastlinear.load_quantized(path, model)
 
 load(Path(sys.argv[1]))
 path = Path(sys.argv[2])
-before, model = load(path)
-print((mib("VmHWM") - before) / (path.stat().st_size / 2**20))
+model = load(path)
+print(peak() / path.stat().st_size)
 """
 
 

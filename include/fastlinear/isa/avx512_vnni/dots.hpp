@@ -36,9 +36,7 @@ struct BiasedDots {
 struct CodeDots : BiasedDots {
   static constexpr Layout layout = Int4::layout;
   using Weights = avx512::Nibbles;
-  struct Row {
-    __m512i low, high;
-  };
+  using Row = Weights;
   __m512i table;
 
   explicit CodeDots(const ScaledGroups& how) : table(biased(avx512::byte_table(how.integers))) {}
