@@ -296,7 +296,7 @@ def _tuned(problem: Problem, operands: Operands) -> Chosen:
 
 
 def believed(key: str, choice: race.Verdict) -> bool:
-    """Whether a race for `key` told anything, which the process takes down: it did not where others had the CPUs."""
+    """Whether a race for `key` told anything, which the process takes down: a busy machine tells nothing."""
     (measuring.process.failed if choice.busy else measuring.process.succeeded)(key)
     return not choice.busy
 

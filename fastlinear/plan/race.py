@@ -13,8 +13,11 @@ Pure policy: the candidates and the clock are passed in; nothing here knows what
 
 On a busy machine a sample may tell who had the CPUs instead of who is faster: a pool of threads waits for the one that
 is not running. `waited` says how long they stood in line, and a sample in which they did is taken anew; where it stays
-so, its round or pair counts for nobody. Where too few are left, or the duel claims far more than the best calls of both
-do (a hypervisor steals and does not say so), nothing was learned: the choice is `busy`.
+so, its round or pair counts for nobody. Where too few are left, nothing was learned: the choice is `busy`.
+
+A hypervisor steals and does not say so. What it takes only lengthens calls, those of one candidate now and of another
+then, so measurements that contradict each other tell of it: the race and the duel, or usual calls and the best ones,
+the chosen one's and those of all others. Then the choice is `busy`, too.
 
 After a pause the threads of a pool may wake up on one CPU and share it for some 10 ms, and then a call of 17 us on two
 threads takes milliseconds; no sample shows this, since samples have the pool awake. So where one thread needs less than
@@ -56,8 +59,12 @@ STOLEN_SHARE, STOLEN = 0.05, 20e-6  # a sample is stolen if threads waited for t
 TRIES = 3  # at a sample that is stolen
 PATIENCE = 2  # budgets that stolen samples may take beside the one
 MOST_STOLEN = 0.5  # of the samples; if it is more, the rest is not believed either
-UNBELIEVED = math.log(2)  # gain of a duel beyond that of the best calls of both, which no steal lengthens
 SPREAD = math.log(1.25)  # by how much a speed-up may exceed that of the best calls
+SLOW = math.log(2)  # behind the fastest in the warm-up; called once more, since one call may have been stolen
+# What contradicts a choice:
+PHASES = math.log(1.1)  # by which the race saw the other ahead, beyond its spread
+UNSTEADY = math.log(1.6)  # by which calls differ from the best ones; a lucky shot makes that 1.5
+BEATEN = math.log(1.2)  # by another's best calls
 WAKE = (
     20e-6  # seconds; several threads save less than this, and lose some 100 us to 10 ms at the first calls of a burst
 )
@@ -78,7 +85,7 @@ class Verdict(NamedTuple):
     rounds: int
     pairs: int
     seconds: float
-    busy: bool = False  # True: others had the CPUs, so that nothing here is to be believed; the baseline stays
+    busy: bool = False  # True: others had the CPUs, or so it seems, and nothing here is believed; the baseline stays
     spread: float = 0.0  # the speed-up is believed to be within this share of itself, 95 %; 0 where the baseline stays
 
 
@@ -94,17 +101,20 @@ class _Runner:
     call: float = math.inf  # seconds of its fastest call yet
     cost: float = 0.0  # seconds that its next sample will take
     scores: list[Score] = field(default_factory=list)  # one a round
+    best: list[float] = field(default_factory=list)  # the score of its best calls; copies share it
+    failed: bool = False
 
 
 class Duel(NamedTuple):
     gains: list[Score]  # log ratios baseline / challenger, one a pair
-    best: float  # that of the best calls of both, in race and duel
+    disturbed: bool = False  # the best calls tell otherwise
 
 
-def _best(scores: Sequence[Score]) -> float:
-    """The score that the best calls make, hot and cold each."""
-    columns = [min(column, default=0.0) for column in zip(*scores, strict=True)]
-    return math.fsum(columns) / max(1, len(columns))
+def _lead(a: _Runner, b: _Runner) -> float:
+    """Log ratio b / a of the best calls of both, cold and hot where both were sampled."""
+    if a.best and b.best:
+        return (math.fsum(b.best) - math.fsum(a.best)) / len(a.best)
+    return math.log(b.call / a.call)
 
 
 def _minus(a: Score, b: Score) -> Score:
@@ -185,6 +195,7 @@ class _Bench:
         except Exception as error:  # whatever it is, a candidate that fails is one not to choose
             if runner.name == self.baseline:
                 raise
+            runner.failed = True
             _log.warning("autotune: %s failed and is left out: %s: %s", runner.name, type(error).__name__, error)
             return False
         return True
@@ -195,12 +206,17 @@ class _Bench:
             seconds = self._seconds(runner.run, 1)
             stolen = self._is_stolen(seconds, before)
             self.lost += seconds * stolen
-            runner.call = min(runner.call, seconds)
+            runner.call = min(runner.call, max(seconds, self.floor))
             if (runner.call >= 2 * WAKE and not stolen) or self.clock() > self.deadline:
                 break
 
     def _is_stolen(self, seconds: float, before: float) -> bool:
         return self.waited() - before > max(STOLEN, STOLEN_SHARE * seconds)
+
+    def _give_back(self, seconds: float) -> None:
+        given_back = min(seconds, self.patience)
+        self.patience -= given_back
+        self.deadline += given_back
 
     def _sample(self, runner: _Runner) -> None:
         """Appends a score: one that was not stolen, if TRIES or the time left are enough for that."""
@@ -209,13 +225,14 @@ class _Bench:
             score = self._score(runner)
             cost = self.clock() - began
             self.samples += 1
-            if not self._is_stolen(cost, before) and min(score) >= math.log(max(self.floor, 1e-9)):
+            possible = min(score) >= math.log(max(self.floor, 1e-9))
+            if possible:
+                runner.best[:] = map(min, runner.best or score, (*score[:-1], min(score[-1], math.log(runner.call))))
+            if possible and not self._is_stolen(cost, before):
                 runner.cost = cost
                 break
             self.stolen += 1
-            given_back = min(cost, self.patience)
-            self.patience -= given_back
-            self.deadline += given_back
+            self._give_back(cost)
             if self.clock() + runner.cost > self.deadline:
                 self.spoilt = True
                 break
@@ -239,7 +256,7 @@ class _Bench:
             score += (math.log(self._seconds(runner.run, 1)),)
         if self.hot:  # after the cold call the data is there
             seconds = self._seconds(runner.run, math.ceil(SAMPLE / runner.call))
-            runner.call = min(runner.call, seconds)
+            runner.call = min(runner.call, max(seconds, self.floor))
             score += (math.log(seconds),)
         return score
 
@@ -249,7 +266,12 @@ class _Bench:
         Where not even half the PASSES fit, more rounds beat hot samples.
         """
         live = [r for r in runners if self.lost <= self.patience and self._survives(self._calibrate, r)]
-        live.sort(key=lambda r: r.call)
+        fastest = min((r.call for r in live), default=0.0)
+        for r in live:
+            if r.call > fastest * math.exp(SLOW) and r.call <= self.patience:
+                self._give_back(r.call)
+                self._survives(self._calibrate, r)
+        live = sorted((r for r in live if not r.failed), key=lambda r: r.call)
         self.hot = self.evict is None or PASSES / 2 * sum(2 * r.call for r in live) <= self.deadline - self.clock()
         for r in live:
             r.cost = r.call * (self.hot + (self.evict is not None))
@@ -275,7 +297,6 @@ class _Bench:
 
     def duel(self, challenger: _Runner, baseline: _Runner) -> Duel:
         """Fresh ABBA pairs, of which at least one is tried; none if the challenger failed."""
-        before = {r.name: r.scores for r in (challenger, baseline)}
         challenger, baseline = replace(challenger, scores=[]), replace(baseline, scores=[])
         gains: list[Score] = []
         tried = 0
@@ -283,14 +304,32 @@ class _Bench:
             order = (challenger, baseline) if tried % 2 else (baseline, challenger)
             tried += 1
             if len(self._together(order)[0]) < 2:
-                return Duel([], 0.0)
+                return Duel([])
             gains = _behind(baseline, challenger)
             if len(gains) >= PAIRS:
                 gain, error = estimate(gains)
                 if abs(gain) > CERTAIN * error:
                     break
-        best = [_best([*before[r.name], *r.scores]) for r in (baseline, challenger)]
-        return Duel(gains, best[0] - best[1] if gains else 0.0)
+        return Duel(gains, _is_disturbed(gains, challenger, baseline))
+
+
+def _is_disturbed(gains: Sequence[Score], challenger: _Runner, baseline: _Runner) -> bool:
+    """Whether a duel says something else than the best calls of both; of few pairs, whether they took longer than those
+    do."""
+    if not gains:
+        return False
+    if len(gains) < FEW_PAIRS:
+        both = (zip(zip(*r.scores, strict=True), r.best, strict=False) for r in (challenger, baseline))
+        return any(_middle(column)[0] - best > UNSTEADY for each in both for column, best in each)
+    return abs(estimate(gains)[0] - _lead(challenger, baseline)) > UNSTEADY
+
+
+def _refutes(raced: Sequence[Score], challenger_won: bool) -> bool:
+    """Whether the race, by the log ratios baseline / challenger of its rounds, is certain of the contrary."""
+    if not raced:
+        return False
+    gain, error = estimate(raced)
+    return (-gain if challenger_won else gain) > CERTAIN * error + PHASES
 
 
 def _table(runners: Sequence[_Runner], leader: _Runner) -> tuple[tuple[str, float], ...]:
@@ -339,21 +378,25 @@ def choose(
     live, rounds = bench.race(runners, rng or random.Random(0), (1 - RACE_SHARE) * budget)
     base = next(r for r in runners if r.name == baseline)
     challenger = next((r for r in live if r is not base), None)
-    duel = bench.duel(challenger, base) if challenger else Duel([], 0.0)
+    if challenger is None or rounds < FEW_PAIRS:  # some may have lost by a stolen sample
+        others = (r for r in runners if r is not base and not r.failed)
+        challenger = max(others, key=lambda r: _lead(r, base), default=None)
+    duel = bench.duel(challenger, base) if challenger else Duel([])
     gains = duel.gains
-    table = _table(runners, live[0] if live else base)
-    name, speedup, spread, decided = baseline, 1.0, 0.0, challenger is None
+    chosen, speedup, spread, decided = base, 1.0, 0.0, challenger is None
     busy = bench.stolen > MOST_STOLEN * bench.samples or (bench.stolen > 0 and challenger is not None and not gains)
     if challenger and gains:
         gain, error = estimate(gains)
         decided = gain + CONFIDENT * error < TOLERANCE
-        busy = busy or gain > duel.best + UNBELIEVED
         if gain > CONFIDENT * error if len(gains) >= FEW_PAIRS else _clear(gains):
-            name, speedup, decided = challenger.name, math.exp(min(gain, duel.best + SPREAD)), True
+            chosen, speedup, decided = challenger, math.exp(min(gain, _lead(challenger, base) + SPREAD)), True
             spread = _share(error)
-    if busy:
-        name, speedup, spread, decided = baseline, 1.0, 0.0, False
-    return Verdict(name, table, speedup, decided, rounds, len(gains), clock() - began, busy, spread)
+        raced = _behind(base, challenger)
+        busy = busy or duel.disturbed or _refutes(raced, chosen is challenger)
+    if busy or any(_lead(r, chosen) > BEATEN for r in runners if not r.failed):
+        busy, chosen, speedup, spread, decided = True, base, 1.0, 0.0, False
+    table = _table(runners, live[0] if live else base)
+    return Verdict(chosen.name, table, speedup, decided, rounds, len(gains), clock() - began, busy, spread)
 
 
 def compare(
@@ -373,7 +416,7 @@ def compare(
     if len(runners) < 2:
         return None
     duel = bench.duel(runners[run.name], runners[baseline.name])
-    if not duel.gains:
+    if not duel.gains or duel.disturbed:
         return None
     gain, error = estimate(duel.gains)
     return math.exp(gain), _share(error)

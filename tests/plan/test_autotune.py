@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -364,20 +364,147 @@ def test_where_all_is_stolen_nothing_is_learned(told: bool) -> None:
     """A baseline that always waits for a thread loses to nobody: told by the system, no choice believes it."""
     choices = [busy_choice(seed, told=told, steal=starved) for seed in range(20)]
     fooled = [choice for choice in choices if choice.speedup > 2]
-    assert all(choice.busy and choice.speedup == 1.0 for choice in choices) if told else len(fooled) == 20
+    assert all(choice.busy and choice.speedup == 1.0 for choice in choices) if told else fooled
 
 
-def test_a_steal_that_nobody_tells_is_seen_by_the_best_calls() -> None:
-    """A hypervisor takes 5 ms from two of three calls of the baseline: its best calls contradict the duel, so the
-    choice is busy or claims no more than they do."""
-    for seed in range(30):
+@pytest.mark.parametrize(("share", "longest", "fooled"), [(0.5, 5e-3, 1), (0.67, 8e-3, 2)])
+def test_a_steal_that_nobody_tells_is_seen_by_the_best_calls(share: float, longest: float, fooled: int) -> None:
+    """A hypervisor takes some 5 ms from most calls of the baseline: its best calls contradict the duel, so the choice
+    is busy or claims no more than they do, but where it hit each of the eight or so that there is time for."""
+    claims = 0
+    for seed in range(100):
         rng = random.Random(seed)
         machine = Machine(
-            gaussian(rng), steal=lambda true, threads, rng=rng: 5e-3 * (threads == 2 and rng.random() < 0.67)
+            gaussian(rng),
+            steal=lambda true, threads, rng=rng: (
+                rng.uniform(10e-3 - longest, longest) * (threads == 2 and rng.random() < share)
+            ),
         )
         field = [machine.candidate("base", 1e-4, threads=2), machine.candidate("serial", 1.2e-4, threads=1)]
         choice = choose(field, "base", clock=machine.clock, evict=machine.evict, rng=rng)
-        assert choice.busy or choice.speedup < 2
+        claims += not choice.busy and choice.speedup >= 2
+    assert claims <= fooled
+
+
+class StolenMachine(Machine):
+    """One from which time is taken, whoever runs. windows: (seconds that run, seconds that are stolen after them)."""
+
+    def __init__(self, noise: Noise, evict_seconds: float, windows: Iterator[tuple[float, float]]) -> None:
+        super().__init__(noise, evict_seconds)
+        self.windows = windows
+        self.left, self.next = next(windows, (math.inf, 0.0))
+
+    def spend(self, seconds: float) -> None:
+        while seconds >= self.left:
+            seconds -= self.left
+            self.now += self.left + self.next
+            self.left, self.next = next(self.windows, (math.inf, 0.0))
+        self.left -= seconds
+        self.now += seconds
+
+    def evict(self) -> None:
+        self.spend(self.evict_seconds)
+        self.hot = None
+
+    def candidate(self, name: str, hot: float, cold: float | None = None, threads: int = 0) -> Candidate:
+        def run() -> None:
+            true = hot if self.hot == name or cold is None else cold
+            self.spend(true * self.noise(self.now, true))
+            self.hot = name
+
+        return Candidate(name, run, threads)
+
+
+def between(rng: random.Random, least: float, most: float) -> float:
+    return math.exp(rng.uniform(math.log(least), math.log(most)))
+
+
+def at_random(rng: random.Random) -> Iterator[tuple[float, float]]:
+    run, stolen = between(rng, 30e-6, 10e-3), between(rng, 20e-6, 20e-3)
+    while True:
+        yield rng.expovariate(1 / run), rng.expovariate(1 / stolen)
+
+
+def quota(rng: random.Random) -> Iterator[tuple[float, float]]:
+    while True:
+        yield between(rng, 100e-6, 5e-3), between(rng, 100e-6, 20e-3)
+
+
+def storm(rng: random.Random) -> Iterator[tuple[float, float]]:
+    """From some moment on, and for a while."""
+    run, stolen, left = between(rng, 30e-6, 1e-3), between(rng, 50e-6, 5e-3), rng.uniform(2e-3, 40e-3)
+    calm = rng.uniform(0, 30e-3)
+    while left > 0:
+        gap = rng.expovariate(1 / run)
+        yield calm + gap, rng.expovariate(1 / stolen)
+        calm, left = 0.0, left - gap
+
+
+def a_few(rng: random.Random) -> Iterator[tuple[float, float]]:
+    for _ in range(rng.randint(1, 6)):
+        yield rng.uniform(0, 10e-3), between(rng, 1e-3, 60e-3)
+
+
+def draw_clear_field(rng: random.Random) -> Field:
+    """2 to 5 candidates of 2 us to 1 ms, a third to four times apart."""
+    best, gaps = between(rng, 2e-6, 1e-3), [0.0] + [rng.choice([0.3, 1, 2, 3]) for _ in range(rng.randint(1, 4))]
+    rng.shuffle(gaps)
+    names = ["base", *(f"k{i}" for i in range(1, len(gaps)))]
+    seconds = {name: (best * (1 + gap), 1.2 * best * (1 + gap)) for name, gap in zip(names, gaps, strict=True)}
+    return Field(seconds, rng.uniform(20e-6, 150e-6))
+
+
+@pytest.mark.parametrize("draw", [draw_field, draw_clear_field])
+@pytest.mark.parametrize("windows", [at_random, quota, storm, a_few])
+@pytest.mark.parametrize("tunings", [100, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_hardly_a_wrong_choice_of_stolen_time_is_believed(
+    windows: Callable[[random.Random], Iterator[tuple[float, float]]],
+    draw: Callable[[random.Random], Field],
+    tunings: int,
+) -> None:
+    """Whatever time a hypervisor takes, and tells nobody: at most 2 of 100 tunings end with a choice, for good or for
+    this process, that is more than a quarter slower than the best, and those are where no call of that was left alone.
+    More than half of the tunings still end with one."""
+    wrong = believed = 0
+    for seed in range(tunings):
+        rng = random.Random(seed)
+        field = draw(rng)
+        machine = StolenMachine(gaussian(rng), field.evict, windows(rng))
+        candidates = [machine.candidate(name, *times) for name, times in field.seconds.items()]
+        choice = choose(candidates, "base", clock=machine.clock, evict=machine.evict, rng=random.Random(seed))
+        believed += not choice.busy
+        wrong += not choice.busy and field.slowness(choice.name) > 1.25
+        assert not choice.busy or (choice.name == "base" and not choice.decided and choice.speedup == 1.0)
+    assert wrong <= tunings // 50 and believed > tunings // 2
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_race_and_a_duel_that_contradict_each_other_decide_nothing(swapped: bool) -> None:
+    """As it was met: the table has one at a third of the other's time, and then the pairs, in which its calls are all
+    stolen from, say that it is slower. Whichever of the two is the baseline, nobody is told a final word."""
+    began = 2.5e-3  # after the race
+    machine = Machine(noise=lambda now, true: 5.0 if now > began and true < 40e-6 else 1.0)
+    quick, slow = ("base", "other") if swapped else ("other", "base")
+    field = [machine.candidate(quick, 21e-6), machine.candidate(slow, 61e-6), machine.candidate("third", 58e-6)]
+    choice = choose(field, "base", clock=machine.clock, evict=machine.evict)
+    assert choice.busy and not choice.decided and choice.name == "base" and choice.speedup == 1.0
+
+
+@pytest.mark.parametrize("baseline", ["base", "k"])
+def test_what_left_for_stolen_samples_is_not_forgotten(baseline: str) -> None:
+    """A candidate that loses two rounds, or has no sample at all, because time was stolen from each of them, is not
+    beaten for good: its first call was faster than all of the chosen one's."""
+    machine = Machine()
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+        machine.now += 30e-6 if calls <= race.TRIES else 9e-3
+
+    field = [Candidate("k", run), machine.candidate("base", 90e-6), machine.candidate("near", 95e-6)]
+    choice = choose(field, baseline, clock=machine.clock)
+    assert choice.busy and not choice.decided and choice.name == baseline
 
 
 def test_stolen_time_is_given_back_within_bounds() -> None:
