@@ -175,18 +175,39 @@ class Capture:
     def name_of(self, node: fx.Node, weight: fx.Node) -> str:
         """What the model calls the linear layer that a node is the call of: "encoder.layer.0.output.dense"; that which
         holds the weight, where the node is no layer's own; "" where either is the model itself."""
-        path, cls = next(reversed((node.meta.get("nn_module_stack") or {"": ("", None)}).values()))
-        if isinstance(cls, type) and (issubclass(cls, nn.Linear) or cls.__name__ in ("Conv1D", "FastConv1D")):
-            return re.sub(r"^\w\['[^']*'\]\.?", "", path)
-        if weight.op == "get_attr":
-            return ".".join(str(weight.target).split(".")[:-1])
-        return ".".join(re.findall(r"\._modules\['([^']*)'\]", _source(weight)))
+        path, cls = _innermost(node)
+        return path if _is_linear(cls) else _holder(weight)
+
+    def other_holder(self, node: fx.Node, weight: fx.Node) -> str | None:
+        """The class of the module that runs a node on a weight of its own, where that is no layer that convert knows,
+        as a router of experts is none."""
+        path, cls = _innermost(node)
+        if cls is None or _is_linear(cls) or issubclass(cls, nn.MultiheadAttention):
+            return None
+        return cls.__name__ if path == _holder(weight) else None
 
     def classes_of(self, node: fx.Node) -> Iterator[type]:
         """The classes of the modules within whose forward a node runs, the innermost last."""
         for _, cls in (node.meta.get("nn_module_stack") or {}).values():
             if isinstance(cls, type):
                 yield cls
+
+
+def _innermost(node: fx.Node) -> tuple[str, type | None]:
+    """The name and the class of the module whose forward a node runs in."""
+    path, cls = next(reversed((node.meta.get("nn_module_stack") or {"": ("", None)}).values()))
+    return re.sub(r"^\w\['[^']*'\]\.?", "", path), cls if isinstance(cls, type) else None
+
+
+def _is_linear(cls: type | None) -> bool:
+    return cls is not None and (issubclass(cls, nn.Linear) or cls.__name__ in ("Conv1D", "FastConv1D"))
+
+
+def _holder(weight: fx.Node) -> str:
+    """What the model calls the module that holds a weight."""
+    if weight.op == "get_attr":
+        return ".".join(str(weight.target).split(".")[:-1])
+    return ".".join(re.findall(r"\._modules\['([^']*)'\]", _source(weight)))
 
 
 def _source(node: fx.Node) -> str:

@@ -145,6 +145,10 @@ class Rewriter:
             what = DTYPES.get(asked.packed or "", asked.packed)
             if name.split(".")[-1] == "lm_head":
                 return f"packing an lm_head as {what} is lossy: name it in include to have it"
+            if (holder := self.capture.other_holder(node, product.weight)) is not None:
+                return (
+                    f"packing a weight of {holder}, no linear layer, as {what} is lossy: name it in include to have it"
+                )
             if any(product_at(user) is None for user in product.weight.users):
                 return f"packing a shared weight as {what} is lossy: name the layer in include to have it"
         if form is None and (reason := asked.why_not(name, weight.shape[0 if product.transposed else 1])) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zygote
 from torch import Tensor, nn
 
@@ -124,6 +125,49 @@ def test_lossy_packs_are_explicit(given: dict[str, Any]) -> None:
         assert all("is lossy" in node.why for node in told if node.outcome == "torch")
     (row, *_) = fastlinear.report(fast)
     assert row.dtype in ("float32 as bfloat16", "float32 as int8")
+
+
+class Router(nn.Module):
+    """As transformers has it: no linear layer, and a choice that rounding its weight may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).softmax(-1)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gate, self.attention = nn.Linear(64, 64), Router(), nn.MultiheadAttention(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(self.fc(x), self.fc.weight)
+        return self.attention(x, x, x, need_weights=False)[0].mean(-1, keepdim=True) * self.gate(x)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"dtype": torch.bfloat16}, {"quantize": fastlinear.Int8Dynamic()}, {"quantize": fastlinear.Int4WeightOnly()}],
+    ids=str,
+)
+def test_what_convert_leaves_stays(given: dict[str, Any]) -> None:
+    """A router's weight is rounded by neither, unless it is named; by both the weights of linear layers and attention
+    are, whoever calls them, and no pack of the weight's own format is lossy."""
+    model, x = Mixed().eval(), torch.randn(3, 64)
+    fast = fastlinear.convert(model, **given)
+    converted = [name for name, module in fast.named_modules() if isinstance(module, fastlinear.FastLinear)]
+    assert converted == ["fc", "attention.in_proj", "attention.out_proj"]
+    for more, left in (({}, ["Router"]), ({"include": ["fc", "gate", "attention"]}, [])):
+        graph = compiled(model, **given, **more)
+        _run(graph, model, x, 0.3)
+        told = [node.why for node in nodes(graph) if node.op == "linear" and node.outcome == "torch"]
+        assert [why.split(",")[0].split()[-1] for why in told] == left
+    graph = compiled(model)
+    _run(graph, model, x)
+    assert all(node.outcome == "fast" for node in nodes(graph) if node.op == "linear")
 
 
 def test_calibrated_layers_are_static() -> None:
