@@ -1,7 +1,7 @@
 """Builds fastlinear._kernels: Cython's glue and one translation unit an ISA, with no torch and no -march.
 
-The wide instruction sets are switched on inside the sources, region by region (include/fastlinear/target.hpp), so the
-flags here are those of the architecture's baseline and one library serves every CPU of it.
+The wide instruction sets are switched on inside the sources, region by region (include/fastlinear/host/target.hpp), so
+the flags here are those of the architecture's baseline and one library serves every CPU of it.
 """
 
 import os

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import torch
+import whole_models
 from apart import serve
 from timing import WHOLE, Turns
 from torch import nn
@@ -74,7 +74,7 @@ class Runner(Turns):
     """What whole.py may ask for."""
 
     def __init__(self, name: str, model: str) -> None:
-        self._model = models.build(model)
+        self._model = whole_models.build(model)
         self._dtype = torch.bfloat16 if name == "eager bf16" else None
         call = WAYS[name](self._model)
         self._call = torch.inference_mode()(lambda *inputs: call(*inputs))
@@ -101,7 +101,7 @@ def export(name: str, folder: str) -> None:
     inputs = tuple(torch.from_numpy(array) for array in np.load(Path(folder, "inputs.npz")).values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(models.build(name), inputs, Path(folder, "model.onnx"), dynamo=True, verbose=False)
+        torch.onnx.export(whole_models.build(name), inputs, Path(folder, "model.onnx"), dynamo=True, verbose=False)
 
 
 def main(name: str, model: str, threads: str, rivals: str) -> None:

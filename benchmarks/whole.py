@@ -21,10 +21,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import remote
 import torch
+import whole_models
 from apart import Apart
 from timing import race, settle
 from tqdm import tqdm
@@ -83,7 +83,7 @@ def cosine(got: Any, wanted: Any) -> float:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=models.MODELS, default="minilm")
+    parser.add_argument("--model", choices=whole_models.MODELS, default="minilm")
     parser.add_argument("--form", choices=FORMS, default="fp32", help="(default fp32)")
     parser.add_argument("--ways", help="comma-separated, of those of the form (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default 1)")
@@ -100,7 +100,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    model, ways = models.MODELS[options.model], options.ways
+    model, ways = whole_models.MODELS[options.model], options.ways
     python = remote.environment() if set(ways) & {*ENGINES, "torchao"} else Path(sys.executable)
     packages = python.parent.parent / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     print(f"{fastlinear.cpu_info()['model']}, {options.model}, {options.form}, {options.threads} thread(s)")

@@ -470,7 +470,7 @@ def test_the_demo_compares_precisions(
 MODEL = """
 import sys
 sys.path.insert(0, {folder!r})
-import torch, models, way
+import torch, way, whole_models as models
 models.MODELS["minilm"] = models.Model(lambda: torch.nn.Identity(), lambda batch, tokens: (torch.randn(batch, 4),))
 models.First = lambda model: model
 way.WAYS["eager"] = lambda model: lambda x: x + 1

@@ -46,13 +46,18 @@ def surroundings() -> dict[str, Any]:
     x = torch.randn(4, 768)
     example = torch.randint(64, (2, 4))
     return {
-        "torch": torch, "fastlinear": fastlinear, "AutoModel": transformers.AutoModel, "config": config, "x": x,
+        "torch": torch, "fastlinear": fastlinear, "config": config, "x": x,
         "model": transformers.AutoModel.from_config(config).eval(), "example": example, "batches": [example],
         "lm": transformers.AutoModelForCausalLM.from_config(config).eval(), "linear": nn.Linear(768, 3072),
         "layer": fastlinear.FastLinear(768, 3072).eval(), "fast": fastlinear.convert(nn.Sequential(nn.Linear(768, 8))),
-        "inputs": {"input_ids": example}, "values": torch.ones(8, 16, dtype=torch.int8), "scale": torch.ones(8),
-        "zero": None,
+        "inputs": {"input_ids": example},
     }  # fmt: skip
+
+
+def test_what_samples_take_for_granted_is_told() -> None:
+    """The page on which readers start names all that samples use and do not make."""
+    told = {*re.findall(r"`(\w+)`", (ROOT / "docs/start.md").read_text()), "torch", "fastlinear"}
+    assert {*surroundings()} <= told
 
 
 @pytest.mark.filterwarnings("ignore:exclude='lm_head' matches no linear layer")

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
-from fastlinear.cli import plotting, tables
+from fastlinear.cli import limits, plotting, tables
 from fastlinear.cli.ceiling import Ceiling, Ceilings
 from fastlinear.cli.loading import shapes_of
 from fastlinear.cli.options import DTYPES, SCHEMES, UsageError, check_files, check_override
@@ -94,6 +94,7 @@ def bench(options: argparse.Namespace) -> int:
     activation = None if options.activation == "none" else activations.resolve(options.activation)
     scheme, results = SCHEMES.get(options.quantize), []
     shapes = shapes_of(options.like) if options.like else options.shapes
+    _check_memory(shapes, DTYPES[options.dtype].itemsize)
     form = f"{options.dtype} as {options.quantize}" if scheme else options.dtype
     packed = scheme.packed if scheme else _tensors.FORMATS[DTYPES[options.dtype]]
     ceilings = Ceilings(packed, options.isa, scheme, options.cold)
@@ -127,6 +128,15 @@ def bench(options: argparse.Namespace) -> int:
     if options.plot:
         plotting.draw(options.plot, results)
     return 130 if interrupted else 0
+
+
+def _check_memory(shapes: Iterable[tuple[int, ...]], itemsize: int) -> None:
+    """UsageError for a shape that this process has no memory for: weight, pack, x and y."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = min(machine, limits.memory_limit() or machine)
+    for m, k, n in shapes:
+        if (needed := itemsize * (2 * n * k + m * (k + n))) > most:
+            raise UsageError(f"{m}x{k}x{n} takes {needed / 2**30:,.0f} GiB, and there are {most / 2**30:,.0f}")
 
 
 def _measure(

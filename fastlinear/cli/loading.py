@@ -39,7 +39,8 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
         raise UsageError(f"module {module_name!r} raises {type(error).__name__} when imported: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        named = [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        named = [name for name, value in public.items() if callable(value) and not isinstance(value, type)]
         near = get_close_matches(function_name, named, 3, 0.0)
         raise UsageError(f"module {module_name!r} has no function {function_name!r}; the nearest are {near or 'none'}")
     made = attempt(spec, function)

@@ -1,4 +1,4 @@
-"""int8 on every kernel: to the last bit what fastlinear/int8.py says, for any ISA, edges and threads."""
+"""int8 on every kernel: to the last bit what fastlinear/spec/int8.py says, for any ISA, edges and threads."""
 
 import itertools
 import math
