@@ -305,7 +305,7 @@ ALONE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a residual written to": (lambda: Net(_residual_written), "add", "writes to a tensor"),
     "a residual's alias written to": (lambda: Net(_alias_written), "add", "writes to a tensor"),
     "x - y": (lambda: Net(lambda m, x: x - m.a(x)), "sub", ""),
-    "x / y": (lambda: Net(lambda m, x: x / m.a(x)), "div", ""),
+    "x / y": (lambda: Net(lambda m, x: x / m.a(x).sigmoid()), "div", ""),
     "a larger operand": (lambda: Net(lambda m, x: m.a(x) + x.new_ones(3, 1, 1, 1)), "add", ""),
     "a wider operand": (lambda: Net(lambda m, x: m.a(x) + x.new_ones(8, dtype=torch.float64)), "add", ""),
     "integers": (lambda: Net(lambda m, x: m.a(x) + torch.arange(8)), "add", ""),
