@@ -333,7 +333,7 @@ def _check_layers(manifest: Manifest, contents: Contents) -> None:
 
 def _check_mixture(who: str, products: tuple[Layer, ...]) -> None:
     """ValueError where these are not both products of one mixture."""
-    alike = {(each.experts, each.held, each.packed, each.transposed, each.tune, each.accumulate) for each in products}
+    alike = {(each.experts, each.held, each.transposed, each.tune, each.accumulate) for each in products}
     if len(products) != 2 or len(alike) != 1 or len({(p.products, p.quantized, p.interleaved) for p in products}) != 1:
         raise ValueError(f"{who} are not two products alike")
     first, second = products

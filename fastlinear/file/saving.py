@@ -208,7 +208,7 @@ def _product_of(module: Any, name: str, which: int) -> tuple[Layer, Blob]:
         n=n,
         k=k,
         held=_tensors.FORMATS[module.held],
-        packed=module.packed_as,
+        packed=module.packed_as if shelf is None else shelf.format,  # a GGUF file may have another kind for each
         layout=layout,
         panels=panels,
         bias=None if bias is None else _tensors.FORMATS[bias.dtype],

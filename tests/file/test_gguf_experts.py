@@ -15,6 +15,8 @@ import fastlinear
 from fastlinear import FormatError
 from fastlinear.layer import experts_frozen
 
+from .test_gguf import mutations
+
 gguf: Any = pytest.importorskip("gguf", reason="gguf writes the files")
 
 SIZES: dict[str, Any] = {
@@ -148,6 +150,26 @@ def test_experts_keep_their_bits(
     assert not mixture._elsewhere
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_two_kinds_of_experts_are_saved(dynamic: bool, tmp_path: Path) -> None:
+    """Codes of 4 bits and of 8 in one mixture, as Q4_K_M has it, come back from a file with the bits of both."""
+
+    def experts_of(model: Any) -> torch.nn.Sequential:
+        return torch.nn.Sequential(model.model.layers[0].mlp.experts)
+
+    path = write(tmp_path / "m.gguf", "llama", tensors_of("llama", "Q4_K", "Q6_K"))
+    saved = experts_of(fastlinear.load_quantized(path, on_meta("llama"), dynamic=dynamic))
+    fastlinear.save(saved, tmp_path / "m.safetensors")
+    loaded: Any = fastlinear.load(tmp_path / "m.safetensors", experts_of(on_meta("llama")))
+    frozen = loaded[0]._frozen_experts
+    assert (frozen.first.format, frozen.second.format) == ("int4", "int8g")
+    weights, ids = torch.randn(5, 3).softmax(-1).topk(2, -1)
+    x = torch.randn(5, 256)
+    with torch.inference_mode():
+        assert torch.equal(loaded[0](x, ids, weights), saved[0](x, ids, weights))
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 def test_experts_of_floats_stay_parameters(tmp_path: Path) -> None:
     """A file that is not quantized: `convert` packs them as any others."""
     tensors = tensors_of("qwen3moe", "F32", "F32")
@@ -187,3 +209,21 @@ def test_refused(what: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=message):
         fastlinear.load_quantized(write(tmp_path / "m.gguf", "qwen3moe", tensors), model)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def mixture(path: Path) -> Path:
+    """Of both packs, with an expert that all share."""
+    return write(path, "qwen2moe", tensors_of("qwen2moe", "Q4_K", "Q8_0"))
+
+
+def test_random_mutations(tmp_path: Path) -> None:
+    """Refused, the model being as it was, or loaded whole; no crash, no hang, no huge allocation."""
+    outcomes = mutations(mixture(tmp_path / "m.gguf"), 100, lambda: on_meta("qwen2moe"))
+    assert outcomes.total() == 100 and outcomes["refused"] > 25 and outcomes["loaded"] > 4
+
+
+@pytest.mark.exhaustive
+def test_random_mutations_for_long(tmp_path: Path) -> None:
+    """20,000 of them."""
+    outcomes = mutations(mixture(tmp_path / "m.gguf"), 20_000, lambda: on_meta("qwen2moe"))
+    assert outcomes.total() == 20_000 and outcomes["refused"] > 4_000 and outcomes["loaded"] > 400
