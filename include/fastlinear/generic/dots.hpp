@@ -13,15 +13,18 @@
 //   weights(p)        those of V::width channels and kr k, whose codes begin at p
 //   row(a)            kr integers of a row
 //   start(n)          sums before the first product; n is -128 times the sum of the row's integers, for weights
-//                     that lie 128 higher
+//                     that lie 128 higher. As text, too, from memory: GCC 12 copies what two of the sums begin with
 //   add(c, w, x)      c + the products of weights and a row, as text: GCC 12 spills sums that it sees change twice
 //   sums(c)           as I
 //   registers         how many there are, where they may hold the weights of all channels of a tile; else 0
+//   Even, of int4     another Op, for tables whose numbers follow one another: codes are weights then, a constant too
+//                     high, and nothing is looked up, which is what few rows take most of their time for
 //
 // Included inside an ISA's target region.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "fastlinear/contract/kernel.hpp"
@@ -59,7 +62,8 @@ template <class V, class Op, std::ptrdiff_t R, std::ptrdiff_t Count, std::ptrdif
 }
 
 template <class T>
-[[gnu::always_inline]] inline T of_row(const T* first, std::ptrdiff_t row_bytes, std::ptrdiff_t r, std::ptrdiff_t g) {
+[[gnu::always_inline]] inline const T& of_row(const T* first, std::ptrdiff_t row_bytes, std::ptrdiff_t r,
+                                              std::ptrdiff_t g) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + r * row_bytes)[g];
 }
 
@@ -79,10 +83,10 @@ void multiply(const TileArgs& t) {
   // The only tile of its panels streams them; others bring some of the next ones. One loop does both, without a branch,
   // for which GCC 12 would keep a second copy of the sums.
   const bool streams = t.prefetch_stride == 0;
-  const char* prefetch = streams ? panels[0] + (R > 1 ? kCodesAhead : 0) : t.prefetch;
+  const char* prefetch = streams ? panels[0] + (R > 1 ? codes_ahead(P) : 0) : t.prefetch;
   const std::ptrdiff_t step = streams ? nr * 4 : t.prefetch_stride, between = streams ? t.panel_stride : nr * 4;
   const std::ptrdiff_t bytes = ceil_div(t.k, kr) * nr * 4, next = nr * (how.format == Format::fp32 ? 4 : 2);
-  Ahead codes(streams ? kCodesAhead : 0, bytes, streams ? P * t.panel_stride : bytes);
+  Ahead codes(streams ? codes_ahead(P) : 0, bytes, streams ? P * t.panel_stride : bytes);
   Ahead groups(kGroupsAhead * next, ceil_div(t.k, how.size) * next, P * how.panel_stride);
 
   t.lines.fetch();
@@ -96,11 +100,9 @@ void multiply(const TileArgs& t) {
     for (std::ptrdiff_t p = 0; p < P; ++p) __builtin_prefetch(scales + p * how.panel_stride + of_scales);
     typename Op::Sum c[R][Count];
 #pragma GCC unroll 16
-    for (std::ptrdiff_t r = 0; r < R; ++r) {
-      const auto start = Op::start(of_row(x.starts, t.lda, r, group));
+    for (std::ptrdiff_t r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (std::ptrdiff_t v = 0; v < Count; ++v) c[r][v] = start;
-    }
+      for (std::ptrdiff_t v = 0; v < Count; ++v) c[r][v] = op.start(of_row(x.starts, t.lda, r, group));
     for (; k < end; k += kr) {
       add<V, Op, R, Count, P>(c, op, panels, a + k, t.lda);
       const std::ptrdiff_t ahead = R == 1 ? codes.step(step) : 0;
@@ -133,6 +135,21 @@ void multiply(const TileArgs& t) {
   }
 }
 
+// More rows share what was looked up.
+inline constexpr std::ptrdiff_t kFewRows = 2;
+
+// Whether each number of a table is one more than the last. Inline, as Ahead is.
+[[gnu::always_inline]] inline bool is_even(const std::int8_t (&integers)[16]) {
+  std::int8_t next[16];
+  for (int i = 0; i < 16; ++i) next[i] = static_cast<std::int8_t>(integers[0] + i);
+  return std::memcmp(integers, next, sizeof next) == 0;
+}
+
+// What sums begin with, where weights are codes, which lie -first higher than the first number of the table.
+[[gnu::always_inline]] inline std::int32_t even_start(std::int32_t biased, std::int32_t first) {
+  return (biased >> 7) * -first;
+}
+
 // What kernels::row makes a kernel of.
 template <class V, class Op>
 struct Tile {
@@ -141,10 +158,18 @@ struct Tile {
   static constexpr std::ptrdiff_t k_step = Op::layout.kr;
   template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run(const TileArgs& t) {
+    if constexpr (R <= kFewRows && requires { typename Op::Even; })
+      if (is_even(t.groups->integers)) return run_as<typename Op::Even, R, P, Columns>(t);
+    run_as<Op, R, P, Columns>(t);
+  }
+
+ private:
+  template <class As, std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff_t Columns>
+  static void run_as(const TileArgs& t) {
     if (t.groups->offsets == nullptr)
-      multiply<V, Op, R, P, Columns, false>(t);
+      multiply<V, As, R, P, Columns, false>(t);
     else
-      multiply<V, Op, R, P, Columns, true>(t);
+      multiply<V, As, R, P, Columns, true>(t);
   }
 };
 

@@ -70,7 +70,7 @@ void multiply(const TileArgs& t) {
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
   const char *scales = g.scales, *offsets = g.offsets;
   const std::ptrdiff_t next = nr * (g.format == Format::fp32 ? 4 : 2);
-  Ahead codes(kCodesAhead, t.k / kr * nr * 4, P * t.panel_stride);
+  Ahead codes(codes_ahead(P), t.k / kr * nr * 4, P * t.panel_stride);
   Ahead groups(kGroupsAhead * next, (t.k + g.size - 1) / g.size * next, P * g.panel_stride);
   for (std::ptrdiff_t k = 0; k < t.k;) {
     const std::ptrdiff_t end = std::min(t.k, k + g.size);

@@ -179,10 +179,15 @@ inline __m256i byte_table(const std::int8_t (&integers)[16]) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(integers)));
 }
 
-inline Nibbles look_up(__m256i table, const char* codes) {
+// The codes in both halves of 32 bytes.
+inline Nibbles halves(const char* codes) {
   const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), mask = _mm256_set1_epi8(15);
-  return {_mm256_shuffle_epi8(table, _mm256_and_si256(lanes, mask)),
-          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask))};
+  return {_mm256_and_si256(lanes, mask), _mm256_and_si256(_mm256_srli_epi16(lanes, 4), mask)};
+}
+
+inline Nibbles look_up(__m256i table, const char* codes) {
+  const Nibbles of = halves(codes);
+  return {_mm256_shuffle_epi8(table, of.low), _mm256_shuffle_epi8(table, of.high)};
 }
 
 inline void store(char* p, __m256i bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes); }

@@ -4,8 +4,8 @@
 //   tile    accumulators  codes, weights  table, mask, row  of 32  vector operations for 64 x rows products
 //   12x32   24            4               3                 31     2.5 + 12
 //   4x64    16            8               3                 27     2.5 + 4
-//   1x128   8             16              3                 27     2.5 + 1; bound by the weights' bytes
-//   1x64    4             8               3                 15     the same; half as many streams, better from memory
+//   1x128   8             16              3                 27     1.5 + 1; 2.5 + 1 of an uneven table
+//   1x64    4             8               3                 15     the same; half as many streams, and farther ahead
 #pragma once
 
 #include "fastlinear/formats/int4.hpp"
@@ -23,7 +23,11 @@ struct BiasedDots {
   static constexpr std::ptrdiff_t registers = 32;
 
   static __m512i load(const char* p) { return _mm512_loadu_si512(p); }
-  static Sum start(std::int32_t biased) { return _mm512_set1_epi32(biased); }
+  static Sum start(const std::int32_t& biased) {
+    Sum c;
+    asm volatile("vpbroadcastd %1, %0" : "=v"(c) : "m"(biased));
+    return c;
+  }
   static __m512i four(const std::int8_t* a) {
     __m512i x;
     asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const char (*)[4]>(a)));
@@ -33,19 +37,32 @@ struct BiasedDots {
   static avx512::I32 sums(Sum c) { return {c}; }
 };
 
-struct CodeDots : BiasedDots {
+struct HalfDots : BiasedDots {
   static constexpr Layout layout = Int4::layout;
   using Weights = avx512::Nibbles;
   using Row = Weights;
-  __m512i table;
 
-  explicit CodeDots(const ScaledGroups& how) : table(biased(avx512::byte_table(how.integers))) {}
-  Weights weights(const char* p) const { return avx512::look_up(table, p); }
   static Row row(const std::int8_t* a) { return {four(a), four(a + 4)}; }
   static Sum add(Sum c, const Weights& w, const Row& x) {
     asm("vpdpbusd %3, %1, %0\n\tvpdpbusd %4, %2, %0" : "+v"(c) : "v"(w.low), "v"(w.high), "v"(x.low), "v"(x.high));
     return c;
   }
+};
+
+struct EvenDots : HalfDots {
+  std::int32_t first;
+
+  explicit EvenDots(const ScaledGroups& how) : first(how.integers[0]) {}
+  static Weights weights(const char* p) { return avx512::halves(p); }
+  Sum start(std::int32_t biased) const { return _mm512_set1_epi32(dots::even_start(biased, first)); }
+};
+
+struct CodeDots : HalfDots {
+  using Even = EvenDots;
+  __m512i table;
+
+  explicit CodeDots(const ScaledGroups& how) : table(biased(avx512::byte_table(how.integers))) {}
+  Weights weights(const char* p) const { return avx512::look_up(table, p); }
 };
 
 struct ByteDots : BiasedDots {
