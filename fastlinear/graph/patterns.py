@@ -141,11 +141,12 @@ def _is_sound(row: Composite, bound: dict[str, Any]) -> bool:
 
 @functools.cache
 def _traced(form: Callable[..., Any]) -> tuple[fx.Node, dict[fx.Node, str]]:
-    graph = fx.symbolic_trace(form).graph
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    names = list(inspect.signature(form).parameters)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    return output.args[0], dict(zip(placeholders, names, strict=True))
+    # Not by fx.symbolic_trace, which patches nn.Module.__call__ for a while: the next call of a fast layer would go
+    # round what stands in its class's slot, and so without its activation.
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    names = {graph.placeholder(name): name for name in inspect.signature(form).parameters}
+    return form(*(fx.Proxy(node, tracer) for node in names)).node, names
 
 
 def _match(p: Any, v: Any, bindings: dict[fx.Node, Any]) -> dict[fx.Node, Any] | None:

@@ -361,6 +361,8 @@ def choose(
     baseline stays, decided, if a gain of 2 % is beyond the bound; otherwise noise hides the answer, and the baseline
     stays, undecided.
 
+    The choice is `busy`, and the baseline's, where threads were kept waiting or what was measured contradicts itself.
+
     `waited` gives the seconds for which the threads have stood in line for a CPU so far; `floor` those that no call can
     do without, whatever runs it.
 

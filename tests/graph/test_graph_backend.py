@@ -46,6 +46,22 @@ assert [row.activation.name for row in fastlinear.report(fast)] == ["relu"]
     zygote.checked(program)
 
 
+def test_a_graph_changes_no_other_model() -> None:
+    """The first call of a converted model after the first graph of a process has its activation fused, as any other:
+    nothing that the backend does patches nn.Module.__call__, which would have that call go round the layers' slots."""
+    program = """
+import torch, fastlinear
+from torch import nn
+model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+with torch.no_grad():
+    torch.compile(model, backend="fastlinear", options={"tune": "off"})(torch.randn(2, 8))
+    fast = fastlinear.convert(nn.Sequential(nn.Linear(8, 8), nn.SiLU()).eval(), tune="off")
+    nn.functional.silu = None
+    fast(torch.randn(2, 8))
+"""
+    zygote.checked(program, imported="fastlinear")
+
+
 # name -> options, and what the message says beside
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"dtpye": torch.bfloat16}, "no option 'dtpye'; it has dtype, accumulate, quantize"),
