@@ -172,6 +172,10 @@ class Capture:
             if type(value) is nn.Parameter or (type(value) is Tensor and frozen):
                 self.values[node] = value
 
+    def is_of_a_module(self, node: fx.Node) -> bool:
+        """Whether a node stands for a parameter or a buffer."""
+        return node in self.values or (node.op == "placeholder" and "._buffers[" in _source(node))
+
     def name_of(self, node: fx.Node, weight: fx.Node) -> str:
         """What the model calls the linear layer that a node is the call of: "encoder.layer.0.output.dense"; that which
         holds the weight, where the node is no layer's own; "" where either is the model itself."""

@@ -21,6 +21,7 @@ import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
+import fastlinear.graph.remembered as remembered
 import fastlinear.graph.tidying as tidying
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
 from fastlinear.graph.expansions import expand
@@ -74,7 +75,10 @@ class Rewriter:
             caches.absorb(self.graph, self.story, self.options.tune)
             rounds = self.options.products is torch.bfloat16
             attention.absorb(self.graph, self.story, self.options.tune, rounds)
+            tidying.take_whole(self.graph, self.story)
             tidying.keep_constants(self.capture.module, self.story)
+            tidying.drop_true(self.capture.module, self.story)
+            remembered.remember(self.capture, self.story)
         self.graph.lint()
         return layers
 
