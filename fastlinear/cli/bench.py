@@ -90,7 +90,7 @@ def bench(options: argparse.Namespace) -> int:
     check_override()
     check_files(json=options.json, plot=options.plot)
     if options.plot:
-        plotting.check()
+        plotting.check(options.plot)
     activation = None if options.activation == "none" else activations.resolve(options.activation)
     scheme, results = SCHEMES.get(options.quantize), []
     shapes = shapes_of(options.like) if options.like else options.shapes

@@ -20,6 +20,7 @@ from fastlinear.cli.options import (
     to_batches,
     to_dtype,
     to_shapes,
+    to_threads,
 )
 from fastlinear.spec import activations
 
@@ -86,7 +87,7 @@ def _add_bench(commands: Any) -> None:
         help="further columns: torch,mkl,onednn,inductor",
     )
     command.add_argument("--plot", metavar="FILE", help="a picture of the shares of the roofline; needs matplotlib")
-    command.add_argument("--threads", type=to_batches, help="numbers of threads, as 1,2 (default: torch's own choice)")
+    command.add_argument("--threads", type=to_threads, help="numbers of threads, as 1,2 (default: torch's own choice)")
     command.add_argument("--isa", type=bench.isa_of, metavar="NAME", help="only kernels of this instruction set")
     names = ", ".join(DTYPES)
     command.add_argument("--dtype", type=to_dtype, default="float32", metavar="NAME", help=f"of weights and x: {names}")

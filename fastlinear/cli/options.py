@@ -33,7 +33,7 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
 
 
 def add_threads(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--threads", type=positive, help="threads of torch's pool (default: torch's own choice)")
+    command.add_argument("--threads", type=to_thread, help="threads of torch's pool (default: torch's own choice)")
 
 
 def check_max_isa() -> None:
@@ -80,6 +80,20 @@ def to_shapes(text: str) -> list[tuple[int, ...]]:
 
 def to_batches(text: str) -> list[int]:
     return [positive(each) for each in text.split(",")]
+
+
+_MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # of some hundred thousand OpenMP makes a crash
+
+
+def to_thread(text: str) -> int:
+    """A number of threads."""
+    if (number := positive(text)) > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} threads are more than the {_MOST_THREADS} that are allowed here")
+    return number
+
+
+def to_threads(text: str) -> list[int]:
+    return [to_thread(each) for each in text.split(",")]
 
 
 def positive(text: str) -> int:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastlinear.cli.options import UsageError
 
 
-def check() -> None:
-    """UsageError where there is nothing to draw with, before anything is measured."""
+def check(path: str) -> None:
+    """UsageError where there is nothing to draw with, or no such picture, before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib, which is not installed: pip install fastlinear[plot]")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    allowed = FigureCanvasBase.get_supported_filetypes()
+    if (suffix := Path(path).suffix[1:]) and suffix.lower() not in allowed:
+        raise UsageError(
+            f"--plot: {path} would be a picture of kind {suffix!r}; there are {', '.join(sorted(allowed))}"
+        )
 
 
 def draw(path: str, results: Sequence[dict[str, Any]]) -> None:
