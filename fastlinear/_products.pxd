@@ -106,6 +106,7 @@ cdef int compute(
     size_t segments, const COperand* operands, float* sums
 ) except -1
 cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1
+cdef int answer_together(const Problem* p, size_t problems, const CPlan& plan, bint chained) except -1
 cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_integers(const IntegersProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil

@@ -45,6 +45,7 @@ cdef extern from "fastlinear/driver/gemm.hpp" namespace "fastlinear" nogil:
         Problems(const Problem*, size_t)
     cbool gemm(const Problem&, const CPlan&)
     cbool gemm(Problems, const CPlan&)
+    cbool gemm_together(Problems, const CPlan&, cbool)
 
 cdef extern from "fastlinear/driver/cut.hpp" namespace "fastlinear" nogil:
     ctypedef struct Range:
@@ -136,17 +137,40 @@ cdef void ask(
 
 
 # Large products release the GIL: 2e6 multiply-adds are about 20 us, where handing it over costs nothing.
-cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
-    cdef cbool done
+cdef enum:
+    LARGE = 2000000
+
+
+cdef ptrdiff_t work_of(const Problem* p, size_t problems) noexcept:
     cdef ptrdiff_t work = 0
     cdef size_t i
     for i in range(problems):
         work += p[i].m * p[i].n * p[i].k
-    if problems == 1 and work <= 2000000:
+    return work
+
+
+cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1:
+    cdef cbool done
+    if problems == 1 and work_of(p, problems) <= LARGE:
         done = gemm(p[0], plan)
     else:
         with nogil:
             done = gemm(p[0], plan) if problems == 1 else gemm(Problems(p, problems), plan)
+    return ended(done, p, problems)
+
+
+# The same of problems on one x, each of which may have what the one before it makes as an operand, if they are chained.
+cdef int answer_together(const Problem* p, size_t problems, const CPlan& plan, bint chained) except -1:
+    cdef cbool done
+    if work_of(p, problems) <= LARGE:
+        done = gemm_together(Problems(p, problems), plan, chained)
+    else:
+        with nogil:
+            done = gemm_together(Problems(p, problems), plan, chained)
+    return ended(done, p, problems)
+
+
+cdef int ended(cbool done, const Problem* p, size_t problems) except -1:
     if not done:
         raise MemoryError(f"no memory for the scratch tiles of {problems} products, the first with M={p[0].m}, "
                           f"N={p[0].n}, K={p[0].k}")

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,5 +14,14 @@ class Siblings:
     def answer(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None: ...
     def parameters(self) -> tuple[Tensor | None, ...] | None: ...
     def are_in(self, group: nn.Module) -> bool: ...
+
+MOST_VOICES: int
+
+class Choir:
+    layers: tuple[nn.Module, ...]
+    panels: tuple[Tensor, ...]
+    chained: bool
+    def __init__(self, layers: Sequence[nn.Module], panels: Sequence[Tensor], chained: bool = False) -> None: ...
+    def answer(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Any: ...
 
 def quicken_group(kind: type[nn.Module]) -> None: ...

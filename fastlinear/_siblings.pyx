@@ -9,9 +9,15 @@ from cpython.object cimport PyObject
 from fastlinear._calls cimport put_in_slot, quiet, stock_call
 from fastlinear._engine cimport Engine
 from fastlinear._fingerprints cimport Fingerprint
-from fastlinear._modes cimport calls_are_seen, gradients
-from fastlinear._operands cimport is_plain
-from fastlinear._timing cimport is_timed
+from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
+from fastlinear._operands cimport is_plain, new_output
+from fastlinear._plans cimport (
+    Bias, COperand, CPlan, Plan, Problem, Rows, Segment, Segments, answers, bucket_of
+)
+from fastlinear._products cimport answer_together, pool_size
+from fastlinear._tensors cimport FP32, Matrix, View, as_rows, is_float, look_at
+from fastlinear._timing cimport is_timed, monotonic
+from fastlinear._weights cimport Packed
 
 cdef extern from "Python.h":
     object PyObject_GenericGetDict(object, void*)
@@ -130,6 +136,142 @@ cdef class Siblings:
     def are_in(self, group):
         """Whether the module `group` has these layers, and no others, in its "layers"."""
         return self.are(<dict> PyObject_GenericGetDict(group, NULL))
+
+
+# Layers of a Choir, and the multiply-adds of all from which on they have all threads: from memory these take some 30 us,
+# several times what waking another thread does.
+cdef enum:
+    MAX_VOICES = 8
+    SHARED_WORK = 500000
+
+MOST_VOICES = MAX_VOICES
+
+cdef object is_neg = torch.Tensor.is_neg
+
+
+cdef class Choir:
+    """Frozen layers on one input as one call, each on its own pack; 2 us and 0.5 for each of them.
+
+    layers: 2 to 8, of one input width, precision and layout; panels: what each holds for its weight. chained: they are
+    as wide, and each but the first takes one operand, what the one before it makes; it is the last that answers.
+    What runs is what the widest layer's plan says for all, on all threads where that is worth it.
+    """
+
+    cdef readonly tuple layers, panels
+    cdef readonly bint chained
+    cdef tuple states
+    cdef Py_ssize_t widest
+
+    def __init__(self, layers, panels, bint chained=False):
+        self.layers, self.panels, self.chained = tuple(layers), tuple(panels), chained
+        if not 2 <= len(self.layers) <= MAX_VOICES or len(self.panels) != len(self.layers):
+            raise ValueError(f"a choir has 2 to {MAX_VOICES} layers, each with its panels, not {len(self.layers)}")
+        self.states = tuple([<dict> PyObject_GenericGetDict(layer, NULL) for layer in self.layers])
+        widths = [layer.out_features for layer in self.layers]
+        self.widest = widths.index(max(widths))
+
+    # The engine of a layer that may be called by this, or None.
+    cdef Engine engine_of(self, Py_ssize_t i):
+        state = <dict> self.states[i]
+        engine = state.get("_engine")
+        if type(engine) is not Engine or state["training"] is True or (<Engine> engine).replaced():
+            return None
+        found = <Engine> engine
+        if found.packed is None or found.weight is not None or found.elsewhere is not None or found.widths is not None:
+            return None
+        if (<dict> state["_parameters"]).get("weight") is not None or found.epilogue.program.gated:
+            return None
+        takes = <size_t> (self.chained and i > 0)
+        return found if found.epilogue.operands == takes and found.epilogue.dtype is None else None
+
+    def answer(self, x, tuple parameters not None):
+        """The outputs, or that of the last layer of a chain; None where the layers have to answer one by one: for other
+        `parameters` than their panels and then their biases, for modes that watch, and as long as no plan is known."""
+        cdef Py_ssize_t count = len(self.layers), i
+        cdef View v, w
+        cdef Matrix rows
+        cdef Engine engine
+        cdef Packed packed, first = None
+        cdef CPlan plan
+        cdef ptrdiff_t threads, work = 0, most = 1
+        cdef Problem[MAX_VOICES] problems
+        cdef Segment[MAX_VOICES] outs
+        cdef COperand[MAX_VOICES] beside
+        cdef list ys = []
+        if len(parameters) != 2 * count or not is_plain(x) or mode_of_call() is not None or disabled() or is_timed():
+            return None
+        if gradients() and x.requires_grad:
+            return None
+        if not look_at(x, &v) or not is_float(v.format) or is_neg(x) or not as_rows(&v, &rows) or rows.m == 0:
+            return None
+        threads = pool_size()
+        cdef tuple engines = tuple([self.engine_of(i) for i in range(count)])
+        cdef tuple key = (threads, <int> v.format)
+        cdef Py_ssize_t bucket = bucket_of(rows.m).index
+        cdef list plans = []
+        for i in range(count):
+            engine = engines[i]
+            known = None if engine is None else engine.plans.get(key)
+            known = None if known is None else (<list> known)[bucket]
+            if type(known) is not Plan or (<Plan> known).due > 0 and monotonic() > (<Plan> known).due:
+                return None
+            plans.append(known)
+            most = max(most, (<Plan> known).plan.threads)
+        chosen = <Plan> plans[self.widest]
+        for i in range(count):
+            engine = engines[i]
+            packed = engine.packed
+            first = packed if first is None else first
+            if self.panels[i] is not parameters[i] or v.shape[v.ndim - 1] != packed.k:
+                return None
+            if packed.layout != first.layout or self.chained and packed.n != first.n:
+                return None
+            if <int> v.format != FP32 and <int> packed.shape.format == FP32:
+                return None
+            if not answers(chosen, packed, engine.rows, v.format):
+                return None
+            if not bias_of(parameters[count + i], packed, &problems[i].bias):
+                return None
+            work += rows.m * packed.n * packed.k
+        for i in range(count):
+            engine = engines[i]
+            packed = engine.packed
+            engine.answered += 1
+            y = new_output(x, &v, packed.n, None)
+            ys.append(y)
+            look_at(y, &w)
+            outs[i].data, outs[i].format, outs[i].stride, outs[i].first = w.data, w.format, packed.n, 0
+            problems[i].m, problems[i].n, problems[i].k = rows.m, packed.n, packed.k
+            problems[i].x.data, problems[i].x.stride, problems[i].x.format = rows.data, rows.stride, rows.format
+            if engine.rows is not None:
+                problems[i].quantizer = engine.rows.quantizer
+            problems[i].weight = packed.read()[0]
+            problems[i].y = Segments(&outs[i], 1)
+            problems[i].epilogue = engine.epilogue.program
+            if self.chained and i > 0:
+                beside[i].data, beside[i].format = outs[i - 1].data, outs[i - 1].format
+                beside[i].row_stride, beside[i].column_stride = packed.n, 1
+                problems[i].operands = &beside[i]
+        plan = chosen.plan
+        plan.threads = threads if work >= SHARED_WORK else most
+        if self.chained:
+            plan.k_slices = 1
+        answer_together(problems, count, plan, self.chained)
+        return ys[count - 1] if self.chained else tuple(ys)
+
+
+# A bias as the kernels take it, or none.
+cdef bint bias_of(object bias, Packed packed, Bias* found) except -1:
+    cdef View v
+    found.data = NULL
+    if bias is None:
+        return True
+    if not is_plain(bias) or is_neg(bias) or not look_at(bias, &v) or not is_float(v.format):
+        return False
+    if v.ndim != 1 or v.shape[0] != packed.n or (v.stride[0] != 1 and packed.n > 1):
+        return False
+    found.data, found.format = v.data, v.format
+    return <int> v.format == FP32 or <int> packed.shape.format != FP32
 
 
 cdef object quick_group(object group, object args, PyObject* options):

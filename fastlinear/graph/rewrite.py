@@ -29,7 +29,8 @@ from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
 from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, gate_of, product_at
 from fastlinear.graph.story import Story
-from fastlinear.layer.stack import why_not_together
+from fastlinear.layer.frozen import is_frozen
+from fastlinear.layer.stack import why_not_in_chorus, why_not_together
 from fastlinear.spec.formats import DTYPES, name_of
 
 
@@ -208,10 +209,13 @@ class Rewriter:
         first = min((product.nodes[0] for product in products), key=self._order.__getitem__)
         parameters = (p for product in products for p in (product.weight, product.bias) if p is not None)
         alone = len(inner[0].root.users) == 1 and outer[0].weight is not inner[0].weight
-        if len(keys) > 1 or not alone or any(spec.form is not None for _, spec, _ in (outer, inner)):
+        if len(keys) > 1 or not alone:
             return False
         if not self._is_calm(first, outer[0].root) or any(self._order[p] > self._order[first] for p in parameters):
             return False
+        layers = [layer for *_, layer in (inner, outer)]
+        if any(map(is_frozen, layers)):
+            return why_not_in_chorus(layers) is None and layers[0].out_features == layers[1].out_features
         return why_not_together(self._bare(outer, inner), gated=True) is None
 
     @staticmethod
@@ -226,6 +230,8 @@ class Rewriter:
     def _place_gate(self, outer: Any, inner: Any) -> operators.Layers:
         gate = gate_of(outer[0], inner[0])
         assert gate is not None
+        if is_frozen(outer[2]):
+            return self._place_chain(outer, inner)
         through = outer if gate.opens_inner else inner
         members = [inner, outer] if gate.opens_inner else [outer, inner]
         names = [spec.name for _, spec, _ in members]
@@ -237,18 +243,28 @@ class Rewriter:
             return last(x, t[1 - inside], t[3 - inside], first(x, t[inside], t[2 + inside]))
 
         function, stacks = operators.gated(spec, self._bare(*members), gate.program, alone)
+        what = f"one product of {_named(inner, outer)}, {gate.program.name}"
+        self._finish_gate(function, members, outer, inner, what)
+        return stacks
+
+    def _place_chain(self, outer: Any, inner: Any) -> operators.Layers:
+        """A gate of frozen layers: the outer one reads, tile by tile, what the inner one makes."""
+        members = [inner, outer]
+        function, choirs = operators.choir([(spec, layer) for _, spec, layer in members], chained=True)
+        self._finish_gate(function, members, outer, inner, f"one call of {_named(inner, outer)}")
+        return choirs
+
+    def _finish_gate(self, function: Any, members: Sequence[Any], outer: Any, inner: Any, what: str) -> None:
         products = [product for product, *_ in members]
         args = (self._now(outer[0].x), *(p.weight for p in products), *(p.bias for p in products))
         with self.graph.inserting_before(outer[0].root):
             node = self.graph.call_function(function, args)
         root = outer[0].root
         both = replace(outer[0], nodes=[*inner[0].nodes, *outer[0].nodes])
-        what = f"one product of {', '.join(p.nodes[0].name for p in products)}, {gate.program.name}"
         self._finish(both, node, what)
         for product in products:
             self.story.tell(product.nodes[0], "fast", what)
         self._moved[root] = node
-        return stacks
 
     def _siblings(self, taken: Sequence[Any]) -> list[list[Any]]:
         """The products that read the same x and are one product better."""
@@ -263,7 +279,10 @@ class Rewriter:
         if len(members) < 2:
             return False
         layers = [layer for *_, layer in members]
-        reason = why_not_together(layers)
+        frozen = any(map(is_frozen, layers))
+        reason = why_not_in_chorus(layers) if frozen else why_not_together(layers)
+        if frozen and any(product.operands for product, *_ in members):
+            reason = "one of them has an operand"
         if reason is None and len({id(layer) for layer in layers}) < len(layers):
             reason = "they are one layer, called twice"
         first, last = members[0][0].nodes[0], members[-1][0].root
@@ -309,15 +328,22 @@ class Rewriter:
         products = [product for product, *_ in members]
         names = [spec.name for _, spec, _ in members]
         spec = members[0][1]._replace(name=_common(names))
-        function, stacks = operators.group(spec, [layer for *_, layer in members])
+        frozen, what = is_frozen(members[0][2]), _named(*members)
+        if frozen:
+            function, stacks = operators.choir([(spec, layer) for _, spec, layer in members], chained=False)
+        else:
+            function, stacks = operators.group(spec, [layer for *_, layer in members])
         args = (self._now(products[0].x), *(p.weight for p in products), *(p.bias for p in products))
         with self.graph.inserting_before(products[0].nodes[0]):
             whole = self.graph.call_function(function, args)
             parts = [self.graph.call_function(operator.getitem, (whole, i)) for i in range(len(products))]
-        listed = ", ".join(product.nodes[0].name for product in products)
         for product, part in zip(products, parts, strict=True):
-            self._finish(product, part, f"one product of {listed}")
+            self._finish(product, part, f"one {'call' if frozen else 'product'} of {what}")
         return stacks
+
+
+def _named(*members: Any) -> str:
+    return ", ".join(product.nodes[0].name for product, *_ in members)
 
 
 def _text(spec: Spec) -> str:

@@ -14,12 +14,13 @@ from torch import Tensor
 import fastlinear._engine as _engine
 import fastlinear._modes as _modes
 import fastlinear._reasons as _reasons
+import fastlinear._siblings as _siblings
 import fastlinear._weights as _weights
 from fastlinear._engine import Engine
 from fastlinear._fingerprints import Fingerprint
 from fastlinear._siblings import Siblings
 from fastlinear.layer.fitness import why_unread
-from fastlinear.layer.frozen import Frozen, hold
+from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.layer.linear import FastLinear, is_fast
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack
@@ -146,6 +147,26 @@ def why_not_together(layers: Sequence[Any], gated: bool = False) -> str | None:
         if layer.in_features != first.in_features:
             return f"they take {first.in_features} and {layer.in_features} features"
         if not layer.precision.is_as(first.precision) or layer.dtypes != first.dtypes or len(biases) > 1:
+            return "they differ in precision"
+    return None
+
+
+def why_not_in_chorus(layers: Sequence[Any]) -> str | None:
+    """Why frozen layers, each on its own pack, cannot answer in one call; None if they can."""
+    if not 2 <= len(layers) <= _siblings.MOST_VOICES:
+        return f"there are {len(layers)}"
+    first = layers[0]
+    for layer in layers:
+        frozen = record_of(layer)
+        if frozen is None:
+            return "one of them is not frozen"
+        if frozen.shard is not None:
+            return "several processes share their weights"
+        if layer._gated:
+            return "one of them is a gate"
+        if layer.in_features != first.in_features:
+            return f"they take {first.in_features} and {layer.in_features} features"
+        if frozen.packed.layout != first._frozen.packed.layout or not layer.precision.is_as(first.precision):
             return "they differ in precision"
     return None
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlinear
+from fastlinear._siblings import Choir
 from fastlinear.graph import backend
 from fastlinear.graph.expansions import EXPANSIONS
 from fastlinear.graph.patterns import COMPOSITES
@@ -40,9 +41,9 @@ def outcomes(model: nn.Module, op: str) -> set[str]:
 class Net(nn.Module):
     """`forward` of a function of the module and x, with layers of 8 features to use."""
 
-    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+    def __init__(self, function: Callable[[Any, Tensor], Any], width: int = 8) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+        self.a, self.b, self.c = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width * 3 // 2)
         self.drop, self.weight = nn.Dropout(0.5), nn.Parameter(torch.rand(8))
         self.function = function
         self.eval()
@@ -356,6 +357,57 @@ def test_siblings(name: str) -> None:
     function, together = SIBLINGS[name]
     fast = check(Net(function))
     assert any("one product of" in node.why for node in nodes(fast)) == together, nodes(fast)
+
+
+CHORUSES: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
+    "siblings": (lambda m, x: (m.a(x), m.b(x).relu(), m.c(x)), True),
+    "a gate": (lambda m, x: F.silu(m.a(x)) * m.b(x), True),
+    "a gate that is opened last": (lambda m, x: m.b(x) * F.silu(m.a(x)), True),
+    "other x": (lambda m, x: (m.a(x), m.b(x + 1)), False),
+    "a residual": (lambda m, x: (m.a(x) + x, m.b(x)), False),
+}
+FROZEN: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "int8": {"quantize": fastlinear.Int8Dynamic()},
+    "int4": {"quantize": fastlinear.Int4Dynamic(group=16)},
+    "int4, fp32 products": {"quantize": fastlinear.Int4WeightOnly(group=16)},
+}
+
+
+@pytest.mark.parametrize("form", FROZEN)
+@pytest.mark.parametrize("name", CHORUSES)
+def test_frozen_layers_answer_in_one_call(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen layers on one x are one call, each on the pack that it has, with the bits that each has alone, on any
+    number of rows and threads; and alone they are where somebody watches, or other parameters come."""
+    monkeypatch.setenv("FASTLINEAR_AUTOTUNE", "0")
+    function, together = CHORUSES[name]
+    net = fastlinear.convert(Net(function, width=48), freeze=True, **FROZEN[form])
+    fast = compiled(net)
+    with torch.inference_mode():
+        for threads, rows in ((1, 1), (2, 1), (2, 128)):  # which 2 threads share
+            torch.set_num_threads(threads)
+            x = torch.randn(rows, 48)
+            alone = fast(x)  # before there are plans
+            torch.testing.assert_close(alone, net(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fast(x), alone, rtol=0, atol=0)
+    assert any(node.why.startswith("one call of") for node in nodes(fast)) == together
+    graph = fastlinear.report(fast).graphs[0]
+    choirs = [each for layers in graph._products for each in layers.values() if isinstance(each, Choir)]
+    assert bool(choirs) == together
+    for choir in choirs:
+        x, given = torch.randn(1, 48), (*choir.panels, *(layer.bias for layer in choir.layers))
+        with torch.inference_mode():
+            assert choir.answer(x, given) is not None  # not one by one, above
+            assert choir.answer(x[:, 1:], given) is None
+            assert choir.answer(x, (given[0].clone(), *given[1:])) is None
+            assert choir.answer(x, given[1:]) is None
+            with torch.profiler.profile():
+                assert choir.answer(x, given) is None
+        assert choir.answer(x.requires_grad_(), given) is None
+        monkeypatch.setenv("FASTLINEAR_DISABLE", "1")
+        assert choir.answer(torch.randn(1, 48), given) is None
+        monkeypatch.delenv("FASTLINEAR_DISABLE")
 
 
 def test_outputs_of_siblings_are_tensors_of_their_own() -> None:

@@ -91,17 +91,23 @@ inline bool prepare(std::span<Job> jobs) {
   });
 }
 
-// All jobs at once, of one plan. False when memory ran out.
-inline bool multiply(std::span<Job> jobs) {
+// All jobs at once, of one plan, whose rows are there. False when memory ran out. `chained`: a unit is made of each
+// job, one after the other.
+inline bool multiply_prepared(std::span<Job> jobs, bool chained = false) {
   const Plan& plan = jobs[0].plan;
   widen_biases(jobs);
-  if (!prepare(jobs)) return false;
   std::ptrdiff_t units = 0, partial = 0;
   for (Job& job : jobs) {
     job.first_unit = units;
     units += job.grid.units;
     partial += plan.k_slices * job.grid.row_tiles * job.grid.groups * job.tile_bytes();
   }
+  if (chained)
+    return share_out(jobs[0].grid.units, plan.threads, [&] {
+      return [jobs, worker = Worker(jobs)](std::ptrdiff_t i) mutable {
+        for (const Job& job : jobs) worker.run(job.first_unit + i);
+      };
+    });
   Scratch slices;
   if (plan.k_slices > 1) {
     std::byte* next = slices.bytes(partial);
@@ -121,6 +127,8 @@ inline bool multiply(std::span<Job> jobs) {
     };
   });
 }
+
+inline bool multiply(std::span<Job> jobs) { return prepare(jobs) && multiply_prepared(jobs); }
 
 // In how many parts the rows of a problem are made: of as many as stay in cache (L2 to L3). With fewer the whole weight
 // would be read more often.
@@ -146,6 +154,26 @@ inline bool gemm(const Problem& p, const Plan& plan) try {
   for (std::ptrdiff_t i = 0; i < parts; ++i) {
     Job job = part(whole, i, parts);
     if (!multiply({&job, 1})) return false;
+  }
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+// Problems of one plan and as many groups of K on the same rows of x, which are made for all at once. `chained`: the
+// epilogue of each may read, where it writes, what the one before it makes; all have as many channels, and no K slices.
+inline bool gemm_together(std::span<const Problem> problems, const Plan& plan, bool chained) try {
+  using namespace gemm_detail;
+  const std::ptrdiff_t m = problems[0].m;
+  if (m == 0 || problems[0].n == 0) return true;
+  const std::ptrdiff_t parts = parts_of({problems[0], plan, {0, m}});
+  std::vector<Job> jobs;
+  for (std::ptrdiff_t i = 0; i < parts; ++i) {
+    jobs.clear();
+    for (const Problem& p : problems) jobs.emplace_back(p, plan, Range{m * i / parts, m * (i + 1) / parts});
+    if (!prepare({jobs.data(), 1})) return false;
+    for (Job& job : jobs) job.x = jobs[0].x;
+    if (!multiply_prepared(jobs, chained)) return false;
   }
   return true;
 } catch (const std::bad_alloc&) {
