@@ -17,11 +17,13 @@ VIEWS = {"getitem", "view", "reshape", "transpose", "permute", "expand", "unsque
 MADE = {"arange", "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like"}
 COMPUTED = {"add", "sub", "mul", "ge", "gt", "le", "lt", "eq", "ne", "and_", "or_", "logical_not", "to"}
 # What does nothing but make its value. Others may raise an error for what they are called with, or draw numbers.
-_PURE = _PRODUCTS | VIEWS | MADE | COMPUTED | {"contiguous", "chunk"}
+_PURE = _PRODUCTS | VIEWS | MADE | COMPUTED | {"contiguous", "chunk", "getattr"}
+_CONSTANT = MADE | COMPUTED | VIEWS | {"floordiv"}  # which may raise, but then does so in each call
 # Whose functions make tensors of their own, too.
 _OURS = {"fastlinear.graph.norms", "fastlinear.graph.operators", "fastlinear.layer.sdpa"}
 # What makes a tensor that shares no memory with what it reads, and writes to nothing.
 _READS = COMPUTED - {"to"} | {"linear", "where", "masked_fill", "gather", "embedding", "scaled_dot_product_attention"}
+_READS |= {"floordiv"}
 MOST = 1 << 20  # numbers of a value that is kept
 
 
@@ -69,7 +71,7 @@ def leave_what_is_shared(values: dict[fx.Node, Any]) -> None:
 
 def _is_constant(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
     name, wanted = op_of(node), example(node)
-    if name not in MADE | COMPUTED | VIEWS or changes(node) or wanted is None or wanted.device.type != "cpu":
+    if name not in _CONSTANT or changes(node) or wanted is None or wanted.device.type != "cpu":
         return False
     if not all(isinstance(size, int) for size in wanted.shape) or not all(
         each in known for each in node.all_input_nodes

@@ -54,6 +54,7 @@ CONSTANT: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
         ["arange", "getitem", "getitem", "gt"],
     ),
     "an index": (lambda m, x: m.a(x)[:, torch.arange(5) * 0], ["arange", "mul"]),
+    "groups": (lambda m, x: m.a(x)[..., torch.arange(8) // 2], ["arange", "floordiv"]),
     "method": (lambda m, x: m.a(x) + torch.ones(8).new_ones(8), ["ones", "new_ones"]),
 }
 

@@ -79,10 +79,16 @@ class FewAttender {
 // Queries of a head that FewAttender answers one by one: with more of them Attender's lanes are filled better.
 inline constexpr std::ptrdiff_t kFewQueries = 8;
 
+// With fewer bytes of keys and values than this, too, a second thread is not worth waking. They come from memory (10
+// us): since the last token read them, all weights of a model have passed through the caches.
+inline constexpr std::ptrdiff_t kSerialKeys = 192 << 10;
+
 inline bool attend_few(const AttentionProblem& p, const Vectors& vectors, std::ptrdiff_t threads) {
   constexpr std::ptrdiff_t kMost = 8;  // heads at a time, so that their scores stay in the cache
   const Range keys = FewAttender(p, vectors).seen(0, 0, p.queries - 1);
-  if (2 * p.batches * p.heads * p.queries * (keys.end - keys.begin) * p.size < kSerialAttention) threads = 1;
+  const std::ptrdiff_t numbers = p.batches * (keys.end - keys.begin) * p.size;
+  const std::ptrdiff_t bytes = 2 * p.kv_heads * numbers * element_bytes(p.k.format);
+  if (bytes < kSerialKeys && 2 * p.heads * p.queries * numbers < kSerialAttention) threads = 1;
   const std::ptrdiff_t group = p.heads / p.kv_heads;
   const bool apart = (p.mask.data != nullptr && p.mask.head != 0) || p.batches * p.kv_heads * p.queries < threads;
   const std::ptrdiff_t parts = apart ? group : (group + kMost - 1) / kMost;
