@@ -79,6 +79,8 @@ PLACES: dict[str, tuple[tuple[str, ...], object]] = {
     "nn_linear": (("_C._nn.linear",), torch.nn.functional.linear),
     "enter_autocast": (("amp.autocast_mode._enter_autocast",), _NoSuch),
     "exit_autocast": (("amp.autocast_mode._exit_autocast",), _NoSuch),
+    "TracingContext": (("_guards.TracingContext",), _NoSuch),
+    "Guard": (("_guards.Guard",), _NoSuch),
     "encoder_layer": (("_transformer_encoder_layer_fwd",), _NoSuch),
     "native_attention": (("_native_multi_head_attention",), _NoSuch),
 }
@@ -129,6 +131,8 @@ nn_gelu = look_up("nn_gelu")
 nn_linear = look_up("nn_linear")
 enter_autocast = look_up("enter_autocast")
 exit_autocast = look_up("exit_autocast")
+TracingContext = look_up("TracingContext")
+Guard = look_up("Guard")
 encoder_layer = look_up("encoder_layer")
 native_attention = look_up("native_attention")
 

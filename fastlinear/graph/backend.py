@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import fastlinear.graph.premises as premises
 from fastlinear.graph.capture import Capture, is_training, wants_grad
 from fastlinear.graph.operators import Layers, running
 from fastlinear.graph.options import options as checked
@@ -60,17 +61,27 @@ def backend(
     products: list[Layers] = []
     if reason is None:
         products = Rewriter(capture, wanted, story).run()
-        module.recompile()
-    run = module.forward
+    run = traced = _function_of(module)
+    if reason is None and premises.hold(module, [node for node in capture.values if node.op == "placeholder"]):
+        run = _function_of(module)
     graph = Graph(story, capture, reason, products)
     graphs.add(graph)
     _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), len(products), reason or "rewritten")
 
+    count = len(capture.inputs)
+
     def compiled(*args: Any) -> Any:
-        return run(*args)
+        return traced(*args) if len(args) == count else run(*args)  # the former of whoever keeps to what he has traced
 
     compiled.graph = graph  # type: ignore[attr-defined]
     return compiled
+
+
+def _function_of(module: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a function of Python's."""
+    module.recompile()
+    _ = module.code  # Dynamo's modules put that off, and make their function anew in each call until somebody asks
+    return module.forward
 
 
 def _why_plain(module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:

@@ -168,13 +168,13 @@ class Capture:
         self.values: dict[fx.Node, Tensor] = {}
         for node in module.graph.nodes:
             value = self.inputs.get(node) if node.op != "get_attr" else _attribute(module, str(node.target))
-            frozen = _source(node).endswith("_frozen.panels")
+            frozen = name_of_source(node).endswith("_frozen.panels")
             if type(value) is nn.Parameter or (type(value) is Tensor and frozen):
                 self.values[node] = value
 
     def is_of_a_module(self, node: fx.Node) -> bool:
         """Whether a node stands for a parameter or a buffer."""
-        return node in self.values or (node.op == "placeholder" and "._buffers[" in _source(node))
+        return node in self.values or (node.op == "placeholder" and "._buffers[" in name_of_source(node))
 
     def name_of(self, node: fx.Node, weight: fx.Node) -> str:
         """What the model calls the linear layer that a node is the call of: "encoder.layer.0.output.dense"; that which
@@ -211,12 +211,18 @@ def _holder(weight: fx.Node) -> str:
     """What the model calls the module that holds a weight."""
     if weight.op == "get_attr":
         return ".".join(str(weight.target).split(".")[:-1])
-    return ".".join(re.findall(r"\._modules\['([^']*)'\]", _source(weight)))
+    return ".".join(re.findall(r"\._modules\['([^']*)'\]", name_of_source(weight)))
 
 
-def _source(node: fx.Node) -> str:
-    """Where Dynamo found an input, as an expression of Python's."""
-    return str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", ""))
+def source_of(node: fx.Node) -> Any:
+    """Where Dynamo found an input; None where it does not say."""
+    return getattr(node.meta.get("grapharg"), "source", None)
+
+
+def name_of_source(node: fx.Node) -> str:
+    """The same as an expression of Python's; empty where it does not say."""
+    name = getattr(source_of(node), "name", "")
+    return str(name() if callable(name) else name)
 
 
 def _attribute(module: Any, path: str) -> Any:
