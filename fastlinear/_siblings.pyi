@@ -15,9 +15,9 @@ class Siblings:
     def parameters(self) -> tuple[Tensor | None, ...] | None: ...
     def are_in(self, group: nn.Module) -> bool: ...
 
-MOST_VOICES: int
+MAX_FROZEN: int
 
-class Choir:
+class FrozenGroup:
     layers: tuple[nn.Module, ...]
     panels: tuple[Tensor, ...]
     chained: bool

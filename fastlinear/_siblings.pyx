@@ -12,7 +12,7 @@ from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
 from fastlinear._operands cimport is_plain, new_output
 from fastlinear._plans cimport (
-    Bias, COperand, CPlan, Plan, Problem, Rows, Segment, Segments, answers, bucket_of
+    Bias, COperand, CPlan, Plan, Problem, Segment, Segments, answers, bucket_of
 )
 from fastlinear._products cimport answer_together, pool_size
 from fastlinear._tensors cimport FP32, Matrix, View, as_rows, is_float, look_at
@@ -138,18 +138,18 @@ cdef class Siblings:
         return self.are(<dict> PyObject_GenericGetDict(group, NULL))
 
 
-# Layers of a Choir, and the multiply-adds of all from which on they have all threads: from memory these take some 30 us,
-# several times what waking another thread does.
+# Layers of a FrozenGroup, and the multiply-adds of all from which on they have all threads: from memory these take some
+# 30 us, several times what waking another thread does.
 cdef enum:
-    MAX_VOICES = 8
+    FROZEN_LIMIT = 8
     SHARED_WORK = 500000
 
-MOST_VOICES = MAX_VOICES
+MAX_FROZEN = FROZEN_LIMIT
 
 cdef object is_neg = torch.Tensor.is_neg
 
 
-cdef class Choir:
+cdef class FrozenGroup:
     """Frozen layers on one input as one call, each on its own pack; 2 us and 0.5 for each of them.
 
     layers: 2 to 8, of one input width, precision and layout; panels: what each holds for its weight. chained: they are
@@ -164,8 +164,8 @@ cdef class Choir:
 
     def __init__(self, layers, panels, bint chained=False):
         self.layers, self.panels, self.chained = tuple(layers), tuple(panels), chained
-        if not 2 <= len(self.layers) <= MAX_VOICES or len(self.panels) != len(self.layers):
-            raise ValueError(f"a choir has 2 to {MAX_VOICES} layers, each with its panels, not {len(self.layers)}")
+        if not 2 <= len(self.layers) <= FROZEN_LIMIT or len(self.panels) != len(self.layers):
+            raise ValueError(f"a group has 2 to {FROZEN_LIMIT} layers, each with its panels, not {len(self.layers)}")
         self.states = tuple([<dict> PyObject_GenericGetDict(layer, NULL) for layer in self.layers])
         widths = [layer.out_features for layer in self.layers]
         self.widest = widths.index(max(widths))
@@ -194,9 +194,9 @@ cdef class Choir:
         cdef Packed packed, first = None
         cdef CPlan plan
         cdef ptrdiff_t threads, work = 0, most = 1
-        cdef Problem[MAX_VOICES] problems
-        cdef Segment[MAX_VOICES] outs
-        cdef COperand[MAX_VOICES] beside
+        cdef Problem[FROZEN_LIMIT] problems
+        cdef Segment[FROZEN_LIMIT] outs
+        cdef COperand[FROZEN_LIMIT] beside
         cdef list ys = []
         if len(parameters) != 2 * count or not is_plain(x) or mode_of_call() is not None or disabled() or is_timed():
             return None

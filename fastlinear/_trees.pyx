@@ -148,8 +148,8 @@ cdef class Sight:
 
     # Whether the modules are, so that the parameters are those that they were.
     cdef bint has(self, object root) except -1:
-        cdef Py_ssize_t i, j
-        cdef size_t table = 0
+        cdef Py_ssize_t i
+        cdef size_t table = 0, last
         cdef Known* known
         if self.gone.down or self.modules[0].module != <PyObject*> root:
             return False
@@ -160,7 +160,8 @@ cdef class Sight:
             state = PyObject_GenericGetDict(<object> known.module, NULL)
             if <PyObject*> state != self.contents[table].table:
                 return False
-            for j in range(1 + known.tables):  # a table is what its module still has, as its dict was compared before
+            last = table + 1 + known.tables
+            while table < last:  # a table is what its module still has, as its dict was compared before
                 if not same(&self.contents[table], self.entries.data()):
                     return False
                 table += 1

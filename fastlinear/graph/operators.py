@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
-from fastlinear._siblings import Choir
+from fastlinear._siblings import FrozenGroup
 from fastlinear.layer import fitness, packs
 from fastlinear.layer.form import Form
 from fastlinear.layer.frozen import Frozen, hold
@@ -94,7 +94,9 @@ def why_not(spec: Spec, layer: Operator) -> str | None:
     return None if spec.form is not None else fitness.why_not(layer, spec.asked, spec.name)
 
 
-Layers: TypeAlias = dict[int, Any]  # what a function runs, Operators, Stacks or Choirs, by the id of the first weight
+Layers: TypeAlias = dict[
+    int, Any
+]  # what a function runs, Operators, Stacks or FrozenGroups, by the id of the first weight
 
 
 def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -102,7 +104,7 @@ def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     for each in list(layers.values()):
         if isinstance(each, Stack):
             yield each.whole, tuple(layer.weight for layer in each.layers)
-        elif isinstance(each, Choir):
+        elif isinstance(each, FrozenGroup):
             yield from ((layer, (panels,)) for layer, panels in zip(each.layers, each.panels, strict=True))
         else:
             yield each, (_held(each),)
@@ -182,19 +184,19 @@ def gated(
     return opened, stacks
 
 
-def choir(members: Sequence[tuple[Spec, Operator]], chained: bool) -> tuple[Callable[..., Any], Layers]:
+def frozen_group(members: Sequence[tuple[Spec, Operator]], chained: bool) -> tuple[Callable[..., Any], Layers]:
     """linears(x, weight, ..., bias, ...): the products of frozen layers in one call, each on its own pack; if they are
     chained, the last one's alone, each having the value of the one before it as its operand. And what runs, as of
     `group`."""
     specs, half = [spec for spec, _ in members], len(members)
     singles = [product(spec, layer)[0] for spec, layer in members]
-    choirs: Layers = {id(_held(members[0][1])): _choir_of([layer for _, layer in members], chained)}
+    groups: Layers = {id(_held(members[0][1])): _frozen_group_of([layer for _, layer in members], chained)}
 
     def linears(x: Tensor, *tensors: Any) -> Any:
-        known: Choir | None = choirs.get(id(tensors[0]))
+        known: FrozenGroup | None = groups.get(id(tensors[0]))
         if known is None:
             layers = [operator_for(spec, *pair) for spec, *pair in zip(specs, tensors, tensors[half:], strict=False)]
-            known = _remember(choirs, tensors[0], _choir_of(layers, chained))
+            known = _remember(groups, tensors[0], _frozen_group_of(layers, chained))
         ys = known.answer(x, tensors)
         if ys is not None:
             return ys
@@ -203,12 +205,12 @@ def choir(members: Sequence[tuple[Spec, Operator]], chained: bool) -> tuple[Call
             made.append(single(x, weight, bias, *made[-1:] if chained else ()))
         return made[-1] if chained else tuple(made)
 
-    return linears, choirs
+    return linears, groups
 
 
-def _choir_of(layers: Sequence[Operator], chained: bool) -> Choir:
+def _frozen_group_of(layers: Sequence[Operator], chained: bool) -> FrozenGroup:
     panels = [panels for layer in layers if (panels := _held(layer)) is not None]
-    return Choir(layers, panels, chained)
+    return FrozenGroup(layers, panels, chained)
 
 
 def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...], gate: Activation | None = None) -> Any:

@@ -30,7 +30,7 @@ from fastlinear.graph.options import Options
 from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, gate_of, product_at
 from fastlinear.graph.story import Story
 from fastlinear.layer.frozen import is_frozen
-from fastlinear.layer.stack import why_not_in_chorus, why_not_together
+from fastlinear.layer.stack import why_not_frozen_group, why_not_together
 from fastlinear.spec.formats import DTYPES, name_of
 
 
@@ -215,7 +215,7 @@ class Rewriter:
             return False
         layers = [layer for *_, layer in (inner, outer)]
         if any(map(is_frozen, layers)):
-            return why_not_in_chorus(layers) is None and layers[0].out_features == layers[1].out_features
+            return why_not_frozen_group(layers) is None and layers[0].out_features == layers[1].out_features
         return why_not_together(self._bare(outer, inner), gated=True) is None
 
     @staticmethod
@@ -250,9 +250,9 @@ class Rewriter:
     def _place_chain(self, outer: Any, inner: Any) -> operators.Layers:
         """A gate of frozen layers: the outer one reads, tile by tile, what the inner one makes."""
         members = [inner, outer]
-        function, choirs = operators.choir([(spec, layer) for _, spec, layer in members], chained=True)
+        function, groups = operators.frozen_group([(spec, layer) for _, spec, layer in members], chained=True)
         self._finish_gate(function, members, outer, inner, f"one call of {_named(inner, outer)}")
-        return choirs
+        return groups
 
     def _finish_gate(self, function: Any, members: Sequence[Any], outer: Any, inner: Any, what: str) -> None:
         products = [product for product, *_ in members]
@@ -280,7 +280,7 @@ class Rewriter:
             return False
         layers = [layer for *_, layer in members]
         frozen = any(map(is_frozen, layers))
-        reason = why_not_in_chorus(layers) if frozen else why_not_together(layers)
+        reason = why_not_frozen_group(layers) if frozen else why_not_together(layers)
         if frozen and any(product.operands for product, *_ in members):
             reason = "one of them has an operand"
         if reason is None and len({id(layer) for layer in layers}) < len(layers):
@@ -330,7 +330,7 @@ class Rewriter:
         spec = members[0][1]._replace(name=_common(names))
         frozen, what = is_frozen(members[0][2]), _named(*members)
         if frozen:
-            function, stacks = operators.choir([(spec, layer) for _, spec, layer in members], chained=False)
+            function, stacks = operators.frozen_group([(spec, layer) for _, spec, layer in members], chained=False)
         else:
             function, stacks = operators.group(spec, [layer for *_, layer in members])
         args = (self._now(products[0].x), *(p.weight for p in products), *(p.bias for p in products))

@@ -151,9 +151,9 @@ def why_not_together(layers: Sequence[Any], gated: bool = False) -> str | None:
     return None
 
 
-def why_not_in_chorus(layers: Sequence[Any]) -> str | None:
+def why_not_frozen_group(layers: Sequence[Any]) -> str | None:
     """Why frozen layers, each on its own pack, cannot answer in one call; None if they can."""
-    if not 2 <= len(layers) <= _siblings.MOST_VOICES:
+    if not 2 <= len(layers) <= _siblings.MAX_FROZEN:
         return f"there are {len(layers)}"
     first = layers[0]
     for layer in layers:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlinear
-from fastlinear._siblings import Choir
+from fastlinear._siblings import FrozenGroup
 from fastlinear.graph import backend
 from fastlinear.graph.expansions import EXPANSIONS
 from fastlinear.graph.patterns import COMPOSITES
@@ -359,7 +359,7 @@ def test_siblings(name: str) -> None:
     assert any("one product of" in node.why for node in nodes(fast)) == together, nodes(fast)
 
 
-CHORUSES: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
+FROZEN_GROUPS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
     "siblings": (lambda m, x: (m.a(x), m.b(x).relu(), m.c(x)), True),
     "a gate": (lambda m, x: F.silu(m.a(x)) * m.b(x), True),
     "a gate that is opened last": (lambda m, x: m.b(x) * F.silu(m.a(x)), True),
@@ -376,12 +376,12 @@ FROZEN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FROZEN)
-@pytest.mark.parametrize("name", CHORUSES)
+@pytest.mark.parametrize("name", FROZEN_GROUPS)
 def test_frozen_layers_answer_in_one_call(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen layers on one x are one call, each on the pack that it has, with the bits that each has alone, on any
     number of rows and threads; and alone they are where somebody watches, or other parameters come."""
     monkeypatch.setenv("FASTLINEAR_AUTOTUNE", "0")
-    function, together = CHORUSES[name]
+    function, together = FROZEN_GROUPS[name]
     net = fastlinear.convert(Net(function, width=48), freeze=True, **FROZEN[form])
     fast = compiled(net)
     with torch.inference_mode():
@@ -393,20 +393,20 @@ def test_frozen_layers_answer_in_one_call(name: str, form: str, monkeypatch: pyt
             torch.testing.assert_close(fast(x), alone, rtol=0, atol=0)
     assert any(node.why.startswith("one call of") for node in nodes(fast)) == together
     graph = fastlinear.report(fast).graphs[0]
-    choirs = [each for layers in graph._products for each in layers.values() if isinstance(each, Choir)]
-    assert bool(choirs) == together
-    for choir in choirs:
-        x, given = torch.randn(1, 48), (*choir.panels, *(layer.bias for layer in choir.layers))
+    groups = [each for layers in graph._products for each in layers.values() if isinstance(each, FrozenGroup)]
+    assert bool(groups) == together
+    for group in groups:
+        x, given = torch.randn(1, 48), (*group.panels, *(layer.bias for layer in group.layers))
         with torch.inference_mode():
-            assert choir.answer(x, given) is not None  # not one by one, above
-            assert choir.answer(x[:, 1:], given) is None
-            assert choir.answer(x, (given[0].clone(), *given[1:])) is None
-            assert choir.answer(x, given[1:]) is None
+            assert group.answer(x, given) is not None  # not one by one, above
+            assert group.answer(x[:, 1:], given) is None
+            assert group.answer(x, (given[0].clone(), *given[1:])) is None
+            assert group.answer(x, given[1:]) is None
             with torch.profiler.profile():
-                assert choir.answer(x, given) is None
-        assert choir.answer(x.requires_grad_(), given) is None
+                assert group.answer(x, given) is None
+        assert group.answer(x.requires_grad_(), given) is None
         monkeypatch.setenv("FASTLINEAR_DISABLE", "1")
-        assert choir.answer(torch.randn(1, 48), given) is None
+        assert group.answer(torch.randn(1, 48), given) is None
         monkeypatch.delenv("FASTLINEAR_DISABLE")
 
 
