@@ -145,10 +145,16 @@ inline constexpr std::ptrdiff_t kFewRows = 2;
   return std::memcmp(integers, next, sizeof next) == 0;
 }
 
-// What sums begin with, where weights are codes, which lie -first higher than the first number of the table.
-[[gnu::always_inline]] inline std::int32_t even_start(std::int32_t biased, std::int32_t first) {
-  return (biased >> 7) * -first;
-}
+// The Even of what an Op of int4 begins as: `Half` has its layout and its add, and halves(p), the codes there.
+template <class Half, class I>
+struct EvenDots : Half {
+  std::int32_t first;
+
+  explicit EvenDots(const ScaledGroups& how) : first(how.integers[0]) {}
+  static typename Half::Weights weights(const char* p) { return Half::halves(p); }
+  // Codes lie -first higher than the numbers of the table.
+  typename Half::Sum start(std::int32_t biased) const { return I::set((biased >> 7) * -first).v; }
+};
 
 // What kernels::row makes a kernel of.
 template <class V, class Op>

@@ -34,15 +34,12 @@ struct SignedDots {
   static I32 sums(Sum c) { return {c}; }
 };
 
-// Codes are magnitudes then, and four products of up to 15 * 127 an int16.
-struct EvenDots : SignedDots {
+// Of codes that are weights: magnitudes, and four products of up to 15 * 127 an int16.
+struct HalfDots : SignedDots {
   static constexpr Layout layout = Int4::layout;
   using Weights = Nibbles;
-  std::int32_t first;
 
-  explicit EvenDots(const ScaledGroups& how) : first(how.integers[0]) {}
-  static Weights weights(const char* p) { return halves(p); }
-  Sum start(std::int32_t biased) const { return _mm256_set1_epi32(dots::even_start(biased, first)); }
+  static Weights halves(const char* p) { return avx2::halves(p); }
   static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
     __m256i x, y;
     asm("vpbroadcastd %5, %1\n\tvpbroadcastd %6, %2\n\tvpmaddubsw %1, %3, %1\n\tvpmaddubsw %2, %4, %2\n\t"
@@ -56,7 +53,7 @@ struct EvenDots : SignedDots {
 
 struct CodeDots : SignedDots {
   static constexpr Layout layout = Int4::layout;
-  using Even = EvenDots;
+  using Even = dots::EvenDots<HalfDots, I32>;
   using Weights = Nibbles;
   __m256i table;
 

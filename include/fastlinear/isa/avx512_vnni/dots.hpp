@@ -42,6 +42,7 @@ struct HalfDots : BiasedDots {
   using Weights = avx512::Nibbles;
   using Row = Weights;
 
+  static Weights halves(const char* p) { return avx512::halves(p); }
   static Row row(const std::int8_t* a) { return {four(a), four(a + 4)}; }
   static Sum add(Sum c, const Weights& w, const Row& x) {
     asm("vpdpbusd %3, %1, %0\n\tvpdpbusd %4, %2, %0" : "+v"(c) : "v"(w.low), "v"(w.high), "v"(x.low), "v"(x.high));
@@ -49,16 +50,8 @@ struct HalfDots : BiasedDots {
   }
 };
 
-struct EvenDots : HalfDots {
-  std::int32_t first;
-
-  explicit EvenDots(const ScaledGroups& how) : first(how.integers[0]) {}
-  static Weights weights(const char* p) { return avx512::halves(p); }
-  Sum start(std::int32_t biased) const { return _mm512_set1_epi32(dots::even_start(biased, first)); }
-};
-
 struct CodeDots : HalfDots {
-  using Even = EvenDots;
+  using Even = dots::EvenDots<HalfDots, avx512::I32>;
   __m512i table;
 
   explicit CodeDots(const ScaledGroups& how) : table(biased(avx512::byte_table(how.integers))) {}

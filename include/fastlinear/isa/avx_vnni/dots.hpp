@@ -30,6 +30,7 @@ struct HalfDots : BiasedDots {
   static constexpr Layout layout = Int4::layout;
   using Weights = avx2::Nibbles;
 
+  static Weights halves(const char* p) { return avx2::halves(p); }
   static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
     __m256i x;
     asm("vpbroadcastd %4, %1\n\t%{vex%} vpdpbusd %1, %2, %0\n\t"
@@ -41,16 +42,8 @@ struct HalfDots : BiasedDots {
   }
 };
 
-struct EvenDots : HalfDots {
-  std::int32_t first;
-
-  explicit EvenDots(const ScaledGroups& how) : first(how.integers[0]) {}
-  static Weights weights(const char* p) { return avx2::halves(p); }
-  Sum start(std::int32_t biased) const { return _mm256_set1_epi32(dots::even_start(biased, first)); }
-};
-
 struct CodeDots : HalfDots {
-  using Even = EvenDots;
+  using Even = dots::EvenDots<HalfDots, avx2::I32>;
   __m256i table;
 
   explicit CodeDots(const ScaledGroups& how) : table(biased(avx2::byte_table(how.integers))) {}
