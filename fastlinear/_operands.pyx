@@ -4,7 +4,7 @@
 
 import torch
 
-from fastlinear._plans cimport MEETS, MISSES, COperand, Meeting, meet
+from fastlinear._plans cimport MEETS, MISSES, Bias, COperand, Meeting, meet
 from fastlinear._tensors cimport View, is_float, look_at
 
 cdef object Tensor = torch.Tensor
@@ -15,6 +15,23 @@ cdef object is_neg = torch.Tensor.is_neg  # bound here, which saves 30 ns of loo
 # A subclass may mean another thing than its memory says.
 cdef bint is_plain(object tensor):
     return type(tensor) is Tensor or type(tensor) is Parameter
+
+
+# Whether the memory of a tensor of floats means what it says.
+cdef bint is_readable(object tensor, View* v) except -1:
+    return is_plain(tensor) and look_at(tensor, v) and is_float(v.format) and not is_neg(tensor)
+
+
+# A number for each of n channels, as kernels take them, or none; False for a tensor that is none of these.
+cdef bint read_channels(object tensor, ptrdiff_t n, Bias* to) except -1:
+    cdef View v
+    to.data = NULL
+    if tensor is None:
+        return True
+    if not is_readable(tensor, &v) or v.ndim != 1 or v.shape[0] != n or (v.stride[0] != 1 and n > 1):
+        return False
+    to.data, to.format = v.data, v.format
+    return True
 
 
 cdef bint are_plain(tuple tensors):
@@ -39,7 +56,7 @@ cdef list laid(View* x, tuple operands, ptrdiff_t columns, COperand* beside):
     cdef list held = []
     for i in range(len(operands)):
         operand = operands[i]
-        if not (is_plain(operand) and look_at(operand, &t) and is_float(t.format)) or is_neg(operand):
+        if not is_readable(operand, &t):
             return None
         how = meet(&t, x, columns, &beside[i])
         if how == MISSES:

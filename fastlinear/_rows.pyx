@@ -9,13 +9,11 @@ from libc.stdint cimport int8_t, int32_t
 from libcpp cimport bool as cbool
 
 from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
-from fastlinear._plans cimport GROUPS, Bias, RowQuantizer
+from fastlinear._operands cimport is_readable, read_channels
+from fastlinear._plans cimport GROUPS, RowQuantizer
 from fastlinear._products cimport IntegersProblem, NormProblem, OutRows, make_integers, make_norm, pool_size
-from fastlinear._tensors cimport Matrix, View, as_rows, is_float, look_at
+from fastlinear._tensors cimport Matrix, View, as_rows, look_at
 
-cdef object Tensor = torch.Tensor
-cdef object Parameter = torch.nn.Parameter
-cdef object is_neg = torch.Tensor.is_neg
 cdef object empty = torch.empty
 cdef object empty_like = torch.empty_like
 cdef object int8 = torch.int8
@@ -27,30 +25,12 @@ cdef enum:
     LARGE = 1 << 17
 
 
-# The memory of a tensor that means what its memory says.
-cdef bint plain(object tensor, View* v) except -1:
-    if type(tensor) is not Tensor and type(tensor) is not Parameter:
-        return False
-    return look_at(tensor, v) and is_float(v.format) and not is_neg(tensor)
-
-
 # The rows of `tensor`, [..., n]; where they are not a constant stride apart, those of a copy, which is returned.
 cdef object rows_of(object tensor, View* v, Matrix* rows):
     if as_rows(v, rows):
         return tensor
     tensor = tensor.contiguous()
-    return tensor if plain(tensor, v) and as_rows(v, rows) else None
-
-
-cdef bint channels(object tensor, ptrdiff_t n, Bias* to) except -1:
-    cdef View v
-    to.data = NULL
-    if tensor is None:
-        return True
-    if not plain(tensor, &v) or v.ndim != 1 or v.shape[0] != n or (v.stride[0] != 1 and n > 1):
-        return False
-    to.data, to.format = v.data, v.format
-    return True
+    return tensor if is_readable(tensor, v) and as_rows(v, rows) else None
 
 
 def norm(
@@ -73,7 +53,7 @@ def norm(
     cdef int i
     cdef cbool done
     cdef bint keep_sum
-    if not plain(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] == 0:
+    if not is_readable(x, &v) or v.ndim == 0 or v.shape[v.ndim - 1] == 0:
         return None
     x = rows_of(x, &v, &rows)
     if x is None:
@@ -82,7 +62,7 @@ def norm(
     p.x.data, p.x.stride, p.x.format = rows.data, rows.stride, rows.format
     p.residual.data = p.sum.data = NULL
     if residual is not None:
-        if not plain(residual, &w) or w.ndim != v.ndim:
+        if not is_readable(residual, &w) or w.ndim != v.ndim:
             return None
         for i in range(v.ndim):
             if w.shape[i] != v.shape[i]:
@@ -91,7 +71,7 @@ def norm(
         if residual is None:
             return None
         p.residual.data, p.residual.stride, p.residual.format = others.data, others.stride, others.format
-    if not channels(weight, p.n, &p.weight) or not channels(bias, p.n, &p.bias):
+    if not read_channels(weight, p.n, &p.weight) or not read_channels(bias, p.n, &p.bias):
         return None
     p.eps, p.offset, p.centered = eps, offset, centered
     over = over and is_dense(&v)
@@ -140,7 +120,7 @@ cdef tuple integers(object x, RowQuantizer how, str isa):
     cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
     cdef ptrdiff_t threads = pool_size()
     cdef cbool done
-    if not plain(x, &v) or v.ndim != 2 or v.shape[1] == 0:
+    if not is_readable(x, &v) or v.ndim != 2 or v.shape[1] == 0:
         return None
     x = rows_of(x, &v, &rows)
     if x is None:

@@ -10,12 +10,10 @@ from fastlinear._calls cimport put_in_slot, quiet, stock_call
 from fastlinear._engine cimport Engine
 from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
-from fastlinear._operands cimport is_plain, new_output
-from fastlinear._plans cimport (
-    Bias, COperand, CPlan, Plan, Problem, Segment, Segments, answers, bucket_of
-)
+from fastlinear._operands cimport is_plain, is_readable, new_output, read_channels
+from fastlinear._plans cimport COperand, CPlan, Plan, Problem, Segment, Segments, answers, bucket_of
 from fastlinear._products cimport answer_together, pool_size
-from fastlinear._tensors cimport FP32, Matrix, View, as_rows, is_float, look_at
+from fastlinear._tensors cimport FP32, Matrix, View, as_rows, look_at
 from fastlinear._timing cimport is_timed, monotonic
 from fastlinear._weights cimport Packed
 
@@ -146,8 +144,6 @@ cdef enum:
 
 MAX_FROZEN = FROZEN_LIMIT
 
-cdef object is_neg = torch.Tensor.is_neg
-
 
 cdef class FrozenGroup:
     """Frozen layers on one input as one call, each on its own pack; 2 us and 0.5 for each of them.
@@ -197,12 +193,13 @@ cdef class FrozenGroup:
         cdef Problem[FROZEN_LIMIT] problems
         cdef Segment[FROZEN_LIMIT] outs
         cdef COperand[FROZEN_LIMIT] beside
+        cdef bint given
         cdef list ys = []
         if len(parameters) != 2 * count or not is_plain(x) or mode_of_call() is not None or disabled() or is_timed():
             return None
         if gradients() and x.requires_grad:
             return None
-        if not look_at(x, &v) or not is_float(v.format) or is_neg(x) or not as_rows(&v, &rows) or rows.m == 0:
+        if not is_readable(x, &v) or not as_rows(&v, &rows) or rows.m == 0:
             return None
         threads = pool_size()
         cdef tuple engines = tuple([self.engine_of(i) for i in range(count)])
@@ -230,7 +227,10 @@ cdef class FrozenGroup:
                 return None
             if not answers(chosen, packed, engine.rows, v.format):
                 return None
-            if not bias_of(parameters[count + i], packed, &problems[i].bias):
+            if not read_channels(parameters[count + i], packed.n, &problems[i].bias):
+                return None
+            given = problems[i].bias.data != NULL
+            if given and <int> problems[i].bias.format != FP32 and <int> packed.shape.format == FP32:
                 return None
             work += rows.m * packed.n * packed.k
         for i in range(count):
@@ -258,20 +258,6 @@ cdef class FrozenGroup:
             plan.k_slices = 1
         answer_together(problems, count, plan, self.chained)
         return ys[count - 1] if self.chained else tuple(ys)
-
-
-# A bias as the kernels take it, or none.
-cdef bint bias_of(object bias, Packed packed, Bias* found) except -1:
-    cdef View v
-    found.data = NULL
-    if bias is None:
-        return True
-    if not is_plain(bias) or is_neg(bias) or not look_at(bias, &v) or not is_float(v.format):
-        return False
-    if v.ndim != 1 or v.shape[0] != packed.n or (v.stride[0] != 1 and packed.n > 1):
-        return False
-    found.data, found.format = v.data, v.format
-    return <int> v.format == FP32 or <int> packed.shape.format != FP32
 
 
 cdef object quick_group(object group, object args, PyObject* options):
