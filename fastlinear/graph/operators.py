@@ -94,9 +94,8 @@ def why_not(spec: Spec, layer: Operator) -> str | None:
     return None if spec.form is not None else fitness.why_not(layer, spec.asked, spec.name)
 
 
-Layers: TypeAlias = dict[
-    int, Any
-]  # what a function runs, Operators, Stacks or FrozenGroups, by the id of the first weight
+# What a function runs, Operators, Stacks or FrozenGroups, by the id of the first weight.
+Layers: TypeAlias = dict[int, Any]
 
 
 def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -19,6 +19,7 @@ from torch import fx
 
 import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
+import fastlinear.graph.masks as masks
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 import fastlinear.graph.remembered as remembered
@@ -76,9 +77,9 @@ class Rewriter:
             caches.absorb(self.graph, self.story, self.options.tune)
             rounds = self.options.products is torch.bfloat16
             attention.absorb(self.graph, self.story, self.options.tune, rounds)
-            tidying.take_whole(self.graph, self.story)
+            masks.take_whole(self.graph, self.story)
             tidying.keep_constants(self.capture.module, self.story)
-            tidying.drop_true(self.capture.module, self.story)
+            masks.drop_true(self.capture.module, self.story)
             remembered.remember(self.capture, self.story)
         self.graph.lint()
         return layers

@@ -42,6 +42,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from fastlinear.plan.estimates import Score, estimate, middle, minus, share
+
 _log = logging.getLogger("fastlinear")
 
 PASSES = 8  # what the promise asks of the caller's list of candidates
@@ -68,7 +70,6 @@ BEATEN = math.log(1.2)  # by another's best calls
 WAKE = (
     20e-6  # seconds; several threads save less than this, and lose some 100 us to 10 ms at the first calls of a burst
 )
-PRIOR_NOISE, PRIOR_WEIGHT = 0.03, 2  # spread of a paired log ratio assumed beforehand, and the observations it is worth
 
 
 class Candidate(NamedTuple):
@@ -87,10 +88,6 @@ class Verdict(NamedTuple):
     seconds: float
     busy: bool = False  # True: others had the CPUs, or so it seems, and nothing here is believed; the baseline stays
     spread: float = 0.0  # the speed-up is believed to be within this share of itself, 95 %; 0 where the baseline stays
-
-
-Score = tuple[float, ...]  # log seconds, cold and hot or one of them; or the difference of two such, a log ratio
-Estimate = tuple[float, float]  # center and standard error, widened as Student's t widens for few observations
 
 
 @dataclass(eq=False)
@@ -117,43 +114,16 @@ def _lead(a: _Runner, b: _Runner) -> float:
     return math.log(b.call / a.call)
 
 
-def _minus(a: Score, b: Score) -> Score:
-    return tuple(x - y for x, y in zip(a, b, strict=True))
-
-
-def _middle(values: Sequence[float]) -> Estimate:
-    """The interquartile mean and its error from the winsorised variance (Tukey and McLaughlin 1963).
-
-    As deaf to spikes as the median, yet useful where a frequency has two modes and the median jumps between them.
-    The prior noise keeps two values that agree by chance from passing for certainty.
-    """
-    n = len(values)
-    cut = (n + 1) // 4
-    kept = sorted(values)[cut : n - cut]
-    center = sum(kept) / len(kept)
-    squares = sum((v - center) ** 2 for v in kept) + cut * ((kept[0] - center) ** 2 + (kept[-1] - center) ** 2)
-    squares *= (n / len(kept)) ** 2
-    variance = (squares + PRIOR_WEIGHT * PRIOR_NOISE**2) / (n - 1 + PRIOR_WEIGHT)
-    widening = 1 + 1 / (len(kept) - 1 + PRIOR_WEIGHT)
-    return center, widening * math.sqrt(variance / n)
-
-
-def estimate(scores: Sequence[Score]) -> Estimate:
-    """The mean of the middles of hot and cold, each estimated alone so that a spike in one spoils only that one."""
-    centers, errors = zip(*(_middle(column) for column in zip(*scores, strict=True)), strict=True)
-    return sum(centers) / len(centers), math.hypot(*errors) / len(errors)
-
-
 def _behind(runner: _Runner, leader: _Runner) -> list[Score]:
     """Log ratios runner / leader in the rounds that both ran."""
-    return [_minus(a, b) for a, b in zip(runner.scores, leader.scores, strict=False)]
+    return [minus(a, b) for a, b in zip(runner.scores, leader.scores, strict=False)]
 
 
 def _ranked(live: Sequence[_Runner]) -> list[_Runner]:
     """Best first. Each round's median is subtracted first: one sweep of Tukey's median polish, against drift."""
     rounds = zip(*(r.scores for r in live), strict=True)
     levels = [tuple(sorted(column)[len(live) // 2] for column in zip(*row, strict=True)) for row in rounds]
-    return sorted(live, key=lambda r: estimate([_minus(s, v) for s, v in zip(r.scores, levels, strict=True)]))
+    return sorted(live, key=lambda r: estimate([minus(s, v) for s, v in zip(r.scores, levels, strict=True)]))
 
 
 def _clear(losses: Sequence[Score]) -> bool:
@@ -320,7 +290,7 @@ def _is_disturbed(gains: Sequence[Score], challenger: _Runner, baseline: _Runner
         return False
     if len(gains) < FEW_PAIRS:
         both = (zip(zip(*r.scores, strict=True), r.best, strict=False) for r in (challenger, baseline))
-        return any(_middle(column)[0] - best > UNSTEADY for each in both for column, best in each)
+        return any(middle(column)[0] - best > UNSTEADY for each in both for column, best in each)
     return abs(estimate(gains)[0] - _lead(challenger, baseline)) > UNSTEADY
 
 
@@ -392,7 +362,7 @@ def choose(
         decided = gain + CONFIDENT * error < TOLERANCE
         if gain > CONFIDENT * error if len(gains) >= FEW_PAIRS else _clear(gains):
             chosen, speedup, decided = challenger, math.exp(min(gain, _lead(challenger, base) + SPREAD)), True
-            spread = _share(error)
+            spread = share(error)
         raced = _behind(base, challenger)
         busy = busy or duel.disturbed or _refutes(raced, chosen is challenger)
     if busy or any(_lead(r, chosen) > BEATEN for r in runners if not r.failed):
@@ -421,9 +391,4 @@ def compare(
     if not duel.gains or duel.disturbed:
         return None
     gain, error = estimate(duel.gains)
-    return math.exp(gain), _share(error)
-
-
-def _share(error: float) -> float:
-    """What a standard error of a log ratio makes of the ratio, with 95 % confidence to both sides."""
-    return math.expm1(1.96 * error)
+    return math.exp(gain), share(error)
