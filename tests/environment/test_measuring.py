@@ -3,6 +3,7 @@
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from fastlinear.plan.problem import Problem
 
 
 class Clock:
-    """Of a process: time passes where a measurement says so."""
+    """Of a process: time passes where a measurement says so. It begins with the real one, which layers compare with."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = time.monotonic()
 
     def __call__(self) -> float:
         return self.now
