@@ -13,7 +13,7 @@ import numpy as np
 from timing import Call
 
 _F32, _Q4_0, _BLOCK = 0, 2, 32  # ggml_type, and the k of a block
-_SILENCE = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)(lambda level, text, of: None)
+SILENCE = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)(lambda level, text, of: None)
 _REPACKED = "_Z35ggml_backend_cpu_repack_buffer_typev"  # a C++ function, the only one
 
 
@@ -49,7 +49,7 @@ def library() -> Any:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    lib.ggml_log_set(_SILENCE, None)
+    lib.ggml_log_set(SILENCE, None)
     return lib
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import fastlinear
 
@@ -22,6 +23,8 @@ sys.path.insert(0, str(FOLDER))
 import attainable  # noqa: E402
 import bars  # noqa: E402
 import compare  # noqa: E402
+import generation  # noqa: E402
+import gguf_files  # noqa: E402
 import peers  # noqa: E402
 import remote  # noqa: E402
 import shapes  # noqa: E402
@@ -280,6 +283,26 @@ def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
         for rival in rivals:
             rival.layers(layer, copies=2)
         peers.check({rival.name: rival.bind(x, 64) for rival in rivals}, form, layer, x)
+
+
+@pytest.mark.skipif(not (remote.FOLDER / remote.PINS.name).exists(), reason="`bench.py --peers` makes .venv-peers")
+def test_llama_cpp_and_the_backend_write_the_same_text(tmp_path: Path) -> None:
+    """A random Llama, whose file both read, and neither times anything else than its answer."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    gguf_files.write(tmp_path / "random.gguf", "F16", config)
+    ways = [generation.contestant(way, tmp_path / "random.gguf", 32, 1) for way in ("fp32 rows", generation.RIVAL)]
+    try:
+        found = generation.compare(ways, prompt=[3, 1, 4, 1, 5], tokens=8, seconds=0.0)
+    finally:
+        for each in ways:
+            each.close()
+    ours, theirs = found.values()
+    assert len(ours["answer"]) == 8 and ours["answer"] == theirs["answer"]
+    assert ours["rounds"] == theirs["rounds"] == generation.LEAST
+    assert all(each[key] > 0 for each in (ours, theirs) for key in ("prompt_s", "token_s"))
 
 
 def test_every_goal_speaks_of_a_rival_that_is_measured() -> None:
