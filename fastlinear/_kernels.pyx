@@ -234,6 +234,8 @@ cdef Layout parse_layout(str layout) except *:
         raise ValueError(f"no kernel reads layout {layout!r}; there are {sorted({row['layout'] for row in kernels()})}")
     cdef Layout shape = k.layout
     if format_at(<size_t> shape.format).grouped:
+        ordered = scaled.endswith(":ordered")
+        scaled = scaled.removesuffix(":ordered")
         offsets = scaled.endswith(":offsets")
         size, _, scales = scaled.removesuffix(":offsets").partition(":")
         if size not in map(str, GROUP_SIZES) or scales not in SCALES.values():
@@ -244,7 +246,8 @@ cdef Layout parse_layout(str layout) except *:
                              f"{'32 k' if scales == 'uint6' else f'at most {SUPER} k'}")
         names = all_formats()
         at = names.index(scales)
-        shape.groups.size, shape.groups.scales, shape.groups.offsets = int(size), <Format> <int> at, offsets
+        shape.groups.size, shape.groups.scales = int(size), <Format> <int> at
+        shape.groups.offsets, shape.groups.ordered = offsets, ordered
     elif scaled:
         raise ValueError(f"layout {layout!r} has no groups: {base!r}")
     return shape

@@ -5,6 +5,7 @@
 import torch
 
 from cpython.object cimport PyObject
+from libc.string cimport memcmp
 
 from fastlinear._calls cimport put_in_slot, quiet, stock_call
 from fastlinear._engine cimport Engine
@@ -222,6 +223,9 @@ cdef class FrozenGroup:
             if self.panels[i] is not parameters[i] or v.shape[v.ndim - 1] != packed.k:
                 return None
             if packed.layout != first.layout or self.chained and packed.n != first.n:
+                return None
+            if packed.shape.groups.ordered and (packed.k != first.k or memcmp(
+                    packed.read().order, first.read().order, 4 * <size_t> packed.k) != 0):
                 return None
             if <int> v.format != FP32 and <int> packed.shape.format == FP32:
                 return None

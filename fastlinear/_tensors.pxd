@@ -26,6 +26,7 @@ cdef extern from "fastlinear/formats/all.hpp" namespace "fastlinear" nogil:
         ptrdiff_t size
         Format scales
         cbool offsets
+        cbool ordered
     ctypedef struct Layout:
         Format format
         ptrdiff_t nr

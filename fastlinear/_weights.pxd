@@ -33,6 +33,7 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
         const float* scales
         const int32_t* sums
         const int32_t* zeros
+        const int32_t* order
     ptrdiff_t panels_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t packed_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t channel_arrays(Format)
@@ -59,8 +60,9 @@ cdef class Packed:
     cdef object __weakref__
     cdef int name_layout(self, str layout, ptrdiff_t n, ptrdiff_t k) except -1
     cdef int pack_codes(self, WeightView codes, object scale, object zero, object table, object offset,
-                        object supers) except -1
+                        object supers, object order) except -1
     cdef int find(self, const char* panels, bint zeros) except -1
+    cdef int check_order(self) except -1
     cdef Weight* read(self) noexcept
     cdef object of_groups(self, const char* values)
     cdef int lay(self, const char* to, object scales, object supers) except -1

@@ -27,6 +27,7 @@ class Packed:
     table: Tensor | None
     offset: Tensor | None
     supers: Tensor | None
+    order: Tensor | None
     def __init__(
         self,
         weight: Tensor,
@@ -36,6 +37,7 @@ class Packed:
         table: Tensor | None = None,
         offset: Tensor | None = None,
         supers: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> None: ...
     @classmethod
     def over(cls: type[_P], data: Any, layout: str, n: int, k: int) -> _P: ...

@@ -130,7 +130,8 @@ cdef class Packed:
     offset, or int8 ("int8g/32x4:16:fp16") and stands for scale * weight + offset: `table` fp32 [16], `scale` and
     `offset`, or None for 0, [n, groups] in the layout's format. Where that is of integers, int8 or uint6 (uint8 up to
     63), those are to be multiplied by `supers`, fp16 [n, ceil(k / 256)], behind which in each row stand as many for the
-    offsets, if there are any.
+    offsets, if there are any. Where it ends in ":ordered", column j multiplies the column order[j] of x, int32 [k], in
+    which each stands once.
     Raises TypeError or ValueError where the weight or the layout is not one the kernels read, MemoryError for want of
     memory.
 
@@ -138,7 +139,8 @@ cdef class Packed:
     may outlive the pack, and whose memory may move without harm; `scale` and `zero` are copies.
     """
 
-    def __init__(self, weight, str layout not None, scale=None, zero=None, table=None, offset=None, supers=None):
+    def __init__(self, weight, str layout not None, scale=None, zero=None, table=None, offset=None, supers=None,
+                 order=None):
         cdef View w = need(weight, "weight", integers=True)
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
@@ -147,9 +149,9 @@ cdef class Packed:
             raise TypeError(f"layout {layout!r} holds {self.dtype}, the weight is {weight.dtype}")
         cdef ptrdiff_t arrays = channel_arrays(self.shape.format)
         if self.grouped:
-            self.pack_codes(as_weight(&w), scale, zero, table, offset, supers)
+            self.pack_codes(as_weight(&w), scale, zero, table, offset, supers, order)
             return
-        if table is not None or offset is not None or supers is not None:
+        if table is not None or offset is not None or supers is not None or order is not None:
             raise ValueError(f"layout {layout!r} holds no groups")
         if arrays > 0:
             scale = need_vector(scale, torch.float32, self.n, "scale")
@@ -176,7 +178,7 @@ cdef class Packed:
         self.layout, self.n, self.k = layout, n, k
         return 0
 
-    cdef int pack_codes(self, WeightView codes, scale, zero, table, offset, supers) except -1:
+    cdef int pack_codes(self, WeightView codes, scale, zero, table, offset, supers, order) except -1:
         cdef Groups groups = self.shape.groups
         cdef tuple shape = (self.n, (self.k + groups.size - 1) // groups.size)
         two_level = is_two_level(groups.scales)
@@ -184,6 +186,8 @@ cdef class Packed:
             raise ValueError(f"layout {self.layout!r} holds offsets, not zero points")
         if (offset is None) == groups.offsets:
             raise ValueError(f"layout {self.layout!r} holds {'' if groups.offsets else 'no '}offsets")
+        if (order is None) == groups.ordered:
+            raise ValueError(f"layout {self.layout!r} holds {'an' if groups.ordered else 'no'} order of columns")
         if (supers is None) == two_level:
             raise ValueError(f"layout {self.layout!r} holds {'' if two_level else 'no '}scales of two levels")
         scale = need_groups(scale, dtype_of(<size_t> groups.scales), shape, "scale")
@@ -207,6 +211,16 @@ cdef class Packed:
             self.lay(self.weight.groups.offsets, offset, None if supers is None else supers[:, 1])
         if table is not None:
             memcpy(<void*> self.weight.groups.table, <const void*> <size_t> table.data_ptr(), 64)
+        if order is not None:
+            order = need_vector(order, torch.int32, self.k, "order")
+            memcpy(<void*> self.weight.order, <const void*> <size_t> order.data_ptr(), 4 * <size_t> self.k)
+            self.check_order()
+        return 0
+
+    # Kernels follow it into the rows of x.
+    cdef int check_order(self) except -1:
+        if self.shape.groups.ordered and not torch.equal(self.order.sort()[0], torch.arange(self.k, device="cpu")):
+            raise ValueError(f"the order of columns names other ones than the {self.k} of x, each once")
         return 0
 
     cdef bint weight_has_table(self) noexcept:
@@ -262,6 +276,7 @@ cdef class Packed:
                              f"bytes at {<size_t> panels % 64} beyond one")
         packed.name_layout(layout, n, k)
         packed.find(panels, True)
+        packed.check_order()
         return packed
 
     @property
@@ -335,6 +350,15 @@ cdef class Packed:
             return None
         copy = torch.empty(16, dtype=torch.float32, device="cpu")
         memcpy(<void*> <size_t> copy.data_ptr(), self.weight.groups.table, 64)
+        return copy
+
+    @property
+    def order(self):
+        """The columns of x that those of a weight in groups multiply, int32 [k]; None where they have the same."""
+        if not self.shape.groups.ordered:
+            return None
+        copy = torch.empty(self.k, dtype=torch.int32, device="cpu")
+        memcpy(<void*> <size_t> copy.data_ptr(), self.weight.order, 4 * <size_t> self.k)
         return copy
 
     @property

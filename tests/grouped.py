@@ -19,8 +19,8 @@ def small(dtype: torch.dtype, n: int, groups: int) -> Tensor:
     return torch.randint(-128, 128, (n, groups)).to(dtype) if dtype is torch.int8 else torch.randn(n, groups).to(dtype)
 
 
-def coded(n: int, k: int, coding: Coding) -> Coded:
-    """A weight of random codes, scales and offsets."""
+def coded(n: int, k: int, coding: Coding, ordered: bool = False) -> Coded:
+    """A weight of random codes, scales and offsets, and of columns in a random order."""
     groups, supers = -(-k // coding.group), None
     if coding.scales in (torch.int8, torch.uint8):
         supers = (torch.randn(n, (1 + coding.offsets) * -(-k // _tensors.SUPER)) / 32).half()
@@ -30,8 +30,9 @@ def coded(n: int, k: int, coding: Coding) -> Coded:
         table = torch.tensor(coding.table)
     else:
         codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
-    return Coded(codes, scale, table, coding.group, offset if coding.offsets else None, supers)
+    order = torch.randperm(k).int() if ordered else None
+    return Coded(codes, scale, table, coding.group, offset if coding.offsets else None, supers, order)
 
 
 def pack(weight: Coded, layout: str) -> Packed:
-    return Packed(weight.codes, weight.coding.layout(layout), *weight.contents())
+    return Packed(weight.codes, weight.layout(layout), *weight.contents())

@@ -33,12 +33,18 @@ def spread(of_groups: Tensor, k: int) -> Tensor:
     return of_groups.double().repeat_interleave(GROUP, 1)[:, :k]
 
 
-def gptq(n: int, k: int, *, bits: int = 4, second: bool = False, sym: bool = True, order: bool = False) -> Any:
+def order_of(k: int, kind: str) -> Tensor:
+    """The group of each input: one after another, or "scattered", or scattered and of "uneven" lengths."""
+    by_k = torch.arange(k) // GROUP
+    by_k[0] = k // GROUP - 1 if kind == "uneven" else 0
+    return by_k[torch.randperm(k)] if kind else by_k
+
+
+def gptq(n: int, k: int, *, bits: int = 4, second: bool = False, sym: bool = True, order: str = "") -> Any:
     groups, middle = k // GROUP, 1 << bits - 1
     codes, scale = random_codes(n, k, bits), scales(n, groups)
     zeros = torch.full((n, groups), middle) if sym else torch.randint(1, 1 << bits, (n, groups))
-    by_k = torch.arange(k) // GROUP
-    by_k = by_k[torch.randperm(k)] if order else by_k
+    by_k = order_of(k, order)
     weight = scale.double()[:, by_k] * (codes - zeros[:, by_k])
     stored = zeros if second else zeros - 1
     parts = {
@@ -56,11 +62,14 @@ def awq(n: int, k: int) -> Any:
     return weight, parts
 
 
-def compressed(n: int, k: int, *, bits: int = 4, zeros: bool = False) -> Any:
+def compressed(n: int, k: int, *, bits: int = 4, zeros: bool = False, order: str = "") -> Any:
     codes, scale = random_codes(n, k, bits), scales(n, k // GROUP, torch.bfloat16)
     zero = random_codes(n, k // GROUP, bits) if zeros else torch.full((n, k // GROUP), 1 << bits - 1)
-    weight = spread(scale, k) * (codes - spread(zero, k))
+    by_k = order_of(k, order)
+    weight = scale.double()[:, by_k] * (codes - zero[:, by_k])
     parts = {"weight_packed": packed(codes, bits), "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
+    if order:
+        parts["weight_g_idx"] = by_k.int()
     if zeros:
         parts["weight_zero_point"] = packed(zero.t(), bits).t()
     return weight, parts
@@ -124,12 +133,24 @@ SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
         {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"},
         "int4",
     ),
-    "gptq order": (lambda n, k: gptq(n, k, order=True), {"quant_method": "gptq", "bits": 4}, "fp32"),
+    "gptq order": (lambda n, k: gptq(n, k, order="scattered"), {"quant_method": "gptq", "bits": 4}, "int4"),
+    "gptq order, zeros": (
+        lambda n, k: gptq(n, k, sym=False, order="scattered"),
+        {"quant_method": "gptq", "bits": 4, "sym": False}, "int4",
+    ),
+    "gptq order, 8 bits": (
+        lambda n, k: gptq(n, k, bits=8, order="scattered"), {"quant_method": "gptq", "bits": 8}, "int8g",
+    ),
+    "gptq uneven": (lambda n, k: gptq(n, k, order="uneven"), {"quant_method": "gptq", "bits": 4}, "fp32"),
     "gptq 8 bits": (lambda n, k: gptq(n, k, bits=8), {"quant_method": "gptq", "bits": 8}, "int8g"),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "GEMM", "zero_point": True}, "int4"),
     "compressed": (compressed, {"quant_method": "compressed-tensors", **ct(4)}, "int4"),
     "compressed zeros": (
         lambda n, k: compressed(n, k, zeros=True), {"quant_method": "compressed-tensors", **ct(4)}, "int4",
+    ),
+    "compressed order": (
+        lambda n, k: compressed(n, k, zeros=True, order="scattered"),
+        {"quant_method": "compressed-tensors", **ct(4)}, "int4",
     ),
     "compressed 8 bits": (
         lambda n, k: compressed(n, k, bits=8), {"quant_method": "compressed-tensors", **ct(8)}, "int8g",

@@ -35,10 +35,13 @@ class GatedPacked(_weights.Packed):
         scale: Any = None,
         zero: Any = None,
         table: Any = None,
-        *groups: Tensor | None,
+        offset: Tensor | None = None,
+        supers: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> None:
-        scale, zero, *rest = (t if t is None else gates.interleave(t, layout) for t in (scale, zero, *groups))
-        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, *rest)
+        channels = (scale, zero, offset, supers)
+        scale, zero, offset, supers = (t if t is None else gates.interleave(t, layout) for t in channels)
+        super().__init__(gates.interleave(weight, layout), layout, scale, zero, table, offset, supers, order)
 
     def unpack(self) -> Tensor:
         return gates.separate(super().unpack(), self.layout)
@@ -131,12 +134,12 @@ def _contents(dense: Tensor, precision: Precision) -> tuple[Any, ...]:
 
 
 def contents_of(packed: _weights.Packed) -> tuple[Tensor | None, ...]:
-    """What a pack was made of: values or codes, scale, zero, table, offset and supers."""
-    return packed.unpack(), packed.scale, packed.zero, packed.table, packed.offset, packed.supers
+    """What a pack was made of: values or codes, scale, zero, table, offset, supers and order."""
+    return packed.unpack(), packed.scale, packed.zero, packed.table, packed.offset, packed.supers, packed.order
 
 
 def _holds(packed: _weights.Packed, *contents: Tensor | None) -> bool:
-    padded = (*contents, *(None,) * 5)
+    padded = (*contents, *(None,) * 6)
     return all(is_same(had, has) for had, has in zip(contents_of(packed), padded, strict=False))
 
 
@@ -147,7 +150,7 @@ def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) ->
 
 def pack_coded(coded: int4.Coded, gated: bool = False) -> _weights.Packed:
     """A weight in groups that somebody else quantized, bit for bit, in the layout of this machine."""
-    layout = coded.coding.layout(table.layout(coded.coding.packed))
+    layout = coded.layout(table.layout(coded.coding.packed))
     return kind_of(gated)(coded.codes, layout, *coded.contents())
 
 
@@ -166,7 +169,7 @@ def stitched(parts: Iterable[_weights.Packed], n: int) -> _weights.Packed:
             begin = at_whole + before * size
             memory[begin : begin + panels * size] = part.data[at_part : at_part + panels * size]
             at_whole, at_part = at_whole + every * size, at_part + panels * size
-        memory[at_whole:] = part.data[at_part:]  # the table, which all have
+        memory[at_whole:] = part.data[at_part:]  # table and order, which all have
         done += part.n
     return _weights.Packed.over(block, layout, n, k)
 
@@ -175,8 +178,10 @@ def _sections(packed: _weights.Packed, panels: int) -> list[int]:
     """Bytes that a panel has in each of the pieces that a pack of floats or in groups is: the panels, and then scales,
     and offsets."""
     own, table = packed.head(packed.n).nbytes, 64 if packed.format == "int4" else 0
-    behind = packed.nbytes - own - table
-    pieces = 2 if packed.layout.endswith(":offsets") else 1
+    scaling = packed.layout.split(":")
+    order = 4 * packed.k if "ordered" in scaling else 0
+    behind = packed.nbytes - own - table - order
+    pieces = 2 if "offsets" in scaling else 1
     return [own // panels, *[behind // pieces // panels] * pieces]
 
 

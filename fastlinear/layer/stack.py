@@ -25,7 +25,7 @@ from fastlinear.layer.linear import FastLinear, is_fast
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import pack
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.precision import Precision
+from fastlinear.spec.precision import Precision, is_same
 
 Parameters: TypeAlias = tuple[Tensor | None, ...]  # the layers' weights, and then their biases
 
@@ -168,6 +168,8 @@ def why_not_frozen_group(layers: Sequence[Any]) -> str | None:
             return f"they take {first.in_features} and {layer.in_features} features"
         if frozen.packed.layout != first._frozen.packed.layout or not layer.precision.is_as(first.precision):
             return "they differ in precision"
+        if not is_same(frozen.packed.order, first._frozen.packed.order):
+            return "they take their inputs in different orders"
     return None
 
 

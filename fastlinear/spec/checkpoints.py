@@ -68,16 +68,30 @@ def _bits(config: Config, name: str = "bits") -> int:
     return int(bits)
 
 
-def _grouped(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int) -> Coded:
-    """Of unsigned codes [N, K], and scales and zero points [N, groups]."""
-    middle = 1 << bits - 1
+def _grouped(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, of_group: Tensor | None
+) -> Weight:
+    """Of unsigned codes [N, K], and scales and zero points [N, groups]; of_group: the group of each column, or None
+    where they lie one after another. Columns of groups as long as these are put in order; others are unpacked."""
+    middle, order = 1 << bits - 1, None
+    if of_group is not None:
+        order = of_group.argsort(stable=True)
+        if not torch.equal(of_group[order], _one_after_another(len(order), group)):
+            zeros = middle if zero is None else zero[:, of_group]
+            return scale.float()[:, of_group] * (codes.float() - zeros)
+        codes, order = codes[:, order], order.int()
     offset = None
     if zero is not None and bool((zero != middle).any()):
         scale = scale.float()
         offset = scale * (middle - zero.float())
     if bits == 4:
-        return Coded(codes, scale, torch.tensor(TABLES["int4"], device="cpu"), group, offset)
-    return Coded((codes.int() - middle).to(torch.int8), scale, None, group, offset)
+        return Coded(codes, scale, torch.tensor(TABLES["int4"], device="cpu"), group, offset, None, order)
+    return Coded((codes.int() - middle).to(torch.int8), scale, None, group, offset, None, order)
+
+
+def _one_after_another(k: int, group: int) -> Tensor:
+    """The group of each of k inputs that lie so."""
+    return torch.arange(k, device="cpu") // group
 
 
 def group_of(k: int, groups: int) -> int:
@@ -115,7 +129,7 @@ def _check_order(parts: Parts, name: str, k: int, groups: int) -> None:
 def _order(parts: Parts, name: str, k: int, groups: int) -> Tensor | None:
     """The group of each input, where these do not lie one after the other."""
     order = parts.get(name)
-    if order is None or bool((order == torch.arange(k, device="cpu") // group_of(k, groups)).all()):
+    if order is None or torch.equal(order.long(), _one_after_another(k, group_of(k, groups))):
         return None
     return order.long()
 
@@ -134,10 +148,7 @@ def _gptq(parts: Parts, config: Config) -> Weight:
     zeros = zeros if second else zeros + 1 & mask
     codes = _fields(parts["qweight"].t().contiguous(), bits)
     order = _order(parts, "g_idx", k, len(scales))
-    if order is not None:
-        by_k = scales.float()[order].t()
-        return by_k * (codes.float() - zeros[order].t())
-    return _grouped(codes, scales.t().contiguous(), zeros.t(), bits, group_of(k, len(scales)))
+    return _grouped(codes, scales.t().contiguous(), zeros.t(), bits, group_of(k, len(scales)), order)
 
 
 def _awq_shape(parts: Parts, config: Config) -> tuple[int, int]:
@@ -161,7 +172,7 @@ def _awq(parts: Parts, config: Config) -> Weight:
         _fields(words, 4).unflatten(-1, (-1, 8))[..., order].flatten(-2)
         for words in (parts["qweight"], parts["qzeros"])
     )
-    return _grouped(codes.t().contiguous(), scales.t().contiguous(), zeros.t(), 4, group_of(k, len(scales)))
+    return _grouped(codes.t().contiguous(), scales.t().contiguous(), zeros.t(), 4, group_of(k, len(scales)), None)
 
 
 # ---- compressed-tensors ----
@@ -199,10 +210,7 @@ def _packed(parts: Parts, config: Config) -> Weight:
     if "weight_zero_point" in parts:
         zero = _fields(parts["weight_zero_point"].t().contiguous(), bits)[:, :n].t()
     order = _order(parts, "weight_g_idx", k, scale.shape[1])
-    if order is not None:
-        middle = torch.tensor(1 << bits - 1, device="cpu") if zero is None else zero[:, order]
-        return scale.float()[:, order] * (codes.float() - middle)
-    return _grouped(codes, scale, zero, bits, group_of(k, scale.shape[1]))
+    return _grouped(codes, scale, zero, bits, group_of(k, scale.shape[1]), order)
 
 
 def _values_shape(parts: Parts) -> tuple[int, int]:

@@ -5,8 +5,10 @@ perhaps an offset:
 
     W[n, k] = scale[n, g] * table[code[n, k]] + offset[n, g],    g = k // group
 
-in fp32, the product and the sum each rounded. Codes of 8 bits are integers from -128 to 127, and need no table. The
-last group ends where K does. Products are those of x and W; where they are of bf16, W is rounded to that first.
+in fp32, the product and the sum each rounded. Groups may be of other k than consecutive ones: then the columns of codes
+have an order, and column j is that of x[order[j]] (GPTQ's desc_act). Codes of 8 bits are integers from -128 to 127, and
+need no table. The last group ends where K does. Products are those of x and W; where they are of bf16, W is rounded to
+that first.
 
 Scales and offsets are floats; or integers of 8 or 6 bits, each of which is to be multiplied by an fp16 that 256
 consecutive k share, which fp32 holds exactly. How a weight becomes codes stands in spec/grouping.py. Nothing here is
@@ -101,9 +103,9 @@ def coding_of(packed: _weights.Packed) -> Coding | None:
 
 
 def _of_layout(layout: str, table: tuple[float, ...]) -> Coding:
-    _, group, scales, *offsets = layout.split(":")
+    _, group, scales, *more = layout.split(":")
     dtype = next(dtype for dtype, name in _tensors.SCALES.items() if name == scales)
-    return Coding(int(group), table, dtype, bool(offsets))
+    return Coding(int(group), table, dtype, "offsets" in more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +116,7 @@ class Coded:
     scale: [N, ceil(K / group)], of fp32, bf16, fp16 or torch.float8_e8m0fnu; or integers, int8 or uint8 up to 63, which
         are to be multiplied by `supers`, fp16 [N, ceil(K / 256)]. Groups have at most 256 k then, those of uint8 32.
     group: k that share a scale, a power of two from 16 on.
+    order: int32 [K], the number in x of each column of codes; None where that is its own.
     offset: like scale, or None for 0. With two levels its own fp16 stand in `supers` behind those of the scales, [N, 2
         * ceil(K / 256)] in all.
     """
@@ -124,22 +127,27 @@ class Coded:
     group: int
     offset: Tensor | None = None
     supers: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def coding(self) -> Coding:
         table = () if self.table is None else tuple(self.table.tolist())
         return Coding(self.group, table, self.scale.dtype, self.offset is not None)
 
+    def layout(self, base: str) -> str:
+        """The layout of this weight in panels of `base`."""
+        return self.coding.layout(base) + ":ordered" * (self.order is not None)
+
     def contents(self) -> tuple[Tensor | None, ...]:
-        """As _weights.Packed takes it, behind the layout or the codes: scale, zero, table, offset and supers."""
-        return self.scale, None, self.table, self.offset, self.supers
+        """As _weights.Packed takes it, behind the layout or the codes: scale, zero, table, offset, supers, order."""
+        return self.scale, None, self.table, self.offset, self.supers, self.order
 
 
 def coded_of(packed: _weights.Packed) -> Coded:
     """What a pack in groups was made of."""
     group = int(packed.layout.split(":")[1])
     assert packed.scale is not None
-    return Coded(packed.unpack(), packed.scale, packed.table, group, packed.offset, packed.supers)
+    return Coded(packed.unpack(), packed.scale, packed.table, group, packed.offset, packed.supers, packed.order)
 
 
 def dequantize(weight: Coded) -> Tensor:
@@ -148,7 +156,8 @@ def dequantize(weight: Coded) -> Tensor:
     scale, offset = scales_of(weight)
     numbers = weight.codes.float() if weight.table is None else weight.table[weight.codes.long()]
     scaled = _spread(scale, weight.group, k) * numbers
-    return scaled if offset is None else scaled + _spread(offset, weight.group, k)
+    values = scaled if offset is None else scaled + _spread(offset, weight.group, k)
+    return values if weight.order is None else values[..., weight.order.long().argsort()]
 
 
 def scales_of(weight: Coded) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +177,7 @@ def magnitudes(weight: Coded) -> Tensor:
     table = torch.arange(-128.0, 128.0, device="cpu") if weight.table is None else weight.table
     codes = weight.codes if weight.table is not None else weight.codes.int() + 128
     absolute = None if offset is None else offset.abs()
-    return dequantize(Coded(codes, scale.abs(), table.abs(), weight.group, absolute))
+    return dequantize(Coded(codes, scale.abs(), table.abs(), weight.group, absolute, order=weight.order))
 
 
 def _spread(values: Tensor, group: int, k: int) -> Tensor:
@@ -207,6 +216,7 @@ def linear(x: Tensor, weight: Coded, kind: str) -> Tensor:
 
     Numbers of the table that are halves are taken twice, and scale_x half.
     """
+    x = x if weight.order is None else x[:, weight.order.long()]
     u, scale_x = quantize_rows(x, weight.group, kind)
     numbers = weight.codes.double() if weight.table is None else weight.table[weight.codes.long()].double()
     unit = 1.0 if bool((numbers == numbers.round()).all()) else 0.5

@@ -75,22 +75,23 @@ def check(kernel: Kernel, y: Tensor, x: Tensor, weight: Coded) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_bit_comes_back(layout: str) -> None:
-    """Codes, scales, offsets and table are what was packed, in as many bytes as the page says, in a mapping, too."""
+    """Codes, scales, offsets, table and order are what was packed, in as many bytes as the page says, in a mapping,
+    too."""
     table, bits = (TABLES["int4"], 4) if layout.startswith("int4") else ((), 8)
-    for (n, k), dtype, offsets in itertools.product(
-        [(1, 1), (31, 16), (32, 17), (65, 530), (3, 0), (0, 5)], SCALES, (False, True)
+    for (n, k), dtype, offsets, ordered in itertools.product(
+        [(1, 1), (31, 16), (32, 17), (65, 530), (3, 0), (0, 5)], SCALES, (False, True), (False, True)
     ):
         coding = Coding(32 if dtype is torch.uint8 or n == 32 else 16, table, dtype, offsets)
-        weight = coded(n, k, coding)
+        weight = coded(n, k, coding, ordered)
         packed = pack(weight, layout)
         panels = -(-n // 32)
         side = bytes_of_scales(coding, -(-k // coding.group), k) * (1 + offsets)
-        assert packed.nbytes == panels * 32 * (-(-k * bits // 32) * 4 + side) + 64 * (bits == 4)
+        assert packed.nbytes == panels * 32 * (-(-k * bits // 32) * 4 + side) + 64 * (bits == 4) + 4 * k * ordered
         assert packed.nbytes == _weights.packed_nbytes(packed.layout, n, k)
         mapped = Packed.over(packed.data.clone().numpy(), packed.layout, n, k)
         for read in (packed, mapped):
             assert torch.equal(read.unpack(), weight.codes)
-            for name in ("scale", "table", "offset", "supers"):
+            for name in ("scale", "table", "offset", "supers", "order"):
                 back, had = getattr(read, name), getattr(weight, name)
                 assert back is had if had is None else same_bits(back, had), name
             again = int4.coded_of(read)
@@ -170,7 +171,8 @@ def test_sums_of_integers_are_exact(kernel: Kernel) -> None:
 @every_kernel
 def test_products_are_those_of_the_stored_values(kernel: Kernel) -> None:
     """Groups of all sizes that end in the middle of a panel's k or of a block, rows and channels around tiles, every
-    format of scales, with and without offsets, on threads and K slices; a group longer than K is a channel's scale."""
+    format of scales, with and without offsets, columns in another order than those of x, on threads and K slices; a
+    group longer than K is a channel's scale."""
     mr, columns = kernel["mr"], kernel["columns"]
     one, two, *_, last = tables(kernel) * 3
     cases = [
@@ -184,8 +186,8 @@ def test_products_are_those_of_the_stored_values(kernel: Kernel) -> None:
         (2, 70, 600, Coding(32, one, torch.uint8, True)),
         (1, 33, 520, Coding(16, one, torch.int8)),
     ]
-    for m, n, k, coding in cases:
-        weight, x = coded(n, k, coding), rows_for(kernel, m, k)
+    for i, (m, n, k, coding) in enumerate(cases):
+        weight, x = coded(n, k, coding, i % 2 == 1), rows_for(kernel, m, k)
         check(kernel, run(kernel, pack(weight, kernel["on"]), x), x, weight)
     for coding in (Coding(32, one, offsets=True), Coding(32, one, torch.uint8, True)):
         weight, x = coded(96, 700, coding), rows_for(kernel, 2 * mr, 700)
@@ -210,8 +212,8 @@ def test_odd_scales_stay_in_their_channel(kernel: Kernel) -> None:
 @every_kernel
 def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
     """x and the packed weight end at a page that nobody may read."""
-    for m, k in ((1, 37), (kernel["mr"], 64)):
-        weight = coded(33, k, Coding(16, tables(kernel)[0], offsets=True))
+    for m, k, ordered in ((1, 37, False), (kernel["mr"], 64, False), (2, 48, True)):
+        weight = coded(33, k, Coding(16, tables(kernel)[0], offsets=True), ordered)
         held = pack(weight, kernel["on"])
         packed = Packed.over(guard.guarded(held.data, "end").numpy(), held.layout, held.n, held.k)
         x = guard.guarded(rows_for(kernel, m, k), "end")
@@ -230,6 +232,7 @@ def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
         ("int4/32x8:16:uint6", "scaled by uint6 are of 32 k"),
         ("int4/32x8:512:int8", "scaled by int8 are of at most 256 k"),
         ("int4/32x8:32:fp16:offset", "a format of"),
+        ("int4/32x8:32:fp16:ordered:offsets", "a format of"),
         ("fp32/32x1:32:fp16", "has no groups"),
         ("int4/16x8:32:fp16", "no kernel reads"),
     ],
@@ -237,6 +240,19 @@ def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
 def test_layouts_that_are_none_are_refused(layout: str, about: str) -> None:
     with pytest.raises(ValueError, match=about):
         _weights.packed_nbytes(layout, 32, 32)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, *range(3, 40)], [40, *range(1, 40)], [-1, *range(1, 40)]])
+def test_an_order_names_each_column_once(order: list[int]) -> None:
+    """Kernels follow it into x, so that one of a file is looked at before it is mapped."""
+    weight = replace(coded(4, 40, Coding(32)), order=torch.tensor(order, dtype=torch.int32))
+    with pytest.raises(ValueError, match="other ones than the 40 of x, each once"):
+        pack(weight, "int4/32x8")
+    good = pack(replace(weight, order=torch.arange(40, dtype=torch.int32)), "int4/32x8")
+    data = good.data.clone()
+    data[-160:] = weight.order.view(torch.uint8)
+    with pytest.raises(ValueError, match="other ones than the 40 of x, each once"):
+        Packed.over(data.numpy(), good.layout, 4, 40)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -252,10 +268,15 @@ def test_what_does_not_fit_is_refused() -> None:
         {"offset": weight.scale},
         {"zero": torch.zeros(4, dtype=torch.int32)},
         {"supers": torch.ones(4, 1, dtype=torch.float16)},
+        {"order": torch.arange(40, dtype=torch.int32)},
     ]
     for changed in odd:
-        with pytest.raises(ValueError, match=r"scale must be|table must be|offsets|two levels"):
+        with pytest.raises(ValueError, match=r"scale must be|table must be|offsets|two levels|no order"):
             Packed(weight.codes, "int4/32x8:32:fp16", **{**good, **changed})
+    with pytest.raises(ValueError, match="holds an order of columns"):
+        Packed(weight.codes, "int4/32x8:32:fp16:ordered", **good)
+    with pytest.raises(ValueError, match="order must be"):
+        Packed(weight.codes, "int4/32x8:32:fp16:ordered", **good, order=torch.arange(40))
     with pytest.raises(ValueError, match="holds offsets"):
         Packed(weight.codes, "int4/32x8:32:fp16:offsets", **good)
     two = Coded(

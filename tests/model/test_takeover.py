@@ -218,9 +218,10 @@ def test_a_layer_by_itself() -> None:
     agrees(fast.eval(), weight, layer.bias)
 
 
-def test_what_is_taken_over_lives_on(tmp_path: Any) -> None:
+@pytest.mark.parametrize("scheme", ["hqq", "gptq order, zeros"])
+def test_what_is_taken_over_lives_on(scheme: str, tmp_path: Any) -> None:
     """Copied, pickled, saved and loaded without the package."""
-    _, layer = quantized("hqq")
+    _, layer = quantized(scheme)
     fast, x = fastlinear.convert(around(layer)), torch.randn(3, K)
     fastlinear.save(fast, tmp_path / "m.safetensors")
     loaded = fastlinear.load(tmp_path / "m.safetensors", around(nn.Linear(K, N)))
@@ -228,6 +229,35 @@ def test_what_is_taken_over_lives_on(tmp_path: Any) -> None:
         want = fast(x)
         for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), loaded):
             assert torch.equal(other(x), want)
+            assert other[1]._frozen.packed.layout == fast[1]._frozen.packed.layout
+
+
+class Siblings(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_siblings_in_an_order(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that take the columns of x in one order, as GPTQ leaves q, k and v, are one call of a compiled graph;
+    those of different orders are none, for x is put in order for all at once. Either answers as each layer alone."""
+    monkeypatch.setenv("FASTLINEAR_AUTOTUNE", "0")
+    layers: list[Any] = [quantized("gptq order")[1] for _ in range(2)]
+    if not alike:
+        layers[1].g_idx = layers[1].g_idx[torch.randperm(K)]
+    model = fastlinear.convert(Siblings(*layers).eval(), quantize=fastlinear.Int4Dynamic())
+    fast: Any = torch.compile(model, backend="fastlinear")
+    for rows in (1, 1, 7):
+        x = torch.randn(rows, K)
+        with torch.inference_mode():
+            for y, want in zip(fast(x), model(x), strict=True):
+                assert torch.equal(y, want)
+    whys = [node.why for node in fastlinear.report(fast).graphs[0].nodes]
+    assert any(why.startswith("one call of") for why in whys) == alike
 
 
 def test_hooks_stay() -> None:
@@ -247,6 +277,7 @@ def test_what_inputs_become() -> None:
     for scheme, asked in (
         ("gptq v1", fastlinear.Int4Dynamic()),
         ("compressed zeros", fastlinear.Int4Dynamic()),
+        ("gptq order, zeros", fastlinear.Int4Dynamic()),
         ("gptq v1", fastlinear.Int4WeightOnly()),
         ("integers", fastlinear.Int8Dynamic()),
         ("integers", fastlinear.Int8WeightOnly()),

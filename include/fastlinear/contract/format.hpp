@@ -33,6 +33,7 @@ struct Groups {
   std::ptrdiff_t size = 0;       // a power of two from 16 on; the last group may be shorter
   Format scales = Format::fp32;  // of scales and offsets (formats/scales.hpp)
   bool offsets = false;          // else they are 0
+  bool ordered = false;          // columns of W have another order than those of x (weight/weight.hpp)
 };
 
 // Panels of nr output channels in groups of kr. Kernels with equal layouts read the same packed bytes, so the tuner may

@@ -29,12 +29,13 @@ inline bool to_integers(const IntegersProblem& p, const Vectors& vectors, std::p
   const Quantization& quantization = *vectors.quantization;
   const auto make = [&](std::ptrdiff_t r) {
     using namespace prologue_detail;
+    const char* const row = p.x.at(r, 0);
     std::int8_t* const to = p.integers + r * p.k;
     if (p.how == nullptr) {
-      p.scales[r] = quantization.channel(numbers(p.x, r, p.k, nullptr, vectors), p.k, to);
+      p.scales[r] = quantization.channel(numbers(row, p.x.format, p.k, nullptr, vectors), p.k, to);
       return;
     }
-    const float* const x = numbers(p.x, r, p.k, p.how->smooth, vectors);
+    const float* const x = numbers(row, p.x.format, p.k, p.how->smooth, vectors);
     const RowScale scale = quantize_row(quantization, *p.how, quantization.forms[0], x, p.k, to);
     flip_bytes(reinterpret_cast<char*>(to), p.k, info(Format::int8).flip);
     p.scales[r] = scale.scale;

@@ -1,7 +1,7 @@
 // Rows of x -> what a kernel reads, once a call for all threads and all groups of panels: as they are, read in place;
-// or copied one line further apart where they would fight for the same cache sets, gathered, or end where the kernel
-// needs zeros; or widened; or rounded; or quantized, with a scale and a zero point each, by those of
-// fastlinear/spec/int8.py.
+// or copied one line further apart where they would fight for the same cache sets, gathered, put in the order of the
+// weight's columns, or end where the kernel needs zeros; or widened; or rounded; or quantized, with a scale and a zero
+// point each, by those of fastlinear/spec/int8.py.
 //
 // Each way is a function that makes one row. To add one (rows that are normalized first): such a function, and its line
 // in the constructor.
@@ -78,18 +78,41 @@ inline Affine affine_of(RowKind kind, const RowScale& row) {
   return {inverse, -zero, 255.0f - zero, row.zero};
 }
 
-// Row r of x, [m, k], in fp32 and smoothed: in place, or in memory of this thread.
-inline const float* numbers(const Rows& x, std::ptrdiff_t row, std::ptrdiff_t k, const float* smooth,
+template <class Element>
+void reorder(const char* from, const std::int32_t* order, std::ptrdiff_t k, std::byte* to) {
+  const auto* const x = reinterpret_cast<const Element*>(from);
+  auto* const y = reinterpret_cast<Element*>(to);
+  for (std::ptrdiff_t j = 0; j < k; ++j) y[j] = x[order[j]];
+}
+
+// Row r of x, [m, k], in the order of a weight's columns: in place, or in memory of this thread.
+inline const char* in_order(const Rows& x, std::ptrdiff_t row, std::ptrdiff_t k, const std::int32_t* order) {
+  const char* const from = x.at(row, 0);
+  if (order == nullptr) return from;
+  thread_local Scratch memory;
+  const std::ptrdiff_t element = element_bytes(x.format);
+  std::byte* const to = memory.bytes(k * element);
+  if (element == 4)
+    reorder<std::uint32_t>(from, order, k, to);
+  else if (element == 2)
+    reorder<std::uint16_t>(from, order, k, to);
+  else
+    reorder<std::uint8_t>(from, order, k, to);
+  return reinterpret_cast<const char*>(to);
+}
+
+// k elements of a row in fp32 and smoothed: in place, or in memory of this thread.
+inline const float* numbers(const char* row, Format format, std::ptrdiff_t k, const float* smooth,
                             const Vectors& vectors) {
-  const Conversion& conversion = vectors.conversions[static_cast<std::size_t>(x.format)];
+  const Conversion& conversion = vectors.conversions[static_cast<std::size_t>(format)];
   const bool wide = conversion.widen == nullptr;  // fp32 already
-  if (wide && smooth == nullptr) return reinterpret_cast<const float*>(x.at(row, 0));
+  if (wide && smooth == nullptr) return reinterpret_cast<const float*>(row);
   thread_local Scratch memory;
   float* const numbers = memory.floats(k);
   if (wide)
-    std::memcpy(numbers, x.at(row, 0), static_cast<std::size_t>(k) * sizeof(float));
+    std::memcpy(numbers, row, static_cast<std::size_t>(k) * sizeof(float));
   else
-    conversion.widen(x.at(row, 0), numbers, k);
+    conversion.widen(row, numbers, k);
   if (smooth != nullptr) vectors.quantization->scale_columns({numbers, k, numbers, k, 1, k, smooth});
   return numbers;
 }
@@ -130,7 +153,7 @@ class Prologue {
       make_ = &Prologue::round;
     else if (p.x.format != kernel.rows)
       make_ = &Prologue::widen;
-    else if (!ends || p.x.index != nullptr ||
+    else if (!ends || p.x.index != nullptr || p.weight.order != nullptr ||
              (m_ > 1 && !whole_lines && rows_collide(p.x.stride * element_bytes(kernel.rows), rows_of_a_tile())))
       make_ = &Prologue::copy;
     if (make_ == &Prologue::quantize_in_groups) {
@@ -168,9 +191,11 @@ class Prologue {
  private:
   std::ptrdiff_t rows_of_a_tile() const { return ceil_div(m_, ceil_div(m_, plan_.kernel->mr)); }
 
-  void copy(std::ptrdiff_t row, char* to) { std::copy_n(p_.x.at(row, 0), p_.k * element_bytes(p_.x.format), to); }
+  const char* elements(std::ptrdiff_t row) const { return prologue_detail::in_order(p_.x, row, p_.k, p_.weight.order); }
 
-  void widen(std::ptrdiff_t row, char* to) { conversion().widen(p_.x.at(row, 0), reinterpret_cast<float*>(to), p_.k); }
+  void copy(std::ptrdiff_t row, char* to) { std::copy_n(elements(row), p_.k * element_bytes(p_.x.format), to); }
+
+  void widen(std::ptrdiff_t row, char* to) { conversion().widen(elements(row), reinterpret_cast<float*>(to), p_.k); }
 
   // To the format that was asked for; a kernel of fp32 rows reads the same numbers.
   void round(std::ptrdiff_t row, char* to) {
@@ -185,7 +210,7 @@ class Prologue {
   }
 
   const float* numbers(std::ptrdiff_t row) const {
-    return prologue_detail::numbers(p_.x, row, p_.k, p_.quantizer.smooth, *plan_.vectors);
+    return prologue_detail::numbers(elements(row), p_.x.format, p_.k, p_.quantizer.smooth, *plan_.vectors);
   }
 
   void quantize(std::ptrdiff_t row, char* to) {
@@ -215,7 +240,7 @@ class Prologue {
   void shift(std::ptrdiff_t row, char* to) {
     const std::uint8_t flip = info(p_.x.format).flip;
     if (plan_.form->centered) {
-      const auto* from = reinterpret_cast<const std::uint8_t*>(p_.x.at(row, 0));
+      const auto* from = reinterpret_cast<const std::uint8_t*>(elements(row));
       for (std::ptrdiff_t k = 0; k < p_.k; ++k)
         reinterpret_cast<std::int16_t*>(to)[k] = static_cast<std::int16_t>((from[k] ^ flip) - p_.quantizer.zero);
     } else {

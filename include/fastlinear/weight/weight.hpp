@@ -4,8 +4,9 @@
 // have: the scales, and for integer products the sums of the channels' weights and their zero points. Behind panels
 // that are scaled in groups of K stand
 //
-//   the scales [panel] as formats/scales.hpp has them, the offsets likewise if there are any, and the 16 numbers that
-//   codes of 4 bits stand for
+//   the scales [panel] as formats/scales.hpp has them, the offsets likewise if there are any, the 16 numbers that codes
+//   of 4 bits stand for, and, if the columns have an order of their own, for each the int32 number of the column of x
+//   that it multiplies
 //
 // apart from the codes, since a kernel needs them once a group, and what is read one after another is fetched ahead.
 #pragma once
@@ -35,7 +36,8 @@ inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::
   const std::ptrdiff_t channels = ceil_div(n, layout.nr) * layout.nr;
   const std::ptrdiff_t scales = scales_bytes(layout, n, k) * (layout.groups.offsets ? 2 : 1);
   const std::ptrdiff_t table = layout.format == Format::int4 ? kTableBytes : 0;
-  return panels_bytes(layout, n, k) + scales + channel_arrays(layout.format) * channels * 4 + table;
+  const std::ptrdiff_t order = layout.groups.ordered ? k * std::ptrdiff_t{sizeof(std::int32_t)} : 0;
+  return panels_bytes(layout, n, k) + scales + channel_arrays(layout.format) * channels * 4 + table + order;
 }
 
 // A packed weight, as the driver reads it; the arrays are null where the layout has none.
@@ -46,6 +48,7 @@ struct Weight {
   const std::int32_t* sums;
   const std::int32_t* zeros;
   ScaledGroups groups{};
+  const std::int32_t* order = nullptr;  // of k: the column of x that each column multiplies; null: its own number
 };
 
 // The integers that a table of 16 numbers is, or that its doubles are.
@@ -77,9 +80,12 @@ inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k
       behind += bytes;
     }
     w.groups.unit = 1.0f;
-    if (layout.format != Format::int4) return w;
-    w.groups.table = reinterpret_cast<const float*>(behind);
-    w.groups.unit = 0.0f;  // until `find_integers` has been asked
+    if (layout.format == Format::int4) {
+      w.groups.table = reinterpret_cast<const float*>(behind);
+      w.groups.unit = 0.0f;  // until `find_integers` has been asked
+      behind += kTableBytes;
+    }
+    if (layout.groups.ordered) w.order = reinterpret_cast<const std::int32_t*>(behind);
     return w;
   }
   if (arrays > 0) w.scales = reinterpret_cast<const float*>(behind);
