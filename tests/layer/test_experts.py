@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
 import fastlinear._environment as environment
@@ -232,7 +233,7 @@ def test_training_and_what_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv("FASTLINEAR_DISABLE")
         assert not environment.disabled()
         y = module(*given)
-        with torch.utils.flop_counter.FlopCounterMode(display=False):
+        with FlopCounterMode(display=False):
             torch.testing.assert_close(module(*given), y, rtol=2e-3, atol=1e-3)
         torch.testing.assert_close(module(given[0].double(), *given[1:]).float(), y, rtol=2e-3, atol=1e-3)
     reasons = {"training", "FASTLINEAR_DISABLE", "_FlopCounterMode", "an input of torch.float64"}
