@@ -15,6 +15,7 @@ cdef class Engine:
     cdef object marker, out         # where the output of this one goes, see leads_to
     cdef Tickets tickets            # of the marker
     cdef object weight        # the parameter that was packed; None for a frozen layer
+    cdef bint among_others    # calls follow others of the same threads
     cdef bint by_memory       # any other tensor over the memory that was packed is as good
     cdef Fingerprint fingerprint    # of it as it was then
     cdef object candidate     # weakly, the storage of the parameter that waits to be packed

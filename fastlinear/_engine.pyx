@@ -17,9 +17,10 @@ from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
 from fastlinear._operands cimport are_plain, is_plain, laid, new_output, wants_grad
 from fastlinear._plans cimport (
-    BUCKETS, MAX_OPERANDS, STATIC, Bias, COperand, Epilogue, Plan, RowQuantizer, Segment, answers, bucket_of, columns_of
+    BUCKETS, MAX_OPERANDS, STATIC, Bias, COperand, CPlan, Epilogue, Plan, RowQuantizer, Segment, answers,
+    bucket_of, columns_of
 )
-from fastlinear._products cimport compute, pool_size
+from fastlinear._products cimport among_calls, compute, pool_size
 from fastlinear._tensors cimport FP32, Format, Matrix, View, as_rows, format_of_x, is_float, look_at
 from fastlinear._timing cimport is_due, monotonic, timely
 from fastlinear._weights cimport Packed
@@ -64,7 +65,7 @@ cdef class Engine:
         self.transposed = transposed
         self.rows = rows
         self.bare = bare
-        self.by_memory = False
+        self.by_memory = self.among_others = False
         self.drop()
 
     def split(self, tuple widths not None):
@@ -79,6 +80,10 @@ cdef class Engine:
         """From now on a weight is the one that was packed if it lies where that lay, and holds what it held: each call
         may be lent a tensor of its own."""
         self.by_memory = True
+
+    def follow_others(self):
+        """From now on calls come among others, as those of a graph do, whose threads are awake."""
+        self.among_others = True
 
     cdef bint same(self, object weight, object known):
         return weight is known or self.by_memory and known is not None and is_plain(weight)
@@ -276,6 +281,7 @@ cdef class Engine:
         cdef Segment out
         cdef Bias added
         cdef COperand[MAX_OPERANDS] beside
+        cdef CPlan run
         cdef ptrdiff_t threads, columns
         cdef object held = state["_parameters"]
         if disabled():
@@ -354,7 +360,10 @@ cdef class Engine:
             if kept is not None:
                 kept.append(new_output(x, &v, packed.n, torch.float32))
                 look_at(kept[0], &z)
-            compute(packed, <Plan> plan, self.epilogue, self.rows, &rows, added, &out, 1, beside, <float*> z.data)
+            run = (<Plan> plan).plan
+            if self.among_others:
+                run = among_calls(run, rows.m * packed.n * packed.k, threads)
+            compute(packed, run, self.epilogue, self.rows, &rows, added, &out, 1, beside, <float*> z.data)
         return y
 
     # The outputs of a group: a tensor for each of its widths.
@@ -373,7 +382,7 @@ cdef class Engine:
                 segments.push_back(segment)
                 segment.first += segment.stride
         if rows.m > 0 and packed.n > 0:
-            compute(packed, <Plan> plan, self.epilogue, self.rows, rows, bias, segments.data(), segments.size(),
+            compute(packed, (<Plan> plan).plan, self.epilogue, self.rows, rows, bias, segments.data(), segments.size(),
                     NULL, NULL)
         return tuple(ys)
 

@@ -101,8 +101,9 @@ cdef extern from "fastlinear/driver/cache.hpp" namespace "fastlinear" nogil:
 
 
 cdef ptrdiff_t pool_size() noexcept
+cdef CPlan among_calls(const CPlan& plan, ptrdiff_t work, ptrdiff_t threads) noexcept
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
+    Packed w, const CPlan& plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
     size_t segments, const COperand* operands, float* sums
 ) except -1
 cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1

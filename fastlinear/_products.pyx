@@ -177,14 +177,28 @@ cdef int ended(cbool done, const Problem* p, size_t problems) except -1:
     return 0
 
 
+# Multiply-adds from which on a product among others has all threads. Nothing has to be woken for it, which is what the
+# tuner has to reckon with; and from memory, as all weights of a language model come, 4 bits of so many take 10 us.
+cdef enum:
+    SHARED_WORK = 300000
+
+
+# A plan for so many multiply-adds, as it is for a call that others of the same threads come before and after.
+cdef CPlan among_calls(const CPlan& plan, ptrdiff_t work, ptrdiff_t threads) noexcept:
+    cdef CPlan found = plan
+    if work >= SHARED_WORK:
+        found.threads = max(plan.threads, threads)
+    return found
+
+
 cdef int compute(
-    Packed w, Plan plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y, size_t segments,
-    const COperand* operands, float* sums
+    Packed w, const CPlan& plan, Epilogue epilogue, RowQuantizer rows, Matrix* x, Bias bias, const Segment* y,
+    size_t segments, const COperand* operands, float* sums
 ) except -1:
     cdef Problem p
     ask(&p, w, epilogue, rows, x, bias, y, segments)
     p.operands, p.sums = operands, sums
-    return answer(&p, 1, plan.plan)
+    return answer(&p, 1, plan)
 
 
 # Row numbers [m] below `rows`.

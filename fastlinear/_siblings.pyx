@@ -13,7 +13,7 @@ from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
 from fastlinear._operands cimport is_plain, is_readable, new_output, read_channels
 from fastlinear._plans cimport COperand, CPlan, Plan, Problem, Segment, Segments, answers, bucket_of
-from fastlinear._products cimport answer_together, pool_size
+from fastlinear._products cimport among_calls, answer_together, pool_size
 from fastlinear._tensors cimport FP32, Matrix, View, as_rows, look_at
 from fastlinear._timing cimport is_timed, monotonic
 from fastlinear._weights cimport Packed
@@ -137,11 +137,8 @@ cdef class Siblings:
         return self.are(<dict> PyObject_GenericGetDict(group, NULL))
 
 
-# Layers of a FrozenGroup, and the multiply-adds of all from which on they have all threads: from memory these take some
-# 30 us, several times what waking another thread does.
 cdef enum:
-    FROZEN_LIMIT = 8
-    SHARED_WORK = 500000
+    FROZEN_LIMIT = 8  # layers of a FrozenGroup
 
 MAX_FROZEN = FROZEN_LIMIT
 
@@ -257,7 +254,8 @@ cdef class FrozenGroup:
                 beside[i].row_stride, beside[i].column_stride = packed.n, 1
                 problems[i].operands = &beside[i]
         plan = chosen.plan
-        plan.threads = threads if work >= SHARED_WORK else most
+        plan.threads = most
+        plan = among_calls(plan, work, threads)
         if self.chained:
             plan.k_slices = 1
         answer_together(problems, count, plan, self.chained)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
+from fastlinear._engine import Engine
 from fastlinear._siblings import FrozenGroup
 from fastlinear.layer import fitness, packs
 from fastlinear.layer.form import Form
-from fastlinear.layer.frozen import Frozen, hold
+from fastlinear.layer.frozen import Frozen, hold, record_of
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.stack import Stack, why_not_together
 from fastlinear.spec import programs
@@ -46,6 +47,12 @@ class Operator(FastModule, nn.Module):
             frozen = Frozen(packed, spec.dtype_of(packed), smooth=form.smooth)
             frozen.panels = weight
             hold(self, frozen)
+
+    def _new_engine(self, precision: Precision, bare: bool = False) -> Engine:
+        engine = super()._new_engine(precision, bare)
+        if record_of(self) is not None:  # what is frozen serves, mostly a language model
+            engine.follow_others()
+        return engine
 
 
 class Spec(NamedTuple):

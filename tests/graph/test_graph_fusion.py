@@ -410,6 +410,21 @@ def test_frozen_layers_answer_in_one_call(name: str, form: str, monkeypatch: pyt
         monkeypatch.delenv("FASTLINEAR_DISABLE")
 
 
+@pytest.mark.parametrize("form", FROZEN)
+def test_frozen_products_that_threads_share_keep_their_bits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product among others has all threads where a call by itself would have one, and answers the same."""
+    monkeypatch.setenv("FASTLINEAR_AUTOTUNE", "0")
+    net = nn.Sequential(nn.Linear(640, 512), nn.SiLU(), nn.Linear(512, 640)).eval()
+    net = fastlinear.convert(net, freeze=True, **FROZEN[form])
+    fast, x = compiled(net), torch.randn(1, 640)
+    ys = []
+    with torch.inference_mode():
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ys += [fast(x), fast(x), net(x)]
+    assert all(torch.equal(y, ys[0]) for y in ys)
+
+
 def test_outputs_of_siblings_are_tensors_of_their_own() -> None:
     """What leaves the graph is contiguous and shares no memory, as the layers' own outputs would."""
     fast = check(Net(lambda m, x: (m.a(x), m.b(x), m.c(x))))
