@@ -292,7 +292,7 @@ def force(module: Any, kernel: str | None) -> None:
     """Has a fast layer run one kernel, or one of torch's ways, wherever that can; None: what is measured, as before.
     ValueError for one that its weight, as it is packed, cannot run on, with those that it can."""
     frozen = record_of(module)
-    layout = table.layout(module.packed_as) if frozen is None else frozen.packed.layout
+    layout = table.base(table.layout(module.packed_as) if frozen is None else frozen.packed.layout)
     allowed = [row["name"] for row in table.runnable() if layout in row["reads"]]
     allowed += rivals.NAMES if frozen is None and module.packed_as in DTYPES else ()
     if kernel is not None and kernel not in allowed:

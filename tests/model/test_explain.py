@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlinear
 import fastlinear._timing as _timing
-from fastlinear import Int8Dynamic, Int8Static
+from fastlinear import Int4Dynamic, Int8Dynamic, Int8Static
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import is_frozen
 
@@ -217,6 +217,19 @@ def test_a_kernel_is_forced_for_one_layer() -> None:
         fastlinear.force(fast, "0", "fp32/none/1x1")
     with pytest.raises(ValueError, match=r"no fast layer 'x'; the nearest are \['"):
         fastlinear.force(fast, "x", names[0])
+
+
+def test_a_kernel_is_forced_for_a_layer_in_groups() -> None:
+    """A layer of 4 bits, frozen or not, runs the kernels that read its panels, however these are scaled."""
+    fast, x = OFF(mlp(64, 32).eval(), quantize=Int4Dynamic()), torch.randn(1, 64)
+    names = [row["name"] for row in fastlinear.kernels() if row["runnable"] and row["rows"] == "int8"]
+    names = [name for name in names if name.startswith("int4/")]
+    for layers in (fast, fastlinear.freeze(fast)):
+        with torch.no_grad():
+            want = layers(x)
+            for name in names:
+                torch.testing.assert_close(fastlinear.force(layers, "0", name)(x), want)
+                assert [(plan.name, plan.source) for plan in layers[0].plans] == [(name, "forced")]
 
 
 def test_what_is_nearly_right_is_told() -> None:

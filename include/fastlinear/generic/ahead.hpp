@@ -16,6 +16,10 @@ namespace fastlinear {
 constexpr std::ptrdiff_t codes_ahead(std::ptrdiff_t panels) { return panels < 4 ? 4096 : 1024; }
 inline constexpr std::ptrdiff_t kGroupsAhead = 4;
 
+// The same where panels are read one after the other, a single stream, which goes into L1 at once. Zen 5 reads 38 GB/s
+// that way, of 40 that its memory gives, and 27 to 32 by any of the above.
+inline constexpr std::ptrdiff_t kStreamAhead = 8192, kStreamGroupsAhead = 16;
+
 // How far ahead of a place in a panel that is: `ahead` bytes on or, where the panel's `bytes` end before that, at the
 // beginning of the one that comes `stride` bytes behind it, which is read next.
 // Inline wherever it is used: a function of its own would be one for all ISAs, with the instructions of one of them.

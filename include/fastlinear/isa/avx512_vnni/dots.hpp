@@ -6,6 +6,7 @@
 //   4x64    16            8               3                 27     2.5 + 4
 //   1x128   8             16              3                 27     1.5 + 1; 2.5 + 1 of an uneven table
 //   1x64    4             8               3                 15     the same; half as many streams, and farther ahead
+//   stream  4             4               3                 11     the same of one panel after the other
 #pragma once
 
 #include "fastlinear/formats/int4.hpp"
@@ -72,14 +73,18 @@ struct ByteDots : BiasedDots {
 };
 
 using CodeTile = dots::Tile<avx512::F32, CodeDots>;
+using CodeStream = dots::Stream<avx512::F32, CodeDots>;
 using ByteTile = dots::Tile<avx512::F32, ByteDots>;
+using ByteStream = dots::Stream<avx512::F32, ByteDots>;
 inline constexpr Kernel kDotKernels[] = {
     kernels::row<CodeTile, 12, 1>("int4/avx512_vnni/12x32", kIsa),
     kernels::row<CodeTile, 4, 2>("int4/avx512_vnni/4x64", kIsa),
     kernels::row<CodeTile, 1, 4>("int4/avx512_vnni/1x128", kIsa),
     kernels::row<CodeTile, 1, 2>("int4/avx512_vnni/1x64", kIsa),
+    kernels::row<CodeStream, 1, 4>("int4/avx512_vnni/stream1x128", kIsa),
     kernels::row<ByteTile, 12, 1>("int8g/avx512_vnni/12x32", kIsa),
     kernels::row<ByteTile, 1, 4>("int8g/avx512_vnni/1x128", kIsa),
+    kernels::row<ByteStream, 1, 4>("int8g/avx512_vnni/stream1x128", kIsa),
 };
 
 }  // namespace fastlinear::avx512_vnni
