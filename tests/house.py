@@ -60,8 +60,8 @@ ROOMS = {
     "model": _python("model", "a whole model", "native", "spec", "plan", "layer"),
     "graph": _python("graph", "the compile backend", "native", "spec", "plan", "layer", "model"),
     "file": _python("file", "saving and loading", "native", "spec", "plan", "layer", "model"),
-    "hf": Room(
-        "transformers' from_pretrained", ("fastlinear/hf.py",), ("native", "spec", "plan", "layer", "model", "file")
+    "hf": _python(
+        "hf", "transformers' from_pretrained and generate", "native", "spec", "plan", "layer", "model", "graph", "file"
     ),
     "cli": _python("cli", "one file a command", "native", "spec", "plan", "layer", "model", "graph", "file"),
 }

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 import fastlinear.graph.premises as premises
 from fastlinear.graph.capture import Capture, is_training, wants_grad
 from fastlinear.graph.operators import Layers, running
+from fastlinear.graph.options import Options
 from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
@@ -55,19 +56,10 @@ def backend(
 
     Raises TypeError or ValueError for an option that it does not know, or of a wrong kind.
     """
-    wanted = checked(options, mode)
-    story, capture = Story(module.graph.nodes), Capture(module, inputs)
-    reason = _why_plain(module, inputs)
-    products: list[Layers] = []
-    if reason is None:
-        products = Rewriter(capture, wanted, story).run()
-    run = traced = _function_of(module)
-    if reason is None and premises.hold(module, [node for node in capture.values if node.op == "placeholder"]):
-        run = _function_of(module)
-    graph = Graph(story, capture, reason, products)
-    graphs.add(graph)
-    _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), len(products), reason or "rewritten")
-
+    graph, capture = rewritten(module, inputs, checked(options, mode))
+    run = traced = function_of(module)
+    if graph.reason is None and premises.hold(module, [node for node in capture.values if node.op == "placeholder"]):
+        run = function_of(module)
     count = len(capture.inputs)
 
     def compiled(*args: Any) -> Any:
@@ -77,7 +69,18 @@ def backend(
     return compiled
 
 
-def _function_of(module: fx.GraphModule) -> Callable[..., Any]:
+def rewritten(module: fx.GraphModule, inputs: Sequence[Any], wanted: Options) -> tuple[Graph, Capture]:
+    """The record of a graph, which is rewritten in place, unless it is to run as it is."""
+    story, capture = Story(module.graph.nodes), Capture(module, inputs)
+    reason = _why_plain(module, inputs)
+    products = Rewriter(capture, wanted, story).run() if reason is None else []
+    graph = Graph(story, capture, reason, products)
+    graphs.add(graph)
+    _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), len(products), reason or "rewritten")
+    return graph, capture
+
+
+def function_of(module: fx.GraphModule) -> Callable[..., Any]:
     """The graph as a function of Python's."""
     module.recompile()
     _ = module.code  # Dynamo's modules put that off, and make their function anew in each call until somebody asks

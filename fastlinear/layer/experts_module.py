@@ -19,6 +19,7 @@ from fastlinear.layer.experts_frozen import Freezable
 from fastlinear.layer.experts_planning import Plannable, Ready
 from fastlinear.layer.fallback import label
 from fastlinear.layer.lent import Lent
+from fastlinear.layer.traced import is_recorded
 from fastlinear.plan import decide
 from fastlinear.spec.experts import Form, computed
 from fastlinear.spec.formats import FP32, long_name, name_of
@@ -122,6 +123,8 @@ class ExpertsModule(Plannable, Freezable):
                 return self.in_torch(hidden_states, ids, weights, dense=True)
             if self.training:
                 return self.in_training(hidden_states, ids, weights)
+            return blend.call(self, hidden_states, ids, weights)
+        if is_recorded():
             return blend.call(self, hidden_states, ids, weights)
         why = self._why_elsewhere(hidden_states, ids, weights)
         if why is None:

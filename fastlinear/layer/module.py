@@ -22,6 +22,7 @@ from fastlinear.layer.fitness import dtype_of, odd_dtype
 from fastlinear.layer.frozen import Frozen, record_of
 from fastlinear.layer.planning import is_quantized, prepare
 from fastlinear.layer.shard import answer, is_shared, local, shard_of
+from fastlinear.layer.traced import is_recorded
 from fastlinear.plan import rivals
 from fastlinear.plan.decide import tell
 from fastlinear.spec import activations, programs
@@ -131,7 +132,7 @@ class FastModule(WithEngines):
 
     def _slow(self, x: Tensor, why: str, bare: bool, operands: tuple[Tensor, ...] = ()) -> Tensor:
         """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
-        if why == _reasons.PROFILED:
+        if why == _reasons.PROFILED or is_recorded():
             return operator.linear(self, x, bare, operands)
         if isinstance(x, torch.fx.Proxy) and not self.training and why != _reasons.DISABLED:
             return operator.recorded(self, x, bare, operands)

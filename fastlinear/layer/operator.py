@@ -87,7 +87,12 @@ def for_script(layer: Layer, bare: bool) -> tuple[Tensor | None, Any]:
 def _native_form(
     layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None, operands: tuple[Tensor, ...] = ()
 ) -> bool:
-    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.dim() == 0 or x.shape[-1] != layer._columns():
+    if (
+        type(x) not in (Tensor, nn.Parameter, _torch.FakeTensor)
+        or x.is_nested
+        or x.dim() == 0
+        or x.shape[-1] != layer._columns()
+    ):
         return False
     if weight is not None and weight.dim() != 2:
         return False

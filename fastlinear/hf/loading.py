@@ -1,11 +1,7 @@
-"""The front door for transformers: `from_pretrained(..., quantization_config=FastLinearConfig(...))`.
+"""`from_pretrained(..., quantization_config=FastLinearConfig(...))`, and the experts of transformers.
 
-It also gives transformers' mixtures of experts an implementation: `from_pretrained(...,
-experts_implementation="fastlinear")` runs the experts alone on packed weights, without a conversion.
-
-Import this module by its name; `import fastlinear` does not import transformers. What transformers calls quantized is
-here a model that is frozen: adapters can be trained on it, but not its weights, and `half()` and `float()` are refused.
-A model that keeps its parameters is an ordinary one.
+What transformers calls quantized is here a model that is frozen: adapters can be trained on it, but not its weights,
+and `half()` and `float()` are refused. A model that keeps its parameters is an ordinary one.
 """
 
 from __future__ import annotations
@@ -19,8 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import fastlinear._extras as _extras
 from fastlinear.file import manifest, safetensors
 from fastlinear.file.saving import load
 from fastlinear.layer import experts, pages
@@ -30,18 +30,8 @@ from fastlinear.model.convert import convert, unconvert
 from fastlinear.spec.precision import wanted
 from fastlinear.spec.schemes import KINDS, Int8WeightOnly, Scheme
 
-__all__ = ["FastLinearConfig"]
-
 _METHOD = "fastlinear"  # what `quant_method` is in a config.json
 _log = logging.getLogger("fastlinear")
-
-_extras.need("transformers", "fastlinear.hf")
-
-from transformers.core_model_loading import ConversionOps  # noqa: E402
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
-from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
-from transformers.quantizers.base import HfQuantizer  # noqa: E402
-from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 
 @register_quantization_config(_METHOD)

@@ -1,0 +1,311 @@
+"""`model.generate` on a preallocated cache, each of whose calls runs a recorded graph.
+
+Dynamo takes seconds for a graph of a language model, most of what one waits for before the first token, and guards it
+by a millisecond a token. `graph/recording.py` takes a fraction of that, and what Dynamo guards is known here: the
+modules are looked at by `Modules`, the shapes and numbers of a call are what its recording is found by, and a cache is
+one of transformers' own, of which `_LAYERS` says what changes in a call beside its tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import logging
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.utils.generic import ModelOutput
+
+from fastlinear._modes import undisturbed
+from fastlinear.graph import options as backend_options
+from fastlinear.graph.backend import Graph, function_of, rewritten
+from fastlinear.graph.capture import same_size
+from fastlinear.graph.modules import Modules
+from fastlinear.graph.recording import Fakes, Recording, Size, Unrecorded, record, sources_of
+
+_log = logging.getLogger("fastlinear")
+
+_MOST = 64  # recordings of a model, the oldest of which go
+_TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a cache
+_COUNT = "cumulative_length_int"  # of one with a sliding window: how many tokens it has seen, which a call adds to
+
+
+def prepare_generation(model: Any, length: int = 1024, **options: Any) -> Any:
+    """Has `model.generate` run on a preallocated cache and on recorded graphs, and returns the model.
+
+    model: one of transformers' that generates text, in eval mode; its linear layers, fast or not, run as through
+        `torch.compile(backend="fastlinear")`.
+    length: tokens, of prompt and answer, that a cache has room for. Calls up to it share their graphs; the first that
+        wants more doubles it for those that follow. Room that is not used costs address space and little time.
+    options: those of the backend.
+
+    A graph is recorded when a prompt, of whatever length, or a token first comes, and again where the batch is another
+    one, the cache longer or a module was changed. A call that no graph
+    can stand for, and any in training, with gradients, autocast or hooks of the modules, runs as before; a warning says
+    why. Copies of the model are prepared, too, and record anew. `del model.forward` ends it.
+
+    Raises TypeError for a model that does not generate, or whose forward was replaced, and ValueError for a length that
+    is not positive, and for unknown options.
+    """
+    if not hasattr(model, "generate") or not hasattr(model, "generation_config"):
+        raise TypeError(
+            f"prepare_generation takes a model of transformers that generates, but got {type(model).__name__}"
+        )
+    if not isinstance(vars(model).get("forward"), (Generation, type(None))):
+        raise TypeError(f"the forward of this {type(model).__name__} was replaced, by which it would be passed over")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length must be a positive number of tokens, but is {length!r}")
+    model.forward = Generation(model, options)
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.max_cache_len = length
+    return model
+
+
+class Recorded(NamedTuple):
+    """A call's graph. run: takes the tensors of a call, its size if that may differ, and `weights`; kind, fields: the
+    model's output, the index of a tensor of the graph's for each that is none of the cache."""
+
+    run: Any
+    graph: Graph
+    size: Size | None
+    weights: list[Tensor]
+    kind: type[ModelOutput]
+    fields: dict[str, int | None]
+
+
+class Call(NamedTuple):
+    """What a call is given. key: equal for calls of one graph, as far as `Size.holds`; tensors: by name; dims: for each
+    those that are its number of rows."""
+
+    key: Hashable
+    rows: int
+    tensors: dict[str, Tensor]
+    dims: list[tuple[int, ...]]
+
+
+class Generation:
+    """What stands for the forward of a model."""
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        self.model, self.options = model, backend_options.options(options, None)
+        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known: dict[Hashable, list[Recorded | str]] = {}
+        self._modules: Modules | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self.options, "__signature__": self.__signature__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not args and type(cache) is StaticCache and self._may_run():
+            answer = self._answer(cache, kwargs)
+            if answer is not None:
+                return answer
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def _may_run(self) -> bool:
+        apart = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
+        return not apart and undisturbed()
+
+    def _answer(self, cache: Any, kwargs: dict[str, Any]) -> Any:
+        made = _allocate(self.model, cache, kwargs)
+        call = _call_of(self.model, cache, kwargs)
+        found = None if call is None else self._recorded(call, cache, kwargs)
+        if call is None or found is None or isinstance(found, str):
+            if made:
+                _release(cache)
+            return None
+        size = () if found.size is None else (call.rows,)
+        outputs = found.run(*call.tensors.values(), *size, *found.weights)
+        for layer in cache.layers:
+            if hasattr(layer, _COUNT):
+                layer.cumulative_length_int += call.rows
+        fields = {name: cache if at is None else outputs[at] for name, at in found.fields.items()}
+        return found.kind(**fields)
+
+    def _recorded(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Recorded | str:
+        if self._modules is None or not self._modules.hold():
+            self._forget()
+            self._modules = Modules(self.model, _is_idle)
+        several = self._known.setdefault(call.key, [])
+        for found in several:
+            if isinstance(found, str) or found.size is None or found.size.holds(call.rows):
+                return found
+        try:
+            found = self._record(call, cache, kwargs)
+        except Exception as error:  # of tensors without numbers; what is wrong with the call itself, it says without us
+            found = str(error) if isinstance(error, Unrecorded) else f"{type(error).__name__}: {error}".splitlines()[0]
+            _log.warning("%s generates without a graph: %s", type(self.model).__name__, found)
+        several.append(found)
+        if sum(map(len, self._known.values())) > _MOST:
+            self._known.pop(next(iter(self._known)))
+        return found
+
+    def _record(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Recorded:
+        if self._modules is not None and self._modules.why_not is not None:
+            raise Unrecorded(self._modules.why_not)
+        room, config = max(layer.max_cache_len for layer in cache.layers), self.model.generation_config
+        if config.max_cache_len is not None and room > config.max_cache_len:
+            config.max_cache_len = 2 * room
+        fakes = Fakes(call.rows if call.rows > 1 else None)
+        given = {name: fakes.like(t, dims) for (name, t), dims in zip(call.tensors.items(), call.dims, strict=True)}
+        fake = _fake_cache(cache, given, call.rows)
+        made: dict[str, Any] = {}
+
+        def run() -> list[Tensor]:
+            arguments = {name: fake if each is cache else _with(given, name, each) for name, each in kwargs.items()}
+            output = type(self.model).forward(self.model, **arguments)
+            if not isinstance(output, ModelOutput):
+                raise Unrecorded(f"it returns a {type(output).__name__}")
+            tensors = [each for each in output.values() if each is not fake]
+            if not all(isinstance(each, Tensor) for each in tensors):
+                raise Unrecorded("it returns more than tensors and its cache")
+            made.update(kind=type(output), fields=dict(output))
+            return tensors
+
+        recording = record(run, given, fakes, sources_of(self.model))
+        _check(fake, cache, given, call.rows if fakes.size is None else fakes.size.symint)
+        graph = self._rewrite(recording)
+        number = itertools.count()
+        fields = {name: None if each is fake else next(number) for name, each in made["fields"].items()}
+        return Recorded(function_of(recording.module), graph, fakes.size, recording.weights, made["kind"], fields)
+
+    def _rewrite(self, recording: Recording) -> Graph:
+        graph, _ = rewritten(recording.module, recording.inputs, self.options)
+        for node in recording.module.graph.nodes:
+            node.meta.clear()
+        return graph
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is transformers' own, that collects hidden states for calls that want them."""
+    return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
+
+
+def _allocate(model: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Gives a new cache its memory, which would else be a part of the first call; False where that is not possible, or
+    was done."""
+    ids, shape = kwargs.get("input_ids"), getattr(model, "_get_static_cache_init_shape", None)
+    if cache.layers[0].is_initialized or ids is None or shape is None or (sizes := shape()) is None:
+        return False
+    cache.early_initialization(len(ids), *sizes, dtype=model.dtype, device=model.device)
+    return True
+
+
+def _release(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.is_initialized, layer.keys, layer.values = False, None, None
+
+
+def _call_of(model: Any, cache: Any, kwargs: dict[str, Any]) -> Call | None:
+    """A call by what it is given; None for one that has no graph."""
+    ids = kwargs.get("input_ids")
+    if ids is None or ids.dim() != 2 or cache.offloading:
+        return None
+    rows = ids.shape[1]
+    tensors: dict[str, Tensor] = {}
+    others: list[Any] = [rows > 1, model.config._attn_implementation]
+    for name, value in kwargs.items():
+        for key, each in value.items() if isinstance(value, dict) else ((None, value),):
+            if isinstance(each, Tensor):
+                tensors[_name(name, key)] = each.contiguous()
+            elif each is not cache:
+                others.append((name, key, each))
+    dims = [_dims_of(tensor, rows) if rows > 1 else () for tensor in tensors.values()]
+    shapes = [(name, _form(t, own)) for (name, t), own in zip(tensors.items(), dims, strict=True)]
+    for i, layer in enumerate(cache.layers):
+        state = _state(layer, rows)
+        if state is None:
+            return None
+        others.append((state, layer.keys.shape, layer.values.shape, layer.keys.dtype))
+        for what in _TENSORS:
+            tensors[f"{i} {what}"] = getattr(layer, what)
+    dims += [()] * (len(tensors) - len(dims))
+    key = (*shapes, *others)
+    return Call(key, rows, tensors, dims) if _is_hashable(key) else None
+
+
+def _name(name: str, key: str | None) -> str:
+    return name if key is None else f"{name}.{key}"
+
+
+def _with(given: dict[str, Tensor], name: str, value: Any) -> Any:
+    """An argument with the tensors of a recording in the place of its own."""
+    if isinstance(value, dict):
+        return {key: given.get(_name(name, key), each) for key, each in value.items()}
+    return given.get(name, value)
+
+
+def _dims_of(tensor: Tensor, rows: int) -> tuple[int, ...]:
+    """Which dimensions of an argument are the number of rows: of ids and positions [B, L], embeddings [B, L, D], and
+    masks [B, 1, L, S], where S is L, too, if the prompt is longer than a window."""
+    places = {2: (1,), 3: (1,), 4: (2, 3)}.get(tensor.dim(), ())
+    return tuple(dim for dim in places if tensor.shape[dim] == rows)
+
+
+def _form(tensor: Tensor, dims: tuple[int, ...]) -> Hashable:
+    return (tensor.dtype, tensor.device, *(None if i in dims else size for i, size in enumerate(tensor.shape)))
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _state(layer: Any, rows: int) -> Hashable:
+    """What of a layer of a cache, beside its tensors, decides what a call does; None where a graph cannot tell."""
+    if not layer.is_initialized or not layer.keys.is_contiguous() or not layer.values.is_contiguous():
+        return None
+    if type(layer) is StaticLayer:
+        return "growing"
+    if type(layer) is not StaticSlidingWindowLayer:
+        return None
+    if rows > 1:  # such a prompt begins
+        return "new" if layer.cumulative_length_int == 0 else None
+    return "full" if layer.cumulative_length_int >= layer.max_cache_len else "growing"
+
+
+class _Uncounted(StaticSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """One whose number of tokens differs from call to call, so that no graph may ask for it."""
+
+    def get_mask_sizes(self, query_length: int) -> Any:
+        raise Unrecorded("it asks a sliding window how far it is filled")
+
+    def get_seq_length(self) -> Any:
+        return self.get_mask_sizes(0)
+
+
+def _fake_cache(cache: Any, given: dict[str, Tensor], rows: int) -> Any:
+    fake = copy.copy(cache)
+    fake.layers = [copy.copy(layer) for layer in cache.layers]
+    for i, layer in enumerate(fake.layers):
+        vars(layer).update({what: given[f"{i} {what}"] for what in _TENSORS})
+        if rows == 1 and type(layer) is StaticSlidingWindowLayer:
+            layer.__class__ = _Uncounted
+    return fake
+
+
+def _check(fake: Any, cache: Any, given: dict[str, Tensor], rows: Any) -> None:
+    """Raises Unrecorded where a call has changed what a graph does not."""
+    for i, (after, before) in enumerate(zip(fake.layers, cache.layers, strict=True)):
+        expected = {**vars(before), **{what: given[f"{i} {what}"] for what in _TENSORS}}
+        if _COUNT in expected:
+            count = vars(after).pop(_COUNT) - expected.pop(_COUNT)
+            expected |= {} if same_size(count, rows) else {_COUNT: rows}
+        if vars(after).keys() != expected.keys() or any(vars(after)[name] is not expected[name] for name in expected):
+            raise Unrecorded("it changes more of its cache than the tensors")
