@@ -1,11 +1,25 @@
 // The contract of attention, which is what the driver needs: rows of one head, as fastlinear/spec/attention.py says.
 #pragma once
 
+#include <array>
 #include <cstddef>
 
 #include "fastlinear/contract/format.hpp"
+#include "fastlinear/contract/kernel.hpp"
 
 namespace fastlinear {
+
+// What the next call will read and write, fetched a row at a time: all at once they would take every buffer of the
+// core, and this call would wait for them.
+struct NextHead {
+  std::array<Lines, 3> lines{};
+  std::size_t at = 0;
+
+  void fetch_row() {
+    while (at < lines.size() && lines[at].rows == 0) ++at;
+    if (at < lines.size()) lines[at].fetch_row();
+  }
+};
 
 // y = softmax(scale q k^T + mask) v. Query i sees the keys 0 to i + diagonal. `added` is to the scores of every query.
 struct AttentionArgs {
@@ -25,7 +39,8 @@ struct AttentionArgs {
   Format mask_format;
   bool turned;  // whether the scratch still has this mask from the last call, if that could take its queries at a time
   std::ptrdiff_t diagonal;
-  float* scratch;  // attention_scratch(keys, size) floats, at a multiple of 64 bytes
+  float* scratch;   // attention_scratch(keys, size) floats, at a multiple of 64 bytes
+  NextHead* ahead;  // of nothing where no head is to be fetched, but never null
 };
 
 using Attention = void (*)(const AttentionArgs&);

@@ -68,7 +68,9 @@ struct TileArgs {
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
   const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by
   std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
-  Lines lines;                     // where the tile goes and what it meets, to be fetched while there is time
+  const char* beside;            // the same from another place: the next half of that, or rows of A; kernels that have
+  std::ptrdiff_t beside_stride;  // no time for it let it be
+  Lines lines;                   // where the tile goes and what it meets, to be fetched while there is time
 };
 
 // What a thread does before its first tile of a call and after its last: state of the CPU that belongs to nobody is put

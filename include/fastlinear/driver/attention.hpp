@@ -29,7 +29,7 @@ class Attender {
       v_ = rows(p_.v, b, kv, 1, kAttentionColumns);
       batch_ = b, kv_head_ = kv;
     }
-    fetch_next(b, h);
+    NextHead ahead = next_of(b, h);
     const bool masked = p_.mask.data != nullptr, same = p_.mask.row == 0;
     const std::ptrdiff_t visible = p_.causal ? begin : p_.keys;
     const char* const mask = masked && !same ? p_.mask.at(b, h, begin) : nullptr;
@@ -55,6 +55,7 @@ class Attender {
         .turned = turned,
         .diagonal = visible,
         .scratch = scratch(3).floats(attention_scratch(p_.keys, p_.size)),
+        .ahead = &ahead,
     });
   }
 
@@ -84,19 +85,18 @@ class Attender {
     return {to, wide};
   }
 
-  // Brings the rows of the head that comes next, which lie too far apart for the hardware to foresee. Of short ones
-  // only: there are as many lines to wait for as multiplications to wait behind.
-  void fetch_next(std::ptrdiff_t b, std::ptrdiff_t h) const {
+  // The rows of the head that comes next, which lie too far apart for the hardware to foresee. Of short ones only:
+  // there are as many lines to wait for as multiplications to wait behind.
+  NextHead next_of(std::ptrdiff_t b, std::ptrdiff_t h) const {
     const std::ptrdiff_t next = b * p_.heads + h + 1, batch = next / p_.heads, head = next % p_.heads;
-    if (batch >= p_.batches || p_.keys > kShort || p_.queries > kShort) return;
-    const std::ptrdiff_t kv = head / (p_.heads / p_.kv_heads), bytes = p_.size * element_bytes(p_.q.format);
-    const auto fetch = [&](const char* from, std::ptrdiff_t row, std::ptrdiff_t rows) {
-      Lines{rows, {}, {from, row * element_bytes(p_.q.format), bytes}}.fetch();
+    if (batch >= p_.batches || p_.keys > kShort || p_.queries > kShort) return {};
+    const std::ptrdiff_t kv = head / (p_.heads / p_.kv_heads), element = element_bytes(p_.q.format);
+    const auto part = [&](const Heads& heads, std::ptrdiff_t at) {
+      return Lines::Part{heads.at(batch, at), heads.row * element, p_.size * element};
     };
-    fetch(p_.q.at(batch, head), p_.q.row, p_.queries);
-    if (kv == kv_head_ && batch == batch_) return;
-    fetch(p_.k.at(batch, kv), p_.k.row, p_.keys);
-    fetch(p_.v.at(batch, kv), p_.v.row, p_.keys);
+    const Lines queries{p_.queries, part(p_.y, head), part(p_.q, head)};
+    if (kv == kv_head_ && batch == batch_) return {{queries}};
+    return {{queries, Lines{p_.keys, {}, part(p_.k, kv)}, Lines{p_.keys, {}, part(p_.v, kv)}}};
   }
 
   const float* added(const char* mask) { return mask_.added(p_, vectors_, mask, scratch(2).floats(p_.keys)); }

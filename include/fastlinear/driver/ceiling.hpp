@@ -63,7 +63,7 @@ inline double operations(const Plan& plan) {
       a.a = x, a.lda = lda, a.rows = kernel.mr, a.k = k;
       a.panel = w, a.panel_stride = panel, a.panels = kernel.panels;
       a.tile = tile.bytes(kernel.mr * kernel.columns() * 4);
-      a.prefetch = x;
+      a.prefetch = a.beside = x;
       ScaledGroups groups{.size = kGroup};  // of weights that are scaled in groups, and of the rows beside them
       if (info(kernel.layout.format).grouped) {
         const std::ptrdiff_t beside = kTableBytes + ceil_div(k, kGroup) * kernel.layout.nr * 4 + kernel.mr * kLine;

@@ -101,7 +101,7 @@ class RoundingAttender {
     TileArgs t{};
     t.a = a, t.lda = stride, t.rows = rows, t.k = k, t.panel_stride = panel_bytes;
     for (std::ptrdiff_t first = 0, i = 0; first < columns; first += kernel_.columns(), ++i) {
-      t.panel = t.prefetch = panels + first / kPanel * panel_bytes;
+      t.panel = t.prefetch = t.beside = panels + first / kPanel * panel_bytes;
       t.panels = std::min(kernel_.panels, ceil_div(columns - first, kPanel));
       t.tile = tiles + i * tile();
       kernel_.run(t);

@@ -58,6 +58,9 @@ class Worker {
     const auto place = [&](std::ptrdiff_t t) {
       return memory + (keep ? t - tiles.begin : (t - tiles.begin) % kPlaces) * job.tile_bytes();
     };
+    // Rows that no unit of this thread's has passed over are beyond L2, and too many side by side to be foreseen.
+    const bool fresh = prefetches && job.x.rows.index == nullptr && (block_ != u.row_block || block_of_ != &job);
+    block_ = u.row_block, block_of_ = &job;
     TileArgs a{};
     a.lda = job.x.rows.stride;
     a.panels = std::min(kernel.panels, ceil_div(p.n - channel, kernel.layout.nr));
@@ -85,6 +88,11 @@ class Worker {
           a.row_groups = job.x.groups.at(a.lda, rows.begin, block.begin / p.weight.groups.size);
         a.tile = tile;
         a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
+        a.beside = a.prefetch + 64, a.beside_stride = a.prefetch_stride;
+        if (fresh && groups > 0 && t + 1 < tiles.end) {
+          a.beside = job.x.rows.at(rows.end, block.begin);
+          a.beside_stride = rows.size() * a.lda * element_bytes(job.x.rows.format) / groups;
+        }
         a.lines = last && finishes ? lines_of(job, t, u.group) : Lines{};
         kernel.run(a);
         if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), t - 1, u.group);
@@ -145,6 +153,8 @@ class Worker {
   alignas(kSessionBytes) char state_[kSessionBytes];
   Scratch &tiles_ = scratch(0), &wide_ = scratch(1), &scales_ = scratch(2);
   std::size_t job_ = 0;
+  const Job* block_of_ = nullptr;
+  std::ptrdiff_t block_ = -1;  // of rows, which the last unit passed over
 };
 
 }  // namespace fastlinear

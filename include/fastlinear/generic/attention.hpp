@@ -148,7 +148,7 @@ struct Outputs {
 // The sums, R rows of C vectors, over `depth` of a[r * row + d * deep] * panel[d], whose rows lie `stride` apart.
 template <class V, Size C, Size R, class Row, class Deep, class Stride, class End>
 void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, Stride stride, Size first,
-          const End& end) {
+          NextHead& ahead, const End& end) {
   V c[R][C];
 #pragma GCC unroll 16
   for (Size r = 0; r < R; ++r)
@@ -166,6 +166,7 @@ void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, St
     }
     a += deep;
     panel += stride;
+    ahead.fetch_row();
   }
   end(first, c);
 }
@@ -173,8 +174,8 @@ void tile(const float* a, Row row, Deep deep, Size depth, const float* panel, St
 // The same of any number of rows: balanced tiles of at most R.
 template <class V, Size C, Size R, class Row, class Deep, class Stride, class End>
 void product(const float* a, Row row, Deep deep, Size rows, Size depth, const float* panel, Stride stride,
-             const End& end) {
-  using Tile = void (*)(const float*, Row, Deep, Size, const float*, Stride, Size, const End&);
+             NextHead& ahead, const End& end) {
+  using Tile = void (*)(const float*, Row, Deep, Size, const float*, Stride, Size, NextHead&, const End&);
   constexpr auto tiles = []<std::size_t... I>(std::index_sequence<I...>) {
     struct Table {
       Tile of[R];
@@ -184,7 +185,7 @@ void product(const float* a, Row row, Deep deep, Size rows, Size depth, const fl
   const Size count = (rows + R - 1) / R;
   for (Size t = 0, first = 0; t < count; ++t) {
     const Size next = (t + 1) * rows / count;
-    tiles.of[next - first - 1](a + first * row, row, deep, depth, panel, stride, first, end);
+    tiles.of[next - first - 1](a + first * row, row, deep, depth, panel, stride, first, ahead, end);
     first = next;
   }
 }
@@ -193,7 +194,7 @@ void product(const float* a, Row row, Deep deep, Size rows, Size depth, const fl
 template <class V, Size C, Size R, class Element>
 void output(const AttentionArgs& args, Size keys, Size rows, Size column, const float* scores, Size lanes,
             const float* factor, Element* y) {
-  product<V, C, R>(scores, One(), lanes, rows, keys, args.v + column, args.v_stride,
+  product<V, C, R>(scores, One(), lanes, rows, keys, args.v + column, args.v_stride, *args.ahead,
                    Outputs<V, C, Element>{y + column, args.y_stride, args.size - column, factor});
 }
 
@@ -235,7 +236,7 @@ void some_queries(const AttentionArgs& args, Size query) {
                 [&](V x) { return x * factor; });
   if (args.mask != nullptr && !(args.turned && args.queries <= lanes)) turn_mask<V, C>(args, query, rows, keys, mask);
   product<V, C, R>(args.k, args.k_stride, One(), keys, args.size, panel, std::integral_constant<Size, lanes>(),
-                   Scores<V, C>{scores, maximum, args.added, args.mask == nullptr ? nullptr : mask});
+                   *args.ahead, Scores<V, C>{scores, maximum, args.added, args.mask == nullptr ? nullptr : mask});
   if (keys > first_end + 1) {  // some keys are seen by some of the queries
     float lane[lanes];
     for (Size i = 0; i < lanes; ++i) lane[i] = static_cast<float>(first_end + i);

@@ -77,7 +77,7 @@ void multiply(const TileArgs& t) {
   constexpr bool two_lines = P * nr * kr * std::ptrdiff_t{sizeof(Weight)} >= 128;
   const auto* a = static_cast<const typename Op::Row*>(t.a);
   auto* sums = static_cast<typename Op::Sum*>(t.tile);
-  [[maybe_unused]] const char* prefetch = t.prefetch;
+  [[maybe_unused]] const char *prefetch = t.prefetch, *beside = t.beside;
 
   const Weight* panel[P];
 #pragma GCC unroll 8
@@ -109,8 +109,11 @@ void multiply(const TileArgs& t) {
           next_row_at += pause;
         }
       __builtin_prefetch(prefetch, 0, 2);  // 2: into L2
-      if constexpr (two_lines) __builtin_prefetch(prefetch + 64, 0, 2);
       prefetch += t.prefetch_stride;
+      if constexpr (two_lines) {
+        __builtin_prefetch(beside, 0, 2);
+        beside += t.beside_stride;
+      }
     }
 #pragma GCC unroll 2
     for (std::ptrdiff_t s = 0; s < Op::steps; ++s) {
