@@ -215,10 +215,10 @@ def _largest(ratios: Tensor) -> float:
 
 def check(_: argparse.Namespace) -> int:
     """Prints the worst error of each kernel and each ISA's functions and attention as a share of what is allowed."""
-    print(f"{'checked':<24}{'what':<14}{'error':>9}  of what is allowed")
+    print(f"{'checked':<30}{'what':<14}{'error':>9}  of what is allowed")
     shares = []
     for checked, what, worst in results():
-        print(f"{checked:<24}{what:<14}{worst:>9.1%}  {'ok' if worst <= 1 else 'FAILED'}")
+        print(f"{checked:<30}{what:<14}{worst:>9.1%}  {'ok' if worst <= 1 else 'FAILED'}")
         shares.append(worst)
     failures = sum(not worst <= 1 for worst in shares)
     print(f"\n{len(shares) - failures} of {len(shares)} checks passed")

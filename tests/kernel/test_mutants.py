@@ -180,14 +180,14 @@ BROKEN = [
     Mutant(
         "widened rows are one k short",
         PROLOGUE,
-        "(p_.x.at(row, 0), reinterpret_cast<float*>(to), «p_.k»)",
+        "(elements(row), reinterpret_cast<float*>(to), «p_.k»)",
         "p_.k - 1",
         TALL_BF16,
     ),
     Mutant(
         "widened rows are those of the next row",
         PROLOGUE,
-        "widen(p_.x.at(«row», 0), reinterpret_cast",
+        "widen(elements(«row»), reinterpret_cast",
         "2 * first_ + m_ - 1 - row",
         TALL_BF16,
     ),
