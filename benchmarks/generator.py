@@ -70,11 +70,12 @@ def transformers_generate(model: Any) -> Generate:
 
 
 def backend(path: Path, tokens: int, threads: int, dynamic: bool = False, half: bool = False) -> Generate:
-    """Through torch.compile and transformers' generate, on a cache that is there from the start."""
+    """Through transformers' generate on recorded graphs, and a cache that is there from the start."""
     import torch
     import transformers
 
     import fastlinear
+    from fastlinear.hf import prepare_generation
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
@@ -83,10 +84,7 @@ def backend(path: Path, tokens: int, threads: int, dynamic: bool = False, half: 
         load: Any = transformers.AutoModelForCausalLM.from_config
         model = load(config, dtype=torch.bfloat16 if half else torch.float32).eval()
     fastlinear.load_quantized(path, model, dynamic=dynamic)
-    unchanged = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    model.forward = torch.compile(model.forward, backend="fastlinear", options=unchanged)
-    model.generation_config.cache_implementation = "static"
-    return transformers_generate(model)
+    return transformers_generate(prepare_generation(model, length=tokens))
 
 
 WAYS: dict[str, Callable[[Path, int, int], Generate]] = {
