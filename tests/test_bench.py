@@ -26,6 +26,7 @@ import compare  # noqa: E402
 import generation  # noqa: E402
 import gguf_files  # noqa: E402
 import peers  # noqa: E402
+import quality  # noqa: E402
 import remote  # noqa: E402
 import shapes  # noqa: E402
 import summary  # noqa: E402
@@ -597,3 +598,20 @@ def test_a_tiny_run_writes_figures_and_plot(
     assert all(f"{name} is left out" in done.stdout for name in document["refused"])
     assert {"no_op", "fastlinear", "nn.Linear"} <= document["tiny_calls"].keys()
     assert document["tuning"]["first_calls"] == 2 and document["once"]["import_ms"] > 0
+
+
+def says(logits: list[float]) -> Any:
+    """A language model that predicts the same at every place."""
+    return lambda ids: SimpleNamespace(logits=torch.tensor(logits).expand(1, ids.shape[1], -1))
+
+
+def test_quality_is_of_predictions() -> None:
+    """A model that holds all tokens for equally likely has a perplexity of their number; what differs from the model
+    that is compared with has the divergence from it, by hand, and its likeliest token as another one."""
+    text = torch.tensor([[0, 1, 2], [3, 0, 1]])
+    even, odd = says([0.0] * 4), says([0.0, 0.0, 0.0, math.log(5)])
+    reference = [quality.predicted(even, ids) for ids in text]
+    assert quality.measure(even, text, reference) == pytest.approx({"perplexity": 4.0, "kl": 0.0, "same": 1.0})
+    by_hand = 0.75 * math.log(0.25 * 8) + 0.25 * math.log(0.25 * 8 / 5)
+    found = quality.measure(odd, text, reference)
+    assert found == pytest.approx({"perplexity": 8.0, "kl": by_hand, "same": 0.0})
