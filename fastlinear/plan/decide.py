@@ -41,9 +41,10 @@ _log = logging.getLogger("fastlinear")
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
 # fit its budget), and on as much weight as the second-level caches hold twice, so that it comes from beyond them. A
 # larger problem is tuned on its first rows and columns: the kernels see the same K, panels and row tiles, and each
-# thread has at least one group of panels of the widest kernels.
+# thread has at least one group of panels of the widest kernels. Rows are whole tiles of 14 and of 6, as most of a larger
+# problem's are: 14 rows may collide in L1 where 12 do not.
 _PROXY_WORK, _PROXY_CACHES = 20e6, 2
-_PROXY_ROWS = 48
+_PROXY_ROWS = 42
 # Tiles multiply several times as fast, and what surrounds them counts from more rows on.
 _PROXY_TILE_WORK, _PROXY_TILE_ROWS = 100e6, 256
 _PROXY_COLUMNS = max(row["columns"] for row in _kernels.rows())
@@ -341,7 +342,7 @@ def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     least = _PROXY_COLUMNS * max(2, problem.threads)
     m, n = problem.m, min(problem.n, max(least, nbytes // row_bytes))
     if m * max(n, 1) > area:
-        m = min(m, max(rows, int(area / max(n, 1))))
+        m = min(m, max(1, int(area / max(n, 1)) // rows) * rows)
         n = min(n, max(least, int(area / m)))
     head = operands.head(n, problem.transposed)
     return problem._replace(m=m, n=head.packed.n), head
