@@ -45,9 +45,9 @@ def prepare_generation(model: Any, length: int = 1024, **options: Any) -> Any:
     options: those of the backend.
 
     A graph is recorded when a prompt, of whatever length, or a token first comes, and again where the batch is another
-    one, the cache longer or a module was changed. A call that no graph
-    can stand for, and any in training, with gradients, autocast or hooks of the modules, runs as before; a warning says
-    why. Copies of the model are prepared, too, and record anew. `del model.forward` ends it.
+    one, the cache longer or a module was changed. A call that no graph can stand for, and any in training, with
+    gradients, autocast or hooks of the modules, runs as before; a warning says why. Copies of the model are prepared,
+    too, and record anew. `del model.forward` ends it.
 
     Raises TypeError for a model that does not generate, or whose forward was replaced, and ValueError for a length that
     is not positive, and for unknown options.

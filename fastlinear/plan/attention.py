@@ -73,15 +73,23 @@ def rounding(asked: Question) -> str | None:
 
 
 @functools.cache
-def _l2() -> int:
-    return int(_kernels.cpu_info()["l2"]) or 1 << 20
+def _caches() -> tuple[int, int]:
+    """Bytes of the second-level cache, and of the largest."""
+    info = _kernels.cpu_info()
+    l2 = int(info["l2"]) or 1 << 20
+    return l2, max(l2, int(info["l3"]))
+
+
+def _exceeds(asked: Question, cache: int) -> bool:
+    """Whether what many queries read over and over, keys, values and scores, is more than a cache holds."""
+    nbytes = 4 * (2 * asked.keys * asked.size + _LANES * (asked.size + 2 * asked.keys))
+    return asked.queries > FEW_QUERIES and nbytes > cache
 
 
 def why_never(asked: Question) -> str | None:
     """Why torch runs it, whatever would be faster; None where it may be ours."""
-    nbytes = 4 * (2 * asked.keys * asked.size + _LANES * (asked.size + 2 * asked.keys))
-    if asked.queries > FEW_QUERIES and nbytes > _l2():
-        return f"{asked.keys} keys of {asked.size} do not fit the second-level cache"
+    if _exceeds(asked, _caches()[1]):
+        return f"{asked.keys} keys of {asked.size} do not fit the caches"
     if asked.size > _LARGEST:
         return f"heads of {asked.size} are more than {_LARGEST} wide"
     return None
@@ -89,6 +97,8 @@ def why_never(asked: Question) -> str | None:
 
 def by_rule(asked: Question) -> Answer:
     """Where nothing is measured."""
+    if _exceeds(asked, _caches()[0]):
+        return Answer(False, f"torch, by rule: {asked.keys} keys of {asked.size} do not fit the second-level cache")
     kernel, longest = rounding(asked), max(asked.queries, asked.keys)
     if kernel is not None and "/amx" in kernel and asked.format == "bf16" and longest >= _TILES_WIN:
         return Answer(False, "torch, by rule: it multiplies bf16 in tiles")

@@ -41,8 +41,8 @@ _log = logging.getLogger("fastlinear")
 # A tuning measures on at most this many multiply-adds a thread (about 0.3 ms a call, so that 8 rounds of all candidates
 # fit its budget), and on as much weight as the second-level caches hold twice, so that it comes from beyond them. A
 # larger problem is tuned on its first rows and columns: the kernels see the same K, panels and row tiles, and each
-# thread has at least one group of panels of the widest kernels. Rows are whole tiles of 14 and of 6, as most of a larger
-# problem's are: 14 rows may collide in L1 where 12 do not.
+# thread has at least one group of panels of the widest kernels. Rows are whole tiles of 14 and of 6, as most of a
+# larger problem's are: 14 rows may collide in L1 where 12 do not.
 _PROXY_WORK, _PROXY_CACHES = 20e6, 2
 _PROXY_ROWS = 42
 # Tiles multiply several times as fast, and what surrounds them counts from more rows on.

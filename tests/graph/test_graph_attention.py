@@ -149,8 +149,16 @@ def test_many_queries_of_many_keys_are_left_to_torch() -> None:
             fast(torch.randn(1, length, 32))
             assert heads in told(fast).why
     long = plan.Question(8, 64, 1 << 20, 64, "fp32", "none", 1)
-    assert "second-level cache" in (plan.why_never(long) or "")
+    assert "do not fit the caches" in (plan.why_never(long) or "")
     assert plan.why_never(long._replace(queries=1)) is None
+
+
+def test_keys_beyond_the_second_level_cache_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it a rule leaves them to torch, and a measurement decides; beyond all caches nothing is measured."""
+    monkeypatch.setattr(plan, "_caches", lambda: (1 << 19, 1 << 22))
+    asked = [plan.Question(8, 64, keys, 64, "fp32", "none", 1) for keys in (256, 2048, 1 << 15)]
+    assert [plan.by_rule(each).ours for each in asked] == [True, False, False]
+    assert [plan.why_never(each) is None for each in asked] == [True, True, False]
 
 
 def test_fuse_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:

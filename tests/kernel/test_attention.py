@@ -80,6 +80,16 @@ def test_attention_is_within_the_bound(isa: str, kind: str) -> None:
         assert ((y.double() - want).abs() <= bound).all(), (dtype, b, h, g, queries, keys, size)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_thousands_of_keys(threads: int) -> None:
+    """More than a second-level cache holds: the bound is that of as many keys."""
+    torch.set_num_threads(threads)
+    q, k, v = (heads(1, 2, rows, 64) for rows in (40, 4100, 4100))
+    y = _attention.attention(q, k, v)
+    want, bound = spec.exact(q, k, v)
+    assert y is not None and bool(((y.double() - want).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("kernel", rounding_kernels())
 @pytest.mark.parametrize("kind", MASKS)
 def test_products_of_bf16_are_within_their_bound(kernel: str, kind: str) -> None:
