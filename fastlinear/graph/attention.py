@@ -136,6 +136,7 @@ def _why_not(node: fx.Node, given: dict[str, Any]) -> str | None:
         return "its scale is no number"
     if (reason := sdpa.why_not(q, k, v, mask)) is not None:
         return reason
-    if y.dim() != 4 or not is_contiguous(y.transpose(1, 2)):
+    # Where heads are joined at once, the order that they lie in shows nowhere.
+    if y.dim() != 4 or not (is_contiguous(y.transpose(1, 2)) or _joined(node)):
         return "its output lies in another order than ours"
     return "gradients are wanted" if torch.is_grad_enabled() and y.requires_grad else None

@@ -61,8 +61,10 @@ TAKEN: dict[str, Heads] = {
     "scaled": lambda q, k, v: sdpa(q, k, v, scale=0.3),
     "masked": lambda q, k, v: sdpa(q, k, v, attn_mask=(q[:, :1] @ k[:, :1].mT) > -3),
     "added": lambda q, k, v: sdpa(q, k, v, (q[:, :1, :1] @ k[:, :1].mT)),
+    "of heads that lie apart": lambda q, k, v: sdpa(*map(Tensor.contiguous, (q, k, v))),  # as Whisper has them
 }
 LEFT: dict[str, tuple[Heads, str]] = {
+    "of heads that lie apart": (lambda q, k, v: sdpa(*map(Tensor.contiguous, (q, k, v))).neg(), "in another order"),
     "dropping": (lambda q, k, v: sdpa(q, k, v, dropout_p=1e-7), "it drops out"),
     "fp64": (lambda q, k, v: sdpa(q.double(), k.double(), v.double()).float(), "no fp32, bf16 or fp16"),
     "three dimensions": (lambda q, k, v: sdpa(q[0], k[0], v[0])[None], "not of four dimensions"),
