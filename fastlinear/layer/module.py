@@ -222,7 +222,8 @@ class FastModule(WithEngines):
             y = self._native(x, packed_as, bare, operands, kept)
         engine = self._engine_for(packed_as, bare)
         packed, weight = engine.packed, self._parameters.get("weight")
-        if y is None or packed is None or (weight is None and frozen is None):  # None: thawed meanwhile
+        changed = record_of(self) is not frozen  # frozen or thawed meanwhile, by another thread
+        if y is None or packed is None or changed or (weight is None and frozen is None):
             return None
         attach = gradient.Attachment(
             self._reference(self._precision_in(engine, packed_as), frozen, bare),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import native
 import pytest
@@ -12,6 +13,7 @@ import torch
 import zygote
 from torch import Tensor, nn
 
+import fastlinear
 import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 import fastlinear._tensors as _tensors
@@ -130,6 +132,31 @@ def test_weights_change_while_others_compute(features: tuple[int, int]) -> None:
             assert any(y.shape == each.shape and torch.allclose(y, each, atol=1e-4) for each in wanted)
 
     in_threads(6, work)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_or_thawed_during_a_call_with_gradients(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others freeze or thaw a layer, and call it, between the product and what gives it its gradients: these are right."""
+    module: Any = nn.Sequential(layer_of(24, 40)).requires_grad_()
+    layer, x = module[0], torch.randn(3, 40, requires_grad=True)
+    if frozen:
+        fastlinear.freeze(module)
+    native = type(layer)._native
+
+    def meanwhile(self: Any, *args: Any) -> Any:
+        y = native(self, *args)
+        monkeypatch.undo()
+        (fastlinear.unfreeze if frozen else fastlinear.freeze)(module)
+        with torch.no_grad():
+            module(x)  # which packs anew
+        return y
+
+    monkeypatch.setattr(type(layer), "_native", meanwhile)
+    y = module(x)
+    y.sum().backward()
+    want = torch.autograd.grad(expected(layer, x).sum(), x)[0]
+    torch.testing.assert_close(y, expected(layer, x))
+    torch.testing.assert_close(x.grad, want)
 
 
 def test_the_number_of_threads_is_torchs() -> None:
