@@ -136,7 +136,7 @@ def test_weights_change_while_others_compute(features: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_frozen_or_thawed_during_a_call_with_gradients(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others freeze or thaw a layer, and call it, between the product and what gives it its gradients: these are right."""
+    """Others freeze or thaw a layer and call it, between its product and what gives that gradients: these are right."""
     module: Any = nn.Sequential(layer_of(24, 40)).requires_grad_()
     layer, x = module[0], torch.randn(3, 40, requires_grad=True)
     if frozen:
