@@ -71,19 +71,15 @@ def transformers_generate(model: Any) -> Generate:
 
 def backend(path: Path, tokens: int, threads: int, dynamic: bool = False, half: bool = False) -> Generate:
     """Through transformers' generate on recorded graphs, and a cache that is there from the start."""
+    import gguf_files
     import torch
     import transformers
 
-    import fastlinear
     from fastlinear.hf import prepare_generation
 
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    with torch.device("meta"):
-        load: Any = transformers.AutoModelForCausalLM.from_config
-        model = load(config, dtype=torch.bfloat16 if half else torch.float32).eval()
-    fastlinear.load_quantized(path, model, dynamic=dynamic)
+    model = gguf_files.load(path, torch.bfloat16 if half else torch.float32, dynamic)
     return transformers_generate(prepare_generation(model, length=tokens))
 
 

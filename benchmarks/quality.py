@@ -40,11 +40,7 @@ def stock(path: Path) -> Any:
 
 
 def as_stored(path: Path, dtype: torch.dtype = torch.float32, dynamic: bool = False) -> Any:
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    with torch.device("meta"):
-        load: Any = transformers.AutoModelForCausalLM.from_config
-        model = load(config, dtype=dtype).eval()
-    return fastlinear.load_quantized(path, model, dynamic=dynamic)
+    return gguf_files.load(path, dtype, dynamic)
 
 
 def anew(path: Path, **options: Any) -> Any:

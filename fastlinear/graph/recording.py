@@ -33,7 +33,7 @@ class Fakes:
     """The tensors without numbers of one recording. size: the one that may be another one in each call, or None."""
 
     def __init__(self, size: int | None) -> None:
-        symbolic, fake = (_torch.find(f"{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses"))
+        symbolic, fake = (_torch.find(name) for name in ("fx.experimental.symbolic_shapes", "_subclasses"))
         shapes = symbolic.ShapeEnv()
         self.mode = fake.FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
         self.size = None if size is None else Size(shapes, symbolic.DimDynamic.DYNAMIC, size)

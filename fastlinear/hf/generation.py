@@ -3,7 +3,7 @@
 Dynamo takes seconds for a graph of a language model, most of what one waits for before the first token, and guards it
 by a millisecond a token. `graph/recording.py` takes a fraction of that, and what Dynamo guards is known here: the
 modules are looked at by `Modules`, the shapes and numbers of a call are what its recording is found by, and a cache is
-one of transformers' own, of which `_LAYERS` says what changes in a call beside its tensors.
+one of transformers' own, of which `_state` says what decides a call beside its tensors.
 """
 
 from __future__ import annotations
