@@ -13,6 +13,10 @@ cdef extern from "fastlinear/host/memory.hpp" namespace "fastlinear":
         char* take(size_t) except +
         void give_back(char*, size_t) except +
 
+cdef extern from "<array>" namespace "std" nogil:
+    cppclass Bytes "std::array<std::ptrdiff_t, 4>":
+        ptrdiff_t operator[](size_t)
+
 cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     ctypedef struct WeightView "fastlinear::WeightView<void>":
         void* data
@@ -37,6 +41,7 @@ cdef extern from "fastlinear/weight/pack.hpp" namespace "fastlinear" nogil:
     ptrdiff_t panels_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t packed_bytes(const Layout&, ptrdiff_t, ptrdiff_t)
     ptrdiff_t channel_arrays(Format)
+    Bytes c_arrays_of_panels "fastlinear::arrays_of_panels"(const Layout&, ptrdiff_t)
     Weight weight_at(const Layout&, ptrdiff_t, ptrdiff_t, const char*)
     void find_integers(ScaledGroups&)
     void pack_weight(const Layout&, const WeightView&, void*)

@@ -42,6 +42,12 @@ def packed_nbytes(str layout not None, ptrdiff_t n, ptrdiff_t k):
     return packed_bytes(shape, n, k)
 
 
+def arrays_of_panels(str layout not None, ptrdiff_t k):
+    """Bytes that each panel of a weight [n, k] has in each of the arrays of panels that the weight begins with."""
+    cdef Bytes found = c_arrays_of_panels(parse_layout(layout), k)
+    return tuple([found[i] for i in range(4) if found[i] > 0])
+
+
 def dot_limit(bint zeros=False):
     """The largest K of integer products, whose sums are int32; `zeros`: of weights with zero points."""
     return kDotLimitWithZeros if zeros else kDotLimit

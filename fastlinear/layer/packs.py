@@ -165,24 +165,13 @@ def stitched(parts: Iterable[_weights.Packed], n: int) -> _weights.Packed:
             memory = torch.frombuffer(block, dtype=torch.uint8)
         panels, before, every = (-(-channels // nr) for channels in (part.n, done, n))
         at_whole = at_part = 0
-        for size in _sections(part, panels):  # of each panel
+        for size in _weights.arrays_of_panels(layout, k):
             begin = at_whole + before * size
             memory[begin : begin + panels * size] = part.data[at_part : at_part + panels * size]
             at_whole, at_part = at_whole + every * size, at_part + panels * size
         memory[at_whole:] = part.data[at_part:]  # table and order, which all have
         done += part.n
     return _weights.Packed.over(block, layout, n, k)
-
-
-def _sections(packed: _weights.Packed, panels: int) -> list[int]:
-    """Bytes that a panel has in each of the pieces that a pack of floats or in groups is: the panels, and then scales,
-    and offsets."""
-    own, table = packed.head(packed.n).nbytes, 64 if packed.format == "int4" else 0
-    scaling = packed.layout.split(":")
-    order = 4 * packed.k if "ordered" in scaling else 0
-    behind = packed.nbytes - own - table - order
-    pieces = 2 if "offsets" in scaling else 1
-    return [own // panels, *[behind // pieces // panels] * pieces]
 
 
 def repack(packed: _weights.Packed, layout: str) -> _weights.Packed:

@@ -11,8 +11,11 @@
 // apart from the codes, since a kernel needs them once a group, and what is read one after another is fetched ahead.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 
 #include "fastlinear/contract/arith.hpp"
 #include "fastlinear/formats/all.hpp"
@@ -27,17 +30,21 @@ constexpr std::ptrdiff_t channel_arrays(Format format) { return info(format).arr
 
 inline constexpr std::ptrdiff_t kTableBytes = Int4::codes * 4;
 
-// Of the scales, which is that of the offsets, of all panels.
-inline std::ptrdiff_t scales_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
-  return layout.groups.size == 0 ? 0 : ceil_div(n, layout.nr) * scales_bytes(layout.groups, layout.nr, k);
+// Bytes that a panel has in each of the arrays of panels that a packed weight is, in their order, then zeros; behind
+// these stands what all panels have.
+inline std::array<std::ptrdiff_t, 4> arrays_of_panels(const Layout& layout, std::ptrdiff_t k) {
+  std::array<std::ptrdiff_t, 4> bytes{panel_offset(layout, k)};
+  std::fill_n(bytes.begin() + 1, channel_arrays(layout.format), layout.nr * 4);
+  if (layout.groups.size > 0)
+    std::fill_n(bytes.begin() + 1, layout.groups.offsets ? 2 : 1, scales_bytes(layout.groups, layout.nr, k));
+  return bytes;
 }
 
 inline std::ptrdiff_t packed_bytes(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k) {
-  const std::ptrdiff_t channels = ceil_div(n, layout.nr) * layout.nr;
-  const std::ptrdiff_t scales = scales_bytes(layout, n, k) * (layout.groups.offsets ? 2 : 1);
+  const auto arrays = arrays_of_panels(layout, k);
   const std::ptrdiff_t table = layout.format == Format::int4 ? kTableBytes : 0;
   const std::ptrdiff_t order = layout.groups.ordered ? k * std::ptrdiff_t{sizeof(std::int32_t)} : 0;
-  return panels_bytes(layout, n, k) + scales + channel_arrays(layout.format) * channels * 4 + table + order;
+  return ceil_div(n, layout.nr) * std::accumulate(arrays.begin(), arrays.end(), std::ptrdiff_t{0}) + table + order;
 }
 
 // A packed weight, as the driver reads it; the arrays are null where the layout has none.
@@ -67,19 +74,15 @@ inline void find_integers(ScaledGroups& groups) {
 }
 
 inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k, const char* data) {
+  const auto bytes = arrays_of_panels(layout, k);
+  std::array<const char*, bytes.size() + 1> at{data};
+  for (std::size_t i = 0; i < bytes.size(); ++i) at[i + 1] = at[i] + ceil_div(n, layout.nr) * bytes[i];
   Weight w{.panels = data, .layout = layout, .scales = nullptr, .sums = nullptr, .zeros = nullptr};
-  const std::ptrdiff_t arrays = channel_arrays(layout.format), channels = ceil_div(n, layout.nr) * layout.nr;
-  const char* behind = data + panels_bytes(layout, n, k);
   if (info(layout.format).grouped) {
-    const std::ptrdiff_t bytes = scales_bytes(layout, n, k);
-    const std::ptrdiff_t stride = scales_bytes(layout.groups, layout.nr, k);
-    w.groups = {layout.groups.size, behind, nullptr, layout.groups.scales, stride, nullptr};
-    behind += bytes;
-    if (layout.groups.offsets) {
-      w.groups.offsets = behind;
-      behind += bytes;
-    }
+    const char* const offsets = layout.groups.offsets ? at[2] : nullptr;
+    w.groups = {layout.groups.size, at[1], offsets, layout.groups.scales, bytes[1], nullptr};
     w.groups.unit = 1.0f;
+    const char* behind = at.back();
     if (layout.format == Format::int4) {
       w.groups.table = reinterpret_cast<const float*>(behind);
       w.groups.unit = 0.0f;  // until `find_integers` has been asked
@@ -88,10 +91,11 @@ inline Weight weight_at(const Layout& layout, std::ptrdiff_t n, std::ptrdiff_t k
     if (layout.groups.ordered) w.order = reinterpret_cast<const std::int32_t*>(behind);
     return w;
   }
-  if (arrays > 0) w.scales = reinterpret_cast<const float*>(behind);
+  const std::ptrdiff_t arrays = channel_arrays(layout.format);
+  if (arrays > 0) w.scales = reinterpret_cast<const float*>(at[1]);
   if (arrays == 3) {
-    w.sums = reinterpret_cast<const std::int32_t*>(behind) + channels;
-    w.zeros = w.sums + channels;
+    w.sums = reinterpret_cast<const std::int32_t*>(at[2]);
+    w.zeros = reinterpret_cast<const std::int32_t*>(at[3]);
   }
   return w;
 }
