@@ -8,7 +8,9 @@ recorded call, but for one size that may be another one in each call, as far as 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,8 +27,16 @@ _PACKED = {"_frozen", "_pack", "_frozen_experts"}  # attributes of modules that 
 _DTYPES: dict[type, Any] = {int: torch.int64, float: torch.float64, bool: torch.bool}  # which fx cannot spell
 
 
+# Held while a recording is made, since torch then says of all threads that they compile.
+alone = threading.RLock()
+
+
 class Unrecorded(Exception):
     """A call that no graph can stand for; the message says why, in a few words."""
+
+
+class Kept(Unrecorded):
+    """The call of a model that keeps a tensor which it has made, as some do in their first call."""
 
 
 class Fakes:
@@ -85,12 +95,31 @@ def record(
     """
     graph = fx.Graph()
     recorder = _Recorder(graph, given, fakes.size, sources)
-    with fakes.mode, recorded(), _torch.compile_session(), recorder:
+    plainly = _torch.find("_dispatch.python.enable_python_dispatcher")  # without which some ops take no unknown size
+    with alone, plainly(), fakes.mode, recorded(), _torch.compile_session(), recorder:
         outputs = function()
     graph.output(tuple(map(recorder.node_of, outputs)))
     graph.erase_node(recorder.begin)
     inputs = [node.meta["example_value"] for node in graph.nodes if node.op == "placeholder"]
     return Recording(fx.GraphModule(nn.Module(), graph), inputs, recorder.weights)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Takes tensors without numbers from the modules of a model again, and raises Kept where there are any."""
+    tables = [(name, table) for name, module in model.named_modules() for table in (vars(module), module._buffers)]
+    before = [dict(table) for _, table in tables]
+    kept: list[str] = []
+    try:
+        yield
+    finally:
+        for (name, table), known in zip(tables, before, strict=True):
+            for key in [key for key, value in table.items() if isinstance(value, _torch.FakeTensor)]:
+                kept.append(f"{name}.{key}")
+                del table[key]
+                table.update({key: known[key]} if key in known else {})
+    if kept:
+        raise Kept(f"it keeps a tensor of the call as {kept[0]}")
 
 
 def sources_of(model: nn.Module) -> dict[int, str]:
@@ -101,6 +130,7 @@ def sources_of(model: nn.Module) -> dict[int, str]:
         for table in ("_parameters", "_buffers"):
             held = vars(module)[table].items()
             found |= {id(tensor): f"{place}.{table}['{key}']" for key, tensor in held if tensor is not None}
+        found |= {id(each): f"{place}.{key}" for key, each in vars(module).items() if type(each) is Tensor}
         for key in _PACKED & vars(module).keys():
             value = vars(module)[key]
             for pack in value if isinstance(value, tuple) else (value,):
@@ -124,8 +154,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        value = function(*args, **kwargs)
         name = str(getattr(function, "__name__", ""))
+        if name == "to" and _is_given(args[0], (*args[1:], *kwargs.values())):
+            return args[0]  # as torch does, but not on tensors without numbers in inference mode
+        value = function(*args, **kwargs)
         writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
         idle = any(value is each for each in args)  # x.contiguous(), which returned x
         if writes or (_has_tensor(value) and not idle):
@@ -207,6 +239,11 @@ def _nothing() -> None:
 
 def _has_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_has_tensor, value)))
+
+
+def _is_given(x: Tensor, wanted: Sequence[Any]) -> bool:
+    """Whether a tensor is of these devices and dtypes."""
+    return all(each in (x.device, str(x.device), x.dtype) for each in wanted)
 
 
 def _spelling(function: Any, name: str) -> tuple[str, Any, tuple[Any, ...]]:

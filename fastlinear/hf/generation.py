@@ -4,6 +4,10 @@ Dynamo takes seconds for a graph of a language model, most of what one waits for
 by a millisecond a token. `graph/recording.py` takes a fraction of that, and what Dynamo guards is known here: the
 modules are looked at by `Modules`, the shapes and numbers of a call are what its recording is found by, and a cache is
 one of transformers' own, of which `_state` says what decides a call beside its tensors.
+
+The model gets two attributes: a forward, and in the place of transformers' method by which `generate` has a cache made
+one that asks for a preallocated cache where a graph may run on it. So what a user asks for, saves or copies of the
+model's `generation_config` is what it was.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import ModelOutput
 
 from fastlinear._modes import undisturbed
@@ -26,11 +31,16 @@ from fastlinear.graph import options as backend_options
 from fastlinear.graph.backend import Graph, function_of, rewritten
 from fastlinear.graph.capture import same_size
 from fastlinear.graph.modules import Modules
-from fastlinear.graph.recording import Fakes, Recording, Size, Unrecorded, record, sources_of
+from fastlinear.graph.recording import Fakes, Kept, Recording, Size, Unrecorded, alone, record, sources_of, unchanged
 
 _log = logging.getLogger("fastlinear")
 
 _MOST = 64  # recordings of a model, the oldest of which go
+_TRIAL = 4  # times that the modules have changed between any two calls, from which on none is recorded
+_MAKE = "_prepare_cache_for_generation"  # transformers' method that `generate` has a cache of
+_MODES = {getattr(GenerationMode, name) for name in ("GREEDY_SEARCH", "SAMPLE", "BEAM_SEARCH", "BEAM_SAMPLE")}
+_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
+_OF_NUMBERS = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
 _TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a cache
 _COUNT = "cumulative_length_int"  # of one with a sliding window: how many tokens it has seen, which a call adds to
 
@@ -45,9 +55,10 @@ def prepare_generation(model: Any, length: int = 1024, **options: Any) -> Any:
     options: those of the backend.
 
     A graph is recorded when a prompt, of whatever length, or a token first comes, and again where the batch is another
-    one, the cache longer or a module was changed. A call that no graph can stand for, and any in training, with
-    gradients, autocast or hooks of the modules, runs as before; a warning says why. Copies of the model are prepared,
-    too, and record anew. `del model.forward` ends it.
+    one, the cache longer or a module was changed. A call that no graph can stand for (of models whose cache cannot be
+    preallocated, with hooks, numbers that decide what is done) runs as before, and a warning says why; so does any in
+    training, with gradients or autocast, and all of a `generate` on another cache, with an assistant or hidden states.
+    Copies of the model are prepared, too, and record anew. `del model.forward` ends it.
 
     Raises TypeError for a model that does not generate, or whose forward was replaced, and ValueError for a length that
     is not positive, and for unknown options.
@@ -60,9 +71,11 @@ def prepare_generation(model: Any, length: int = 1024, **options: Any) -> Any:
         raise TypeError(f"the forward of this {type(model).__name__} was replaced, by which it would be passed over")
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"length must be a positive number of tokens, but is {length!r}")
-    model.forward = Generation(model, options)
-    model.generation_config.cache_implementation = "static"
-    model.generation_config.max_cache_len = length
+    generation = Generation(model, length, options)
+    if generation.why_not is not None:
+        generation.tell(generation.why_not)
+    model.forward = generation
+    setattr(model, _MAKE, generation.make_cache)
     return model
 
 
@@ -88,39 +101,70 @@ class Call(NamedTuple):
     dims: list[tuple[int, ...]]
 
 
-class Generation:
-    """What stands for the forward of a model."""
+_FORGOTTEN = {"_known", "_modules", "_changes", "_told", "_sizes"}  # of what a copy knows nothing
 
-    def __init__(self, model: Any, options: dict[str, Any]) -> None:
-        self.model, self.options = model, backend_options.options(options, None)
+
+class Generation:
+    """What stands for the forward of a model. why_not: why no call of it has a graph, in a few words, or None."""
+
+    def __init__(self, model: Any, length: int, options: dict[str, Any]) -> None:
+        self.model, self.length, self.options = model, length, backend_options.options(options, None)
+        self.why_not = _why_not(model)
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))
         self._forget()
 
     def _forget(self) -> None:
         self._known: dict[Hashable, list[Recorded | str]] = {}
         self._modules: Modules | None = None
+        self._changes = 0  # of the modules, since a graph was run
+        self._told: str | None = None
+        self._sizes: list[tuple[int, int, int]] | None = None  # of the layers of a cache: heads, their sizes in k and v
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "options": self.options, "__signature__": self.__signature__}
+        return {name: value for name, value in vars(self).items() if name not in _FORGOTTEN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._forget()
 
+    def tell(self, reason: str) -> None:
+        """Warns of a reason, if it is another one than before."""
+        if reason != self._told:
+            self._told = reason
+            _log.warning("%s generates without a graph: %s", type(self.model).__name__, reason)
+
+    def make_cache(self, config: Any, kwargs: dict[str, Any], mode: Any, *rest: Any) -> Any:
+        """transformers' method, which makes the cache that `config` of a `generate` asks for."""
+        if vars(self.model).get("forward") is self and self._may_run() and _is_free(config, kwargs, mode):
+            if config.max_length > self.length:
+                self.length = 2 * config.max_length
+            config.cache_implementation, config.max_cache_len = "static", self.length
+        return getattr(type(self.model), _MAKE)(self.model, config, kwargs, mode, *rest)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not args and type(cache) is StaticCache and self._may_run():
-            answer = self._answer(cache, kwargs)
-            if answer is not None:
-                return answer
-        return type(self.model).forward(self.model, *args, **kwargs)
+        cache: Any = kwargs.get("past_key_values")
+        if args or type(cache) is not StaticCache or not self._may_run():
+            return type(self.model).forward(self.model, *args, **kwargs)
+        answer = self._answer(cache, kwargs)
+        if answer is None:
+            answer = type(self.model).forward(self.model, **kwargs)
+            layers: list[Any] = cache.layers
+            if all(type(layer) in _LAYERS and layer.is_initialized for layer in layers):
+                self._sizes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+        return answer
 
     def _may_run(self) -> bool:
-        apart = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
-        return not apart and undisturbed()
+        if self.why_not is not None or torch.is_grad_enabled() or self.model.training:
+            return False
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
+                return False
+            with alone:  # another thread records, while torch says of all of them that they compile
+                pass
+        return undisturbed() and not (self._modules is not None and self._modules.why_not and self._modules.hold())
 
     def _answer(self, cache: Any, kwargs: dict[str, Any]) -> Any:
-        made = _allocate(self.model, cache, kwargs)
+        made = self._allocate(cache, kwargs)
         call = _call_of(self.model, cache, kwargs)
         found = None if call is None else self._recorded(call, cache, kwargs)
         if call is None or found is None or isinstance(found, str):
@@ -135,20 +179,52 @@ class Generation:
         fields = {name: cache if at is None else outputs[at] for name, at in found.fields.items()}
         return found.kind(**fields)
 
+    def _allocate(self, cache: Any, kwargs: dict[str, Any]) -> bool:
+        """Gives a new cache its memory, which would else be a part of the first call; False where that is not possible,
+        or was done."""
+        ids, model = kwargs.get("input_ids"), self.model
+        if ids is None or any(type(layer) not in _LAYERS or layer.is_initialized for layer in cache.layers):
+            return False
+        sizes = _sizes_of(model, len(cache.layers)) if self._sizes is None else self._sizes
+        for layer, (heads, *of_head) in zip(cache.layers, sizes, strict=False):
+            shapes = ((len(ids), heads, 0, size) for size in of_head)
+            layer.lazy_initialization(*(torch.empty(each, dtype=model.dtype, device=model.device) for each in shapes))
+        return bool(sizes)
+
     def _recorded(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Recorded | str:
-        if self._modules is None or not self._modules.hold():
-            self._forget()
-            self._modules = Modules(self.model, _is_idle)
-        several = self._known.setdefault(call.key, [])
-        for found in several:
+        if self._modules is not None and self._modules.hold() and (found := self._find(call)) is not None:
+            self._changes = 0
+            return found
+        with alone:
+            if self._modules is None or not self._modules.hold():
+                changes, told, sizes = self._changes + (self._modules is not None), self._told, self._sizes
+                self._forget()
+                self._changes, self._told, self._sizes = changes, told, sizes
+                self._modules = Modules(self.model, _is_idle)
+                if changes == _TRIAL:
+                    self.why_not = "its modules change from call to call"
+                    self.tell(self.why_not)
+            if self.why_not is not None:
+                return self.why_not
+            found = self._find(call)
+            return self._new(call, cache, kwargs) if found is None else found
+
+    def _find(self, call: Call) -> Recorded | str | None:
+        for found in self._known.get(call.key, ()):
             if isinstance(found, str) or found.size is None or found.size.holds(call.rows):
                 return found
+        return None
+
+    def _new(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Recorded | str:
+        found: Recorded | str
         try:
             found = self._record(call, cache, kwargs)
         except Exception as error:  # of tensors without numbers; what is wrong with the call itself, it says without us
-            found = str(error) if isinstance(error, Unrecorded) else f"{type(error).__name__}: {error}".splitlines()[0]
-            _log.warning("%s generates without a graph: %s", type(self.model).__name__, found)
-        several.append(found)
+            found = _reason(error)
+            if isinstance(error, Kept) and self._changes == 0:  # and, once it has it, keeps no other
+                return found
+            self.tell(found)
+        self._known.setdefault(call.key, []).append(found)
         if sum(map(len, self._known.values())) > _MOST:
             self._known.pop(next(iter(self._known)))
         return found
@@ -156,9 +232,6 @@ class Generation:
     def _record(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Recorded:
         if self._modules is not None and self._modules.why_not is not None:
             raise Unrecorded(self._modules.why_not)
-        room, config = max(layer.max_cache_len for layer in cache.layers), self.model.generation_config
-        if config.max_cache_len is not None and room > config.max_cache_len:
-            config.max_cache_len = 2 * room
         fakes = Fakes(call.rows if call.rows > 1 else None)
         given = {name: fakes.like(t, dims) for (name, t), dims in zip(call.tensors.items(), call.dims, strict=True)}
         fake = _fake_cache(cache, given, call.rows)
@@ -175,7 +248,8 @@ class Generation:
             made.update(kind=type(output), fields=dict(output))
             return tensors
 
-        recording = record(run, given, fakes, sources_of(self.model))
+        with unchanged(self.model):
+            recording = record(run, given, fakes, sources_of(self.model))
         _check(fake, cache, given, call.rows if fakes.size is None else fakes.size.symint)
         graph = self._rewrite(recording)
         number = itertools.count()
@@ -189,19 +263,49 @@ class Generation:
         return graph
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, Unrecorded):
+        return str(error)
+    kind = type(error).__name__
+    return "its numbers decide what it does" if kind in _OF_NUMBERS else f"{kind}: {error}".splitlines()[0]
+
+
 def _is_idle(hook: Any) -> bool:
     """Whether a hook is transformers' own, that collects hidden states for calls that want them."""
     return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
 
 
-def _allocate(model: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Gives a new cache its memory, which would else be a part of the first call; False where that is not possible, or
-    was done."""
-    ids, shape = kwargs.get("input_ids"), getattr(model, "_get_static_cache_init_shape", None)
-    if cache.layers[0].is_initialized or ids is None or shape is None or (sizes := shape()) is None:
-        return False
-    cache.early_initialization(len(ids), *sizes, dtype=model.dtype, device=model.device)
-    return True
+def _why_not(model: Any) -> str | None:
+    """Why no call of a model can have a graph, in a few words; None where one may."""
+    if model.config.is_encoder_decoder:
+        return "it is an encoder and a decoder, and only decoders are recorded"
+    if not getattr(model, "_can_compile_fullgraph", True):
+        return "transformers does not let its cache be preallocated"
+    if model.config.model_type == "falcon" and model.config.alibi:
+        return "its ALiBi is as long as the prompt, and not as a preallocated cache"
+    layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) not in _LAYERS})
+    return f"its cache has a {others[0]}, which cannot be preallocated" if others else None
+
+
+def _is_free(config: Any, kwargs: dict[str, Any], mode: Any) -> bool:
+    """Whether a `generate` may be given a preallocated cache: it asks for no other one, nor for what depends on its
+    length, and takes no token back."""
+    given = any(kwargs.get(name) is not None for name in ("past_key_values", "cache_params"))
+    wide = config.output_attentions or config.output_hidden_states
+    own = config.cache_implementation not in (None, "static") or config.max_cache_len is not None
+    other = given or wide or own or config.use_cache is False or config.is_assistant
+    return not other and mode in _MODES
+
+
+def _sizes_of(model: Any, layers: int) -> list[tuple[int, int, int]]:
+    """What transformers says of the layers of a cache: heads, and their sizes in keys and values; empty where it does
+    not."""
+    told = getattr(model, "_get_static_cache_init_shape", None)
+    if told is None or (shape := told()) is None:
+        return []
+    heads, sizes = (each if isinstance(each, list) else [each] * layers for each in shape)
+    return [(h, size, size) for h, size in zip(heads, sizes, strict=True)]
 
 
 def _release(cache: Any) -> None:
