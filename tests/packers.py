@@ -93,7 +93,10 @@ def hqq(n: int, k: int) -> Any:
     weight = (codes - spread(zero, k)) * spread(scale, k)
     parts = {"W_q": halves.to(torch.uint8), "scale": scale.view(-1, 1), "zero": zero.view(-1, 1),
              "shape": torch.tensor([n, k]), "axis": torch.tensor(1), "nbits": torch.tensor(4)}  # fmt: skip
-    return weight, parts
+    notes = ("packing", "compute_dtype", "view_as_float", "quant_scale", "quant_zero", "stores_quant_config",
+             "channel_wise", "optimize", "round_zero", "unpack_view_dtype", "offload_meta", "encoded_state_dict",
+             "group_size")  # fmt: skip
+    return weight, parts | {name: torch.tensor([1], dtype=torch.uint8) for name in notes}
 
 
 def nf4(n: int, k: int, *, nested: bool = False) -> Any:

@@ -47,10 +47,13 @@ _FIELDS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
+    "rope.scaling.factor": "factor",
     "expert_used_count": "num_experts_per_tok",
 }
-UNUSED = ("rope_freqs.weight",)  # what a model computes from its config
+_OF_ROPE = ("rope_theta", "factor")
+FREQUENCIES = "rope_freqs.weight"  # by what those of the rotary embedding are divided, which a config tells, too
 
 
 class Architecture(NamedTuple):
@@ -115,14 +118,22 @@ def architecture_of(fields: Mapping[str, Any]) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
-def check_config(fields: Mapping[str, Any], architecture: str, config: object) -> None:
-    """ValueError where the file and a transformers config tell of two models."""
-    ropes = getattr(config, "rope_parameters", None)
+def check_config(fields: Mapping[str, Any], architecture: str, config: object, stretched: float = 1.0) -> None:
+    """ValueError where the file and a transformers config tell of two models. stretched: by how much the file's slowest
+    frequency of the rotary embedding is divided."""
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else {}
     for field, attribute in _FIELDS.items():
         said, has = fields.get(f"{architecture}.{field}"), getattr(config, attribute, None)
-        if attribute == "rope_theta" and isinstance(ropes, dict):
-            has = ropes.get(attribute, has)
+        if attribute in _OF_ROPE:
+            has = rope.get(attribute, has)
         if not isinstance(said, (int, float)) or not isinstance(has, (int, float)):
             continue
         if abs(said - has) > 1e-5 * abs(has):  # files have fp32
             raise ValueError(f"its {architecture}.{field} is {said:g}, but {attribute} of this model is {has:g}")
+    scaled = fields.get(f"{architecture}.rope.scaling.type", "none") != "none" or stretched != 1.0
+    if scaled and rope.get("rope_type") == "default":
+        raise ValueError(
+            "it scales the rotary embedding, but rope_parameters of this model's config do not: they have to be those "
+            "of the model's own config.json, of which a file tells transformers nothing"
+        )

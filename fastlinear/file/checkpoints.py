@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.file import folders, gguf
-from fastlinear.file.architectures import EXPERTS, UNUSED, architecture_of, check_config, expert_part
+from fastlinear.file.architectures import EXPERTS, FREQUENCIES, architecture_of, check_config, expert_part
 from fastlinear.file.filling import Source, fill, with_ties
 from fastlinear.file.gguf import Gguf
 from fastlinear.file.safetensors import AnyPath, faults_of, shown
@@ -26,9 +26,10 @@ def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Mod
     """Give `model` the weights of a checkpoint that others quantized, bit for bit, and return it.
 
     path: a GGUF file of Llama, Mistral, Mixtral, Qwen 2 and 3 (MoE, too) or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0,
-        Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32; or a folder of safetensors files whose config.json has a
-        quantization_config of GPTQ or AWQ (gemm), compressed-tensors (pack-quantized, int8 and fp8), bitsandbytes (nf4
-        and fp4), HQQ (4 bits, axis 1), fp8 in blocks, or the MXFP4 experts of gpt-oss.
+        Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32, or the first of several files of a model; or a folder of
+        safetensors files whose config.json has a quantization_config of GPTQ or AWQ (gemm), compressed-tensors
+        (pack-quantized, int8 and fp8), bitsandbytes (nf4 and fp4), HQQ (4 bits, axis 1), fp8 in blocks, or the MXFP4
+        experts of gpt-oss.
     model: the model of transformers, on the meta device or with any weights, which go unread; for a GGUF file a causal
         language model. Its dtype is that of its activations; what the file has in floats is rounded to it
         where it is narrower.
@@ -47,6 +48,8 @@ def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Mod
         raise TypeError(f"load_quantized(dynamic=...) must be True or False, but is {dynamic!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized() fills an nn.Module, but was given {type(model).__name__}")
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"load_quantized() reads the path of a file or a folder, but was given {type(path).__name__}")
     with faults_of(path):
         if os.path.isdir(path):
             fill(model, with_ties(model, folders.sources(folders.open_folder(path), model)), dynamic)
@@ -59,12 +62,12 @@ def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Mod
 def _sources(mapped: Gguf, model: Any) -> dict[str, Source]:
     """The tensors of a GGUF file by their names in `model`."""
     name, architecture = architecture_of(mapped.fields)
-    check_config(mapped.fields, name, getattr(model, "config", None))
+    check_config(mapped.fields, name, getattr(model, "config", None), _stretched(mapped))
     whole = hasattr(model, "lm_head")  # else it is what lies within the causal model
     sources: dict[str, Source] = {}
     of_experts: dict[str, dict[str, str]] = {}
     for stored, entry in mapped.entries.items():
-        if stored in UNUSED:
+        if stored == FREQUENCIES:
             continue
         target = architecture.name(stored)
         if target is None:
@@ -85,6 +88,14 @@ def _sources(mapped: Gguf, model: Any) -> dict[str, Source]:
     if whole and embedded is not None:
         sources.setdefault("lm_head.weight", embedded)
     return sources
+
+
+def _stretched(mapped: Gguf) -> float:
+    """By how much the slowest frequency of the rotary embedding is divided."""
+    entry = mapped.entries.get(FREQUENCIES)
+    if entry is None or entry.kind != "F32" or not entry.nbytes:
+        return 1.0
+    return float(mapped.rows(FREQUENCIES).view(torch.float32).max())
 
 
 def _source(mapped: Gguf, stored: str, entry: gguf.Entry, heads: int, shift: float) -> Source:

@@ -17,6 +17,7 @@ from fastlinear.layer import experts, pages
 from fastlinear.spec.checkpoints import MIXTURES, SCHEMES, Mixture, Scheme
 from fastlinear.spec.packed import Weight, stands_for
 
+_COMPUTED = ".rotary_emb.inv_freq"  # a buffer that older models were saved with, and compute from their config
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -39,7 +40,11 @@ class Folder(NamedTuple):
 def open_folder(path: AnyPath) -> Folder:
     """The files of a folder, of which no more than the headers are read; ValueError where they are not sound or of no
     known kind, OSError as the system gives it."""
-    folder = os.fspath(path)
+    folder = os.fsdecode(path)
+    names = sorted(os.listdir(folder))
+    single = next((name for name in names if name.endswith(".gguf")), None)
+    if single is not None and not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"it is a folder of GGUF files, of which one is to be named, such as {shown(single)}")
     config = _json(os.path.join(folder, "config.json"))
     told = config.get("quantization_config")
     if not isinstance(told, dict):
@@ -95,7 +100,10 @@ def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
                     more = {part: f"{name}.{part}" for part in scheme.optional}
                     names |= {part: each for part, each in more.items() if each in folder.files}
                     found[f"{name}.weight"] = _quantized(folder, scheme, names, name)
-                    rest = {each: None for each in rest if each not in names.values()}
+                    if module.bias is None and _is_zero(folder, f"{name}.bias"):
+                        del rest[f"{name}.bias"]
+                    for each in names.values():
+                        rest.pop(each, None)
                     break
         elif folder.mixture is not None and experts.are_experts(module):
             for own in experts.names_of(module):
@@ -103,9 +111,15 @@ def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
                 names = {part: f"{full}_{part}" for part in folder.mixture.parts}
                 if all(each in folder.files for each in names.values()):
                     found[full] = _of_experts(folder, folder.mixture, names, full, experts.is_transposed(module))
-                    rest = {each: None for each in rest if each not in names.values()}
-    found |= {name: _plain(folder, name) for name in rest}
+                    for each in names.values():
+                        rest.pop(each, None)
+    found |= {name: _plain(folder, name) for name in rest if not name.endswith(_COMPUTED)}
     return found
+
+
+def _is_zero(folder: Folder, name: str) -> bool:
+    """Whether there is such a tensor, and it does nothing: packers have written biases for layers that have none."""
+    return name in folder.files and not bool(folder.tensor(name).any())
 
 
 def _quantized(folder: Folder, scheme: Scheme, names: Mapping[str, str], layer: str) -> Source:

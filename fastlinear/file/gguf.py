@@ -5,7 +5,8 @@
 
 Numbers are little-endian, a string is its length u64 and its bytes. The first extent is the innermost. Of arrays, which
 are a tokenizer's words, only the length is kept; whatever the header claims is held against the size of the file
-before anything is made of it.
+before anything is made of it. A model may lie in several files, "...-00001-of-00003.gguf", of which the first has the
+fields.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _LONG = 1 << 10  # bytes of a name
 _TEXT = 1 << 20  # bytes of a text that is kept
 _DIMS, _DEPTH = 4, 4  # of tensors, and of arrays in arrays
 _ALIGNMENT = 32
+_FILES = 1 << 10  # of one model
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # ids of types
 _STRING, _ARRAY = 8, 9
@@ -42,14 +44,15 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     nbytes: int
+    file: int = 0  # of those of the model
 
 
 class Gguf(NamedTuple):
-    """A file in memory: its fields, and tensors that are views of one private mapping, which lives as long as they."""
+    """A model's files in memory: fields, and tensors that are views of private mappings, which live as long as they."""
 
     fields: dict[str, Any]  # numbers and texts; of an array its length
     entries: dict[str, Entry]
-    memory: mmap.mmap
+    memories: tuple[mmap.mmap, ...]
 
     def rows(self, name: str) -> Tensor:
         """The bytes of a tensor, uint8 [all rows, bytes of one]."""
@@ -57,7 +60,8 @@ class Gguf(NamedTuple):
         n = entry.nbytes // row_nbytes(entry.kind, entry.shape[-1]) if entry.nbytes else 0
         if n == 0:
             return torch.empty(0, row_nbytes(entry.kind, entry.shape[-1]), dtype=torch.uint8, device="cpu")
-        return torch.frombuffer(self.memory, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin).view(n, -1)
+        memory = self.memories[entry.file]
+        return torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin).view(n, -1)
 
     def release(self, name: str) -> None:
         """Takes what was read of a tensor, and never written, out of memory; who reads it again has it again."""
@@ -65,7 +69,7 @@ class Gguf(NamedTuple):
         begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
         nbytes = (entry.begin + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
         if nbytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED, begin, nbytes)
+            self.memories[entry.file].madvise(mmap.MADV_DONTNEED, begin, nbytes)
 
 
 def row_nbytes(kind: str, k: int) -> int:
@@ -80,16 +84,42 @@ def is_gguf(path: AnyPath) -> bool:
 
 
 def open_mapped(path: AnyPath) -> Gguf:
-    """The file, of which no more than the header is read; FormatError where that is not sound, OSError as the system
-    gives it."""
-    with faults_of(path), open(path, "rb", opener=at_once) as file:
+    """The file, or all files of the model whose first it is, of which no more than the headers are read; FormatError
+    where they are not sound, OSError as the system gives it."""
+    with faults_of(path):
+        first = _open(path)
+        count = first.fields.get("split.count", 1)
+        if type(count) is not int or not 0 <= count <= _FILES:
+            raise ValueError(f"its split.count is {shown(count)}, no number of files up to {_FILES}")
+        return first if count <= 1 else _joined(os.fsdecode(path), first, count)
+
+
+def _open(path: AnyPath) -> Gguf:
+    with open(path, "rb", opener=at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no regular file")
         if status.st_size < len(MAGIC):
             raise ValueError(f"it ends after {status.st_size} bytes, within its header")
         memory = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
-        return Gguf(*_parse(_Cursor(memory)), memory)
+        return Gguf(*_parse(_Cursor(memory)), (memory,))
+
+
+def _joined(path: str, first: Gguf, count: int) -> Gguf:
+    """All files of a model, of which the first was opened; ValueError where one is another's."""
+    end = f"-{{:05d}}-of-{count:05d}.gguf".format
+    if not path.endswith(end(1)):
+        raise ValueError(f"it is one of {count} files of a model, which are read by the first, '...{end(1)}'")
+    files = [first, *(_open(path.removesuffix(end(1)) + end(i + 1)) for i in range(1, count))]
+    entries: dict[str, Entry] = {}
+    for i, file in enumerate(files):
+        if (file.fields.get("split.no"), file.fields.get("split.count")) != (i, count):
+            raise ValueError(f"its file '...{end(i + 1)}' does not say that it is that one of {count}")
+        for name, entry in file.entries.items():
+            if name in entries:
+                raise ValueError(f"two of its files have a tensor {shown(name)}")
+            entries[name] = entry._replace(file=i)
+    return Gguf(first.fields, entries, tuple(memory for file in files for memory in file.memories))
 
 
 class _Cursor:
@@ -140,8 +170,10 @@ class _Cursor:
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Entry]]:
     if cursor.memory[cursor.skip(len(MAGIC)) : cursor.at] != MAGIC:
-        raise ValueError("it does not begin with 'GGUF'")
+        raise ValueError("it does not begin with 'GGUF', and read are GGUF files, and folders of safetensors files")
     version, tensors, many = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if int.from_bytes(version.to_bytes(4, "big"), "little") in VERSIONS:
+        raise ValueError("its numbers are big-endian, and little-endian ones are read")
     if version not in VERSIONS:
         raise ValueError(f"it is of version {version}, and versions {' and '.join(map(str, VERSIONS))} are read")
     if tensors > _MANY or many > _MANY:

@@ -25,6 +25,15 @@ Config = Mapping[str, Any]
 
 _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that has column i of 8
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+_INPUTS = (
+    "input_scale",
+    "input_zero_point",
+)  # by which compressed-tensors would quantize inputs, which are as they are
+_OF_HQQ = (  # what HQQ notes of a layer, beside its weight
+    "axis", "nbits", "group_size", "packing", "unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero",
+    "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize",
+    "round_zero",
+)  # fmt: skip
 
 
 class Scheme(NamedTuple):
@@ -107,8 +116,16 @@ def group_of(k: int, groups: int) -> int:
 # ---- GPTQ and AWQ ----
 
 
+def _gptq_bits(parts: Parts, config: Config) -> int:
+    """The config's, or, where that tells others for patterns of names, those of a layer's zero points."""
+    if not config.get("dynamic"):
+        return _bits(config)
+    words, n = (parts[name].shape[-1] if parts[name].dim() else 0 for name in ("qzeros", "qweight"))
+    return _bits({"bits": words * 32 // n if n else None})
+
+
 def _gptq_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    bits = _bits(config)
+    bits = _gptq_bits(parts, config)
     qweight = need(parts, "qweight", (torch.int32,), None, None)
     n, k = qweight.shape[1], qweight.shape[0] * 32 // bits
     groups = len(need(parts, "scales", SCALES, None, n))
@@ -137,7 +154,7 @@ def _order(parts: Parts, name: str, k: int, groups: int) -> Tensor | None:
 def _gptq(parts: Parts, config: Config) -> Weight:
     """Codes are packed along K, zero points along N. Version 1 stores zero points less 1. A checkpoint that is
     symmetric tells its version by their value, whatever it says of itself."""
-    bits, (_, k), scales = _bits(config), _gptq_shape(parts, config), parts["scales"]
+    bits, (_, k), scales = _gptq_bits(parts, config), _gptq_shape(parts, config), parts["scales"]
     zeros = _fields(parts["qzeros"], bits).int()
     middle, mask = 1 << bits - 1, (1 << bits) - 1
     second = config.get("checkpoint_format") in ("gptq_v2", "gptq_p")
@@ -152,7 +169,7 @@ def _gptq(parts: Parts, config: Config) -> Weight:
 
 
 def _awq_shape(parts: Parts, config: Config) -> tuple[int, int]:
-    if config.get("version", "gemm").lower() != "gemm":
+    if str(config.get("version") or "gemm").lower() != "gemm":
         raise ValueError(f"it is of AWQ's version {config.get('version')!r}, and 'gemm' is supported")
     if _bits(config) != 4:
         raise ValueError("AWQ of 4 bits is supported")
@@ -178,20 +195,22 @@ def _awq(parts: Parts, config: Config) -> Weight:
 # ---- compressed-tensors ----
 
 
-def _weights_of(config: Config) -> Config:
-    """What a config of compressed-tensors says of weights; all its groups have to agree."""
+def _packed_bits(parts: Parts, config: Config) -> int:
+    """The config's, or, where its groups of layers tell several, those of a layer's weight."""
     groups = config.get("config_groups")
     told = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-    first = told[0] if told else None
-    if not isinstance(first, dict) or any(each != first for each in told):
-        raise ValueError("its config_groups do not tell one way in which weights are quantized")
-    return first
+    if not told or not all(isinstance(each, dict) for each in told):
+        raise ValueError("its config_groups do not tell in which way weights are quantized")
+    if all(each.get("num_bits") == told[0].get("num_bits") for each in told):
+        return _bits(told[0], "num_bits")
+    words, k = parts["weight_packed"].shape[1], int(parts["weight_shape"][1])
+    return _bits({"num_bits": words * 32 // k if k else None}, "num_bits")
 
 
 def _packed_shape(parts: Parts, config: Config) -> tuple[int, int]:
     packed = need(parts, "weight_packed", (torch.int32,), None, None)
     n, k = need(parts, "weight_shape", (torch.int64, torch.int32), 2).tolist()
-    bits = _bits(_weights_of(config), "num_bits")
+    bits = _packed_bits(parts, config)
     if n != len(packed) or k < 0 or -(-k * bits // 32) != packed.shape[1]:
         raise ValueError(f"weight_shape is [{n}, {k}], which weight_packed, {list(packed.shape)}, does not hold")
     groups = need(parts, "weight_scale", SCALES, n, None).shape[1]
@@ -204,7 +223,7 @@ def _packed_shape(parts: Parts, config: Config) -> tuple[int, int]:
 
 def _packed(parts: Parts, config: Config) -> Weight:
     """Codes are packed along K, zero points along N, both with half of their range added."""
-    (n, k), bits = _packed_shape(parts, config), _bits(_weights_of(config), "num_bits")
+    (n, k), bits = _packed_shape(parts, config), _packed_bits(parts, config)
     scale, zero = parts["weight_scale"], None
     codes = _fields(parts["weight_packed"], bits)[:, :k].contiguous()
     if "weight_zero_point" in parts:
@@ -380,11 +399,11 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
         Scheme(
             "compressed-tensors",
             ("weight_packed", "weight_scale", "weight_shape"),
-            ("weight_zero_point", "weight_g_idx"),
+            ("weight_zero_point", "weight_g_idx", *_INPUTS),
             _packed_shape,
             _packed,
         ),
-        Scheme("compressed-tensors", ("weight_scale", "weight"), ("weight_zero_point",), _plain_shape, _plain),
+        Scheme("compressed-tensors", ("weight_scale", "weight"), ("weight_zero_point", *_INPUTS), _plain_shape, _plain),
     ),
     "fp8": (Scheme("fp8", ("weight_scale_inv", "weight"), (), _blocks_shape, _blocks),),
     "bitsandbytes": (
@@ -396,6 +415,6 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
             _nf4,
         ),
     ),
-    "hqq": (Scheme("HQQ", ("W_q", "scale", "zero", "shape"), ("axis", "nbits", "group_size"), _hqq_shape, _hqq),),
+    "hqq": (Scheme("HQQ", ("W_q", "scale", "zero", "shape"), _OF_HQQ, _hqq_shape, _hqq),),
     "mxfp4": (),  # its linear layers are floats
 }

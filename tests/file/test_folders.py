@@ -1,5 +1,6 @@
 """load_quantized on folders of safetensors: each scheme, packed here as its own packer does, arrives bit for bit."""
 
+import itertools
 import json
 import math
 import random
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packers import GROUP, SCHEMES, Parts, ct, scales, spread
-from safetensors.torch import save_file
+from packers import GROUP, SCHEMES, Parts, compressed, ct, gptq, scales, spread
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastlinear
@@ -87,6 +88,46 @@ def test_every_scheme(scheme: str, tmp_path: Path) -> None:
     assert packs == {SCHEMES[scheme][2]}
     with torch.inference_mode():
         assert fast(IDS).logits.isfinite().all()
+
+
+_MIXED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*mlp.*": {"bits": 8}}}),
+    "compressed-tensors": (
+        compressed,
+        {"quant_method": "compressed-tensors", "config_groups": {
+            f"group_{i}": {"targets": [target], "weights": {"num_bits": bits, "type": "int"}}
+            for i, (target, bits) in enumerate((("re:.*attn.*", 4), ("re:.*mlp.*", 8)))
+        }},
+    ),
+}  # fmt: skip
+
+
+_INPUTS = ("input_scale", "input_zero_point")
+
+
+@pytest.mark.parametrize("method", _MIXED)
+def test_layers_of_several_kinds(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer has the bits that its tensors have, whatever patterns of names a config tells of; and what packers
+    have written beside weights (biases of zeros, buffers that a model computes, scales of inputs) is no fault."""
+    pack, told = _MIXED[method]
+    bits = itertools.cycle((4, 8))
+
+    def mixed(n: int, k: int) -> Any:
+        weight, parts = pack(n, k, bits=next(bits))
+        return weight, parts | (
+            {"bias": torch.zeros(n)} if method == "gptq" else {name: torch.zeros(1) for name in _INPUTS}
+        )
+
+    monkeypatch.setitem(SCHEMES, "mixed", (mixed, told, ""))
+    weights = written(tmp_path, "mixed")
+    save_file(
+        {**load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)},
+        tmp_path / "model.safetensors",
+    )
+    fast = fastlinear.load_quantized(tmp_path, on_meta())
+    state = fast.state_dict()
+    assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name].float()) for name in weights)
+    assert {m._frozen.packed.format for m in fast.model.modules() if isinstance(m, nn.Linear)} == {"int4", "int8g"}
 
 
 @pytest.mark.parametrize("zeros", [False, True])

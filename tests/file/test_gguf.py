@@ -256,6 +256,25 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: write(p, {**fields_of("llama"), "llama.attention.head_count": 8}, tensors_of("llama", ["Q4_0"])),
         r"llama.attention.head_count is 8, but num_attention_heads of this model is 4",
     ),
+    "rope that a config does not tell": (
+        lambda p: small(p, rope_freqs__weight=Stored("F32", (32,), torch.linspace(1, 8, 32).view(torch.uint8))),
+        r"scales the rotary embedding, but rope_parameters of this model's config do not",
+    ),
+    "a scaled rope": (
+        lambda p: write(p, {**fields_of("llama"), "llama.rope.scaling.type": "yarn"}, tensors_of("llama", ["Q4_0"])),
+        r"scales the rotary embedding, but rope_parameters of this model's config do not",
+    ),
+    "another's numbers": (
+        lambda p: p.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0)), "its numbers are big-endian, and little-endian"
+    ),
+    "one of several, renamed": (
+        lambda p: write(p, {**fields_of("llama"), "split.count": 3, "split.no": 0}, {}),
+        r"one of 3 files of a model, which are read by the first, '...-00001-of-00003.gguf'",
+    ),
+    "a folder of files": (
+        lambda p: (p.mkdir(), small(p / "a.gguf")),
+        r"a folder of GGUF files, of which one is to be named, such as 'a.gguf'",
+    ),
     "another version": (lambda p: write(p, {}, {}, version=1), r"version 1, and versions 2 and 3 are read"),
     "no GGUF": (lambda p: p.write_bytes(b"GGML" + bytes(100)), r"does not begin with 'GGUF'"),
     "nothing": (lambda p: p.write_bytes(b""), r"ends after 0 bytes"),
@@ -292,6 +311,35 @@ def test_a_tensor_that_lies(number: int, value: int, message: str, tmp_path: Pat
     struct.pack_into(form, raw, place, value)
     path.write_bytes(raw)
     with pytest.raises(FormatError, match=f"tensor 'blk.1.ffn_down.weight'.*{message}"):
+        fastlinear.load_quantized(path, on_meta("llama"))
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    """Named by the first it is the model of one file, bit for bit; a file of another place is told, and one that is
+    missing is the system's error."""
+    fields, tensors = fields_of("llama"), tensors_of("llama", ["Q4_1", "Q8_0"])
+    whole = fastlinear.load_quantized(write(tmp_path / "m", fields, tensors), on_meta("llama"))
+    files = [tmp_path / f"m-0000{i + 1}-of-00003.gguf" for i in range(3)]
+    for i, path in enumerate(files):
+        told = {"split.no": i, "split.count": 3}
+        write(path, {**fields, **told} if i == 0 else told, dict(list(tensors.items())[i::3]))
+    parts = fastlinear.load_quantized(files[0], on_meta("llama"))
+    for (name, one), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    with torch.inference_mode():
+        assert torch.equal(whole(IDS).logits, parts(IDS).logits)
+    files[1].write_bytes(files[2].read_bytes())
+    with pytest.raises(FormatError, match=r"its file '...-00002-of-00003.gguf' does not say that it is that one of 3"):
+        fastlinear.load_quantized(files[0], on_meta("llama"))
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003\.gguf"):
+        fastlinear.load_quantized(files[0], on_meta("llama"))
+
+
+@pytest.mark.parametrize("path", [None, 3, ["m.gguf"]])
+def test_what_is_no_path(path: Any) -> None:
+    """A number would be taken for an open file."""
+    with pytest.raises(TypeError, match=f"reads the path of a file or a folder, but was given {type(path).__name__}"):
         fastlinear.load_quantized(path, on_meta("llama"))
 
 
