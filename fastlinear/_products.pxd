@@ -1,4 +1,4 @@
-from libc.stdint cimport int8_t, int32_t, int64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
@@ -37,6 +37,33 @@ cdef extern from "fastlinear/driver/integers.hpp" namespace "fastlinear" nogil:
         int8_t* integers
         float* scales
         int32_t* zeros
+    enum: kStarts, kEnds
+    ctypedef struct End "fastlinear::CodeSearch::End":
+        float number
+        float upper
+    ctypedef struct CodeSearch:
+        ptrdiff_t group
+        Format scales
+        cbool offsets
+        cbool coded
+        cbool even
+        float low
+        float high
+        float more
+        float* shrunk
+        End* extremes
+        ptrdiff_t ends
+        float* numbers
+        float* between
+        uint8_t* order
+    ctypedef struct CodesProblem:
+        ptrdiff_t m
+        ptrdiff_t k
+        Rows x
+        CodeSearch how
+        uint8_t* codes
+        char* scales
+        char* offsets
 
 
 cdef extern from "fastlinear/driver/experts.hpp" namespace "fastlinear" nogil:
@@ -110,6 +137,7 @@ cdef int answer(const Problem* p, size_t problems, const CPlan& plan) except -1
 cdef int answer_together(const Problem* p, size_t problems, const CPlan& plan, bint chained) except -1
 cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_integers(const IntegersProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
+cdef cbool make_codes(const CodesProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil
 cdef cbool make_attention(
     const AttentionProblem& p, const Vectors& vectors, const Kernel* kernel, ptrdiff_t threads

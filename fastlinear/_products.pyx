@@ -66,6 +66,7 @@ cdef extern from "fastlinear/driver/norm.hpp" namespace "fastlinear" nogil:
     cbool normalize(const NormProblem&, const Vectors&, ptrdiff_t)
 
 cdef extern from "fastlinear/driver/integers.hpp" namespace "fastlinear" nogil:
+    cbool to_codes(const CodesProblem&, const Vectors&, ptrdiff_t)
     cbool to_integers(const IntegersProblem&, const Vectors&, ptrdiff_t)
 
 cdef extern from "fastlinear/driver/ceiling.hpp" namespace "fastlinear::ceiling" nogil:
@@ -352,6 +353,10 @@ cdef cbool make_mixture(const Mixture& p, const Vectors& vectors, ptrdiff_t thre
 
 cdef cbool make_integers(const IntegersProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
     return to_integers(p, vectors, threads)
+
+
+cdef cbool make_codes(const CodesProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:
+    return to_codes(p, vectors, threads)
 
 
 cdef cbool make_norm(const NormProblem& p, const Vectors& vectors, ptrdiff_t threads) noexcept nogil:

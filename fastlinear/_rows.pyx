@@ -5,16 +5,20 @@ outputs."""
 
 import torch
 
-from libc.stdint cimport int8_t, int32_t
+from libc.stdint cimport int8_t, int32_t, uint8_t
 from libcpp cimport bool as cbool
 
 from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
 from fastlinear._operands cimport is_readable, read_channels
 from fastlinear._plans cimport GROUPS, RowQuantizer
-from fastlinear._products cimport IntegersProblem, NormProblem, OutRows, make_integers, make_norm, pool_size
+from fastlinear._products cimport (
+    CodesProblem, CodeSearch, IntegersProblem, NormProblem, OutRows, kEnds, kStarts, make_codes, make_integers,
+    make_norm, pool_size
+)
 from fastlinear._tensors cimport Matrix, View, as_rows, look_at
 
 cdef object empty = torch.empty
+cdef frozenset FORMATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 cdef object empty_like = torch.empty_like
 cdef object int8 = torch.int8
 cdef object int32 = torch.int32
@@ -145,6 +149,66 @@ cdef tuple integers(object x, RowQuantizer how, str isa):
     if not done:
         raise MemoryError(f"no memory for the scratch rows of {p.k} numbers that are quantized")
     return values, scale, zero
+
+
+def quantize_groups(weight, coding, tuple shrunk, list ends, double more, str isa=None):
+    """(codes uint8 or int8 [n, k], scale [n, groups], offset likewise or None) of a weight [n, k], as `quantize_weight`
+    of fastlinear/spec/grouping.py says, which has SHRUNK, ends_of and finer. None for what it does not take: the weight
+    is dense and finite, of fp32, bf16 or fp16, on a CPU, and its scales are one of these.
+
+    isa: whose vectors to use, by name; else the best that may run."""
+    cdef View v, w
+    cdef Matrix rows
+    cdef CodesProblem p
+    cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
+    cdef ptrdiff_t threads = pool_size()
+    cdef cbool done
+    if not is_readable(weight, &v) or v.ndim != 2 or v.shape[1] == 0 or coding.scales not in FORMATS:
+        return None
+    if len(ends) > kEnds or len(shrunk) != kStarts:
+        return None
+    weight = rows_of(weight, &v, &rows)
+    if weight is None:
+        return None
+    p.m, p.k = rows.m, v.shape[1]
+    p.x.data, p.x.stride, p.x.format = rows.data, rows.stride, rows.format
+    read_coding(coding, shrunk, ends, more, &p.how)
+    scales = (p.m, (p.k + p.how.group - 1) // p.how.group)
+    codes = empty((p.m, p.k), dtype=torch.uint8 if coding.table else int8, device="cpu")
+    scale = empty(scales, dtype=coding.scales, device="cpu")
+    offset = empty(scales, dtype=coding.scales, device="cpu") if coding.offsets else None
+    look_at(scale, &w)
+    p.how.scales, p.scales = w.format, w.data
+    p.offsets = NULL
+    p.codes = <uint8_t*> <size_t> codes.data_ptr()
+    if offset is not None:
+        p.offsets = <char*> <size_t> offset.data_ptr()
+    with nogil:
+        done = make_codes(p, vectors[0], threads)
+    if not done:
+        raise MemoryError(f"no memory for groups of {coding.group} numbers that are quantized")
+    if not bool(scale.isfinite().all()) or offset is not None and not bool(offset.isfinite().all()):
+        return None
+    return codes, scale, offset
+
+
+cdef int read_coding(object coding, tuple shrunk, list ends, double more, CodeSearch* how) except -1:
+    cdef Py_ssize_t i
+    numbers = coding.numbers
+    how.group, how.offsets, how.coded, how.even = coding.group, coding.offsets, len(coding.table) > 0, coding.is_even
+    how.low, how.high, how.more, how.ends = min(numbers), max(numbers), more, len(ends)
+    for i in range(kStarts):
+        how.shrunk[i] = shrunk[i]
+    for i in range(how.ends):
+        how.extremes[i].number, how.extremes[i].upper = ends[i]
+    if how.even:
+        return 0
+    places = sorted(range(16), key=numbers.__getitem__)
+    for i in range(16):
+        how.numbers[i], how.order[i] = numbers[i], places[i]
+    for i in range(15):  # in fp32, as the specification
+        how.between[i] = (how.numbers[how.order[i + 1]] + how.numbers[how.order[i]]) / <float> 2
+    return 0
 
 
 cdef void out(object tensor, OutRows* rows) noexcept:

@@ -7,6 +7,21 @@ import fastlinear._tensors as _tensors
 from fastlinear._weights import Packed
 from fastlinear.spec.int4 import Coded, Coding
 
+# Weights of many kinds, of random numbers.
+WEIGHTS = {
+    "normal": lambda r: r * 0.02,
+    "heavy tails": lambda r: r / r.flip(0),
+    "sparse": lambda r: r * (r > 1.5),
+    "few values": lambda r: r.round() * 0.1,
+    "ties": lambda r: (5 * r).round().clamp(-9, 9) * 0.37,
+    "far from 0": lambda r: r * 0.01 + 0.5,
+    "lost in an offset": lambda r: r * 0.01 + r[:, :1] * 1000,
+    "below what scales tell": lambda r: r * 1e-6,
+    "zeros": lambda r: r * 0,
+    "constant": lambda r: r[:, :1].expand(r.shape),
+    "bf16": lambda r: r.bfloat16().float(),
+}
+
 E8M0 = torch.float8_e8m0fnu
 
 

@@ -14,7 +14,7 @@ import fastlinear._fingerprints as _fingerprints
 import fastlinear._weights as _weights
 from fastlinear.layer import unpacked
 from fastlinear.plan import table
-from fastlinear.spec import gates, grouping, int4
+from fastlinear.spec import gates, int4
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import Precision, is_same
@@ -127,7 +127,7 @@ def _contents(dense: Tensor, precision: Precision) -> tuple[Any, ...]:
     if precision.packed in DTYPES:
         return (dense.to(DTYPES[precision.packed]),)
     if precision.coding is not None:
-        coded = grouping.quantize_weight(dense, precision.coding)
+        coded = unpacked.coded(dense, precision.coding)
         return coded.codes, *coded.contents()
     quantized = unpacked.quantized(dense, precision.smooth)
     return quantized.values, quantized.scale, quantized.zero

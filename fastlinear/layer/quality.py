@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fastlinear._weights as _weights
+from fastlinear.layer import unpacked
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.shard import local
-from fastlinear.spec import grouping, int4
+from fastlinear.spec import int4
 from fastlinear.spec.int8 import Quantized, output_snr, signal_to_noise, weight_snr
 from fastlinear.spec.packed import numbers
 
@@ -53,7 +54,7 @@ def quality_of_pack(packed: _weights.Packed) -> Quality:
 def coded_snr(weight: Tensor, coding: int4.Coding) -> float:
     """Signal to noise in dB that a weight [n, k], or of a large one every second, third ... channel, keeps as codes."""
     part = weight.detach()[:: max(1, weight.numel() // _ELEMENTS)]
-    return signal_to_noise(part, int4.dequantize(grouping.quantize_weight(part, coding)))
+    return signal_to_noise(part, int4.dequantize(unpacked.coded(part, coding)))
 
 
 def quality_of_experts(module: Any, which: int) -> Quality:

@@ -1,7 +1,7 @@
-"""What an int8 layer answers while its weight keeps changing: the numbers that its pack would give, without a pack.
+"""Weights quantized by the kernels' vectors, where torch's ops take ten times as long; and what an int8 layer answers
+while its weight keeps changing: the numbers that its pack would give, without a pack.
 
-The weight is quantized anew in each call, by the kernels' vectors instead of torch's ops, which take ten times as long;
-sums of integers are torch's own product of int8, as exact as the kernels'.
+The weight is quantized anew in each call; sums of integers are torch's own product of int8, as exact as the kernels'.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import fastlinear._plans as _plans
 import fastlinear._rows as _rows
 import fastlinear._tensors as _tensors
 import fastlinear._torch as _torch
-from fastlinear.spec import int8
+from fastlinear.spec import grouping, int4, int8
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import Precision
@@ -32,6 +32,17 @@ def quantized(weight: Tensor, smooth: Tensor | None) -> Quantized:
     dense = weight.detach()
     found = _rows.quantize_channels(dense if smooth is None else dense.float() / smooth)
     return int8.quantize_weight(weight, smooth) if found is None else Quantized(*found)
+
+
+def coded(weight: Tensor, coding: int4.Coding) -> int4.Coded:
+    """`quantize_weight` of spec/grouping.py, bit for bit; ValueError for infinities, NaN and scales too large."""
+    ends = grouping.ends_of(coding) if coding.table else []
+    found = _rows.quantize_groups(weight.detach(), coding, grouping.SHRUNK, ends, grouping.finer(coding))
+    if found is None:
+        return grouping.quantize_weight(weight, coding)
+    codes, scale, offset = found
+    table = torch.tensor(coding.table, device="cpu") if coding.table else None
+    return int4.Coded(codes, scale, table, coding.group, offset)
 
 
 def answers(precision: Precision) -> bool:

@@ -2,7 +2,8 @@
 
 The scale of a group is searched for: the codes that each of some scales rounds to, with the scale, and the offset if
 there are any, of least squares for those codes; the best of all is kept, and never one that is worse than plain
-rounding. Nothing here is meant for speed.
+rounding. Sums over a group are made by halves: the latter half is added to the former until one number is left. So
+include/fastlinear/generic/coding.hpp makes them, which finds the same bits. Nothing here is meant for speed.
 
 What codes of 4 bits stand for is quantized to those codes again, bit for bit: numbers that some scale of a few hold
 exactly get the first such scale, and what a search has found is spelled by the first that holds it, too. Several may:
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastlinear.spec.int4 import Coded, Coding
 
-_SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
+SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
 _NEAR = 0.6  # of the largest magnitude of the table: the search takes that of a group to no smaller one
 _BITS = {torch.bfloat16: 8, torch.float16: 11}  # of scales and offsets; of those in fp32 12
 _BLOCK = 1 << 16  # so many numbers are quantized at a time
@@ -86,25 +87,25 @@ def _starts(w: Tensor, inside: Tensor | None, table: Tensor, offsets: bool) -> t
         held = w if inside is None else torch.where(inside > 0, w, w[..., :1])
         least, most = held.amin(-1), held.amax(-1)
         scale, middle, between = (most - least) / (high - low), (most + least) / 2, (high + low) / 2
-        return (scale, middle - scale * between), [(scale * f, middle - scale * f * between) for f in _SHRUNK]
+        return (scale, middle - scale * between), [(scale * f, middle - scale * f * between) for f in SHRUNK]
     # The largest magnitude goes to that end of the table which is the farther one, by a negative scale if need be.
     most, least = w.amax(-1), w.amin(-1)
     scale = torch.where(most >= -least, most, least) / torch.where(-low >= high, low, high)
     zero = torch.zeros_like(scale)
-    return (scale, zero), [(scale * f, zero) for f in _SHRUNK]
+    return (scale, zero), [(scale * f, zero) for f in SHRUNK]
 
 
 def _fitted(w: Tensor, inside: Tensor | None, table: Tensor, coding: Coding, starts: list[Affine]) -> Affine:
     """Of the codes that each start rounds to, with the scale and offset of least squares, what errs least."""
     count = w.shape[-1] if inside is None else inside.sum(-1)
-    mean_w = w.sum(-1) / count if coding.offsets else torch.zeros_like(w[..., 0])
+    mean_w = _total(w) / count if coding.offsets else torch.zeros_like(w[..., 0])
     best_gain = best = None
     for scale, offset in starts:
         t = _nearest(_steps(w, scale, offset), table, coding)
         t = t if inside is None else t * inside
-        mean_t = t.sum(-1) / count if coding.offsets else mean_w
-        square = (t * t).sum(-1) - count * mean_t * mean_t
-        product = (t * w).sum(-1) - count * mean_t * mean_w
+        mean_t = _total(t) / count if coding.offsets else mean_w
+        square = _total(t * t) - count * mean_t * mean_t
+        product = _total(t * w) - count * mean_t * mean_w
         varies = square > 0
         found = torch.where(varies, product / square, scale)
         gain = torch.where(varies, product * found, 0.0)  # by which the squared error is below that of the mean
@@ -129,7 +130,7 @@ def _rounded(
     scale, offset = _held(scale, offset, coding)
     codes = _codes(_steps(w, scale.float(), offset.float()), table, coding)
     error = w - _stands_for(table, (codes, scale, offset))
-    return (error if inside is None else error * inside).square().sum(-1), codes, scale, offset
+    return _total((error if inside is None else error * inside).square()), codes, scale, offset
 
 
 def _held(scale: Tensor, offset: Tensor, coding: Coding) -> Affine:
@@ -142,9 +143,14 @@ def _held(scale: Tensor, offset: Tensor, coding: Coding) -> Affine:
     if not coding.offsets or not coding.table:
         return scale, offset
     reach, least = scale.float().abs(), offset.float().abs()
-    more = 2.0 ** (21 - _BITS.get(coding.scales, 12))  # that fp32 has than these, but for two roundings
+    more = finer(coding)
     scale = torch.where(least > reach * span * more, 0.0, scale)
     return scale, torch.where(least < reach * far / more, 0.0, offset)
+
+
+def finer(coding: Coding) -> float:
+    """How much more fp32 tells than scales and offsets, but for two roundings."""
+    return float(2.0 ** (21 - _BITS.get(coding.scales, 12)))
 
 
 def _stands_for(table: Tensor, spelling: Spelling) -> Tensor:
@@ -187,27 +193,37 @@ def _spelled(
     return again if eager and not bool(own.any()) else _where(own, spelled, again)
 
 
-def _ends(w: Tensor, inside: Tensor | None, coding: Coding) -> list[Affine]:
-    """The scales and offsets that take the extremes of a group to numbers near the ends of the table."""
+def ends_of(coding: Coding) -> list[tuple[float, float]]:
+    """Numbers of the table, one or two, to which the extremes of a group may have been taken: with offsets how far the
+    two are apart and the upper one, else the one and 0."""
     numbers = sorted({*coding.numbers})
     if coding.offsets:
-        held = w if inside is None else torch.where(inside > 0, w, w[..., :1])
-        least, most = held.amin(-1), held.amax(-1)
-        found = []
-        for low, high in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):
-            scale = (most - least) / (numbers[-1 - high] - numbers[low])
-            scale = torch.where(scale == 0, scale, _held(scale, most, coding._replace(offsets=False))[0].float())
-            found.append((scale, most - scale * numbers[-1 - high]))
-        return found
-    masked = w if inside is None else w * inside
-    most, least = masked.amax(-1), masked.amin(-1)
-    extreme, far = torch.where(most >= -least, most, least), max(map(abs, numbers))
+        pairs = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
+        return [(numbers[-1 - high] - numbers[low], numbers[-1 - high]) for low, high in pairs]
+    far = max(map(abs, numbers))
 
     def is_like_its_negative(number: float) -> bool:
         return number > 0 and all(-each in numbers for each in numbers if abs(each) <= number)
 
     ends = [each for each in numbers if abs(each) >= _NEAR * far and not is_like_its_negative(each)]
-    return [(extreme / end, torch.zeros_like(extreme)) for end in sorted(ends, key=lambda end: (-abs(end), end))]
+    return [(end, 0.0) for end in sorted(ends, key=lambda end: (-abs(end), end))]
+
+
+def _ends(w: Tensor, inside: Tensor | None, coding: Coding) -> list[Affine]:
+    """The scales and offsets that take the extremes of a group to those."""
+    if coding.offsets:
+        held = w if inside is None else torch.where(inside > 0, w, w[..., :1])
+        least, most = held.amin(-1), held.amax(-1)
+        found = []
+        for apart, upper in ends_of(coding):
+            scale = (most - least) / apart
+            scale = torch.where(scale == 0, scale, _held(scale, most, coding._replace(offsets=False))[0].float())
+            found.append((scale, most - scale * upper))
+        return found
+    masked = w if inside is None else w * inside
+    most, least = masked.amax(-1), masked.amin(-1)
+    extreme = torch.where(most >= -least, most, least)
+    return [(extreme / end, torch.zeros_like(extreme)) for end, _ in ends_of(coding)]
 
 
 def _exact(
@@ -227,6 +243,13 @@ def _exact(
     for to, of in zip((fits, *spelling), (others, *more), strict=True):
         to[rest] = of
     return fits, spelling
+
+
+def _total(numbers: Tensor) -> Tensor:
+    """The sums along the last dimension, a power of two."""
+    while (half := numbers.shape[-1] // 2) > 0:
+        numbers = numbers[..., :half] + numbers[..., half:]
+    return numbers[..., 0]
 
 
 def _steps(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

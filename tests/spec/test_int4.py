@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from grouped import WEIGHTS
 from torch import Tensor
 
 from fastlinear.spec import grouping, int4
@@ -50,21 +51,6 @@ def test_the_search_beats_plain_rounding(coding: Coding) -> None:
     ours, theirs = error(w, searched, coding.group), error(w, plain(w, coding), coding.group)
     assert bool((ours <= theirs * (1 + 1e-5) + 1e-12).all())
     assert float(ours.sum()) < (0.95 if coding.table else 0.99) * float(theirs.sum())
-
-
-WEIGHTS = {
-    "normal": lambda r: r * 0.02,
-    "heavy tails": lambda r: r / r.flip(0),
-    "sparse": lambda r: r * (r > 1.5),
-    "few values": lambda r: r.round() * 0.1,
-    "ties": lambda r: (5 * r).round().clamp(-9, 9) * 0.37,
-    "far from 0": lambda r: r * 0.01 + 0.5,
-    "lost in an offset": lambda r: r * 0.01 + r[:, :1] * 1000,
-    "below what scales tell": lambda r: r * 1e-6,
-    "zeros": lambda r: r * 0,
-    "constant": lambda r: r[:, :1].expand(r.shape),
-    "bf16": lambda r: r.bfloat16().float(),
-}
 
 
 @pytest.mark.parametrize("offsets", [False, True])

@@ -62,6 +62,39 @@ struct GroupedRow {
   float* totals;
 };
 
+inline constexpr std::ptrdiff_t kStarts = 5, kEnds = 16;
+
+// How weights become codes in groups: what fastlinear/spec/grouping.py asks of its Coding.
+struct CodeSearch {
+  std::ptrdiff_t group;
+  Format scales;          // and offsets: fp32, bf16 or fp16
+  bool offsets, coded;    // coded: by a table of 16 numbers; else they are integers of 8 bits
+  bool even;              // rounding finds the nearest of the numbers
+  float low, high;        // of the numbers
+  float more;             // how much more fp32 tells than scales, but for two roundings
+  float shrunk[kStarts];  // scales to begin with, over plain ones
+  struct End {
+    float number, upper;
+  } extremes[kEnds];  // numbers to which the extremes of a group may have been taken
+  std::ptrdiff_t ends;
+  float numbers[16], between[15];  // of a table that is not even: each, and the middles of neighbors
+  std::uint8_t order[16];          // its codes in the order of their numbers
+};
+
+// One row of a weight, and where its codes go, and the scales and offsets of its groups; a scale is NaN, and its codes
+// are nothing, where the group has an infinity or a NaN.
+struct CodedRow {
+  const float* w;
+  std::ptrdiff_t k;
+  const CodeSearch* how;
+  float* scratch;  // code_scratch(how.group) of them
+  std::uint8_t* codes;
+  char *scales, *offsets;
+};
+
+// The group, its padding, what it stands for, three sums, four spellings by numbers and by codes.
+constexpr std::ptrdiff_t code_scratch(std::ptrdiff_t group) { return 11 * group; }
+
 // A form of integer rows that kernels read.
 struct RowForm {
   Format rows;
@@ -77,6 +110,7 @@ struct Quantization {
   void (*by_groups)(const GroupedRow& row);
   // A channel of a weight = scale * integers; its scale, NaN where it has an infinity or a NaN.
   float (*channel)(const float* w, std::ptrdiff_t n, std::int8_t* integers);
+  void (*codes)(const CodedRow& row);
   // y = max((float(sum - zero_x * sums - zero_w * sum_x) * scale_w) * scale_x + bias, floor) + added, of int32 sums
   void (*dequantize)(const DequantizeArgs& args);
   // y = max(sum * scale_w + bias, floor) + added, of fp32 sums

@@ -1,8 +1,9 @@
-// Rows that become integers outside of a product: those of x, as the prologue makes them, or the channels of a weight;
-// threads share them.
+// Rows that become integers outside of a product: those of x, as the prologue makes them, or the channels of a weight,
+// which may become codes in groups; threads share them.
 #pragma once
 
 #include <new>
+#include <vector>
 
 #include "fastlinear/contract/isa.hpp"
 #include "fastlinear/driver/problem.hpp"
@@ -42,6 +43,31 @@ inline bool to_integers(const IntegersProblem& p, const Vectors& vectors, std::p
     p.zeros[r] = scale.zero;
   };
   return share_out(p.m, p.m * p.k < kSerialIntegers ? 1 : threads, [&] { return make; });
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+struct CodesProblem {
+  std::ptrdiff_t m, k;
+  Rows x;
+  CodeSearch how;
+  std::uint8_t* codes;     // m rows of k, one behind the other
+  char *scales, *offsets;  // m rows, a number for each group
+};
+
+inline constexpr std::ptrdiff_t kSerialCodes = 2 << 10;
+
+inline bool to_codes(const CodesProblem& p, const Vectors& vectors, std::ptrdiff_t threads) try {
+  if (p.m == 0 || p.k == 0) return true;
+  const std::ptrdiff_t groups = ceil_div(p.k, p.how.group), bytes = groups * (p.how.scales == Format::fp32 ? 4 : 2);
+  return share_out(p.m, p.m * p.k < kSerialCodes ? 1 : threads, [&] {
+    return [&, scratch =
+                   std::vector<float>(static_cast<std::size_t>(code_scratch(p.how.group)))](std::ptrdiff_t r) mutable {
+      const float* const w = prologue_detail::numbers(p.x.at(r, 0), p.x.format, p.k, nullptr, vectors);
+      char* const offsets = p.offsets == nullptr ? nullptr : p.offsets + r * bytes;
+      vectors.quantization->codes({w, p.k, &p.how, scratch.data(), p.codes + r * p.k, p.scales + r * bytes, offsets});
+    };
+  });
 } catch (const std::bad_alloc&) {
   return false;
 }

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "fastlinear/contract/quantization.hpp"
+#include "fastlinear/generic/coding.hpp"
 #include "fastlinear/generic/partial.hpp"
 
 namespace fastlinear {
@@ -208,6 +209,7 @@ inline constexpr Quantization quantization{
      {Format::int8, true, nullptr, nullptr}},
     quantize_groups<F, I>,
     quantize_channel<F, I>,
+    coding::code_row<F, I>,
     dequantize<F, I>,
     scale_columns<F>,
 };
