@@ -16,11 +16,17 @@ SOURCES = ["setup.py", *(f"{folder}/**/*" for folder in ("fastlinear", "include"
 SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".hpp", ".cpp"}
 
 FACTORIES = "empty|zeros|ones|full|rand|randn|randint|randperm|arange|linspace|eye|tensor|as_tensor|scalar_tensor"
+FLOATS = "empty|zeros|ones|full|rand|randn|linspace|eye|tensor|as_tensor|scalar_tensor"  # torch's default dtype
 NESTED = r"(?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*"  # the rest of a call's arguments
 
 # (what, in which paths, why not)
 FORBIDDEN = [
     (rf"torch\.({FACTORIES}|empty_strided)\((?!{NESTED}device=)", "fastlinear/", "a default device may be set"),
+    (
+        rf"torch\.({FLOATS})\((?!{NESTED}dtype=)",
+        r"fastlinear/(?!cli/(bench|check))",
+        "a default dtype may be set",
+    ),
     (r"torch\.Generator\(\)", "fastlinear/", "a default device may be set, and generators follow it"),
     (r"-march=", "", "one library serves every CPU"),
     (r"custom_op\(", "", "it costs 5 to 11 us a call; torch.library.Library costs 3"),

@@ -81,7 +81,7 @@ def form_of(module: Any) -> Form | str:
 def _program_of(module: Any) -> Activation | None:
     """What its experts compute between their products, found by trying; None where that is nothing that kernels do."""
     interleaved = not module.is_concatenated
-    grid = torch.linspace(-12.0, 12.0, 97, device="cpu")
+    grid = torch.linspace(-12.0, 12.0, 97, dtype=torch.float32, device="cpu")
     gate, through = (t.flatten()[None] for t in torch.meshgrid(grid, grid, indexing="ij"))
     halves = torch.cat([gate, through], -1)
     given = torch.stack([gate, through], -1).flatten(-2) if interleaved else halves

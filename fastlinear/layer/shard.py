@@ -117,7 +117,7 @@ def answer(layer: Any, x: Any, shard: Shard) -> Tensor | None:
 
 
 def _dense(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.uint8, device="meta").stride()
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _fp8(module: Any, own: Own) -> Found | str | None:
 
 def _hqq(module: Any, own: Own) -> Found | str | None:
     meta = own["meta"]
-    parts = {"W_q": own["W_q"].detach(), **{name: torch.as_tensor(meta[name], device="cpu")
+    parts = {"W_q": own["W_q"].detach(), **{name: torch.as_tensor(meta[name], dtype=torch.int64, device="cpu")
              for name in ("shape", "axis", "nbits") if meta.get(name) is not None}}  # fmt: skip
     for name in ("scale", "zero"):
         if not isinstance(meta.get(name), Tensor):

@@ -68,7 +68,7 @@ def _exchange(own: dict[str, str], group: Any, of: str) -> dict[int, dict[str, s
     import torch.distributed as dist
 
     text = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8, device="cpu")
-    size, ranks = torch.tensor([len(text)], device="cpu"), dist.get_process_group_ranks(group)
+    size, ranks = torch.tensor([len(text)], dtype=torch.int64, device="cpu"), dist.get_process_group_ranks(group)
     sizes = _gathered(size, group, of)
     padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device="cpu")
     padded[: len(text)] = text
@@ -97,7 +97,7 @@ def _sums(mesh: Any) -> tuple[float, float]:
     import torch.distributed as dist
 
     def seconds(size: int) -> float:
-        part = torch.zeros(size // 4, device="cpu")
+        part = torch.zeros(size // 4, dtype=torch.float32, device="cpu")
         times = []
         for _ in range(5):
             start = time.perf_counter()

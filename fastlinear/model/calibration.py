@@ -88,7 +88,7 @@ class _Sample:
             torch.empty(0, dtype=torch.float64, device="cpu"),
             torch.ones((), dtype=torch.float64, device="cpu"),
         )
-        self.items = torch.empty(0, device="cpu")
+        self.items = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def offer(self, count: int, items_at: Callable[[Tensor], Tensor]) -> None:
         """`count` more items; items_at(indices) is asked for those that come in."""
@@ -108,7 +108,8 @@ class _Observer:
 
     def __init__(self, layer: nn.Module, name: str, share: float | None) -> None:
         self._layer, self._name, self._share = layer, name, share
-        self._low = self._high = torch.empty(0, device="cpu")  # fp32 [K], each of them with 0 within its range
+        # fp32 [K], each of them with 0 within its range
+        self._low = self._high = torch.empty(0, dtype=torch.float32, device="cpu")
         self._rows, self._values = _Sample(_ROWS), _Sample(_VALUES)
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -137,7 +138,7 @@ class _Observer:
         factors = None if smooth is None else self._smoothing(smooth)
         low, high = self._range(symmetric, factors)
         if symmetric:
-            scale, zero = torch.maximum(-low, high) / 127, torch.tensor(128, device="cpu")
+            scale, zero = torch.maximum(-low, high) / 127, torch.tensor(128, dtype=torch.int64, device="cpu")
         else:
             scale, zero = asymmetric(low, high)
         if not TINY <= float(scale) < math.inf:

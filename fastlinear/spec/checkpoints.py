@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear.spec.int4 import TABLES, Coded
+from fastlinear.spec.int4 import TABLES, Coded, as_tensor
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.packed import Weight
 
@@ -94,7 +94,7 @@ def _grouped(
         scale = scale.float()
         offset = scale * (middle - zero.float())
     if bits == 4:
-        return Coded(codes, scale, torch.tensor(TABLES["int4"], device="cpu"), group, offset, None, order)
+        return Coded(codes, scale, as_tensor(TABLES["int4"]), group, offset, None, order)
     return Coded((codes.int() - middle).to(torch.int8), scale, None, group, offset, None, order)
 
 
@@ -184,7 +184,7 @@ def _awq_shape(parts: Parts, config: Config) -> tuple[int, int]:
 def _awq(parts: Parts, config: Config) -> Weight:
     """All is packed along N, eight columns in another order."""
     (_, k), scales = _awq_shape(parts, config), parts["scales"]
-    order = torch.tensor(_AWQ, device="cpu")
+    order = torch.tensor(_AWQ, dtype=torch.int64, device="cpu")
     codes, zeros = (
         _fields(words, 4).unflatten(-1, (-1, 8))[..., order].flatten(-2)
         for words in (parts["qweight"], parts["qzeros"])
@@ -360,7 +360,7 @@ def _hqq(parts: Parts, config: Config) -> Weight:
     (n, k), pairs = _hqq_shape(parts, config), parts["W_q"]
     scale, zero = (parts[name].float().view(n, -1) for name in ("scale", "zero"))
     codes = torch.cat([pairs >> 4, pairs & 15]).view(n, k)
-    table = torch.tensor(TABLES["int4"], device="cpu")
+    table = as_tensor(TABLES["int4"])
     return Coded(codes, scale, table, group_of(k, scale.shape[1]), scale * (8 - zero))
 
 
@@ -375,7 +375,7 @@ def _mxfp4(parts: Parts, expert: int) -> Coded:
     """Blocks of 32 k: the lower half of a byte is the even one; scales are the exponents that e8m0 is."""
     pairs = parts["blocks"][expert]
     codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten(1)
-    table = torch.tensor(TABLES["fp4"], device="cpu")
+    table = as_tensor(TABLES["fp4"])
     return Coded(codes, parts["scales"][expert].contiguous().view(torch.float8_e8m0fnu), table, 32)
 
 

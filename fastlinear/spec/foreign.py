@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlinear.spec.checkpoints import SCALES, Config, Parts, Scheme, group_of, need
-from fastlinear.spec.int4 import TABLES, Coded
+from fastlinear.spec.int4 import TABLES, Coded, as_tensor
 from fastlinear.spec.int8 import Quantized, is_zero
 
 _PARTS = ("qdata", "scale", "zero_point", "block_size")  # what torchao's integer tensors have in common
@@ -102,7 +102,7 @@ def _in_groups(parts: Parts, config: Config) -> Coded:
         codes = (codes + 8).view(torch.uint8)
     group = group_of(k, scale.shape[1])
     return Coded(
-        codes, scale, torch.tensor(TABLES["int4"], device="cpu") if config["bits"] == 4 else None, group, offset
+        codes, scale, as_tensor(TABLES["int4"]) if config["bits"] == 4 else None, group, offset
     )
 
 

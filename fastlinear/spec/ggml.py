@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear.spec.int4 import TABLES, Coded
+from fastlinear.spec.int4 import TABLES, Coded, as_tensor
 
 _UNSIGNED = tuple(map(float, range(16)))
 
@@ -59,7 +59,7 @@ def _coded(table: tuple[float, ...], offset: bool = False) -> Callable[[Tensor],
 
     def unpack_blocks(blocks: Tensor) -> Coded:
         codes = _nibbles(blocks[..., -16:]).flatten(1)
-        numbers_ = torch.tensor(table, device="cpu")
+        numbers_ = as_tensor(table)
         return Coded(codes, _half(blocks, 0), numbers_, 32, _half(blocks, 2) if offset else None)
 
     return unpack_blocks
@@ -100,7 +100,7 @@ def _runs(bytes_: Tensor) -> Tensor:
 
 def _q4_k(blocks: Tensor) -> Coded:
     scale, offset, supers = _sixes(blocks)
-    table = torch.tensor(_UNSIGNED, device="cpu")
+    table = as_tensor(_UNSIGNED)
     return Coded(_runs(blocks[..., 16:]).flatten(1), scale, table, 32, offset, supers)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlinear.spec.int4 import Coded, Coding
+from fastlinear.spec.int4 import Coded, Coding, as_tensor
 
 SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
 _NEAR = 0.6  # of the largest magnitude of the table: the search takes that of a group to no smaller one
@@ -42,7 +42,7 @@ def quantize_weight(weight: Tensor, coding: Coding) -> Coded:
                 f"a weight with {w[row, column].item()} (at [{row}, {column}]) cannot be quantized in groups"
             )
         raise ValueError(f"a weight of up to {w.abs().max().item():g} has scales that {coding.scales} does not hold")
-    table = torch.tensor(coding.table, device="cpu") if coding.table else None
+    table = as_tensor(coding.table) if coding.table else None
     return Coded(codes, scale, table, coding.group, *offset)
 
 

@@ -90,6 +90,11 @@ def spelling(spelled: str) -> Coding:
     return _of_layout(layout, tuple(map(float.fromhex, table)))
 
 
+def as_tensor(table: tuple[float, ...]) -> Tensor:
+    """A table as kernels and packs take it."""
+    return torch.tensor(table, dtype=torch.float32, device="cpu")
+
+
 def table_in(layout: str) -> tuple[float, ...]:
     """A table for weights packed in this layout: "int4", or none for codes of 8 bits."""
     return TABLES["int4"] if layout.startswith("int4") else ()
@@ -174,7 +179,7 @@ def scales_of(weight: Coded) -> tuple[Tensor, Tensor | None]:
 def magnitudes(weight: Coded) -> Tensor:
     """|scale * number| + |offset| of each of its numbers, [N, K], in fp32: what sums made by groups err by."""
     scale, offset = scales_of(weight)
-    table = torch.arange(-128.0, 128.0, device="cpu") if weight.table is None else weight.table
+    table = torch.arange(-128.0, 128.0, dtype=torch.float32, device="cpu") if weight.table is None else weight.table
     codes = weight.codes if weight.table is not None else weight.codes.int() + 128
     absolute = None if offset is None else offset.abs()
     return dequantize(Coded(codes, scale.abs(), table.abs(), weight.group, absolute, order=weight.order))

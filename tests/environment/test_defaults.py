@@ -1,4 +1,4 @@
-"""The public functions under a default device, and under meta most of all, where nothing has memory."""
+"""The public functions under a default device, meta most of all, where nothing has memory, and a default dtype."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -33,10 +33,21 @@ def default_device(device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 MODES: dict[str, Callable[[], Any]] = {
     "with meta": lambda: torch.device("meta"),
     "with cpu": lambda: torch.device("cpu"),
     "default meta": lambda: default_device("meta"),
+    "default fp64": lambda: default_dtype(torch.float64),
+    "default bf16": lambda: default_dtype(torch.bfloat16),
 }
 
 
@@ -46,7 +57,7 @@ def _convert(model: nn.Module, **options: Any) -> nn.Module:
 
 def _quantized(model: nn.Module, path: Path) -> nn.Module:
     values = torch.arange(40 * 24, dtype=torch.int8, device="cpu").reshape(40, 24)
-    first = fastlinear.FastLinear.from_quantized(values, torch.full((40,), 0.01, device="cpu"))
+    first = fastlinear.FastLinear.from_quantized(values, torch.full((40,), 0.01, dtype=torch.float32, device="cpu"))
     return nn.Sequential(first, nn.ReLU(), model[2])  # type: ignore[index]
 
 
@@ -57,7 +68,7 @@ def _calibrated(model: nn.Module, path: Path) -> nn.Module:
 
 def _loaded(model: nn.Module, path: Path) -> nn.Module:
     fastlinear.save(_convert(model, freeze=True), path / "file")
-    return fastlinear.load(path / "file", stock())
+    return fastlinear.load(path / "file", stock().float())
 
 
 def _tuned(model: nn.Module, path: Path) -> nn.Module:
@@ -95,13 +106,13 @@ def answer(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("door", DOORS)
-def test_a_model_made_under_a_default_device(door: str, mode: str, tmp_path: Path) -> None:
-    """It has its tensors on the CPU and the bits of one that was made without, and `report` reads it."""
+def test_a_model_made_under_defaults(door: str, mode: str, tmp_path: Path) -> None:
+    """It has its tensors on the CPU, in fp32, and the bits of one that was made without, and `report` reads it."""
     expected, model = answer(DOORS[door](stock(), tmp_path)), stock()
     with MODES[mode]():
         fast = DOORS[door](model, tmp_path)
         assert "16" in str(fastlinear.report(fast))
-    assert {t.device.type for t in fast.state_dict().values()} == {"cpu"}
+    assert {(t.device.type, t.dtype) for t in fast.state_dict().values()} <= {("cpu", torch.float32)}
     tolerance = 1e-4 if door in ("tune", "convert") else 0.0  # another kernel may have won
     torch.testing.assert_close(answer(fast), expected, rtol=tolerance, atol=tolerance)
 
