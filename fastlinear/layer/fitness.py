@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import fastlinear._tensors as _tensors
@@ -21,6 +22,8 @@ from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import ANYHOW, Wanted
 
 HOOKED = "_old_forward"  # where accelerate puts the forward that its hooks run around
+_CALL = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")  # what decides what a call computes
+_LIKE_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}  # whose forward is nn.Linear's, spelled out
 
 
 def why_not(layer: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
@@ -40,12 +43,22 @@ def why_no_twin(module: nn.Module) -> str | None:
         return None
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "the attention around it reads its weight and never calls it"
-    if type(module) not in (nn.Linear, conv1d()):
-        return f"{type(module).__name__} is not exactly nn.Linear or transformers' Conv1D"
+    if isinstance(module, LazyModuleMixin):
+        return "its first call makes its parameters: convert after that"
+    if isinstance(module, nn.Linear) and not calls_linear(type(module)):
+        return f"{type(module).__name__} is an nn.Linear with a forward of its own"
+    if not isinstance(module, nn.Linear) and type(module) is not conv1d():
+        return f"{type(module).__name__} is neither nn.Linear nor transformers' Conv1D"
     hooked = "_hf_hook" in vars(module) and runs_its_own(module, HOOKED)
     if not runs_its_own(module, "forward") and not hooked and not runs_its_part(module):
         return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
     return None
+
+
+def calls_linear(cls: type[nn.Module]) -> bool:
+    """Whether a subclass of nn.Linear leaves what a call computes to nn.Linear."""
+    own = {name for name in _CALL if getattr(cls, name) is not getattr(nn.Linear, name)}
+    return not own or (own == {"forward"} and f"{cls.__module__}.{cls.__qualname__}" in _LIKE_LINEAR)
 
 
 def runs_its_own(module: nn.Module, attribute: str) -> bool:

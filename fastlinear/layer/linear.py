@@ -1,7 +1,8 @@
 """FastLinear: an nn.Linear that runs on a packed weight with its activation fused, or on F.linear where it must.
 
 Weight and bias stay ordinary Parameters (until `freeze` drops the weight), so state dicts, optimizers, hooks and
-`isinstance(m, nn.Linear)` keep their meaning. transformers' Conv1D has a fast twin of its own.
+`isinstance(m, nn.Linear)` keep their meaning. transformers' Conv1D has a fast twin of its own, and so has each subclass
+of nn.Linear that leaves its calls to it: the twin is of both classes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from fastlinear.layer.fallback import label
 from fastlinear.layer.fitness import (
     HOOKED,
     around,
-    conv1d,
     runs_its_own,
     runs_its_part,
     taken_over,
@@ -359,11 +359,33 @@ def _become_fast(module: Any, activation: Activation | None, tune: str, name: st
     module._reset()
 
 
-def _twin(cls: type) -> type[FastModule] | None:
+def _twin(cls: Any) -> type[FastModule] | None:
+    if issubclass(cls, Freezable):
+        return None
     if cls is nn.Linear:
         return FastLinear
-    stock = conv1d()
-    return _conv1d_twin(cls) if cls is stock and stock is not None else None
+    return _linear_twin(cls) if issubclass(cls, nn.Linear) else _conv1d_twin(cls)
+
+
+@functools.cache
+def _linear_twin(stock: Any) -> type[FastModule]:
+    members = {
+        "_stock": (stock, stock.forward),
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} as a fast layer.",
+        "__reduce_ex__": _reduced,
+    }
+    return type(f"Fast{stock.__name__}", (FastLinear, stock), members)
+
+
+def _reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """Its class is made here, and no pickle finds it."""
+    return _unfilled, (self._stock[0],), self.__getstate__()
+
+
+def _unfilled(stock: Any) -> nn.Module:
+    cls = _linear_twin(stock)
+    return cls.__new__(cls)
 
 
 @functools.cache

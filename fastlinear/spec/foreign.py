@@ -101,9 +101,7 @@ def _in_groups(parts: Parts, config: Config) -> Coded:
     if config["bits"] == 4 and not packed:
         codes = (codes + 8).view(torch.uint8)
     group = group_of(k, scale.shape[1])
-    return Coded(
-        codes, scale, as_tensor(TABLES["int4"]) if config["bits"] == 4 else None, group, offset
-    )
+    return Coded(codes, scale, as_tensor(TABLES["int4"]) if config["bits"] == 4 else None, group, offset)
 
 
 TORCHAO = Scheme("torchao", ("qdata", "scale"), ("zero_point",), _in_groups_shape, _in_groups)

@@ -5,6 +5,8 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,42 @@ def test_shared_modules_are_converted_once() -> None:
     fast = OFF(model)
     assert isinstance(fast["a"], FastLinear) and fast["a"] is fast["b"][0]
     assert type(OFF(model, exclude="b.0")["a"]) is nn.Linear
+
+
+class Orthogonal(nn.Linear):
+    """What many models have: another beginning, and more attributes."""
+
+    def __init__(self, k: int, n: int, gain: float) -> None:
+        super().__init__(k, n)
+        self.gain = gain
+
+    def reset_parameters(self) -> None:
+        nn.init.orthogonal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def size(self) -> Tensor:
+        return self.gain * self.weight.norm()
+
+
+@pytest.mark.parametrize("given", [{}, {"freeze": True}, {"quantize": fastlinear.Int8Dynamic()}], ids=str)
+def test_a_subclass_that_leaves_forward_to_linear(given: dict[str, Any], tmp_path: Path) -> None:
+    """It becomes fast, stays of its class with all that this has, in copies, pickles and files, too, and comes back."""
+    model, x = nn.Sequential(Orthogonal(8, 16, 2.0), nn.ReLU(), Orthogonal(16, 3, 0.5)).eval(), inputs()
+    fast = OFF(model, **given)
+    with torch.inference_mode():
+        expected = model(x)
+        y = fast(x)
+        torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05 if "quantize" in given else 1e-5)
+        torch.testing.assert_close(fast[0].size(), model[0].size(), rtol=0.01, atol=0.0)
+        assert fast_names(fast) == {"0", "2"} and all(row.decision == "fast" for row in fastlinear.report(fast))
+        for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.jit.script(fast)):
+            assert torch.equal(again(x), y)
+            assert isinstance(again, torch.jit.ScriptModule) or (again[2].gain == 0.5 and linear.is_fast(again[2]))
+    assert isinstance(fast[0], Orthogonal) and isinstance(fast[0], FastLinear)
+    if "freeze" in given:
+        fastlinear.save(fast, tmp_path / "file")
+        assert fast_names(fastlinear.load(tmp_path / "file", copy.deepcopy(model))) == {"0", "2"}
+    assert type(fastlinear.unconvert(fast)[0]) is Orthogonal and str(fast) == str(model)
 
 
 def test_a_lone_linear_layer() -> None:

@@ -54,6 +54,15 @@ def _models() -> dict[str, tuple[Callable[[Any], nn.Module], dict[str, Tensor], 
             {"input_ids": ids},
             2,
         ),
+        "falcon, a linear layer of its own": (
+            lambda t: t.FalconModel(
+                t.FalconConfig(
+                    vocab_size=50, hidden_size=32, ffn_hidden_size=48, num_hidden_layers=2, num_attention_heads=2
+                )
+            ),
+            {"input_ids": ids},
+            2,
+        ),
         "llama, gated": (lambda t: t.LlamaModel(t.LlamaConfig(**text)), {"input_ids": ids}, 2),
         "t5": (lambda t: t.T5Model(t.T5Config(**t5)), both, 2),
         "t5, gated": (lambda t: t.T5Model(t.T5Config(feed_forward_proj="gated-gelu", **t5)), both, 2),
