@@ -40,7 +40,8 @@ def graphs_of(model: nn.Module) -> tuple[Graph, ...]:
 
 
 def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
-    """In the model's order. Each linear layer is in `parts` of one, or is one."""
+    """In the model's order. Each linear layer is in `parts` of one, or is one. A weight of no linear layer that a graph
+    multiplies by, a router's or the in_proj_weight of attention, comes behind them, by its own name."""
     placed = {id(weight): each for graph in compiled for each in graph.layers for weight in each[1]}
     grouped, apart = dict(_of_groups(model)), dict(_of_attention(model))
     found: dict[Any, Running] = {}
@@ -58,6 +59,12 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
             running = grouped.get(layer, running)
         running = found.get(running.layer, running)
         found[running.layer] = running._replace(parts=(*running.parts, name))
+    layers = {id(_held(layer)) for layer in linear_layers(model)}
+    for name, weight in model.named_parameters():
+        known, weights = placed.get(id(weight), (None, ()))
+        if known is not None and id(weight) not in layers:
+            running = found.get(known, Running(known, known._name if len(weights) > 1 else name, (), len(weights) > 1))
+            found[known] = running._replace(parts=(*running.parts, name))
     return [*found.values()]
 
 

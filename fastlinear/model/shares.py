@@ -101,7 +101,8 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
     stock, counted = stock_copy(model), [0]
     attention = {name: m for name, m in stock.named_modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in attention.items():
-        wanted = [part for part in ("in_proj", "out_proj") if (f"{name}.{part}" if name else part) in fast]
+        ahead = f"{name}." if name else ""  # in a graph the first is no layer
+        wanted = [part for part in ("in_proj", "out_proj") if {ahead + part, f"{ahead}{part}_weight"} & fast]
         module.register_forward_pre_hook(functools.partial(_count_projections, counted, wanted), with_kwargs=True)
     for name in _of(stock, fast):
         if name.removesuffix("out_proj").rstrip(".") in attention:

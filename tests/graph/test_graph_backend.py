@@ -315,6 +315,19 @@ def test_computed_weights_stay() -> None:
     assert (node.outcome, node.why) == ("torch", "its weight is no parameter of a module")
 
 
+def test_the_report_has_weights_of_no_layer() -> None:
+    """A weight that a graph multiplies by has its row, and counts as fast, whoever holds it: a router, attention."""
+    model, x = Mixed().eval(), torch.randn(2, 3, 64)
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(x)
+    found = fastlinear.report(fast, x)
+    rows = {row.name: (row.out_features, row.decision) for row in found}  # the last is one product
+    assert rows == {"fc": (64, "fast"), "attention.out_proj": (64, "fast"), "(attention, gate)": (3 * 64 + 4, "fast")}
+    assert found.share is not None and found.share.weights == found.share.fast_weights == (1 + 4) * 64**2 + 4 * 64
+    assert found.share.fast_multiply_adds == 6 * (1 + 4) * 64**2
+
+
 def test_the_report_tells_of_every_node() -> None:
     """Each node has an outcome, and the printed report names what was fused into what, and what is torch's own."""
     model = Net(lambda m, x: m.drop(m.a(x).relu()) + m.b(x).mean(-1, keepdim=True))
