@@ -148,7 +148,7 @@ def convert(
                 _set_precision(undo, first, linear.precision_of(first)._replace(out=out))
         for module in forbid_bypasses(result):
             undo.callback(allow_bypass, module)
-        if freeze:
+        if freeze and any(map(is_fast, result.modules())):
             undo.pop_all()  # a weight that is gone cannot be brought back
             freeze_model(result)
         if tune == "now":

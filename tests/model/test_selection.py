@@ -63,6 +63,9 @@ def test_warnings(arguments: dict[str, Any], message: str) -> None:
 
 def test_no_linear_layer_warns() -> None:
     """A model without linear layers comes back as it is, with a warning."""
+    with pytest.warns(UserWarning, match="nothing to convert in ReLU") as told:
+        OFF(nn.ReLU(), freeze=True)
+    assert len(told) == 1  # and not of nothing to freeze, too
     with pytest.warns(UserWarning, match="nothing to convert in Conv2d: it has no linear layer"):
         OFF(nn.Conv2d(1, 1, 1))
 
