@@ -41,7 +41,7 @@ def coded(weight: Tensor, coding: int4.Coding) -> int4.Coded:
     if found is None:
         return grouping.quantize_weight(weight, coding)
     codes, scale, offset = found
-    table = torch.tensor(coding.table, device="cpu") if coding.table else None
+    table = int4.as_tensor(coding.table) if coding.table else None
     return int4.Coded(codes, scale, table, coding.group, offset)
 
 
