@@ -107,6 +107,26 @@ def test_last_vector_is_as_accurate_as_the_others(isa: str, n: int) -> None:
     assert torch.equal(run(isa, "gelu", (), x[:n]), run(isa, "gelu", (), x)[:n])
 
 
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_a_row_has_the_same_bits_whichever_rows_are_beside_it(isa: str, name: str) -> None:
+    """Some rows are finished at once, those that are left over one by one: 1 to 9 rows, a gate among them."""
+    kernel = KERNELS[isa]
+    gate = _kernels.functions()[name][2]
+    weight, x = torch.linspace(-3, 3, 64).view(64, 1), torch.linspace(0.1, 3, 9).view(9, 1)
+    packed = _weights.Packed(weight, kernel["layout"])
+    epilogue = _plans.Epilogue([(name, ())])
+
+    def rows(x: Tensor) -> Tensor:
+        out = torch.empty(len(x), 32 if gate else 64)
+        _products.run(packed, _plans.Plan(kernel["name"]), epilogue, x, None, out)
+        return out
+
+    one_by_one = torch.cat([rows(row[None]) for row in x])
+    for m in range(1, 10):
+        assert torch.equal(rows(x[:m]), one_by_one[:m])
+
+
 def test_the_kernels_know_every_activation_of_the_specification() -> None:
     """Names, number of parameters and defaults of the native epilogues are those of fastlinear.activations."""
     native = _kernels.activations()
