@@ -1,9 +1,9 @@
-// 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), 2u = c0 * x + c1 * x^3, c0 = 2 sqrt(2 / pi), c1 = 0.044715 * c0.
+// 0.5 * x * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 * x^3).
 //
-// The sigmoid as in silu.hpp. 2u reaches -85 where results are still normal, and a float there is 4e-6 coarse, so x^2,
-// x^3 and both terms carry their rounding errors (an FMA each), as do the constants; 2u = linear + cubic + low. The
-// range reduction adds the large parts one after the other: what is left is below 16, so at most 5e-7 is rounded off.
-// The clamp: above 6 the result is x, below -10.9 it is 0.
+// The sigmoid as in silu.hpp, but of powers of 2: 2u = log(2) * x * v with v = c0 + c1 * x^2, and x * v - n, the
+// argument that is left, takes one FMA. x * v reaches -123 where results are still normal, and a float there is 8e-6
+// coarse, so x^2 and v carry their rounding errors, as do the constants. c0 has 14 bits, so c0 - v is exact. The clamp:
+// above 6 the result is x, below -10.9 it is 0.
 #pragma once
 
 #include "fastlinear/contract/epilogue.hpp"
@@ -22,21 +22,20 @@ struct GeluTanh {
     const V y = min(V::set(6.0f), above);
     const V square = y * y;
     const V square_low = fma(y, y, -square);
-    const V cube = y * square;
-    const V cube_low = fma(y, square_low, fma(y, square, -cube));
-    const V c0 = V::set(1.5957692f), c0_low = V::set(-4.534068e-8f);
-    const V c1 = V::set(7.1354814e-2f), c1_low = V::set(2.3988325e-9f);
-    const V linear = c0 * y;
-    const V cubic = c1 * cube;
-    const V linear_low = fma(c0_low, y, fma(c0, y, -linear));
-    const V cubic_low = fma(c1, cube_low, fma(c1_low, cube, fma(c1, cube, -cubic)));
-    const V n = round((linear + cubic) * V::set(kLog2E));
-    const V r = fma(n, V::set(-kLn2High), cubic) + linear;
-    const V low = fma(n, V::set(-kLn2Low), linear_low + cubic_low);
-    const V p = exp_reduced(r + low);
-    const V q = p / (V::set(1.0f) + scale(p, n));
+    const V c0 = V::set(kC0), c1 = V::set(kC1);
+    const V v = fma(c1, square, c0);
+    const V v_low = fma(c1, square_low, fma(c1, square, c0 - v) + fma(V::set(kC1Low), square, V::set(kC0Low)));
+    const V n = round(y * v);
+    const V p = kExp(fma(y, v_low, fma(y, v, -n)));
+    const V q = p / (V::set(kOne) + scale(p, n));
     return nan_at_minus_infinity(x, scale(above * q, n));
   }
+
+ private:
+  static constexpr ScaledExp kExp{0.6931471805599453};  // of powers of 2
+  static constexpr float kOne = static_cast<float>(kExp.scale);
+  static constexpr double kLinear = 2.302208198144325, kCubic = 0.1029432395800235;
+  static constexpr float kC0 = 2.30224609375f, kC0Low = kLinear - kC0, kC1 = kCubic, kC1Low = kCubic - kC1;
 };
 
 }  // namespace fastlinear::epilogues

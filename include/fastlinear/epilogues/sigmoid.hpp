@@ -1,4 +1,4 @@
-// 1 / (1 + e^-x) = w / (1 + w) with w = e^x = p * 2^n.
+// 1 / (1 + e^-x) = w / (1 + w) with w = e^x = p * 2^n, all of it in units of kOne.
 //
 // The clamp: above 25 the result is 1, below -104 it is 0.
 #pragma once
@@ -15,9 +15,9 @@ struct Sigmoid {
 
   template <class V>
   [[gnu::always_inline]] static V apply(V x, const float*) {
-    const Reduced<V> e = reduce(min(V::set(25.0f), max(V::set(-126.0f), x)));
-    const V p = exp_reduced(e.r);
-    return scale(p / (V::set(1.0f) + scale(p, e.n)), e.n);
+    const Reduced<V> e = reduce_once(min(V::set(25.0f), max(V::set(-126.0f), x)));
+    const V p = kExp(e.r);
+    return scale(p / (V::set(kOne) + scale(p, e.n)), e.n);
   }
 };
 

@@ -16,9 +16,9 @@ struct Silu {
   template <class V>
   [[gnu::always_inline]] static V apply(V x, const float*) {
     const V above = max(V::set(-126.0f), x);
-    const Reduced<V> e = reduce(min(V::set(25.0f), above));
-    const V p = exp_reduced(e.r);
-    const V q = p / (V::set(1.0f) + scale(p, e.n));
+    const Reduced<V> e = reduce_once(min(V::set(25.0f), above));
+    const V p = kExp(e.r);
+    const V q = p / (V::set(kOne) + scale(p, e.n));
     return nan_at_minus_infinity(x, scale(above * q, e.n));
   }
 };
