@@ -80,6 +80,12 @@ def integers(n: int, k: int) -> Any:
     return values.double() * scale, {"weight": values, "weight_scale": scale}
 
 
+def int8(n: int, k: int) -> Any:
+    values, largest = torch.randint(-127, 128, (n, k)).to(torch.int8), torch.rand(n) + 1e-3
+    parts = {"weight": values, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return values.double() * (largest / 127)[:, None], parts
+
+
 def fp8(n: int, k: int) -> Any:
     values, blocks = torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(-(-n // 128), -(-k // 128)) / 8
     by_row = blocks.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
@@ -162,5 +168,6 @@ SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
     "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp32"),
     "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
     "nf4 nested": (lambda n, k: nf4(n, k, nested=True), {"quant_method": "bitsandbytes"}, "int4"),
+    "bitsandbytes int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "w8f"),
     "hqq": (hqq, {"quant_method": "hqq"}, "int4"),
 }  # fmt: skip

@@ -34,6 +34,7 @@ _FILES = 1 << 10  # of one model
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # ids of types
 _STRING, _ARRAY = 8, 9
+_SIZE = struct.Struct("<Q")  # of a text
 _BY_NUMBER = {kind.number: name for name, kind in KINDS.items()}
 
 
@@ -146,6 +147,16 @@ class _Cursor:
             raise ValueError(f"{what} in its header has {nbytes} bytes, and {most} may be")
         return self.memory[begin : begin + nbytes].decode()
 
+    def skip_texts(self, count: int) -> None:
+        """So many, of which a tokenizer has hundreds of thousands."""
+        memory, at, end, unpack = self.memory, self.at, self.end, _SIZE.unpack_from
+        for _ in range(count):
+            if at + _SIZE.size > end:
+                at = end + 1
+                break
+            at += _SIZE.size + unpack(memory, at)[0]
+        self.skip(at - self.at)
+
     def value(self, name: str, kind: int, depth: int = 0) -> Any:
         """A field's value; of an array its length."""
         if kind == _STRING:
@@ -155,8 +166,7 @@ class _Cursor:
             if kind in _SCALARS:
                 self.skip(length * struct.calcsize(f"<{_SCALARS[kind]}"))
             elif kind == _STRING:
-                for _ in range(length):
-                    self.skip(self.number("Q"))
+                self.skip_texts(length)
             elif kind == _ARRAY and depth < _DEPTH:
                 for _ in range(length):
                     self.value(name, kind, depth + 1)

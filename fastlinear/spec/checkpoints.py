@@ -198,7 +198,8 @@ def _awq(parts: Parts, config: Config) -> Weight:
 def _packed_bits(parts: Parts, config: Config) -> int:
     """The config's, or, where its groups of layers tell several, those of a layer's weight."""
     groups = config.get("config_groups")
-    told = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    every = groups.values() if isinstance(groups, dict) else ()
+    told: list[Any] = [group.get("weights") if isinstance(group, dict) else None for group in every]
     if not told or not all(isinstance(each, dict) for each in told):
         raise ValueError("its config_groups do not tell in which way weights are quantized")
     if all(each.get("num_bits") == told[0].get("num_bits") for each in told):
@@ -336,6 +337,19 @@ def _nf4(parts: Parts, config: Config) -> Weight:
     return Coded(codes, scale.view(n, -1), parts["weight.quant_map"], state["blocksize"])
 
 
+def _int8_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    n, k = need(parts, "weight", (torch.int8,), None, None).shape
+    need(parts, "SCB", (torch.float32,), n)
+    if "weight_format" in parts and bool(parts["weight_format"].any()):
+        raise ValueError(f"its weight_format is {parts['weight_format'].tolist()}, and 0, row by row, is supported")
+    return n, k
+
+
+def _int8(parts: Parts, config: Config) -> Weight:
+    """Integers with the largest magnitude of each channel, which 127 stands for."""
+    return Quantized(parts["weight"], parts["SCB"] / 127)
+
+
 # ---- HQQ ----
 
 
@@ -414,6 +428,7 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
             _nf4_shape,
             _nf4,
         ),
+        Scheme("bitsandbytes", ("SCB", "weight"), ("weight_format",), _int8_shape, _int8),
     ),
     "hqq": (Scheme("HQQ", ("W_q", "scale", "zero", "shape"), _OF_HQQ, _hqq_shape, _hqq),),
     "mxfp4": (),  # its linear layers are floats

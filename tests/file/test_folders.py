@@ -193,6 +193,9 @@ Q = "model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[str, Callable[[Parts, dict[str, Any]], object], str]] = {
     "3 bits": ("gptq v1", lambda t, c: c.update(bits=3), rf"layer '{Q}': its bits are 3, and 4 and 8 are supported"),
     "AWQ gemv": ("awq", lambda t, c: c.update(version="gemv"), r"AWQ's version 'gemv', and 'gemm' is supported"),
+    "groups that are none": (
+        "compressed", lambda t, c: c.update(config_groups={"group_0": 4}), r"config_groups do not tell in which way",
+    ),
     "HQQ axis 0": ("hqq", lambda t, c: t.update({f"{Q}.axis": torch.tensor(0)}), rf"{Q}': its axis is \[0\]"),
     "another method": ("awq", lambda t, c: c.update(quant_method="quip"), r"quant_method is 'quip', and read are gptq"),
     "a lost part": ("gptq v1", lambda t, c: t.pop(f"{Q}.scales"), rf"lacks 1 tensor \({Q}.weight\).* has 3 tensors"),
