@@ -4,7 +4,7 @@
 
 swiglu  a gated MLP: FastGatedLinear and a FastLinear, over three FastLinears with eager silu and mul; and these three
         without silu and mul, which is what a gate can gain
-group   query, key and value: one FastLinearGroup, of frozen layers, too, over three calls
+group   query, key and value: one FastLinearGroup over three calls
 chain   a FastLinear with each activation and operand over the bare one
 
 bf16 are products in bf16 of fp32 rows and weights. Times are lower quartiles; a ratio above 1 is a gain, for chains
@@ -14,7 +14,6 @@ what they cost.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,11 +76,9 @@ def group(form: str) -> Iterator[Case]:
     for width in WIDTHS:
         three = Siblings(width).eval()
         q, k, v = (fast(layer, form) for layer in three.children())
-        frozen = fastlinear.convert(copy.deepcopy(three), freeze=True, **FORMS[form])
         calls: dict[str, Call] = {
             "three calls": lambda x, q=q, k=k, v=v: (q(x), k(x), v(x)),  # type: ignore[misc]
             "group": fastlinear.FastLinearGroup(three.children(), **FORMS[form]),  # type: ignore[arg-type]
-            "frozen": fastlinear.FastLinearGroup(frozen.children()),  # type: ignore[arg-type]
         }
         for m in (1, 4, 8, 16, 32):
             yield f"{m} x {width}", torch.randn(m, width), calls
