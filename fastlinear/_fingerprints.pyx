@@ -4,13 +4,20 @@
 
 from weakref import ref
 
-from cpython.object cimport PyObject
+import torch
+
+from cpython.object cimport Py_TYPE, PyObject, descrgetfunc
 from libc.stdint cimport int64_t
 
 from fastlinear._tensors cimport View, element_bytes, look_at, need
 
 cdef extern from "Python.h":
     PyObject* PyWeakref_GetObject(object)
+
+# The attribute `_version` of a tensor, whose getter costs half of what looking it up by its name does.
+cdef object version = torch.Tensor._version
+cdef descrgetfunc version_of = Py_TYPE(version).tp_descr_get
+
 
 cdef class Fingerprint:
     """What a weight is at the moment: its storage, address, shape, strides, dtype, torch's count of its changes, and a
@@ -57,6 +64,6 @@ cdef class Fingerprint:
                 return False
         if PyWeakref_GetObject(self.storage) == <PyObject*> None:
             return False
-        if self.version is not None and weight._version != self.version:
+        if self.version is not None and version_of(version, weight, None) != self.version:
             return False
         return self.sample.holds(w.data)

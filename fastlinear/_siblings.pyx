@@ -90,7 +90,7 @@ cdef class Siblings:
     cdef tuple unwatched(self):
         cdef Py_ssize_t count = len(self.states), i
         cdef bint graded = gradients()
-        cdef list weights = [], biases = []
+        cdef list found = [None] * (2 * count)
         for i in range(count):
             state = <dict> self.states[i]
             if state["training"] is True or not quiet(state):
@@ -102,9 +102,8 @@ cdef class Siblings:
             weight, bias = params.get("weight"), params.get("bias")
             if weight is None or graded and (weight.requires_grad or bias is not None and bias.requires_grad):
                 return None
-            weights.append(weight)
-            biases.append(bias)
-        return tuple(weights + biases)
+            found[i], found[count + i] = weight, bias
+        return tuple(found)
 
     def parameters(self):
         """The weights and then the biases; None where the layers have to be called."""
