@@ -212,6 +212,12 @@ def product_at(node: fx.Node) -> Product | None:
     return None if reader is None else reader(node)
 
 
+def is_multiplied(user: fx.Node) -> bool:
+    """Whether a node that reads a weight is a linear layer, or turns the weight for such alone."""
+    turned = _turned(user) is not None and all(product_at(each) is not None for each in user.users)
+    return turned or product_at(user) is not None
+
+
 def _linear(node: fx.Node) -> Product | None:
     given: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
     return _checked(Product(node, given["input"], given["weight"], given.get("bias"), nodes=[node]))
@@ -232,6 +238,31 @@ def _addmm(node: fx.Node) -> Product | None:
         return found
     kept = same_size(before.shape[-1], rows.shape[-1]) and same_shape(before.shape[:-1], after.shape[:-1])
     return replace(found, root=back, x=source, nodes=[node, back]) if kept else found
+
+
+def _matmul(node: fx.Node) -> Product | None:
+    """x @ weight.T, whose bias is an operand of the next step."""
+    if node.kwargs or len(node.args) != 2:
+        return None
+    x, turned = _any(node.args)
+    weight = _turned(turned)
+    return None if weight is None else _checked(Product(node, x, weight, None, nodes=[node]))
+
+
+def _turned(node: Any) -> fx.Node | None:
+    """The input of two dimensions that a node is the transpose of."""
+    if not isinstance(node, fx.Node) or node.kwargs or node.args[1:] not in _TURNS.get(op_of(node), ()):
+        return None
+    (source, *_), shape = node.args, example(node)
+    is_input = isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")
+    return source if is_input and shape is not None and shape.dim() == 2 else None  # type: ignore[return-value]
+
+
+_TURNS: dict[str, Any] = {  # op -> what may follow its first argument
+    "getattr": (("T",), ("mT",)),
+    "t": ((),),
+    "transpose": ((0, 1), (1, 0), (-1, -2), (-2, -1)),
+}
 
 
 def _converted(node: fx.Node) -> Product | None:
@@ -255,6 +286,8 @@ def _checked(product: Product) -> Product | None:
 _READERS: dict[str, Callable[[fx.Node], Product | None]] = {
     "linear": _linear,
     "addmm": _addmm,
+    "matmul": _matmul,
+    "mm": _matmul,
     "fastlinear": _converted,
 }
 

@@ -28,7 +28,7 @@ from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
-from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, gate_of, product_at
+from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, gate_of, is_multiplied, product_at
 from fastlinear.graph.story import Story
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.layer.stack import why_not_frozen_group, why_not_together
@@ -72,6 +72,7 @@ class Rewriter:
         layers += [self._place_group(members) for members in groups]
         layers += [self._place(*each) for each in taken if id(each) not in together]
         if self.options.fuse:
+            tidying.drop_unread(self.graph, self.story)  # the transposes of weights
             self._number()
             norms.absorb(self.graph, self.story, self._is_calm, self._is_fresh)
             caches.absorb(self.graph, self.story, self.options.tune)
@@ -155,7 +156,7 @@ class Rewriter:
                 return (
                     f"packing a weight of {holder}, no linear layer, as {what} is lossy: name it in include to have it"
                 )
-            if any(product_at(user) is None for user in product.weight.users):
+            if not all(map(is_multiplied, product.weight.users)):
                 return f"packing a shared weight as {what} is lossy: name the layer in include to have it"
         if form is None and (reason := asked.why_not(name, weight.shape[0 if product.transposed else 1])) is not None:
             return reason

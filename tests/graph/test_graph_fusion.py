@@ -62,6 +62,39 @@ def check(model: nn.Module, x: Tensor | None = None, **options: Any) -> Any:
     return fast
 
 
+# What models write in the place of a linear layer
+SPELLED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "@ T": lambda m, x: x @ m.a.weight.T,
+    "@ mT": lambda m, x: x @ m.a.weight.mT,
+    "matmul t": lambda m, x: torch.matmul(x, m.a.weight.t()),
+    "mm": lambda m, x: torch.mm(x[0], m.a.weight.t()),
+    "transpose": lambda m, x: x.matmul(m.a.weight.transpose(-1, -2)),
+    "the bias after it": lambda m, x: x @ m.a.weight.T + m.a.bias,
+    "called twice": lambda m, x: (x @ m.a.weight.T).relu() @ m.a.weight.T,
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_products_by_a_turned_weight_are_linear_layers(name: str, rounded: bool) -> None:
+    """x @ weight.T runs on the pack of the weight, which is rounded as that of a layer would be, and takes what
+    follows it."""
+    model, x = Net(lambda m, x: SPELLED[name](m, x).relu()), torch.randn(2, 5, 8)
+    fast = compiled(model, dtype=torch.bfloat16) if rounded else check(model)
+    if rounded:
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=0.02, atol=0.02)
+    told = {(node.outcome, node.op) for node in nodes(fast) if node.op not in ("getitem", "t", "transpose", "getattr")}
+    assert {outcome for outcome, _ in told} == {"fast", "fused"} and ("fused", "relu") in told
+    assert all(row.decision == "fast" for row in fastlinear.report(fast) if row.name.startswith("a"))
+
+
+def test_products_of_two_inputs_are_no_layers() -> None:
+    """A transpose of what is no parameter, or of more dimensions, stays what it was."""
+    model = Net(lambda m, x: x @ x.transpose(-1, -2) + (x[0] @ x[1].T).sum() + m.a(x).sum())
+    assert outcomes(check(model), "matmul") == {"torch"}
+
+
 @pytest.mark.parametrize("name", activations.names())
 def test_activations_are_fused(name: str) -> None:
     """Every activation there is goes into the product before it."""
