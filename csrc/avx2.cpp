@@ -42,12 +42,12 @@ extern const Isa kIsa;
 
 namespace avx2 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kW8fKernels,
-                                                kInt8Kernels, kInt4Kernels, kInt8gKernels, kDotKernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels,  kFp16Kernels, kW8fKernels, kInt8Kernels,
+                                                kInt4Kernels, kInt8gKernels, kFp8Kernels,  kDotKernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kFma, cpu_bits::kAvx, cpu_bits::kF16c, cpu_bits::kAvx2};
 constexpr Vectors kVectors{
     .steps = epilogue_steps<F32>,
-    .conversions = conversions<F32, Codes, Bytes>,
+    .conversions = conversions<F32, Codes, Bytes, Halves>,
     .quantization = &quantization<F32, I32>,
     .norm = norm<F32>,
     .attention = attentions<F32, 6>,

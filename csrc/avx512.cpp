@@ -45,13 +45,13 @@ extern const Isa kIsa;
 
 namespace avx512 {
 
-constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels, kW8fKernels,
-                                                kInt8Kernels, kInt4Kernels, kInt8gKernels};
+constexpr std::span<const Kernel> kKernels[] = {kFp32Kernels, kBf16Kernels, kFp16Kernels,  kW8fKernels,
+                                                kInt8Kernels, kInt4Kernels, kInt8gKernels, kFp8Kernels};
 constexpr CpuBit kNeeds[] = {cpu_bits::kAvx512F, cpu_bits::kAvx512Dq, cpu_bits::kAvx512Bw, cpu_bits::kAvx512Vl};
 constexpr const Isa* kAbove[] = {&avx_vnni::kIsa};
 constexpr Vectors kVectors{
     .steps = epilogue_steps<F32>,
-    .conversions = conversions<F32, Codes, Bytes>,
+    .conversions = conversions<F32, Codes, Bytes, Halves>,
     .quantization = &quantization<F32, I32>,
     .norm = norm<F32>,
     .attention = attentions<F32, 14>,

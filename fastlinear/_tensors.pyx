@@ -16,7 +16,7 @@ cdef object Tensor = torch.Tensor
 cdef dict dtype_of_format = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "w8f": torch.int8, "int8": torch.int8,
     "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int4": torch.uint8,
-    "int8g": torch.int8, "e8m0": torch.float8_e8m0fnu, "uint6": torch.uint8,
+    "int8g": torch.int8, "e8m0": torch.float8_e8m0fnu, "uint6": torch.uint8, "fp8": torch.float8_e4m3fn,
 }
 
 
@@ -44,7 +44,7 @@ PACKED = {format_name(i): dtypes[i] for i in range(len(dtypes))
 # What weights in groups may be scaled by: floats, and what of each 256 k an fp16 multiplies (formats/scales.hpp).
 SCALES = {**FORMATS, torch.float8_e8m0fnu: "e8m0", torch.int8: "int8", torch.uint8: "uint6"}
 SUPER = 256  # k that share the fp16 by which small integers scale their groups
-GROUPED = tuple(format_name(i) for i in range(len(dtypes)) if format_at(i).grouped)
+GROUPED = {format_name(i): dtypes[i] for i in range(len(dtypes)) if format_at(i).grouped}
 cdef dict formats_of_x = {dtypes[i]: i for i in range(len(dtypes)) if format_at(i).floating} | {
     torch.int8: INT8, torch.uint8: UINT8
 }

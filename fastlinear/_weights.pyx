@@ -67,6 +67,12 @@ cdef WeightView as_weight(View* v) noexcept:
     return w
 
 
+# fp8 is looked at as bytes: no x is of it, and no kernel reads it but in panels.
+cdef object as_bytes(object weight):
+    fp8 = isinstance(weight, torch.Tensor) and weight.dtype is torch.float8_e4m3fn
+    return weight.view(torch.uint8) if fp8 else weight
+
+
 # Scales or offsets [n, groups] of a weight in groups, and with integers what they multiply, as the bytes that stand
 # behind panels of nr channels (include/fastlinear/formats/scales.hpp).
 cdef object lay_scales(scales, supers, ptrdiff_t nr, ptrdiff_t size):
@@ -133,11 +139,11 @@ cdef class Packed:
     weight: CPU tensor of shape [n, k] and of the layout's format, any strides. An int8 one means scale * (weight -
     zero), with the fp32 [n] `scale` and the int32 [n] `zero`, or None for 0, which alone a weight-only layout takes.
     Where the layout is of groups ("int4/32x8:32:fp16"), the weight is uint8 codes and stands for scale * table[code] +
-    offset, or int8 ("int8g/32x4:16:fp16") and stands for scale * weight + offset: `table` fp32 [16], `scale` and
-    `offset`, or None for 0, [n, groups] in the layout's format. Where that is of integers, int8 or uint6 (uint8 up to
-    63), those are to be multiplied by `supers`, fp16 [n, ceil(k / 256)], behind which in each row stand as many for the
-    offsets, if there are any. Where it ends in ":ordered", column j multiplies the column order[j] of x, int32 [k], in
-    which each stands once.
+    offset, or int8 ("int8g/32x4:16:fp16") or float8_e4m3fn ("fp8/32x2:128:fp32") and stands for scale * weight +
+    offset: `table` fp32 [16], `scale` and `offset`, or None for 0, [n, groups] in the layout's format. Where that is of
+    integers, int8 or uint6 (uint8 up to 63), those are to be multiplied by `supers`, fp16 [n, ceil(k / 256)], behind
+    which in each row stand as many for the offsets, if there are any. Where it ends in ":ordered", column j multiplies
+    the column order[j] of x, int32 [k], in which each stands once.
     Raises TypeError or ValueError where the weight or the layout is not one the kernels read, MemoryError for want of
     memory.
 
@@ -147,11 +153,11 @@ cdef class Packed:
 
     def __init__(self, weight, str layout not None, scale=None, zero=None, table=None, offset=None, supers=None,
                  order=None):
-        cdef View w = need(weight, "weight", integers=True)
+        cdef View w = need(as_bytes(weight), "weight", integers=True)
         if w.ndim != 2:
             raise ValueError(f"weight must have 2 dimensions, not {w.ndim}: shape {tuple(weight.shape)}")
         self.name_layout(layout, w.shape[0], w.shape[1])
-        if dtype_of(<size_t> w.format) is not self.dtype:
+        if weight.dtype is not self.dtype:
             raise TypeError(f"layout {layout!r} holds {self.dtype}, the weight is {weight.dtype}")
         cdef ptrdiff_t arrays = channel_arrays(self.shape.format)
         if self.grouped:
@@ -304,7 +310,7 @@ cdef class Packed:
     def unpack(self):
         """The weight [n, k], bit for bit as it was packed."""
         weight = torch.empty((self.n, self.k), dtype=self.dtype, device="cpu")
-        cdef View w = need(weight, "weight", integers=True)
+        cdef View w = need(as_bytes(weight), "weight", integers=True)
         cdef WeightView target = as_weight(&w)
         with nogil:
             unpack_weight(self.shape, self.weight.panels, target)

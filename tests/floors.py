@@ -54,10 +54,9 @@ def kernels() -> int:
             dtype = _tensors.PACKED.get(layout.split("/")[0])
             x = torch.randn(5, 40).to({name: d for d, name in _tensors.FORMATS.items()}.get(row["rows"], torch.float32))
             if dtype is None:
-                coding = int4.Coding(16, int4.table_in(layout))
-                coded = grouping.quantize_weight(torch.randn(70, 40), coding)
+                coded = grouping.quantize_into(layout, torch.randn(70, 40), 16)
                 w = int4.dequantize(coded)
-                packed = _weights.Packed(coded.codes, coding.layout(layout), *coded.contents())
+                packed = _weights.Packed(coded.codes, coded.layout(layout), *coded.contents())
             elif dtype is torch.int8:
                 w = torch.randint(-127, 128, (70, 40)).to(dtype)
                 packed = _weights.Packed(w, layout, torch.ones(70))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import fastlinear._tensors as _tensors
 from fastlinear._weights import Packed
-from fastlinear.spec.int4 import Coded, Coding
+from fastlinear.spec.int4 import FP8, Coded, Coding
 
 # Weights of many kinds, of random numbers.
 WEIGHTS = {
@@ -34,8 +34,19 @@ def small(dtype: torch.dtype, n: int, groups: int) -> Tensor:
     return torch.randint(-128, 128, (n, groups)).to(dtype) if dtype is torch.int8 else torch.randn(n, groups).to(dtype)
 
 
-def coded(n: int, k: int, coding: Coding, ordered: bool = False) -> Coded:
-    """A weight of random codes, scales and offsets, and of columns in a random order."""
+def eight_bits(numbers: Tensor, layout: str) -> Tensor:
+    """Small integers as codes of 8 bits."""
+    return numbers.float().to(FP8) if layout.startswith("fp8") else numbers.to(torch.int8)
+
+
+def every_byte(layout: str) -> Tensor:
+    """All codes of 8 bits that there are."""
+    codes = torch.arange(256).to(torch.uint8)
+    return codes[codes & 0x7F != 0x7F].view(FP8) if layout.startswith("fp8") else codes.view(torch.int8)
+
+
+def coded(n: int, k: int, coding: Coding, ordered: bool = False, layout: str = "") -> Coded:
+    """A weight of random codes, scales and offsets, and of columns in a random order, for a layout."""
     groups, supers = -(-k // coding.group), None
     if coding.scales in (torch.int8, torch.uint8):
         supers = (torch.randn(n, (1 + coding.offsets) * -(-k // _tensors.SUPER)) / 32).half()
@@ -44,7 +55,7 @@ def coded(n: int, k: int, coding: Coding, ordered: bool = False) -> Coded:
     if coding.table:
         table = torch.tensor(coding.table)
     else:
-        codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
+        codes = every_byte(layout)[torch.randint(254, (n, k))]
     order = torch.randperm(k).int() if ordered else None
     return Coded(codes, scale, table, coding.group, offset if coding.offsets else None, supers, order)
 

@@ -135,8 +135,8 @@ def test_a_format(multiply: library.Product) -> None:
     w = torch.randint(-4, 5, (37, 11)).to(torch.float8_e5m2)
     x, y = torch.randint(-4, 5, (7, 11)).float(), torch.empty(7, 37)
     panels = torch.nn.functional.pad(w.view(torch.uint8), (0, 0, 0, -37 % 16)).view(-1, 16, 11).transpose(1, 2)
-    packed = SimpleNamespace(layout="fp8/16x1", data=panels.contiguous(), n=37, k=11, zero=None)
-    kernel = scalar() | {"name": "fp8/scalar/4x16", "reads": ("fp8/16x1",)}
+    packed = SimpleNamespace(layout="e5m2/16x1", data=panels.contiguous(), n=37, k=11, zero=None)
+    kernel = scalar() | {"name": "e5m2/scalar/4x16", "reads": ("e5m2/16x1",)}
     assert torch.equal(multiply(kernel, packed, x, None, [], 1, 1, y), x @ w.float().T)
 
 
@@ -146,13 +146,14 @@ from torch import nn
 from fastlinear import _kernels, _plans, _products, _weights
 
 names = [row["name"] for row in fastlinear.kernels()]
-assert {"fp32/scalar/8x16", "fp32/toy/3x16", "fp8/scalar/4x16"} <= set(names) and "toy" in fastlinear.cpu_info()["isas"]
+assert {"fp32/scalar/8x16", "fp32/toy/3x16", "e5m2/scalar/4x16"} <= set(names)
+assert "toy" in fastlinear.cpu_info()["isas"]
 assert "squared_relu" in _kernels.activations()
 
 w, x, y = torch.randint(-4, 5, (37, 11)), torch.randint(-4, 5, (7, 11)).float(), torch.empty(7, 37)
-packed = _weights.Packed(w.to(torch.float8_e5m2), "fp8/16x1")
+packed = _weights.Packed(w.to(torch.float8_e5m2), "e5m2/16x1")
 assert torch.equal(packed.unpack().float(), w.float())
-_products.run(packed, _plans.Plan("fp8/scalar/4x16"), _plans.Epilogue(), x, None, y)
+_products.run(packed, _plans.Plan("e5m2/scalar/4x16"), _plans.Epilogue(), x, None, y)
 assert torch.equal(y, x @ w.float().T)
 
 model = nn.Sequential(nn.Linear(11, 37), transformers.activations.ReLUSquaredActivation()).eval()

@@ -78,10 +78,9 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
     rounded twice, and once more where the kernel multiplies 16 bits."""
     worst, of_x = 0.0, DTYPES[row["rows"]]
     for offsets, (m, k, n) in itertools.product((False, True), _SHAPES):
-        coding = int4.Coding(16, int4.table_in(layout), offsets=offsets)
-        coded = grouping.quantize_weight(torch.randn(n, k, device="cpu") + offsets, coding)
+        coded = grouping.quantize_into(layout, torch.randn(n, k, device="cpu") + offsets, 16, offsets)
         x, bias = torch.randn(m, k, device="cpu").to(of_x), torch.zeros(n, device="cpu")
-        out = _run(row, coding.layout(layout), x, coded, bias, torch.float32)
+        out = _run(row, coded.layout(layout), x, coded, bias, torch.float32)
         weight, size = int4.dequantize(coded).to(of_x).double(), int4.magnitudes(coded).double()
         bound = _gamma(k + 6, torch.float32) * (x.double().abs() @ size.T)
         worst = max(worst, _largest((out - x.double() @ weight.T).abs() / bound))

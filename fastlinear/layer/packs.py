@@ -150,7 +150,7 @@ def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) ->
 
 def pack_coded(coded: int4.Coded, gated: bool = False) -> _weights.Packed:
     """A weight in groups that somebody else quantized, bit for bit, in the layout of this machine."""
-    layout = coded.layout(table.layout(coded.coding.packed))
+    layout = coded.layout(table.layout(coded.packed))
     return kind_of(gated)(coded.codes, layout, *coded.contents())
 
 

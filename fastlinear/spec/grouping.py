@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlinear.spec.int4 import Coded, Coding, as_tensor
+import fastlinear._tensors as _tensors
+from fastlinear.spec.int4 import FP8, Coded, Coding, as_tensor, table_in
 
 SHRUNK = (1.05, 0.95, 0.875, 0.8, 0.725)  # scales to begin with, over that of the largest magnitude
 _NEAR = 0.6  # of the largest magnitude of the table: the search takes that of a group to no smaller one
@@ -44,6 +45,22 @@ def quantize_weight(weight: Tensor, coding: Coding) -> Coded:
         raise ValueError(f"a weight of up to {w.abs().max().item():g} has scales that {coding.scales} does not hold")
     table = as_tensor(coding.table) if coding.table else None
     return Coded(codes, scale, table, coding.group, *offset)
+
+
+def quantize_into(layout: str, weight: Tensor, group: int, offsets: bool = False) -> Coded:
+    """The same in the codes that a layout holds, with fp16 scales, for checks of what reads it. Those of fp8, in which
+    weights come and which none becomes, are just the nearest under the scale of the largest of a group."""
+    coding = Coding(group, table_in(layout), offsets=offsets)
+    if _tensors.GROUPED[layout.split("/")[0]] is not FP8:
+        return quantize_weight(weight, coding)
+    n, k = weight.shape
+    w = torch.nn.functional.pad(weight, (0, -k % group)).unflatten(1, (-1, group))
+    offset = w.mean(-1).half() if offsets else torch.zeros(n, w.shape[1], dtype=torch.float16, device="cpu")
+    w = w - offset[..., None]
+    most = torch.finfo(FP8).max
+    scale = (w.abs().amax(-1) / most).half()
+    codes = (w / scale[..., None].float().clamp_min(2.0**-24)).clamp(-most, most).to(FP8).flatten(1)[:, :k]
+    return Coded(codes.contiguous(), scale, None, group, offset if offsets else None)
 
 
 def quantize_channels(weight: Tensor, coding: Coding, eager: bool = False) -> tuple[Tensor, ...]:

@@ -6,9 +6,9 @@ perhaps an offset:
     W[n, k] = scale[n, g] * table[code[n, k]] + offset[n, g],    g = k // group
 
 in fp32, the product and the sum each rounded. Groups may be of other k than consecutive ones: then the columns of codes
-have an order, and column j is that of x[order[j]] (GPTQ's desc_act). Codes of 8 bits are integers from -128 to 127, and
-need no table. The last group ends where K does. Products are those of x and W; where they are of bf16, W is rounded to
-that first.
+have an order, and column j is that of x[order[j]] (GPTQ's desc_act). Codes of 8 bits are integers from -128 to 127, or
+fp8 (float8_e4m3fn, but no NaN), and need no table. The last group ends where K does. Products are those of x and W;
+where they are of bf16, W is rounded to that first.
 
 Scales and offsets are floats; or integers of 8 or 6 bits, each of which is to be multiplied by an fp16 that 256
 consecutive k share, which fp32 holds exactly. How a weight becomes codes stands in spec/grouping.py. Nothing here is
@@ -42,12 +42,13 @@ TABLES: dict[str, tuple[float, ...]] = {
     "iq4_nl": tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))),
 }
 _BYTES = tuple(map(float, range(-128, 128)))
+FP8 = torch.float8_e4m3fn
 SUPER = _tensors.SUPER  # k that share the upper level of scales of two
 
 
 class Coding(NamedTuple):
     """How a weight becomes codes. group: k that share a scale, a power of two from 16 on; table: 16 numbers, or none
-    for codes of 8 bits; scales: the dtype of scales and offsets (a key of `_tensors.SCALES`, of which torch.int8 and
+    for integers of 8 bits; scales: the dtype of scales and offsets (a key of `_tensors.SCALES`, of which torch.int8 and
     torch.uint8 are those of two levels); offsets: whether there are any."""
 
     group: int = 32
@@ -74,11 +75,6 @@ class Coding(NamedTuple):
         """Whether what codes stand for is integers of 8 bits, or halves of such, as integer products want it."""
         return any(all((n * by).is_integer() and -128 <= n * by <= 127 for n in self.numbers) for by in (1, 2))
 
-    @property
-    def packed(self) -> str:
-        """The format that such weights are packed in."""
-        return "int4" if self.table else "int8g"
-
     def spelled(self) -> str:
         """One string for it, which `spelling` reads."""
         return " ".join([self.layout(""), *(float(number).hex() for number in self.table)])
@@ -101,8 +97,8 @@ def table_in(layout: str) -> tuple[float, ...]:
 
 
 def coding_of(packed: _weights.Packed) -> Coding | None:
-    """That of a packed weight; None for one that is not in groups."""
-    if not packed.grouped:
+    """That of a packed weight; None for one that is not in groups, or of fp8, which no weight becomes."""
+    if not packed.grouped or packed.dtype is FP8:
         return None
     return _of_layout(packed.layout, () if packed.table is None else tuple(packed.table.tolist()))
 
@@ -117,7 +113,8 @@ def _of_layout(layout: str, table: tuple[float, ...]) -> Coding:
 class Coded:
     """A weight in groups.
 
-    codes: uint8 [N, K], from 0 to 15, and what they stand for in `table`, fp32 [16]; or int8 without a table.
+    codes: uint8 [N, K], from 0 to 15, and what they stand for in `table`, fp32 [16]; or, without a table, int8 or
+        torch.float8_e4m3fn, of which none is NaN.
     scale: [N, ceil(K / group)], of fp32, bf16, fp16 or torch.float8_e8m0fnu; or integers, int8 or uint8 up to 63, which
         are to be multiplied by `supers`, fp16 [N, ceil(K / 256)]. Groups have at most 256 k then, those of uint8 32.
     group: k that share a scale, a power of two from 16 on.
@@ -136,8 +133,14 @@ class Coded:
 
     @property
     def coding(self) -> Coding:
+        """How a weight would become this; of fp8, which none does, it is all but the codes."""
         table = () if self.table is None else tuple(self.table.tolist())
         return Coding(self.group, table, self.scale.dtype, self.offset is not None)
+
+    @property
+    def packed(self) -> str:
+        """The format that it is packed in."""
+        return next(name for name, dtype in _tensors.GROUPED.items() if dtype is self.codes.dtype)
 
     def layout(self, base: str) -> str:
         """The layout of this weight in panels of `base`."""
@@ -157,9 +160,17 @@ def coded_of(packed: _weights.Packed) -> Coded:
 
 def dequantize(weight: Coded) -> Tensor:
     """The weight [N, K] that this stands for, in fp32."""
-    k = weight.codes.shape[-1]
-    scale, offset = scales_of(weight)
-    numbers = weight.codes.float() if weight.table is None else weight.table[weight.codes.long()]
+    return _in_order(weight, _numbers(weight), *scales_of(weight))
+
+
+def _numbers(weight: Coded) -> Tensor:
+    """What the codes stand for, fp32."""
+    return weight.codes.float() if weight.table is None else weight.table[weight.codes.long()]
+
+
+def _in_order(weight: Coded, numbers: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """scale * number + offset of the columns of x one after another."""
+    k = numbers.shape[-1]
     scaled = _spread(scale, weight.group, k) * numbers
     values = scaled if offset is None else scaled + _spread(offset, weight.group, k)
     return values if weight.order is None else values[..., weight.order.long().argsort()]
@@ -179,10 +190,7 @@ def scales_of(weight: Coded) -> tuple[Tensor, Tensor | None]:
 def magnitudes(weight: Coded) -> Tensor:
     """|scale * number| + |offset| of each of its numbers, [N, K], in fp32: what sums made by groups err by."""
     scale, offset = scales_of(weight)
-    table = torch.arange(-128.0, 128.0, dtype=torch.float32, device="cpu") if weight.table is None else weight.table
-    codes = weight.codes if weight.table is not None else weight.codes.int() + 128
-    absolute = None if offset is None else offset.abs()
-    return dequantize(Coded(codes, scale.abs(), table.abs(), weight.group, absolute, order=weight.order))
+    return _in_order(weight, _numbers(weight).abs(), scale.abs(), None if offset is None else offset.abs())
 
 
 def _spread(values: Tensor, group: int, k: int) -> Tensor:
@@ -223,7 +231,7 @@ def linear(x: Tensor, weight: Coded, kind: str) -> Tensor:
     """
     x = x if weight.order is None else x[:, weight.order.long()]
     u, scale_x = quantize_rows(x, weight.group, kind)
-    numbers = weight.codes.double() if weight.table is None else weight.table[weight.codes.long()].double()
+    numbers = _numbers(weight).double()
     unit = 1.0 if bool((numbers == numbers.round()).all()) else 0.5
     scale_w, offset = scales_of(weight)
     y = x.new_zeros(len(x), len(numbers), dtype=torch.float32)

@@ -11,7 +11,7 @@ import guard
 import library
 import pytest
 import torch
-from grouped import E8M0, coded, pack
+from grouped import E8M0, coded, eight_bits, every_byte, pack
 from torch import Tensor
 
 import fastlinear._kernels as _kernels
@@ -82,15 +82,17 @@ def test_every_bit_comes_back(layout: str) -> None:
         [(1, 1), (31, 16), (32, 17), (65, 530), (3, 0), (0, 5)], SCALES, (False, True), (False, True)
     ):
         coding = Coding(32 if dtype is torch.uint8 or n == 32 else 16, table, dtype, offsets)
-        weight = coded(n, k, coding, ordered)
+        weight = coded(n, k, coding, ordered, layout)
         packed = pack(weight, layout)
         panels = -(-n // 32)
         side = bytes_of_scales(coding, -(-k // coding.group), k) * (1 + offsets)
-        assert packed.nbytes == panels * 32 * (-(-k * bits // 32) * 4 + side) + 64 * (bits == 4) + 4 * k * ordered
+        kr = int(layout.rpartition("x")[2])
+        of_codes = -(-k // kr) * kr * bits // 8
+        assert packed.nbytes == panels * 32 * (of_codes + side) + 64 * (bits == 4) + 4 * k * ordered
         assert packed.nbytes == _weights.packed_nbytes(packed.layout, n, k)
         mapped = Packed.over(packed.data.clone().numpy(), packed.layout, n, k)
         for read in (packed, mapped):
-            assert torch.equal(read.unpack(), weight.codes)
+            assert same_bits(read.unpack(), weight.codes)
             for name in ("scale", "table", "offset", "supers", "order"):
                 back, had = getattr(read, name), getattr(weight, name)
                 assert back is had if had is None else same_bits(back, had), name
@@ -115,17 +117,28 @@ def test_every_code_means_what_the_table_says(kernel: Kernel) -> None:
     """All codes of every table, and all of 8 bits, at every place of a group, alone."""
     k = 35
     for numbers in tables(kernel):
-        codes = torch.arange(64 if numbers else 256)[:, None].add(torch.arange(k))
-        if numbers:
-            table = torch.tensor(numbers)
-            codes, means = codes.remainder(16).to(torch.uint8), table[codes.remainder(16)]
-        else:
-            table, codes = None, codes.to(torch.int8)
-            means = codes.float()
+        every = torch.arange(64).to(torch.uint8) % 16 if numbers else every_byte(kernel["on"])
+        codes = every[torch.arange(len(every))[:, None].add(torch.arange(k)) % len(every)]
+        table = torch.tensor(numbers) if numbers else None
+        means = codes.float() if table is None else table[codes.long()]
         weight = Coded(codes, torch.full((len(codes), 3), 0.5), table, 16)
         x = torch.eye(k).to(torch.bfloat16 if kernel["rows"] == "bf16" else torch.float32)
         want = (0.5 * means).to(x.dtype).float()
         assert torch.equal(run(kernel, pack(weight, kernel["on"]), x), want.t())
+
+
+@pytest.mark.parametrize("kernel", [row for row in ROWS if row["on"].startswith("fp8")], ids=lambda row: row["name"])
+def test_denormals_of_fp8_are_numbers(kernel: Kernel) -> None:
+    """Whatever MXCSR says of denormals: those of fp8 are none of floats."""
+    codes = every_byte("fp8").repeat(32, 1)[:, :96]
+    weight, x = Coded(codes, torch.ones(32, 6), None, 16), torch.eye(96).to(rows_for(kernel, 1, 1).dtype)
+    packed = pack(weight, kernel["on"])
+    try:
+        assert torch.set_flush_denormal(True)
+        y = run(kernel, packed, x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, codes.float().t())
 
 
 @every_kernel
@@ -139,7 +152,8 @@ def test_every_scale_means_what_its_format_says(kernel: Kernel) -> None:
         group, k = 32, 288
         scale = torch.stack([every.roll(g) for g in range(k // group)], 1).view(dtype)
         supers = None if dtype is E8M0 else torch.rand(256, 4).half()
-        codes = torch.full((256, k), 9, dtype=torch.uint8 if table else torch.int8)
+        codes = torch.full((256, k), 9, dtype=torch.uint8)
+        codes = codes if table else eight_bits(codes, kernel["on"])
         weight = Coded(codes, scale, torch.tensor(table) if table else None, group, scale.flip(0), supers)
         x = torch.zeros(k // group, k)
         x[torch.arange(k // group), torch.arange(k // group) * group + 3] = 1
@@ -159,9 +173,10 @@ def test_sums_of_integers_are_exact(kernel: Kernel) -> None:
     """Small integers and scales that are powers of two leave nothing to round: bits are those of int64."""
     for m, k, offsets in ((1, 96, False), (5, 203, True), (17, 64, True)):
         weight = coded(70, k, Coding(32, tables(kernel)[0], offsets=offsets))
+        codes = torch.randint(16, (70, k), dtype=torch.uint8)  # bf16 holds their products
+        codes = codes if weight.table is not None else eight_bits(codes, kernel["on"])
         scale = torch.randint(0, 3, weight.scale.shape).float().exp2().half()
         offset = None if weight.offset is None else torch.randint(-8, 9, scale.shape).half()
-        codes = weight.codes.remainder(16)  # bf16 holds their products
         weight = Coded(codes, scale, weight.table, 32, offset)
         x = torch.randint(-8, 9, (m, k)).to(rows_for(kernel, 1, 1).dtype)
         want = x.long() @ int4.dequantize(weight).long().t()
@@ -187,10 +202,10 @@ def test_products_are_those_of_the_stored_values(kernel: Kernel) -> None:
         (1, 33, 520, Coding(16, one, torch.int8)),
     ]
     for i, (m, n, k, coding) in enumerate(cases):
-        weight, x = coded(n, k, coding, i % 2 == 1), rows_for(kernel, m, k)
+        weight, x = coded(n, k, coding, i % 2 == 1, kernel["on"]), rows_for(kernel, m, k)
         check(kernel, run(kernel, pack(weight, kernel["on"]), x), x, weight)
     for coding in (Coding(32, one, offsets=True), Coding(32, one, torch.uint8, True)):
-        weight, x = coded(96, 700, coding), rows_for(kernel, 2 * mr, 700)
+        weight, x = coded(96, 700, coding, layout=kernel["on"]), rows_for(kernel, 2 * mr, 700)
         with library.caches_of(1 << 15, 1 << 13, 1 << 20):  # K in several blocks
             check(kernel, run(kernel, pack(weight, kernel["on"]), x, 2, 2), x, weight)
 
@@ -198,7 +213,8 @@ def test_products_are_those_of_the_stored_values(kernel: Kernel) -> None:
 @every_kernel
 def test_odd_scales_stay_in_their_channel(kernel: Kernel) -> None:
     """A scale of 0 is a group of zeros; one that is NaN or infinite spoils its own channel and no other."""
-    weight, x = coded(40, 80, Coding(16, tables(kernel)[0], torch.float32)), rows_for(kernel, 2, 80)
+    weight = coded(40, 80, Coding(16, tables(kernel)[0], torch.float32), layout=kernel["on"])
+    x = rows_for(kernel, 2, 80)
     zero = Coded(weight.codes, weight.scale.clone().fill_(0.0), weight.table, 16)
     assert not run(kernel, pack(zero, kernel["on"]), x).any()
     odd = weight.scale.clone()
@@ -213,7 +229,7 @@ def test_odd_scales_stay_in_their_channel(kernel: Kernel) -> None:
 def test_nothing_is_read_beyond_rows_and_panels(kernel: Kernel) -> None:
     """x and the packed weight end at a page that nobody may read."""
     for m, k, ordered in ((1, 37, False), (kernel["mr"], 64, False), (2, 48, True)):
-        weight = coded(33, k, Coding(16, tables(kernel)[0], offsets=True), ordered)
+        weight = coded(33, k, Coding(16, tables(kernel)[0], offsets=True), ordered, kernel["on"])
         held = pack(weight, kernel["on"])
         packed = Packed.over(guard.guarded(held.data, "end").numpy(), held.layout, held.n, held.k)
         x = guard.guarded(rows_for(kernel, m, k), "end")

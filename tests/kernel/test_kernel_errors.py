@@ -48,7 +48,7 @@ NOT_A_TENSOR: dict[str, Callable[[tuple[int, ...]], Any]] = {
     "list": lambda shape: torch.ones(shape).tolist(),
     "ndarray": lambda shape: np.ones(shape, np.float32),
     "float64": lambda shape: torch.ones(shape, dtype=torch.float64),
-    "float8": lambda shape: torch.ones(shape).to(torch.float8_e4m3fn),
+    "float8": lambda shape: torch.ones(shape).to(torch.float8_e5m2),
     "int16": lambda shape: torch.ones(shape, dtype=torch.int16),
     "int32": lambda shape: torch.ones(shape, dtype=torch.int32),
     "complex64": lambda shape: torch.ones(shape, dtype=torch.complex64),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grouped
 import pytest
 import torch
 from models import OFF, mlp
@@ -26,6 +27,7 @@ from fastlinear.layer import linear, operator
 from fastlinear.plan import candidates, decide, rivals
 from fastlinear.plan.memory import Remembered
 from fastlinear.spec.formats import DTYPES, FP32
+from fastlinear.spec.int4 import Coding, table_in
 
 NARROW = {name: dtype for name, dtype in DTYPES.items() if name != FP32}
 EVERY_NARROW = pytest.mark.parametrize("products", NARROW.values(), ids=NARROW)
@@ -59,10 +61,7 @@ def test_kernels_round_rows_once(kernel: dict[str, Any], products: str) -> None:
             scale = torch.ones(40)
             packed = _weights.Packed(torch.randint(-127, 128, (40, k), dtype=dtype), layout, scale)
         elif dtype is torch.uint8:
-            wide, scales = layout.startswith("int8g"), torch.ones(40, -(-k // 32)).half()
-            codes = torch.randint(-127, 128, (40, k)).char() if wide else torch.randint(0, 16, (40, k), dtype=dtype)
-            table = None if wide else torch.arange(-8.0, 8.0)
-            packed = _weights.Packed(codes, f"{layout}:32:fp16", scales, None, table)
+            packed = grouped.pack(grouped.coded(40, k, Coding(32, table_in(layout)), layout=layout), layout)
         else:
             packed = _weights.Packed(torch.randn(40, k).to(dtype), layout)
         x = torch.randn(19, k) * torch.exp2(torch.randint(-140, 20, (19, 1)).float())

@@ -69,9 +69,8 @@ def attention(isa: str, kernels: list[str], draw: random.Random) -> None:
 
 
 def coded(weight: torch.Tensor, layout: str, draw: random.Random) -> _weights.Packed:
-    coding = int4.Coding(draw.choice((16, 32, 128)), int4.table_in(layout), offsets=draw.random() < 0.5)
-    codes = grouping.quantize_weight(weight, coding)
-    return _weights.Packed(codes.codes, coding.layout(layout), *codes.contents())
+    codes = grouping.quantize_into(layout, weight, draw.choice((16, 32, 128)), draw.random() < 0.5)
+    return _weights.Packed(codes.codes, codes.layout(layout), *codes.contents())
 
 
 def main() -> None:

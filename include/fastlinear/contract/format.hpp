@@ -21,9 +21,10 @@ namespace fastlinear {
 
 // Weights may be int8 twice: w8f ("weights of 8 bits, times floats") is multiplied as fp32, int8 as it is by integer
 // rows, which are uint8 (beside a zero point) or int16, in sums of int32.
-// Codes of int4 mean what a table of 16 numbers says, scaled group by group, and int8g are integers scaled likewise.
+// Codes of int4 mean what a table of 16 numbers says, scaled group by group; int8g are integers scaled likewise, and
+// fp8 are float8_e4m3fn.
 // The scales themselves are floats, or e8m0, or integers of 8 or 6 bits (int8, uint6) times an fp16 for each 256 k.
-enum class Format : std::uint8_t { fp32, bf16, fp16, w8f, int8, uint8, int16, int32, int4, int8g, e8m0, uint6 };
+enum class Format : std::uint8_t { fp32, bf16, fp16, w8f, int8, uint8, int16, int32, int4, int8g, e8m0, uint6, fp8 };
 
 constexpr std::uint32_t bit(Format format) { return 1u << static_cast<unsigned>(format); }
 

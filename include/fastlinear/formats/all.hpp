@@ -29,6 +29,8 @@ inline constexpr FormatInfo kFormats[] = {
      bit(Format::fp32) | bit(Format::bf16), 0, 0, true},
     {Format::e8m0, "e8m0", 8, false, nullptr, nullptr},
     {Format::uint6, "uint6", 6, false, nullptr, nullptr},
+    {Format::fp8, "fp8", 8, false, pack_elements<std::uint8_t>, unpack_elements<std::uint8_t>,
+     bit(Format::fp32) | bit(Format::bf16), 0, 0, true},
 };
 
 static_assert([] {

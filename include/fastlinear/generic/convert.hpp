@@ -104,8 +104,8 @@ inline constexpr ConvertPanel pairing = [] {
     return nullptr;
 }();
 
-// In the order of enum Format. Codes and Bytes, of int4 and int8g: as generic/groups.hpp wants them.
-template <class V, class Codes, class Bytes>
+// In the order of enum Format. Codes, Bytes and Halves, of int4, int8g and fp8: as generic/groups.hpp wants them.
+template <class V, class Codes, class Bytes, class Halves>
 inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, {}, nullptr},
     {widen<V, Bf16>, narrow<V, Bf16>, {widen_panel<V, Bf16>}, narrow_rows<V, Bf16>},
@@ -123,6 +123,7 @@ inline constexpr Conversion conversions[] = {
     {nullptr, nullptr, {groups::widen_panel<V, Bytes>, groups::pairing<V, Bytes>}, nullptr},
     {nullptr, nullptr, {}, nullptr},
     {nullptr, nullptr, {}, nullptr},
+    {nullptr, nullptr, {groups::widen_panel<V, Halves>, groups::pairing<V, Halves>}, nullptr},
 };
 
 }  // namespace fastlinear

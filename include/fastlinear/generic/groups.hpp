@@ -2,13 +2,14 @@
 // looks codes up in its inner loop, and the conversion of a panel for kernels of other formats.
 //
 // Codes, for each ISA one struct a format (isa/<isa>/codes.hpp), is what codes mean, a table in registers for int4:
-//   layout              of the panels; kr k of a channel share 32 bits
-//   Lanes load(p)       the codes of V::width channels, kr consecutive k
-//   V value(lanes, i)   what those of the i-th k stand for
+//   layout, bytes       of the panels; what kr k of a channel take
+//   vectors             of V::width channels that a load is of
+//   unit                what values are to be multiplied by, a power of two
+//   Lanes load(p)       the codes of vectors * V::width channels, kr consecutive k
+//   V value(lanes, i)   what those of the i-th k stand for, over the unit; from kr on, of the second vector
 //   multiply_add(x, w, c), add(x, c)   c + *x * w and c + *x, in place
-//   Integers(how), of int4               what codes mean as integers: unpack(p, low, high) makes of the codes of
-//   V::width
-//                                      channels those of the first and of the last four k, as bytes
+//   Integers(how)       of int4, what codes mean as integers: unpack(p, low, high) makes of the codes of V::width
+//                       channels those of the first and of the last four k, as bytes
 //
 // Sums of a group are made in registers, multiplied by its scale and added to the tile, in L1: for a group of 32 k that
 // is a load, an FMA and a store for 32 FMAs. An offset wants the sum of x over the group, which is one addition a row
@@ -21,6 +22,7 @@
 #include <type_traits>
 
 #include "fastlinear/contract/kernel.hpp"
+#include "fastlinear/formats/fp8.hpp"
 #include "fastlinear/formats/int4.hpp"
 #include "fastlinear/formats/int8.hpp"
 #include "fastlinear/formats/scales.hpp"
@@ -28,19 +30,28 @@
 
 namespace fastlinear::groups {
 
+template <class V, class Codes>
+[[gnu::always_inline]] inline V in_units(V x) {
+  if constexpr (Codes::unit == 1.0f)
+    return x;
+  else
+    return x * V::set(Codes::unit);
+}
+
 // Adds kr k, whose codes begin at `panels`, to the sums c of R rows; Summing: and x itself to `totals`, in every lane.
 template <class V, class Codes, bool Summing, std::ptrdiff_t R, std::ptrdiff_t Count, std::ptrdiff_t P>
 [[gnu::always_inline]] inline void add(decltype(V::v) (&c)[R][Count], decltype(V::v) (&totals)[R], const Codes table,
                                        const char* const (&panels)[P], const float* a, std::ptrdiff_t lda) {
   constexpr std::ptrdiff_t per_panel = Count / P;
 #pragma GCC unroll 8
-  for (std::ptrdiff_t v = 0; v < Count; ++v) {
-    const auto lanes = table.load(panels[v / per_panel] + v % per_panel * V::width * 4);
+  for (std::ptrdiff_t first = 0; first < Count; first += Codes::vectors) {
+    const auto lanes = table.load(panels[first / per_panel] + first % per_panel * V::width * Codes::bytes);
 #pragma GCC unroll 8
-    for (std::ptrdiff_t i = 0; i < Codes::layout.kr; ++i) {
+    for (std::ptrdiff_t i = 0; i < Codes::vectors * Codes::layout.kr; ++i) {
+      const std::ptrdiff_t v = first + i / Codes::layout.kr, k = i % Codes::layout.kr;
       const auto w = table.value(lanes, i).v;
 #pragma GCC unroll 8
-      for (std::ptrdiff_t r = 0; r < R; ++r) c[r][v] = Codes::multiply_add(a + r * lda + i, w, c[r][v]);
+      for (std::ptrdiff_t r = 0; r < R; ++r) c[r][v] = Codes::multiply_add(a + r * lda + k, w, c[r][v]);
     }
   }
   if constexpr (Summing) {
@@ -56,7 +67,7 @@ template <class V, class Codes, std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff
 void multiply(const TileArgs& t) {
   using Vector = decltype(V::v);
   constexpr std::ptrdiff_t nr = Codes::layout.nr, kr = Codes::layout.kr, per_panel = nr / V::width,
-                           Count = P * per_panel;
+                           Count = P * per_panel, bytes = nr * Codes::bytes;
   const ScaledGroups g = *t.groups;
   const Codes table(g.table);
   const auto* a = static_cast<const float*>(t.a);
@@ -70,7 +81,7 @@ void multiply(const TileArgs& t) {
     for (std::ptrdiff_t r = 0; r < R; ++r) std::fill_n(sums + r * Columns, P * nr, 0.0f);
   const char *scales = g.scales, *offsets = g.offsets;
   const std::ptrdiff_t next = nr * (g.format == Format::fp32 ? 4 : 2);
-  Ahead codes(codes_ahead(P), t.k / kr * nr * 4, P * t.panel_stride);
+  Ahead codes(codes_ahead(P), t.k / kr * bytes, P * t.panel_stride);
   Ahead groups(kGroupsAhead * next, (t.k + g.size - 1) / g.size * next, P * g.panel_stride);
   for (std::ptrdiff_t k = 0; k < t.k;) {
     const std::ptrdiff_t end = std::min(t.k, k + g.size);
@@ -90,12 +101,12 @@ void multiply(const TileArgs& t) {
     }
     for (; k + kr <= end; k += kr) {
       add<V, Codes, Summing>(c, totals, table, panels, a + k, t.lda);
-      const std::ptrdiff_t ahead = R == 1 ? codes.step(nr * 4) : 0;
+      const std::ptrdiff_t ahead = R == 1 ? codes.step(bytes) : 0;
 #pragma GCC unroll 8
       for (std::ptrdiff_t p = 0; p < P; ++p) {
         if constexpr (R == 1)
-          for (std::ptrdiff_t line = 0; line < nr * 4; line += 64) __builtin_prefetch(panels[p] + ahead + line, 0, 2);
-        panels[p] += nr * 4;
+          for (std::ptrdiff_t line = 0; line < bytes; line += 64) __builtin_prefetch(panels[p] + ahead + line, 0, 2);
+        panels[p] += bytes;
       }
     }
     if (k < end) {  // the last of K: rows end here
@@ -115,7 +126,7 @@ void multiply(const TileArgs& t) {
 #pragma GCC unroll 8
       for (std::ptrdiff_t r = 0; r < R; ++r) {
         float* const to = sums + r * Columns + v * V::width;
-        V sum = fma(V{c[r][v]}, scale, V::load(to));
+        V sum = fma(in_units<V, Codes>(V{c[r][v]}), scale, V::load(to));
         if constexpr (Summing) sum = fma(V{totals[r]}, offset, sum);
         V::store(to, sum);
       }
@@ -147,17 +158,24 @@ template <class V, class Codes, class Visit>
   const ScaledGroups& g = *args.groups;
   const Codes table(g.table);
   const std::ptrdiff_t nr = args.layout.nr;
-  for (std::ptrdiff_t j = 0; j < args.channels; j += V::width)
+  constexpr std::ptrdiff_t kr = Codes::layout.kr, vectors = Codes::vectors;
+  for (std::ptrdiff_t j = 0; j < args.channels; j += vectors * V::width)
     for (std::ptrdiff_t begin = 0, group = 0; begin < args.k; begin += g.size, ++group) {
       const std::ptrdiff_t end = std::min(args.k, begin + g.size), at = group * nr + args.first + j;
-      const V scale = load_scales<V>(g.format, g.scales, at);
-      const V offset = g.offsets == nullptr ? V::set(0.0f) : load_scales<V>(g.format, g.offsets, at);
-      for (std::ptrdiff_t k = begin; k < end; k += Codes::layout.kr) {
-        const auto* codes = static_cast<const char*>(args.panel) + (k / Codes::layout.kr * nr + args.first + j) * 4;
+      V scale[vectors], offset[vectors];
+#pragma GCC unroll 2
+      for (std::ptrdiff_t v = 0; v < vectors; ++v) {
+        scale[v] = load_scales<V>(g.format, g.scales, at + v * V::width);
+        offset[v] = g.offsets == nullptr ? V::set(0.0f) : load_scales<V>(g.format, g.offsets, at + v * V::width);
+      }
+      for (std::ptrdiff_t k = begin; k < end; k += kr) {
+        const auto* codes = static_cast<const char*>(args.panel) + (k / kr * nr + args.first + j) * Codes::bytes;
         const typename Codes::Lanes lanes = table.load(codes);
 #pragma GCC unroll 8
-        for (std::ptrdiff_t i = 0; i < Codes::layout.kr; ++i) {
-          if (k + i < end) visit(k + i, j, rounded(table.value(lanes, i) * scale) + offset);
+        for (std::ptrdiff_t i = 0; i < vectors * kr; ++i) {
+          const V number = in_units<V, Codes>(table.value(lanes, i));
+          if (k + i % kr < end)
+            visit(k + i % kr, j + i / kr * V::width, rounded(number * scale[i / kr]) + offset[i / kr]);
         }
       }
     }

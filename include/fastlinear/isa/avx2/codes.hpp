@@ -15,6 +15,9 @@ namespace fastlinear::avx2 {
 extern const Isa kIsa;
 
 struct Products {
+  static constexpr std::ptrdiff_t bytes = 4, vectors = 1;
+  static constexpr float unit = 1.0f;
+
   // As text, since GCC 12 writes sums elsewhere, keeps what it has broadcast, and spills the tile.
   static __m256 multiply_add(const float* x, __m256 w, __m256 c) {
     __m256 all;
@@ -63,6 +66,31 @@ struct Bytes : Products {
     const __m256i upper = _mm256_slli_epi32(lanes, static_cast<int>(24 - 8 * i));
     return {_mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 24))};
   }
+};
+
+// Two k of 16 channels, as fp16.
+struct Halves : Products {
+  using Lanes = __m256i;
+  static constexpr Layout layout = Fp8::layout;
+  static constexpr std::ptrdiff_t bytes = Fp8::kr, vectors = 2;
+  static constexpr float unit = Fp8::of_half;
+
+  explicit Halves(const float*) {}
+  static Lanes load(const char* p) {
+    Lanes lanes = Codes::load(p);
+    asm("" : "+x"(lanes));  // once: GCC would load it for either k
+    return lanes;
+  }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m256i upper = i % 2 == 0 ? _mm256_slli_epi16(lanes, 8) : lanes;
+    const __m256i halves = _mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    return {_mm256_cvtph_ps(i < 2 ? _mm256_castsi256_si128(halves) : _mm256_extracti128_si256(halves, 1))};
+  }
+};
+
+inline constexpr Kernel kFp8Kernels[] = {
+    kernels::row<groups::Tile<F32, Halves>, 2, 1>("fp8/avx2/2x32", kIsa),
+    kernels::row<groups::Tile<F32, Halves>, 1, 2>("fp8/avx2/1x64", kIsa),
 };
 
 inline constexpr Kernel kInt8gKernels[] = {

@@ -17,6 +17,9 @@ namespace fastlinear::avx512 {
 extern const Isa kIsa;
 
 struct Products {
+  static constexpr std::ptrdiff_t bytes = 4, vectors = 1;
+  static constexpr float unit = 1.0f;
+
   // As text, since GCC 12 writes sums elsewhere and spills the tile, as it does when it looks up more than one vector
   // at once, which "memory" forbids. The broadcast takes no port that an FMA wants.
   static __m512 multiply_add(const float* x, __m512 w, __m512 c) {
@@ -67,6 +70,31 @@ struct Bytes : Products {
     const __m512i bits = _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111, lanes, place);
     return {_mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388736.0f))};
   }
+};
+
+// Two k of 32 channels, as fp16.
+struct Halves : Products {
+  using Lanes = __m512i;
+  static constexpr Layout layout = Fp8::layout;
+  static constexpr std::ptrdiff_t bytes = Fp8::kr, vectors = 2;
+  static constexpr float unit = Fp8::of_half;
+
+  explicit Halves(const float*) {}
+  static Lanes load(const char* p) {
+    Lanes lanes = _mm512_loadu_si512(p);
+    asm("" : "+v"(lanes));  // once: GCC would load it for either k
+    return lanes;
+  }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    const __m512i upper = i % 2 == 0 ? _mm512_slli_epi16(lanes, 8) : lanes;
+    const __m512i halves = _mm512_and_si512(_mm512_srai_epi16(upper, 1), _mm512_set1_epi16(static_cast<short>(0xbf80)));
+    return {_mm512_maskz_cvtph_ps(kAll, i < 2 ? half<0>(halves) : half<1>(halves))};
+  }
+};
+
+inline constexpr Kernel kFp8Kernels[] = {
+    kernels::row<groups::Tile<F32, Halves>, 4, 2>("fp8/avx512/4x64", kIsa),
+    kernels::row<groups::Tile<F32, Halves>, 1, 4>("fp8/avx512/1x128", kIsa),
 };
 
 inline constexpr Kernel kInt8gKernels[] = {

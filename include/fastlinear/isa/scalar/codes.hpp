@@ -1,4 +1,4 @@
-// int4 codes in plain C++.
+// Weights in groups, of 4 bits, of 8, and fp8, in plain C++.
 #pragma once
 
 #include <cstring>
@@ -25,6 +25,8 @@ struct Codes {
   };
   using Lanes = std::uint32_t;
   static constexpr Layout layout = Int4::layout;
+  static constexpr std::ptrdiff_t bytes = 4, vectors = 1;
+  static constexpr float unit = 1.0f;
   const float* table;
 
   explicit Codes(const float* numbers) : table(numbers) {}
@@ -44,6 +46,25 @@ struct Bytes : Codes {
   F32 value(Lanes lanes, std::ptrdiff_t i) const {
     return F32::set(static_cast<std::int8_t>(static_cast<std::uint8_t>(lanes >> 8 * i)));
   }
+};
+
+struct Halves : Codes {
+  using Lanes = std::uint16_t;
+  static constexpr Layout layout = Fp8::layout;
+  static constexpr std::ptrdiff_t bytes = Fp8::kr;
+  using Codes::Codes;
+  static Lanes load(const char* p) {
+    Lanes lanes;
+    std::memcpy(&lanes, p, sizeof lanes);
+    return lanes;
+  }
+  F32 value(Lanes lanes, std::ptrdiff_t i) const {
+    return F32::set(to_float(Fp8{static_cast<std::uint8_t>(lanes >> 8 * i)}));
+  }
+};
+
+inline constexpr Kernel kFp8Kernels[] = {
+    kernels::row<groups::Tile<F32, Halves>, 1, 1>("fp8/scalar/1x32", kIsa),
 };
 
 inline constexpr Kernel kInt8gKernels[] = {
