@@ -86,10 +86,17 @@ def int8(n: int, k: int) -> Any:
     return values.double() * (largest / 127)[:, None], parts
 
 
-def fp8(n: int, k: int) -> Any:
-    values, blocks = torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(-(-n // 128), -(-k // 128)) / 8
-    by_row = blocks.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return values.double() * by_row, {"weight": values, "weight_scale_inv": blocks}
+def fp8(n: int, k: int, block: tuple[int, int] = (128, 128), powers: bool = False) -> Any:
+    values, shape = torch.randn(n, k).to(torch.float8_e4m3fn), (-(-n // block[0]), -(-k // block[1]))
+    stored = torch.randint(118, 124, shape, dtype=torch.uint8) if powers else torch.rand(shape) / 8
+    blocks = stored.view(torch.float8_e8m0fnu).double() if powers else stored
+    by_row = blocks.repeat_interleave(block[0], 0)[:n].repeat_interleave(block[1], 1)[:, :k]
+    return values.double() * by_row, {"weight": values, "weight_scale_inv": stored}
+
+
+def floats(n: int, k: int, *, one: bool = False) -> Any:
+    values, scale = torch.randn(n, k).to(torch.float8_e4m3fn), scales(1 if one else n, 1, torch.bfloat16)
+    return values.double() * scale.double(), {"weight": values, "weight_scale": scale[0] if one else scale}
 
 
 def hqq(n: int, k: int) -> Any:
@@ -165,7 +172,15 @@ SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
         lambda n, k: compressed(n, k, bits=8), {"quant_method": "compressed-tensors", **ct(8)}, "int8g",
     ),
     "integers": (integers, {"quant_method": "compressed-tensors", **ct(8)}, "w8f"),
-    "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp32"),
+    "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, "fp8"),
+    "fp8 of powers of two": (
+        lambda n, k: fp8(n, k, (48, 32), True), {"quant_method": "fp8", "weight_block_size": [48, 32]}, "fp8",
+    ),
+    "fp8 in odd blocks": (
+        lambda n, k: fp8(n, k, (32, 24)), {"quant_method": "fp8", "weight_block_size": [32, 24]}, "fp32",
+    ),
+    "fp8 by channel": (floats, {"quant_method": "compressed-tensors", **ct(8)}, "fp8"),
+    "fp8 by tensor": (lambda n, k: floats(n, k, one=True), {"quant_method": "compressed-tensors", **ct(8)}, "fp8"),
     "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
     "nf4 nested": (lambda n, k: nf4(n, k, nested=True), {"quant_method": "bitsandbytes"}, "int4"),
     "bitsandbytes int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "w8f"),

@@ -47,7 +47,9 @@ class WithEngines(Freezable):
     def packed_as(self) -> str:
         """The format that the weight is packed in."""
         frozen = record_of(self)
-        return (self._precision.packed or name_of(self.weight.dtype)) if frozen is None else str(frozen.packed.format)
+        if frozen is None:
+            return self._precision.of_floats().packed or name_of(self.weight.dtype)
+        return str(frozen.packed.format)
 
     @property
     def precision(self) -> Precision:

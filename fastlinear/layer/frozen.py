@@ -209,6 +209,7 @@ class Freezable(nn.Module):
 
     _frozen: Frozen | None = None
     _transposed: bool
+    _precision: Precision
     _engine: Engine
     _plans: dict[tuple[Engine, int, str, int], Chosen]
 
@@ -355,4 +356,5 @@ def _let_go(layer: Freezable) -> None:
     if frozen is not None:
         frozen.layers.discard(layer)
         layer._parameters.pop(PLACEHOLDER, None)
+        vars(layer)["_precision"] = layer._precision.of_floats()
         layer._reset()

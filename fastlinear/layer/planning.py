@@ -57,7 +57,7 @@ def prepare(layer: Any, engine: Engine, packed_as: str, x: Tensor) -> bool:
             if is_shared(weight):  # of which nobody lent this process's part to the call
                 return False
             if layer._is_own(engine):
-                packed_as = layer._precision.packed or name_of(weight.dtype)
+                packed_as = layer._precision.of_floats().packed or name_of(weight.dtype)
             precision = layer._precision_in(engine, packed_as)
             left = not (layer._is_own(engine) and is_quantized(precision)) or unpacked.answers(precision)
             if frozen is None and not engine.ready(weight) and left:

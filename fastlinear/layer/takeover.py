@@ -19,8 +19,9 @@ from fastlinear.layer.frozen import Freezable, Frozen
 from fastlinear.spec.checkpoints import SCHEMES, Config, Parts, Scheme
 from fastlinear.spec.foreign import TORCHAO
 from fastlinear.spec.formats import DTYPES, FP32, name_of
-from fastlinear.spec.int4 import Coded, coding_of
+from fastlinear.spec.int4 import FP8, Coded, coding_of
 from fastlinear.spec.int8 import Quantized
+from fastlinear.spec.packed import Weight, stands_for
 from fastlinear.spec.precision import Precision, Wanted
 
 _UNPACKING = "ct_decompress_hook"
@@ -192,7 +193,7 @@ def why_not(found: Found, asked: Wanted, name: str) -> str | None:
     """Why a layer cannot be taken over as it was asked for, in a few words; None if it can."""
     if asked.scheme is None:
         return None
-    weight, (_, k) = found.scheme.weight(found.parts, found.config), found.shape
+    weight, (_, k) = _weight_of(found, asked), found.shape
     if not isinstance(weight, Coded):
         return asked.why_not(name, k, weight if isinstance(weight, Quantized) else None)
     if asked.scheme.coding() is None:
@@ -203,6 +204,13 @@ def why_not(found: Found, asked: Wanted, name: str) -> str | None:
         return "its codes stand for other numbers than integers or halves, which alone multiply integers"
     most = _weights.dot_limit(False)
     return f"its groups of {weight.group} are larger than the {most} of an int32 sum" if weight.group > most else None
+
+
+def _weight_of(told: Found, asked: Wanted) -> Weight:
+    """What is to be packed. Schemes quantize fp8 anew, as they do floats."""
+    weight = told.scheme.weight(told.parts, told.config)
+    anew = asked.scheme is not None and isinstance(weight, Coded) and weight.codes.dtype is FP8
+    return stands_for(weight) if anew else weight
 
 
 def take(module: nn.Module, told: Found, asked: Wanted, name: str, held: torch.dtype | None, gated: bool) -> Taken:
@@ -222,7 +230,7 @@ def take(module: nn.Module, told: Found, asked: Wanted, name: str, held: torch.d
 
 
 def _frozen(told: Found, asked: Wanted, name: str, held: torch.dtype, gated: bool) -> tuple[Frozen, Precision]:
-    weight, label = told.scheme.weight(told.parts, told.config), told.scheme.label
+    weight, label = _weight_of(told, asked), told.scheme.label
     if isinstance(weight, Tensor):
         precision = asked.of(name, held)
         precision = precision._replace(packed=precision.packed or name_of(held), sample=None)

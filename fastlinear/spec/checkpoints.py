@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear.spec.int4 import TABLES, Coded, as_tensor
+import fastlinear._kernels as _kernels
+from fastlinear.spec.int4 import FP8, TABLES, Coded, as_tensor, dequantize
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.packed import Weight
 
@@ -234,7 +235,7 @@ def _packed(parts: Parts, config: Config) -> Weight:
 
 
 def _values_shape(parts: Parts) -> tuple[int, int]:
-    weight = need(parts, "weight", (torch.int8, torch.float8_e4m3fn), None, None)
+    weight = need(parts, "weight", (torch.int8, FP8), None, None)
     return weight.shape[0], weight.shape[1]
 
 
@@ -249,9 +250,18 @@ def _plain_shape(parts: Parts, config: Config) -> tuple[int, int]:
 
 def _plain(parts: Parts, config: Config) -> Weight:
     """Integers or fp8 with a scale for all, or for a channel."""
-    (n, _), weight = _plain_shape(parts, config), parts["weight"]
-    scale = parts["weight_scale"].float().reshape(-1).expand(n)
-    return Quantized(weight, scale.contiguous()) if weight.dtype is torch.int8 else weight.float() * scale[:, None]
+    (n, k), weight = _plain_shape(parts, config), parts["weight"]
+    scale = parts["weight_scale"].reshape(-1, 1).expand(n, 1)
+    if weight.dtype is torch.int8:
+        return Quantized(weight, scale.float().flatten())
+    return _eight(weight, scale, group_of(k, 1))
+
+
+def _eight(values: Tensor, scale: Tensor, group: int) -> Weight:
+    """Of fp8, or integers, [N, K] and scales [N, groups]. Kernels have no NaN of fp8, with which a weight is floats."""
+    weight = Coded(values.contiguous(), scale.contiguous(), None, group)
+    odd = values.dtype is FP8 and bool((values.view(torch.uint8) & 0x7F == 0x7F).any())
+    return dequantize(weight) if odd else weight
 
 
 # ---- fp8 in blocks ----
@@ -275,15 +285,19 @@ def _blocks_shape(parts: Parts, config: Config) -> tuple[int, int]:
 
 
 def _blocks(parts: Parts, config: Config) -> Weight:
-    """fp8 with a scale for each block, 128 x 128 unless told otherwise, or with one for all."""
-    (n, k), scale = _blocks_shape(parts, config), parts["weight_scale_inv"]
+    """fp8 with a scale for each block, 128 x 128 unless told otherwise, or with one for all. Blocks as wide as groups
+    may be keep their bits, with a scale for each of their channels; others are floats."""
+    (n, k), weight, scale = _blocks_shape(parts, config), parts["weight"], parts["weight_scale_inv"]
     if scale.dtype is torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     if scale.numel() == 1:
-        return parts["weight"].float() * scale.float().reshape(())
+        return _eight(weight, scale.reshape(1, 1).expand(n, 1), group_of(k, 1))
     rows, columns = _block_size(config)
-    by_row = scale.float().repeat_interleave(rows, 0)[:n]
-    return parts["weight"].float() * by_row.repeat_interleave(columns, 1)[:, :k]
+    by_row = scale.repeat_interleave(rows, 0)[:n]
+    whole = columns in _kernels.GROUP_SIZES
+    if whole or scale.shape[1] == 1:
+        return _eight(weight, by_row, columns if whole else group_of(k, 1))
+    return weight.float() * by_row.float().repeat_interleave(columns, 1)[:, :k]
 
 
 # ---- bitsandbytes ----

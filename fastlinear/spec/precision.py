@@ -13,7 +13,7 @@ import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.formats import DTYPES, FP32, PRODUCTS, name_of, present
-from fastlinear.spec.int4 import Coding
+from fastlinear.spec.int4 import FP8, Coding
 from fastlinear.spec.int8 import BYTES, Quantized, Requantize, Rows
 from fastlinear.spec.programs import steps_of
 
@@ -57,6 +57,11 @@ class Precision(NamedTuple):
         if x in BYTES:
             return self.rows is not None and self.rows.kind == "static"
         return x in _tensors.FORMATS and (x is torch.float32 or self.packed != FP32)
+
+    def of_floats(self) -> Precision:
+        """The same of a layer that has a Parameter, which is not rounded to fp8: that comes from checkpoints alone."""
+        comes_so = self.packed is not None and _tensors.GROUPED.get(self.packed) is FP8
+        return self._replace(packed=None) if comes_so else self
 
     def present(self) -> Precision:
         """The same, where an older version pickled it."""

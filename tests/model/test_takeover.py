@@ -61,11 +61,11 @@ def compressed(parts: Parts, told: dict[str, Any]) -> nn.Module:
 
 
 class FP8Linear(nn.Linear):
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, block: list[int]) -> None:
         super().__init__(K, N)
-        self.block_size = (128, 128)
+        self.block_size = tuple(block)
         self.weight = nn.Parameter(parts["weight"], requires_grad=False)
-        self.weight_scale_inv = nn.Parameter(parts["weight_scale_inv"])
+        self.weight_scale_inv = nn.Parameter(parts["weight_scale_inv"], requires_grad=False)
 
 
 class HQQLinear(nn.Module):
@@ -96,7 +96,7 @@ STANDS_FOR: dict[str, Callable[[Parts, dict[str, Any]], nn.Module]] = {
     "gptq": in_buffers,
     "awq": in_buffers,
     "compressed-tensors": compressed,
-    "fp8": lambda parts, told: FP8Linear(parts),
+    "fp8": lambda parts, told: FP8Linear(parts, told["weight_block_size"]),
     "hqq": lambda parts, told: HQQLinear(parts),
     "bitsandbytes": linear_4bit,
 }
@@ -218,7 +218,7 @@ def test_a_layer_by_itself() -> None:
     agrees(fast.eval(), weight, layer.bias)
 
 
-@pytest.mark.parametrize("scheme", ["hqq", "gptq order, zeros"])
+@pytest.mark.parametrize("scheme", ["hqq", "gptq order, zeros", "fp8", "fp8 by channel"])
 def test_what_is_taken_over_lives_on(scheme: str, tmp_path: Any) -> None:
     """Copied, pickled, saved and loaded without the package."""
     _, layer = quantized(scheme)
@@ -260,6 +260,36 @@ def test_siblings_in_an_order(alike: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert any(why.startswith("one call of") for why in whys) == alike
 
 
+def test_nothing_becomes_fp8() -> None:
+    """A layer of fp8 that gets a Parameter, for good or for a call, multiplies by that as it is, and by its own fp8
+    under autocast, which packs nothing more."""
+    weight, layer = quantized("fp8")
+    fast = fastlinear.convert(around(layer))[1]
+    bias, other, x = fast.bias.detach(), torch.randn(N, K), torch.randn(3, K)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert fast(x).dtype is torch.bfloat16 and fast.pack_nbytes == fast._frozen.packed.nbytes
+    lent = torch.func.functional_call(fast, {"weight": other}, (x,))
+    torch.testing.assert_close(lent.relu(), nn.functional.linear(x, other, bias).relu())
+    assert fast._frozen.packed.format == "fp8"
+    fastlinear.unfreeze(fast)
+    assert torch.equal(fast.weight, weight.float()) and fast.packed_as == "fp32"
+    agrees(fast, weight, bias)
+    with torch.no_grad():
+        fast.weight.copy_(other)
+    agrees(fast, other.double(), bias)
+    assert fastlinear.freeze(fast)._frozen.packed.format == "fp32"
+
+
+def test_fp8_that_is_no_number() -> None:
+    """Kernels have no NaN of fp8: a weight that has one is unpacked."""
+    layer: Any = quantized("fp8")[1]
+    layer.weight.data.view(torch.uint8)[3, 5] = 0xFF
+    fast = fastlinear.convert(around(layer))[1]
+    assert fast._frozen.packed.format == "fp32" and fast._frozen.origin.startswith("unpacked from")
+    odd = fast.weight.isnan()
+    assert bool(odd[3, 5]) and int(odd.sum()) == 1
+
+
 def test_hooks_stay() -> None:
     seen = []
     _, layer = quantized("gptq v1")
@@ -296,7 +326,7 @@ def test_what_inputs_become() -> None:
         assert not fastlinear.report(fast)[0].frozen and reason in str(fastlinear.report(fast)[0].reason)
         assert type(fast[3]) is fastlinear.FastLinear
     fast = fastlinear.convert(around(quantized("fp8")[1]), quantize=fastlinear.Int8WeightOnly())
-    assert fast[1]._frozen.packed.format == "w8f"  # of fp8 that has no kernels of its own
+    assert fast[1]._frozen.packed.format == "w8f"  # schemes quantize fp8 anew, as they do floats
 
 
 # ---- what is left alone ----
