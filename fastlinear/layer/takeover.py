@@ -108,7 +108,7 @@ def _hqq(module: Any, own: Own) -> Found | str | None:
 
 
 def _bitsandbytes(module: Any, own: Own) -> Found | str | None:
-    weight, (scheme,) = own["weight"], SCHEMES["bitsandbytes"]
+    weight, (scheme, _) = own["weight"], SCHEMES["bitsandbytes"]
     state = weight.quant_state
     if state is None:
         return "bitsandbytes has not quantized its weight yet, which moving it to a device does"
