@@ -26,6 +26,7 @@ from fastlinear.spec.precision import Precision, Wanted
 
 _UNPACKING = "ct_decompress_hook"
 _CALLED = "its first call has repacked its weight: convert before that"
+_NOT_YET = "bitsandbytes has not quantized its weight yet, which moving it to a device does"
 
 Own = dict[str, Any]  # the attributes, parameters and buffers of a module
 
@@ -111,12 +112,22 @@ def _bitsandbytes(module: Any, own: Own) -> Found | str | None:
     weight, (scheme, _) = own["weight"], SCHEMES["bitsandbytes"]
     state = weight.quant_state
     if state is None:
-        return "bitsandbytes has not quantized its weight yet, which moving it to a device does"
+        return _NOT_YET
     if getattr(state, "packing_format_for_cpu", False):
         return _CALLED
     parts = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     codes = weight.data.as_subclass(Tensor).reshape(-1).view(torch.uint8)
     return Found(scheme, {"weight": codes[:, None], **parts}, {})
+
+
+def _bitsandbytes_int8(module: Any, own: Own) -> Found | str | None:
+    weight, (_, scheme) = own["weight"], SCHEMES["bitsandbytes"]
+    if weight.has_fp16_weights:
+        return None
+    largest = getattr(own.get("state"), "SCB", None) if weight.SCB is None else weight.SCB  # moved by the first call
+    if largest is None:
+        return _NOT_YET
+    return Found(scheme, {"weight": weight.data.as_subclass(Tensor), "SCB": largest}, {})
 
 
 def _torchao(module: Any, own: Own) -> Found | str | None:
@@ -142,6 +153,7 @@ _LAYERS: tuple[tuple[tuple[str, ...], Teller], ...] = (
 )
 _WEIGHTS: tuple[tuple[tuple[str, ...], Teller], ...] = (
     (("quant_state", "quant_type"), _bitsandbytes),
+    (("SCB", "has_fp16_weights"), _bitsandbytes_int8),
     (("qdata", "scale", "block_size"), _torchao),
 )
 

@@ -94,7 +94,7 @@ def convert(
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
 
     Layers that other packages quantized are taken over as they are, whatever `dtype` says, and frozen: those of GPTQ,
-    AWQ (gemm), compressed-tensors (pack-quantized, int8, fp8), bitsandbytes (nf4 and fp4), HQQ (4 bits, axis 1),
+    AWQ (gemm), compressed-tensors (pack-quantized, int8, fp8), bitsandbytes (nf4, fp4, int8), HQQ (4 bits, axis 1),
     torchao (4 bits, and 8 in groups) and fp8 in blocks; before their first call, in which some repack themselves. What
     is taken over wants no package any more, and `unconvert` makes nn.Linear of it. `report` has the reason of others.
 

@@ -92,13 +92,28 @@ def linear_4bit(parts: Parts, told: dict[str, Any]) -> nn.Module:
     return layer
 
 
+class Int8Params(nn.Parameter):
+    has_fp16_weights = False
+    CB: Any = None
+    SCB: Any = None
+
+
+def linear_8bit(parts: Parts) -> nn.Module:
+    layer = nn.Linear(K, N)
+    weight = Tensor._make_subclass(Int8Params, parts["weight"], False)
+    weight.CB, weight.SCB = parts["weight"], parts["SCB"]
+    layer._parameters["weight"] = weight
+    layer.__class__ = type("Linear8bitLt", (nn.Linear,), {})
+    return layer
+
+
 STANDS_FOR: dict[str, Callable[[Parts, dict[str, Any]], nn.Module]] = {
     "gptq": in_buffers,
     "awq": in_buffers,
     "compressed-tensors": compressed,
     "fp8": lambda parts, told: FP8Linear(parts, told["weight_block_size"]),
     "hqq": lambda parts, told: HQQLinear(parts),
-    "bitsandbytes": linear_4bit,
+    "bitsandbytes": lambda parts, told: linear_8bit(parts) if "SCB" in parts else linear_4bit(parts, told),
 }
 
 
@@ -415,6 +430,24 @@ def test_the_real_bitsandbytes(nested: bool) -> None:
         layer.eval()(torch.randn(2, K))
     told = takeover.found(layer)
     assert isinstance(told, takeover.Found) != bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
+
+
+def test_the_real_int8_of_bitsandbytes() -> None:
+    """Taken over before their first call and after it; those that stay floats are linear layers."""
+    bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the package whose layers these are")
+    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
+    assert "has not quantized" in str(takeover.found(layer))
+    layer = layer.to("cpu")
+    values, largest = layer.weight.data.double(), layer.weight.SCB
+    weight, bias = values * (largest.double() / 127)[:, None], layer.bias.detach().float()
+    for _ in range(2):
+        fast = fastlinear.convert(around(layer))[1]
+        torch.testing.assert_close(fast.weight, weight.float(), rtol=1e-6, atol=0)
+        assert fast._frozen.packed.format == "w8f"
+        agrees(fast, weight, bias)
+        with torch.no_grad():
+            layer.eval()(torch.randn(2, K))
+    assert takeover.found(bnb.nn.Linear8bitLt(K, N, has_fp16_weights=True)) is None
 
 
 @pytest.mark.parametrize("preset", ["W4A16", "W4A16_ASYM", "W8A16"])
