@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import fastlinear.graph.parts as parts
 import fastlinear.graph.premises as premises
 from fastlinear.graph.capture import Capture, is_training, wants_grad
 from fastlinear.graph.operators import Layers, running
@@ -17,7 +18,7 @@ from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
 from fastlinear.layer.frozen import record_of
-from fastlinear.model.rows import NodeReport
+from fastlinear.model.rows import NodeReport, Weight
 from fastlinear.model.running import graphs
 
 _log = logging.getLogger("fastlinear")
@@ -30,18 +31,20 @@ class Graph:
         self.nodes: tuple[NodeReport, ...] = tuple(story.nodes)
         self.reason = reason
         self._products = products
-        self._made_with = {id(parameter) for parameter in capture.values.values()}
+        self._made_with = {id(parts.weight_of(each).tensor) for each in capture.values.values()}
 
     @property
-    def layers(self) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
-        return tuple(each for layers in self._products for each in running(layers))
+    def layers(self) -> tuple[tuple[Any, tuple[Weight, ...]], ...]:
+        found = (each for layers in self._products for each in running(layers))
+        return tuple((layer, tuple(map(parts.weight_of, weights))) for layer, weights in found)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the graph was made of a part of this model, or has run one."""
         own = {id(tensor) for tensor in model.parameters()}
         records = (record_of(module) for module in model.modules())
         own |= {id(frozen.panels) for frozen in records if frozen is not None}
-        return not own.isdisjoint(self._made_with | {id(weight) for _, weights in self.layers for weight in weights})
+        run = {id(weight.tensor) for _, weights in self.layers for weight in weights}
+        return not own.isdisjoint(self._made_with | run)
 
 
 def backend(

@@ -53,6 +53,16 @@ def op_of(node: fx.Node) -> str:
     return found.removesuffix(".default")
 
 
+def is_part(node: fx.Node) -> bool:
+    """Whether a node is rows of a parameter, which `parts` has cut."""
+    return op_of(node) == "getitem" and isinstance(node.args[0], fx.Node) and op_of(node.args[0]) == "cut"
+
+
+def parameter_of(node: fx.Node) -> fx.Node:
+    """The parameter that a node is, or is rows of."""
+    return node.args[0].args[0] if is_part(node) else node  # type: ignore[union-attr, return-value]
+
+
 def activation_of(node: fx.Node) -> Activation | None:
     """The activation that a node applies to its first argument; None for anything else."""
     target = getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
@@ -158,7 +168,8 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 class Capture:
     """A graph, and the tensors behind those of its nodes that stand for parameters.
 
-    values: of the nodes that are Parameters, or packed bytes of frozen layers, the real tensors.
+    values: of the nodes that are Parameters, rows of these, or packed bytes of frozen layers, the real tensors; rows:
+    which, of nodes that are rows.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -166,6 +177,7 @@ class Capture:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.inputs = dict(zip(placeholders, inputs, strict=True))
         self.values: dict[fx.Node, Tensor] = {}
+        self.rows: dict[fx.Node, range] = {}
         for node in module.graph.nodes:
             value = self.inputs.get(node) if node.op != "get_attr" else _attribute(module, str(node.target))
             frozen = name_of_source(node).endswith("_frozen.panels")
@@ -176,11 +188,23 @@ class Capture:
         """Whether a node stands for a parameter or a buffer."""
         return node in self.values or (node.op == "placeholder" and "._buffers[" in name_of_source(node))
 
+    def label_of(self, node: fx.Node, weight: fx.Node) -> str:
+        """The same for people: a parameter of the model itself, and rows of any, by the parameter's name."""
+        whole, (path, cls) = parameter_of(weight), _innermost(node)
+        if _is_linear(cls):
+            return path
+        holder = _holder(whole)
+        if whole is weight and holder:
+            return holder
+        own = ".".join(filter(None, (holder, _own_name(whole))))
+        rows = self.rows.get(weight)
+        return own if rows is None else f"{own}[{rows.start}:{rows.stop}]"
+
     def name_of(self, node: fx.Node, weight: fx.Node) -> str:
         """What the model calls the linear layer that a node is the call of: "encoder.layer.0.output.dense"; that which
         holds the weight, where the node is no layer's own; "" where either is the model itself."""
         path, cls = _innermost(node)
-        return path if _is_linear(cls) else _holder(weight)
+        return path if _is_linear(cls) else _holder(parameter_of(weight))
 
     def other_holder(self, node: fx.Node, weight: fx.Node) -> str | None:
         """The class of the module that runs a node on a weight of its own, where that is no layer that convert knows,
@@ -188,7 +212,7 @@ class Capture:
         path, cls = _innermost(node)
         if cls is None or _is_linear(cls) or issubclass(cls, nn.MultiheadAttention):
             return None
-        return cls.__name__ if path == _holder(weight) else None
+        return cls.__name__ if path == _holder(parameter_of(weight)) else None
 
     def classes_of(self, node: fx.Node) -> Iterator[type]:
         """The classes of the modules within whose forward a node runs, the innermost last."""
@@ -212,6 +236,14 @@ def _holder(weight: fx.Node) -> str:
     if weight.op == "get_attr":
         return ".".join(str(weight.target).split(".")[:-1])
     return ".".join(re.findall(r"\._modules\['([^']*)'\]", name_of_source(weight)))
+
+
+def _own_name(weight: fx.Node) -> str:
+    """What the module that holds a weight calls it; the node's name where no module does."""
+    if weight.op == "get_attr":
+        return str(weight.target).split(".")[-1]
+    found = re.search(r"\._parameters\['([^']*)'\]$", name_of_source(weight))
+    return weight.name if found is None else found[1]
 
 
 def source_of(node: fx.Node) -> Any:

@@ -180,16 +180,13 @@ def _same_again(inputs: tuple[Any, ...]) -> list[Any]:
 
 
 def _projected(inputs: list[Any], weight: Any, bias: Any, own: tuple[Any, ...] | None) -> list[Any]:
-    """Query, key and value [L, B, E]: by one product where they are of one x and have one weight; where each has one,
-    the parts of the bias are added behind, since a product takes whole parameters."""
-    if own is not None:
-        ys = [F.linear(x, w) for x, w in zip(inputs, own, strict=True)]
-        return ys if bias is None else [y + bias.chunk(3)[i] for i, y in enumerate(ys)]
-    if len({x.node for x in inputs}) == 1:
+    """Query, key and value [L, B, E]: by one product where they are of one x and have one weight."""
+    if own is None and len({x.node for x in inputs}) == 1:
         y = F.linear(inputs[0], weight, bias).chunk(3, -1)
         return [y[i] for i in range(3)]
-    weights, biases = weight.chunk(3), None if bias is None else bias.chunk(3)
-    return [F.linear(x, weights[i], None if biases is None else biases[i]) for i, x in enumerate(inputs)]
+    weights = weight.chunk(3) if own is None else own
+    biases = [None] * 3 if bias is None else bias.chunk(3)
+    return [F.linear(x, weights[i], biases[i]) for i, x in enumerate(inputs)]
 
 
 def _dim(x: Any) -> int:

@@ -26,7 +26,7 @@ from fastlinear.spec import programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.precision import Precision, Wanted
 
-_MOST = 128  # layers that one function of a graph remembers; a model of more blocks than that packs again
+_MOST = 128  # weights that one function of a graph remembers; a model of more blocks than that packs again
 
 
 class Operator(FastModule, nn.Module):
@@ -137,7 +137,7 @@ def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]
 def _adopt(layers: Layers, spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator | None:
     """A layer for parameters that the graph was not made with; None where torch has to compute them."""
     layer = operator_for(spec, weight, bias) if _is_for_any(spec) else None
-    return None if layer is None or why_not(spec, layer) is not None else _remember(layers, weight, layer)
+    return None if layer is None or why_not(spec, layer) is not None else remember(layers, weight, layer)
 
 
 def _is_for_any(spec: Spec) -> bool:
@@ -145,7 +145,8 @@ def _is_for_any(spec: Spec) -> bool:
     return spec.asked.scheme is None or spec.asked.scheme.calibration is None
 
 
-def _remember(known: Layers, weight: Tensor, value: Any) -> Any:
+def remember(known: dict[int, Any], weight: Tensor, value: Any) -> Any:
+    """`value`, which is from now on known by the weight, in the place of the oldest if there are many."""
     while len(known) >= _MOST:
         known.pop(next(iter(known)))
     known[id(weight)] = value
@@ -202,7 +203,7 @@ def frozen_group(members: Sequence[tuple[Spec, Operator]], chained: bool) -> tup
         known: FrozenGroup | None = groups.get(id(tensors[0]))
         if known is None:
             layers = [operator_for(spec, *pair) for spec, *pair in zip(specs, tensors, tensors[half:], strict=False)]
-            known = _remember(groups, tensors[0], _frozen_group_of(layers, chained))
+            known = remember(groups, tensors[0], _frozen_group_of(layers, chained))
         ys = known.answer(x, tensors)
         if ys is not None:
             return ys
@@ -229,7 +230,7 @@ def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...], gate: Activ
         layers.append(layer)
     if why_not_together(layers, gate is not None) is not None:
         return None
-    return _remember(stacks, tensors[0], _stack_for(spec, layers, gate))
+    return remember(stacks, tensors[0], _stack_for(spec, layers, gate))
 
 
 def _stack_for(spec: Spec, layers: Sequence[Operator], gate: Activation | None = None) -> Stack:

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import fastlinear._tensors as _tensors
-from fastlinear.graph.capture import Capture, activation_of, example, op_of, same_shape, same_size
+from fastlinear.graph.capture import (
+    Capture,
+    activation_of,
+    example,
+    is_part,
+    op_of,
+    same_shape,
+    same_size,
+)
 from fastlinear.graph.norms import offset_rms_norm
 from fastlinear.layer.form import Form
 from fastlinear.spec import programs
@@ -213,9 +221,9 @@ def product_at(node: fx.Node) -> Product | None:
 
 
 def is_multiplied(user: fx.Node) -> bool:
-    """Whether a node that reads a weight is a linear layer, or turns the weight for such alone."""
-    turned = _turned(user) is not None and all(product_at(each) is not None for each in user.users)
-    return turned or product_at(user) is not None
+    """Whether a node that reads a weight is a linear layer, or cuts or turns the weight for such alone."""
+    passes = op_of(user) == "cut" or is_part(user) or _turned(user) is not None
+    return product_at(user) is not None or (passes and all(map(is_multiplied, user.users)))
 
 
 def _linear(node: fx.Node) -> Product | None:
@@ -250,12 +258,11 @@ def _matmul(node: fx.Node) -> Product | None:
 
 
 def _turned(node: Any) -> fx.Node | None:
-    """The input of two dimensions that a node is the transpose of."""
+    """What a node is the transpose of, if that has two dimensions."""
     if not isinstance(node, fx.Node) or node.kwargs or node.args[1:] not in _TURNS.get(op_of(node), ()):
         return None
     (source, *_), shape = node.args, example(node)
-    is_input = isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")
-    return source if is_input and shape is not None and shape.dim() == 2 else None  # type: ignore[return-value]
+    return source if shape is not None and shape.dim() == 2 else None  # type: ignore[return-value]
 
 
 _TURNS: dict[str, Any] = {  # op -> what may follow its first argument

@@ -22,9 +22,10 @@ import fastlinear.graph.caches as caches
 import fastlinear.graph.masks as masks
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
+import fastlinear.graph.parts as parts
 import fastlinear.graph.remembered as remembered
 import fastlinear.graph.tidying as tidying
-from fastlinear.graph.capture import Capture, activation_of, changes, is_idle
+from fastlinear.graph.capture import Capture, activation_of, changes, is_idle, parameter_of
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
@@ -53,6 +54,7 @@ class Rewriter:
         self._drop_idle()
         if self.options.fuse:
             self._join_composites()
+        parts.cut(self.capture, self.story)
         self._number()
         taken: list[tuple[Product, Spec, Operator]] = []
         for node in list(self.graph.nodes):
@@ -156,14 +158,15 @@ class Rewriter:
                 return (
                     f"packing a weight of {holder}, no linear layer, as {what} is lossy: name it in include to have it"
                 )
-            if not all(map(is_multiplied, product.weight.users)):
+            if not all(map(is_multiplied, parameter_of(product.weight).users)):
                 return f"packing a shared weight as {what} is lossy: name the layer in include to have it"
         if form is None and (reason := asked.why_not(name, weight.shape[0 if product.transposed else 1])) is not None:
             return reason
         if self.options.fuse:
             product = self._absorb(product)
         precision = asked.of(name, weight.dtype) if form is None else form.precision()
-        spec = Spec(name, product.activation, product.transposed, precision, self.options.tune, asked, form)
+        label = self.capture.label_of(node, product.weight)
+        spec = Spec(label, product.activation, product.transposed, precision, self.options.tune, asked, form)
         layer = operators.operator_for(spec, weight, bias)
         if (reason := operators.why_not(spec, layer)) is not None:
             return reason

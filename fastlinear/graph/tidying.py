@@ -41,7 +41,7 @@ def keep_constants(module: fx.GraphModule, story: Story) -> None:
     for node in graph.nodes:
         if _is_constant(node, values):
             with torch.inference_mode(False), torch.no_grad():
-                value = _computed(node, values)
+                value = computed(node, values)
             if isinstance(value, Tensor) and value.numel() <= MOST:
                 values[node] = value
     leave_what_is_shared(values)
@@ -78,7 +78,8 @@ def _is_constant(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
     return bool(node.all_input_nodes) or name in MADE
 
 
-def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """What a node makes of these values of others."""
     args: Any = fx.node.map_arg(node.args, values.__getitem__)
     kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
     function: Any = getattr(type(args[0]), node.target) if isinstance(node.target, str) else node.target

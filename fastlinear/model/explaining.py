@@ -78,7 +78,7 @@ def explain(model: nn.Module, name: str) -> Explanation:
     known = {each: Running(layer, each, ()) for layer, names in linear_layers(whole).items() for each in names}
     for each in running(whole, graphs_of(whole)):
         known[each.name] = each
-        known.update({name: each for part in each.parts for name in first[part]})
+        known.update({name: each for part in each.parts for name in first.get(part, [part])})
     if name not in known:
         near = get_close_matches(str(name), known, 3, 0.0)
         raise ValueError(f"{type(whole).__name__} has no linear layer {name!r}; the nearest are {near or 'none'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -119,11 +119,14 @@ def report(model: nn.Module, example: Any = None) -> Report:
     whole = original(model)
     otherwise = "convert was not called on it" if whole is model else "no compiled graph runs it fast"
     own = graphs_of(whole)
-    rows, fast = dict[Any, LayerReport](), set[str]()
+    rows, fast, cut = dict[Any, LayerReport](), set[str](), defaultdict[str, set[int]](set)
     for each in running(whole, own):
         row = rows[each.layer] = describe_running(each, otherwise)
         if row.decision not in ("skipped", "elsewhere"):
             fast |= {*each.parts} or {each.name.partition(" (")[0]}  # a third of a layer
+            for name, part in each.cut:
+                cut[name].update(part)
+    fast |= {name for name, part in cut.items() if len(part) == len(whole.get_parameter(name))}
     told = splits.notes(rows.items())
     noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
     mixtures = [row for layer, names in expert_layers(whole).items() for row in describe_experts(names[0], layer)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -138,6 +138,13 @@ class NodeReport:
     why: str = ""
 
 
+class Weight(NamedTuple):
+    """What a graph multiplies by: the parameter, or panels, of a module. rows: those of it, None for all."""
+
+    tensor: Any
+    rows: range | None
+
+
 class Graph(Protocol):
     """What the Dynamo backend has compiled. reason: why all of it is torch's own, None where it is not; layers: those
     it runs, each with the modules' weights that it is packed from."""
@@ -146,6 +153,6 @@ class Graph(Protocol):
     reason: str | None
 
     @property
-    def layers(self) -> tuple[tuple[Any, tuple[Any, ...]], ...]: ...
+    def layers(self) -> tuple[tuple[Any, tuple[Weight, ...]], ...]: ...
 
     def is_of(self, model: nn.Module) -> bool: ...

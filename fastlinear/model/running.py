@@ -4,6 +4,7 @@ third of it in attention to another sequence."""
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,12 +21,14 @@ graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # all that there are
 
 class Running(NamedTuple):
     """layer: what computes; name: in the model, or made of the names of those that it computes; parts: these names,
-    none for a third of a layer; joined: whether it is one product of several."""
+    none for a third of a layer; joined: whether it is one product of several; cut: of the parts that are rows of a
+    parameter, the parameters by name and these rows."""
 
     layer: Any
     name: str
     parts: tuple[str, ...]
     joined: bool = False
+    cut: tuple[tuple[str, range], ...] = ()
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -41,8 +44,16 @@ def graphs_of(model: nn.Module) -> tuple[Graph, ...]:
 
 def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
     """In the model's order. Each linear layer is in `parts` of one, or is one. A weight of no linear layer that a graph
-    multiplies by, a router's or the in_proj_weight of attention, comes behind them, by its own name."""
-    placed = {id(weight): each for graph in compiled for each in graph.layers for weight in each[1]}
+    multiplies by, a router's or the in_proj_weight of attention, comes behind them, by its own name, and so do rows of
+    one, "in_proj_weight[0:512]"."""
+    placed: dict[int, Any] = {}
+    cut: dict[int, dict[range, Any]] = defaultdict(dict)
+    for layer, weights in (each for graph in compiled for each in graph.layers):
+        for weight, rows in weights:
+            if rows is None:
+                placed[id(weight)] = layer, weights
+            else:
+                cut[id(weight)][rows] = layer, weights
     grouped, apart = dict(_of_groups(model)), dict(_of_attention(model))
     found: dict[Any, Running] = {}
     for layer, (name, *_) in linear_layers(model).items():
@@ -63,9 +74,19 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
     for name, weight in model.named_parameters():
         known, weights = placed.get(id(weight), (None, ()))
         if known is not None and id(weight) not in layers:
-            running = found.get(known, Running(known, known._name if len(weights) > 1 else name, (), len(weights) > 1))
-            found[known] = running._replace(parts=(*running.parts, name))
+            _add(found, known, weights, name)
+        for rows, (known, weights) in cut.get(id(weight), {}).items():
+            running = _add(found, known, weights, f"{name}[{rows.start}:{rows.stop}]")
+            found[known] = running._replace(cut=(*running.cut, (name, rows)))
     return [*found.values()]
+
+
+def _add(found: dict[Any, Running], layer: Any, weights: tuple[Any, ...], part: str) -> Running:
+    """Adds a part that is no linear layer to what computes it, which may be new."""
+    joined = len(weights) > 1
+    running = found.get(layer, Running(layer, layer._name if joined else part, (), joined))
+    found[layer] = running._replace(parts=(*running.parts, part))
+    return found[layer]
 
 
 def _held(layer: Any) -> Any:

@@ -538,11 +538,12 @@ def test_attention_is_spelled_out(name: str, batch_first: bool) -> None:
     assert outcomes(fast, "multi_head_attention_forward") == {"dropped"}
 
 
-# How an attention is made, how it is called, how many of its projections are fast: those by parts of a weight are not.
+# How an attention is made, how it is called, how many products its projections are: four, or two where they are one.
 ATTENTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "to another": ({}, {}, 1),
-    "to another, masked": ({}, {"attn_mask": torch.rand(4, 5, 7) > 0.7, "key_padding_mask": torch.rand(2, 7) > 0.7}, 1),
-    "to another, added": ({}, {"attn_mask": torch.randn(5, 7), "need_weights": True}, 1),
+    "to another": ({}, {}, 4),
+    "to another, masked": ({}, {"attn_mask": torch.rand(4, 5, 7) > 0.7, "key_padding_mask": torch.rand(2, 7) > 0.7}, 4),
+    "to another, added": ({}, {"attn_mask": torch.randn(5, 7), "need_weights": True}, 4),
+    "to another, no bias": ({"bias": False}, {}, 4),
     "of other widths": ({"kdim": 6, "vdim": 10}, {"need_weights": True}, 4),
     "of other widths, masked": ({"kdim": 6, "vdim": 10}, {"attn_mask": torch.randn(4, 5, 7)}, 4),
     "of other widths, no bias": ({"kdim": 6, "vdim": 10, "bias": False}, {"key_padding_mask": torch.randn(2, 7)}, 4),
@@ -560,7 +561,8 @@ ATTENTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_every_attention_is_spelled_out(name: str) -> None:
-    """Whatever attention attends to, and however it is made: stock's numbers, and projections by whole weights fast."""
+    """Whatever attention attends to, and however it is made: stock's numbers, and all projections fast, by whole
+    weights or by rows of one."""
     how, given, fast_ones = ATTENTIONS[name]
     attention = nn.MultiheadAttention(8, 2, batch_first=True, **how).eval()
     for bias in (attention.in_proj_bias, attention.out_proj.bias):
