@@ -4,7 +4,7 @@
 
 from weakref import ref
 
-import torch
+import fastlinear._torch as _torch
 
 from cpython.object cimport Py_TYPE, PyObject, descrgetfunc
 from libc.stdint cimport int64_t
@@ -15,7 +15,7 @@ cdef extern from "Python.h":
     PyObject* PyWeakref_GetObject(object)
 
 # The attribute `_version` of a tensor, whose getter costs half of what looking it up by its name does.
-cdef object version = torch.Tensor._version
+cdef object version = _torch.version
 cdef descrgetfunc version_of = Py_TYPE(version).tp_descr_get
 
 

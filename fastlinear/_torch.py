@@ -67,6 +67,8 @@ PLACES: dict[str, tuple[tuple[str, ...], object]] = {
     "DispatchKeySet": (("_C.DispatchKeySet",), _REQUIRED),
     "ExcludeDispatchKeyGuard": (("_C._ExcludeDispatchKeyGuard",), _REQUIRED),
     "after_autograd": (("_C._after_autograd_keyset",), _REQUIRED),
+    # How often a tensor has changed.
+    "version": (("Tensor._version",), _REQUIRED),
     # An int8 layer whose weight keeps changing.
     "int_mm": (("_int_mm",), lambda a, b: (a.double() @ b.double()).int()),
     # A frozen layer's lent weight.
@@ -123,6 +125,7 @@ DispatchKey = look_up("DispatchKey")
 DispatchKeySet = look_up("DispatchKeySet")
 ExcludeDispatchKeyGuard = look_up("ExcludeDispatchKeyGuard")
 after_autograd = look_up("after_autograd")
+version = look_up("version")
 int_mm = look_up("int_mm")
 TensorBase = look_up("TensorBase")
 DisableTorchFunctionSubclass = look_up("DisableTorchFunctionSubclass")

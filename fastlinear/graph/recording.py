@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -95,7 +95,8 @@ def record(
     """
     graph = fx.Graph()
     recorder = _Recorder(graph, given, fakes.size, sources)
-    plainly = _torch.find("_dispatch.python.enable_python_dispatcher")  # without which some ops take no unknown size
+    # Without it some ops take no unknown size.
+    plainly = _torch.find("_dispatch.python.enable_python_dispatcher") or nullcontext
     with alone, plainly(), fakes.mode, recorded(), _torch.compile_session(), recorder:
         outputs = function()
     graph.output(tuple(map(recorder.node_of, outputs)))
