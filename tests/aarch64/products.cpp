@@ -69,7 +69,8 @@ std::vector<char> pack(const Layout& layout, Shape s, std::vector<float>& values
   if (info(layout.format).grouped) {
     const Weight w = weight_at(layout, s.n, s.k, packed.data());
     auto* const scales = reinterpret_cast<float*>(const_cast<char*>(w.groups.scales));
-    std::fill_n(scales, scales_bytes(layout, s.n, s.k) / std::ptrdiff_t{sizeof(float)}, 1.0f);
+    const std::ptrdiff_t bytes = ceil_div(s.n, layout.nr) * arrays_of_panels(layout, s.k)[1];
+    std::fill_n(scales, bytes / std::ptrdiff_t{sizeof(float)}, 1.0f);
     if (w.groups.table != nullptr)
       std::iota(const_cast<float*>(w.groups.table), const_cast<float*>(w.groups.table) + Int4::codes, 0.0f);
   } else if (info(layout.format).arrays > 0) {
