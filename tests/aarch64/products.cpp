@@ -11,6 +11,7 @@
 
 #include "fastlinear/driver/gemm.hpp"
 #include "fastlinear/epilogues/all.hpp"
+#include "fastlinear/formats/fp8.hpp"
 #include "fastlinear/weight/pack.hpp"
 
 using namespace fastlinear;
@@ -39,6 +40,13 @@ Element load(const std::vector<char>& from, std::size_t i) {
   return element;
 }
 
+// The fp8 that a number is.
+Fp8 fp8_of(float value) {
+  std::uint8_t bits = 0;
+  while (to_float(Fp8{bits}) != value) ++bits;
+  return {bits};
+}
+
 // `count` numbers in a format; what they became is left in `values`.
 std::vector<char> in_format(Format format, std::vector<float>& values) {
   const auto bytes = static_cast<std::size_t>(format == Format::int4 ? 1 : element_bytes(format));
@@ -48,6 +56,7 @@ std::vector<char> in_format(Format format, std::vector<float>& values) {
     if (format == Format::bf16) store<Bf16>(data, i, values[i]);
     if (format == Format::fp16) store<Fp16>(data, i, values[i]);
     if (bytes == 1) data[i] = static_cast<char>(static_cast<int>(values[i]));
+    if (format == Format::fp8) data[i] = static_cast<char>(fp8_of(values[i]).bits);
   }
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (format == Format::bf16) values[i] = to_float(load<Bf16>(data, i));

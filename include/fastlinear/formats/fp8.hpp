@@ -19,7 +19,7 @@ struct Fp8 {
   static constexpr float of_half = 0x1p8f;  // what the fp16 is to be multiplied by
 };
 
-inline float to_float(Fp8 x) {
+[[gnu::always_inline]] inline float to_float(Fp8 x) {
   const std::uint32_t magnitude = x.bits & 0x7fu, sign = (x.bits & 0x80u) << 24;
   const float number = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f
                                      : __builtin_bit_cast(float, (magnitude << 20) + (120u << 23));
