@@ -232,11 +232,14 @@ def _linear(node: fx.Node) -> Product | None:
 
 
 def _addmm(node: fx.Node) -> Product | None:
-    """transformers' Conv1D: x.view(-1, K), addmm(bias, x, weight), .view of its rows as they were."""
+    """addmm(bias, x, weight.t()), and that of transformers' Conv1D, whose weight is turned already: x.view(-1, K),
+    addmm(bias, x, weight), .view of its rows as they were."""
     if node.kwargs or len(node.args) != 3:
         return None
     bias, x, weight = _any(node.args)
-    found = _checked(Product(node, x, weight, bias, transposed=True, nodes=[node]))
+    turned = _turned(weight)
+    whole = weight if turned is None else turned
+    found = _checked(Product(node, x, whole, bias, transposed=turned is None, nodes=[node]))
     users = list(node.users)
     if found is None or op_of(found.x) != "view" or len(users) != 1 or op_of(users[0]) != "view":
         return found

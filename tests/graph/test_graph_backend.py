@@ -328,6 +328,27 @@ def test_the_report_has_weights_of_no_layer() -> None:
     assert found.share.fast_multiply_adds == 6 * (1 + 4) * 64**2
 
 
+class Own(nn.Module):
+    """Holds the weights that it multiplies by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (torch.nn.functional.linear(x, each) for each in (self.q, self.k))
+        return torch.nn.functional.linear(q.cumsum(-1) * k.cumsum(-1), self.v)
+
+
+def test_weights_of_the_model_itself_have_names() -> None:
+    """Their own, alone and in a product of several."""
+    fast, x = compiled(Own().eval()), torch.randn(4, 8)
+    with torch.no_grad():
+        fast(x)
+    assert {row.name: row.decision for row in fastlinear.report(fast)} == {"(q, k)": "fast", "v": "fast"}
+    assert "FastLinear 'v'" in {node.why for node in nodes(fast)}
+
+
 def test_the_report_tells_of_every_node() -> None:
     """Each node has an outcome, and the printed report names what was fused into what, and what is torch's own."""
     model = Net(lambda m, x: m.drop(m.a(x).relu()) + m.b(x).mean(-1, keepdim=True))

@@ -83,6 +83,7 @@ SPELLED: dict[str, tuple[Forward, set[str]]] = {
     "a slice of a slice": (lambda m, x: F.linear(x, m.weight[4:, :][2:5]), {"[6:9]"}),
     "all rows": (lambda m, x: F.linear(x, m.weight[:], m.bias), {"[0:24]"}),
     "turned": (lambda m, x: x @ m.weight[:8].T, {"[0:8]"}),
+    "turned, as addmm": (lambda m, x: torch.addmm(m.bias[:8], x, m.weight[8:16].t()), {"[8:16]"}),
     "as it is": (lambda m, x: torch.addmm(m.bias[:8], x, m.weight[8:16]), {"[8:16]"}),
 }
 
