@@ -53,6 +53,21 @@ def test_reasons_survive_and_go() -> None:
     assert {row.reason for row in fastlinear.report(fastlinear.unconvert(model))} == {"convert was not called on it"}
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_may_be_filled_later(assign: bool) -> None:
+    """That its weights were on meta is no reason that lasts: the report says what to do, and that helps."""
+    stock = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        model = OFF(empty)
+    assert {row.reason for row in fastlinear.report(model)} == {"its weight is on device meta"}
+    (model if assign else model.to_empty(device="cpu")).load_state_dict(stock.state_dict(), assign=assign)
+    told = {row.reason for row in fastlinear.report(model)}
+    assert told == {"its weight was on device meta when convert was called: call it again"}
+    assert {row.reason for row in fastlinear.report(OFF(model))} == {None}
+
+
 def test_plans_and_memory_after_calls() -> None:
     """Buckets list what ran, smallest M first; the pack's memory is counted once it exists."""
     fast = OFF(mlp(64, 64)).eval()
