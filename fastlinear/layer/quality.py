@@ -83,7 +83,7 @@ def note_experts(module: Any, which: int, shelf: Any) -> None:
 def note_weight(packed: _weights.Packed, weight: Tensor) -> None:
     """Remembers it of a pack whose weight [n, k] is about to go."""
     every = max(1, packed.n * packed.k // _ELEMENTS)
-    found = Quality(signal_to_noise(weight.detach()[::every], numbers(packed)[::every]))
+    found = Quality(signal_to_noise(weight.detach()[::every], numbers(packed, every)))
     _known[packed] = weakref.ref(packed), found
 
 
@@ -107,7 +107,7 @@ def _measured(layer: Any, packed: _weights.Packed) -> Quality:
     weight = local(layer.weight).detach()
     weight = (weight.t() if layer._transposed else weight)[::every]
     if packed.grouped:
-        return Quality(signal_to_noise(weight, numbers(packed)[::every]))
+        return Quality(signal_to_noise(weight, numbers(packed, every)))
     scale, zero = packed.scale, packed.zero
     assert scale is not None
     quantized = Quantized(packed.unpack()[::every], scale[::every], None if zero is None else zero[::every])

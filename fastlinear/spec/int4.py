@@ -18,7 +18,7 @@ meant for speed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -145,6 +145,11 @@ class Coded:
     def layout(self, base: str) -> str:
         """The layout of this weight in panels of `base`."""
         return self.coding.layout(base) + ":ordered" * (self.order is not None)
+
+    def channels(self, every: int) -> Coded:
+        """The first channel and each `every`-th after it."""
+        offset, supers = (t if t is None else t[::every] for t in (self.offset, self.supers))
+        return replace(self, codes=self.codes[::every], scale=self.scale[::every], offset=offset, supers=supers)
 
     def contents(self) -> tuple[Tensor | None, ...]:
         """As _weights.Packed takes it, behind the layout or the codes: scale, zero, table, offset, supers, order."""

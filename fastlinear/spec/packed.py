@@ -30,9 +30,11 @@ def rows_of(panels: Tensor, layout: str, n: int, k: int, ids: Tensor) -> Tensor:
     return values[ids // width, :, ids % width].float() * scale[:, None]
 
 
-def numbers(packed: _weights.Packed) -> Tensor:
-    """The weight [n, k]: floats as they were packed, codes and integers as what they stand for, in fp32."""
+def numbers(packed: _weights.Packed, every: int = 1) -> Tensor:
+    """The weight [n, k], or of its channels the first and each `every`-th after it: floats as they were packed, codes
+    and integers as what they stand for, in fp32."""
     if packed.grouped:
-        return int4.dequantize(int4.coded_of(packed))
-    values, scale = packed.unpack(), packed.scale
-    return values if scale is None else int8.dequantize(int8.Quantized(values, scale, packed.zero))
+        return int4.dequantize(int4.coded_of(packed).channels(every))
+    values, scale, zero = (t if t is None else t[::every] for t in (packed.unpack(), packed.scale, packed.zero))
+    assert values is not None
+    return values if scale is None else int8.dequantize(int8.Quantized(values, scale, zero))

@@ -21,6 +21,7 @@ import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear._weights import Packed
 from fastlinear.spec import int4
+from fastlinear.spec import packed as packs
 from fastlinear.spec.int4 import TABLES, Coded, Coding
 
 Kernel = dict[str, Any]
@@ -99,6 +100,7 @@ def test_every_bit_comes_back(layout: str) -> None:
             again = int4.coded_of(read)
             assert again.coding == coding
             assert torch.equal(int4.dequantize(again), int4.dequantize(weight))
+            assert torch.equal(packs.numbers(read, 3), int4.dequantize(weight)[::3])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
