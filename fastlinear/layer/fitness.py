@@ -22,7 +22,8 @@ from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.precision import ANYHOW, Wanted
 
 HOOKED = "_old_forward"  # where accelerate puts the forward that its hooks run around
-_CALL = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")  # what decides what a call computes
+# What decides what a call computes.
+_CALL = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 _LIKE_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}  # whose forward is nn.Linear's, spelled out
 
 

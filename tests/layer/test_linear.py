@@ -614,6 +614,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: type("Mine", (nn.Linear,), {"__call__": lambda self, x: x})(2, 2),
         "with a forward of its own",
     ),
+    "a subclass that answers for its attributes": (
+        lambda: type(
+            "Mine", (nn.Linear,), {"__getattribute__": lambda self, name: object.__getattribute__(self, name)}
+        )(2, 2),
+        "with a forward of its own",
+    ),
     "lazy": (lambda: nn.LazyLinear(2), "its first call makes its parameters"),
     "fp64": (lambda: nn.Linear(2, 2).double(), "torch.float64, not torch.float32"),
     "fp16 bias": (lambda: with_bias_of(torch.float16, nn.Linear(2, 2)), "bias is torch.float16, not torch.float32"),
