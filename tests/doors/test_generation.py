@@ -56,8 +56,10 @@ def recorded(model: Any) -> list[Any]:
     return [each for several in model.forward._known.values() for each in several]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("freeze", [False, True])
+FROZEN = [pytest.param(name, True, marks=pytest.mark.exhaustive if name != "llama" else ()) for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "freeze"), [*((name, False) for name in MODELS), *FROZEN])
 def test_text_is_that_of_the_eager_model(name: str, freeze: bool) -> None:
     """Prompts of any length share a graph, as do tokens, whatever the cache holds; no call is left to torch alone."""
     model = model_of(name, freeze=freeze, tune="off")

@@ -129,7 +129,11 @@ def test_every_code_means_what_the_table_says(kernel: Kernel) -> None:
         assert torch.equal(run(kernel, pack(weight, kernel["on"]), x), want.t())
 
 
-@pytest.mark.parametrize("kernel", [row for row in ROWS if row["on"].startswith("fp8")], ids=lambda row: row["name"])
+@pytest.mark.parametrize(
+    "kernel",
+    [row for row in ROWS if row["on"].startswith("fp8") and row["runnable"]],  # the emulator's MXCSR is its own
+    ids=lambda row: row["name"],
+)
 def test_denormals_of_fp8_are_numbers(kernel: Kernel) -> None:
     """Whatever MXCSR says of denormals: those of fp8 are none of floats."""
     codes = every_byte("fp8").repeat(32, 1)[:, :96]
