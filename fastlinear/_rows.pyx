@@ -5,12 +5,14 @@ outputs."""
 
 import torch
 
+from fastlinear._tensors import FORMATS
+
 from libc.stdint cimport int8_t, int32_t, uint8_t
 from libcpp cimport bool as cbool
 
 from fastlinear._kernels cimport Vectors, best_vectors, runnable_vectors
 from fastlinear._operands cimport is_readable, read_channels
-from fastlinear._plans cimport GROUPS, RowQuantizer
+from fastlinear._plans cimport GROUPS, RowQuantizer, Rows
 from fastlinear._products cimport (
     CodesProblem, CodeSearch, IntegersProblem, NormProblem, OutRows, kEnds, kStarts, make_codes, make_integers,
     make_norm, pool_size
@@ -18,7 +20,6 @@ from fastlinear._products cimport (
 from fastlinear._tensors cimport Matrix, View, as_rows, look_at
 
 cdef object empty = torch.empty
-cdef frozenset FORMATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 cdef object empty_like = torch.empty_like
 cdef object int8 = torch.int8
 cdef object int32 = torch.int32
@@ -117,20 +118,29 @@ def quantize_rows(x, RowQuantizer rows not None, str isa=None):
     return integers(x, rows, isa)
 
 
-cdef tuple integers(object x, RowQuantizer how, str isa):
-    cdef View v, w
+# A matrix [m, k] with something in its rows, or the copy that `rows_of` makes of it, whose owner is returned; None for
+# anything else.
+cdef object matrix_of(object x, ptrdiff_t* m, ptrdiff_t* k, Rows* at):
+    cdef View v
     cdef Matrix rows
+    if not is_readable(x, &v) or v.ndim != 2 or v.shape[1] == 0:
+        return None
+    x = rows_of(x, &v, &rows)
+    if x is not None:
+        m[0], k[0] = rows.m, v.shape[1]
+        at.data, at.stride, at.format = rows.data, rows.stride, rows.format
+    return x
+
+
+cdef tuple integers(object x, RowQuantizer how, str isa):
+    cdef View w
     cdef IntegersProblem p
     cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
     cdef ptrdiff_t threads = pool_size()
     cdef cbool done
-    if not is_readable(x, &v) or v.ndim != 2 or v.shape[1] == 0:
-        return None
-    x = rows_of(x, &v, &rows)
+    x = matrix_of(x, &p.m, &p.k, &p.x)
     if x is None:
         return None
-    p.m, p.k = rows.m, v.shape[1]
-    p.x.data, p.x.stride, p.x.format = rows.data, rows.stride, rows.format
     p.how = NULL
     if how is not None:
         p.how = &how.quantizer
@@ -157,21 +167,16 @@ def quantize_groups(weight, coding, tuple shrunk, list ends, double more, str is
     is dense and finite, of fp32, bf16 or fp16, on a CPU, and its scales are one of these.
 
     isa: whose vectors to use, by name; else the best that may run."""
-    cdef View v, w
-    cdef Matrix rows
+    cdef View w
     cdef CodesProblem p
     cdef const Vectors* vectors = best_vectors() if isa is None else runnable_vectors(isa)
     cdef ptrdiff_t threads = pool_size()
     cdef cbool done
-    if not is_readable(weight, &v) or v.ndim != 2 or v.shape[1] == 0 or coding.scales not in FORMATS:
+    if coding.scales not in FORMATS or len(ends) > kEnds or len(shrunk) != kStarts:
         return None
-    if len(ends) > kEnds or len(shrunk) != kStarts:
-        return None
-    weight = rows_of(weight, &v, &rows)
+    weight = matrix_of(weight, &p.m, &p.k, &p.x)
     if weight is None:
         return None
-    p.m, p.k = rows.m, v.shape[1]
-    p.x.data, p.x.stride, p.x.format = rows.data, rows.stride, rows.format
     read_coding(coding, shrunk, ends, more, &p.how)
     scales = (p.m, (p.k + p.how.group - 1) // p.how.group)
     codes = empty((p.m, p.k), dtype=torch.uint8 if coding.table else int8, device="cpu")

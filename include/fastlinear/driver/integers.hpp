@@ -55,6 +55,7 @@ struct CodesProblem {
   char *scales, *offsets;  // m rows, a number for each group
 };
 
+// The same of a search for scales, which takes some 5 ns a number.
 inline constexpr std::ptrdiff_t kSerialCodes = 2 << 10;
 
 inline bool to_codes(const CodesProblem& p, const Vectors& vectors, std::ptrdiff_t threads) try {
