@@ -14,7 +14,8 @@ from fastlinear.file import safetensors
 from fastlinear.file.filling import Source
 from fastlinear.file.safetensors import MAX_BYTES, AnyPath, Entry, Mapped, at_once, parse_json, shown
 from fastlinear.layer import experts, pages
-from fastlinear.spec.checkpoints import MIXTURES, SCHEMES, Mixture, Scheme
+from fastlinear.spec.checkpoints import MIXTURES, SCHEMES
+from fastlinear.spec.checkpoints.scheme import Mixture, Scheme
 from fastlinear.spec.packed import Weight, stands_for
 
 _COMPUTED = ".rotary_emb.inv_freq"  # a buffer that older models were saved with, and compute from their config

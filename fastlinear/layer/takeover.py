@@ -16,8 +16,8 @@ import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.layer import packs
 from fastlinear.layer.frozen import Freezable, Frozen
-from fastlinear.spec.checkpoints import SCHEMES, Config, Parts, Scheme
-from fastlinear.spec.foreign import TORCHAO
+from fastlinear.spec.checkpoints import SCHEMES, torchao
+from fastlinear.spec.checkpoints.scheme import Config, Parts, Scheme
 from fastlinear.spec.formats import DTYPES, FP32, name_of
 from fastlinear.spec.int4 import FP8, Coded, coding_of
 from fastlinear.spec.int8 import Quantized
@@ -139,7 +139,7 @@ def _torchao(module: Any, own: Own) -> Found | str | None:
     few = getattr(weight, "target_dtype", None) is getattr(torch, "int4", 0) or weight.qdata.shape != weight.shape
     told = {"shape": tuple(weight.shape), "block_size": weight.block_size, "bits": 4 if few else 8}
     parts = {name: getattr(weight, name) for name in ("qdata", "scale", "zero_point")}
-    return Found(TORCHAO, {name: tensor for name, tensor in parts.items() if tensor is not None}, told)
+    return Found(torchao.SCHEME, {name: tensor for name, tensor in parts.items() if tensor is not None}, told)
 
 
 Teller = Callable[[Any, Own], Found | str | None]
