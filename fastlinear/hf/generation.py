@@ -3,7 +3,7 @@
 Dynamo takes seconds for a graph of a language model, most of what one waits for before the first token, and guards it
 by a millisecond a token. `graph/recording.py` takes a fraction of that, and what Dynamo guards is known here: the
 modules are looked at by `Modules`, the shapes and numbers of a call are what its recording is found by, and a cache is
-one of transformers' own, of which `_state` says what decides a call beside its tensors.
+one of transformers' own, of which `hf/caches.py` says what decides a call beside its tensors.
 
 The model gets two attributes: a forward, and in the place of transformers' method by which `generate` has a cache made
 one that asks for a preallocated cache where a graph may run on it. So what a user asks for, saves or copies of the
@@ -12,7 +12,6 @@ model's `generation_config` is what it was.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import logging
@@ -22,14 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import ModelOutput
 
+import fastlinear.hf.caches as caches
 from fastlinear._modes import undisturbed
 from fastlinear.graph import options as backend_options
 from fastlinear.graph.backend import Graph, function_of, rewritten
-from fastlinear.graph.capture import same_size
 from fastlinear.graph.modules import Modules
 from fastlinear.graph.recording import Fakes, Kept, Recording, Size, Unrecorded, alone, record, sources_of, unchanged
 
@@ -39,10 +37,7 @@ _MOST = 64  # recordings of a model, the oldest of which go
 _TRIAL = 4  # times that the modules have changed between any two calls, from which on none is recorded
 _MAKE = "_prepare_cache_for_generation"  # transformers' method that `generate` has a cache of
 _MODES = {getattr(GenerationMode, name) for name in ("GREEDY_SEARCH", "SAMPLE", "BEAM_SEARCH", "BEAM_SAMPLE")}
-_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
 _OF_NUMBERS = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
-_TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a cache
-_COUNT = "cumulative_length_int"  # of one with a sliding window: how many tokens it has seen, which a call adds to
 
 
 def prepare_generation(model: Any, length: int = 1024, **options: Any) -> Any:
@@ -118,7 +113,7 @@ class Generation:
         self._modules: Modules | None = None
         self._changes = 0  # of the modules, since a graph was run
         self._told: str | None = None
-        self._sizes: list[tuple[int, int, int]] | None = None  # of the layers of a cache: heads, their sizes in k and v
+        self._sizes: list[caches.Sizes] | None = None  # of the layers of a cache
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _FORGOTTEN}
@@ -148,9 +143,7 @@ class Generation:
         answer = self._answer(cache, kwargs)
         if answer is None:
             answer = type(self.model).forward(self.model, **kwargs)
-            layers: list[Any] = cache.layers
-            if all(type(layer) in _LAYERS and layer.is_initialized for layer in layers):
-                self._sizes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+            self._sizes = caches.sizes_of(cache) or self._sizes
         return answer
 
     def _may_run(self) -> bool:
@@ -169,26 +162,22 @@ class Generation:
         found = None if call is None else self._recorded(call, cache, kwargs)
         if call is None or found is None or isinstance(found, str):
             if made:
-                _release(cache)
+                caches.release(cache)
             return None
         size = () if found.size is None else (call.rows,)
         outputs = found.run(*call.tensors.values(), *size, *found.weights)
-        for layer in cache.layers:
-            if hasattr(layer, _COUNT):
-                layer.cumulative_length_int += call.rows
+        caches.count(cache, call.rows)
         fields = {name: cache if at is None else outputs[at] for name, at in found.fields.items()}
         return found.kind(**fields)
 
     def _allocate(self, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Gives a new cache its memory, which would else be a part of the first call; False where that is not possible,
         or was done."""
-        ids, model = kwargs.get("input_ids"), self.model
-        if ids is None or any(type(layer) not in _LAYERS or layer.is_initialized for layer in cache.layers):
+        ids = kwargs.get("input_ids")
+        if ids is None or not caches.is_new(cache):
             return False
-        sizes = _sizes_of(model, len(cache.layers)) if self._sizes is None else self._sizes
-        for layer, (heads, *of_head) in zip(cache.layers, sizes, strict=False):
-            shapes = ((len(ids), heads, 0, size) for size in of_head)
-            layer.lazy_initialization(*(torch.empty(each, dtype=model.dtype, device=model.device) for each in shapes))
+        sizes = caches.told_sizes(self.model, len(cache.layers)) if self._sizes is None else self._sizes
+        caches.allocate(cache, len(ids), sizes, self.model.dtype, self.model.device)
         return bool(sizes)
 
     def _recorded(self, call: Call, cache: Any, kwargs: dict[str, Any]) -> Recorded | str:
@@ -234,7 +223,7 @@ class Generation:
             raise Unrecorded(self._modules.why_not)
         fakes = Fakes(call.rows if call.rows > 1 else None)
         given = {name: fakes.like(t, dims) for (name, t), dims in zip(call.tensors.items(), call.dims, strict=True)}
-        fake = _fake_cache(cache, given, call.rows)
+        fake = caches.with_tensors(cache, given, call.rows)
         made: dict[str, Any] = {}
 
         def run() -> list[Tensor]:
@@ -250,7 +239,7 @@ class Generation:
 
         with unchanged(self.model):
             recording = record(run, given, fakes, sources_of(self.model))
-        _check(fake, cache, given, call.rows if fakes.size is None else fakes.size.symint)
+        caches.check(fake, cache, given, call.rows if fakes.size is None else fakes.size.symint)
         graph = self._rewrite(recording)
         number = itertools.count()
         fields = {name: None if each is fake else next(number) for name, each in made["fields"].items()}
@@ -283,9 +272,7 @@ def _why_not(model: Any) -> str | None:
         return "transformers does not let its cache be preallocated"
     if model.config.model_type == "falcon" and model.config.alibi:
         return "its ALiBi is as long as the prompt, and not as a preallocated cache"
-    layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
-    others = sorted({type(layer).__name__ for layer in layers if type(layer) not in _LAYERS})
-    return f"its cache has a {others[0]}, which cannot be preallocated" if others else None
+    return caches.why_not(model.config.get_text_config(decoder=True))
 
 
 def _is_free(config: Any, kwargs: dict[str, Any], mode: Any) -> bool:
@@ -296,21 +283,6 @@ def _is_free(config: Any, kwargs: dict[str, Any], mode: Any) -> bool:
     own = config.cache_implementation not in (None, "static") or config.max_cache_len is not None
     other = given or wide or own or config.use_cache is False or config.is_assistant
     return not other and mode in _MODES
-
-
-def _sizes_of(model: Any, layers: int) -> list[tuple[int, int, int]]:
-    """What transformers says of the layers of a cache: heads, and their sizes in keys and values; empty where it does
-    not."""
-    told = getattr(model, "_get_static_cache_init_shape", None)
-    if told is None or (shape := told()) is None:
-        return []
-    heads, sizes = (each if isinstance(each, list) else [each] * layers for each in shape)
-    return [(h, size, size) for h, size in zip(heads, sizes, strict=True)]
-
-
-def _release(cache: Any) -> None:
-    for layer in cache.layers:
-        layer.is_initialized, layer.keys, layer.values = False, None, None
 
 
 def _call_of(model: Any, cache: Any, kwargs: dict[str, Any]) -> Call | None:
@@ -329,13 +301,11 @@ def _call_of(model: Any, cache: Any, kwargs: dict[str, Any]) -> Call | None:
                 others.append((name, key, each))
     dims = [_dims_of(tensor, rows) if rows > 1 else () for tensor in tensors.values()]
     shapes = [(name, _form(t, own)) for (name, t), own in zip(tensors.items(), dims, strict=True)]
-    for i, layer in enumerate(cache.layers):
-        state = _state(layer, rows)
-        if state is None:
-            return None
-        others.append((state, layer.keys.shape, layer.values.shape, layer.keys.dtype))
-        for what in _TENSORS:
-            tensors[f"{i} {what}"] = getattr(layer, what)
+    state = caches.state(cache, rows)
+    if state is None:
+        return None
+    others.append(state)
+    tensors |= caches.tensors(cache)
     dims += [()] * (len(tensors) - len(dims))
     key = (*shapes, *others)
     return Call(key, rows, tensors, dims) if _is_hashable(key) else None
@@ -369,47 +339,3 @@ def _is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _state(layer: Any, rows: int) -> Hashable:
-    """What of a layer of a cache, beside its tensors, decides what a call does; None where a graph cannot tell."""
-    if not layer.is_initialized or not layer.keys.is_contiguous() or not layer.values.is_contiguous():
-        return None
-    if type(layer) is StaticLayer:
-        return "growing"
-    if type(layer) is not StaticSlidingWindowLayer:
-        return None
-    if rows > 1:  # such a prompt begins
-        return "new" if layer.cumulative_length_int == 0 else None
-    return "full" if layer.cumulative_length_int >= layer.max_cache_len else "growing"
-
-
-class _Uncounted(StaticSlidingWindowLayer):  # type: ignore[no-untyped-call]
-    """One whose number of tokens differs from call to call, so that no graph may ask for it."""
-
-    def get_mask_sizes(self, query_length: int) -> Any:
-        raise Unrecorded("it asks a sliding window how far it is filled")
-
-    def get_seq_length(self) -> Any:
-        return self.get_mask_sizes(0)
-
-
-def _fake_cache(cache: Any, given: dict[str, Tensor], rows: int) -> Any:
-    fake = copy.copy(cache)
-    fake.layers = [copy.copy(layer) for layer in cache.layers]
-    for i, layer in enumerate(fake.layers):
-        vars(layer).update({what: given[f"{i} {what}"] for what in _TENSORS})
-        if rows == 1 and type(layer) is StaticSlidingWindowLayer:
-            layer.__class__ = _Uncounted
-    return fake
-
-
-def _check(fake: Any, cache: Any, given: dict[str, Tensor], rows: Any) -> None:
-    """Raises Unrecorded where a call has changed what a graph does not."""
-    for i, (after, before) in enumerate(zip(fake.layers, cache.layers, strict=True)):
-        expected = {**vars(before), **{what: given[f"{i} {what}"] for what in _TENSORS}}
-        if _COUNT in expected:
-            count = vars(after).pop(_COUNT) - expected.pop(_COUNT)
-            expected |= {} if same_size(count, rows) else {_COUNT: rows}
-        if vars(after).keys() != expected.keys() or any(vars(after)[name] is not expected[name] for name in expected):
-            raise Unrecorded("it changes more of its cache than the tensors")
