@@ -92,7 +92,7 @@ def _json(path: str) -> dict[str, Any]:
 def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
     """The tensors of a folder by their names in `model`."""
     found: dict[str, Source] = {}
-    rest = dict.fromkeys(folder.files)
+    taken: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             for scheme in folder.schemes:
@@ -101,10 +101,9 @@ def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
                     more = {part: f"{name}.{part}" for part in scheme.optional}
                     names |= {part: each for part, each in more.items() if each in folder.files}
                     found[f"{name}.weight"] = _quantized(folder, scheme, names, name)
+                    taken.update(names.values())
                     if module.bias is None and _is_zero(folder, f"{name}.bias"):
-                        del rest[f"{name}.bias"]
-                    for each in names.values():
-                        rest.pop(each, None)
+                        taken.add(f"{name}.bias")
                     break
         elif folder.mixture is not None and experts.are_experts(module):
             for own in experts.names_of(module):
@@ -112,10 +111,9 @@ def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
                 names = {part: f"{full}_{part}" for part in folder.mixture.parts}
                 if all(each in folder.files for each in names.values()):
                     found[full] = _of_experts(folder, folder.mixture, names, full, experts.is_transposed(module))
-                    for each in names.values():
-                        rest.pop(each, None)
-    found |= {name: _plain(folder, name) for name in rest if not name.endswith(_COMPUTED)}
-    return found
+                    taken.update(names.values())
+    rest = (name for name in folder.files if name not in taken and not name.endswith(_COMPUTED))
+    return found | {name: _plain(folder, name) for name in rest}
 
 
 def _is_zero(folder: Folder, name: str) -> bool:
