@@ -227,6 +227,22 @@ def test_bench_counts_only_rounds_that_nobody_disturbed(monkeypatch: pytest.Monk
     assert times == [pytest.approx(1000)] and waited == 0
 
 
+@pytest.mark.parametrize(("disturbed", "tries"), [(0, 1), (2, 3), (9, bench._TRIES)])
+def test_bench_measures_its_ceilings_again_while_others_disturb(disturbed: int, tries: int) -> None:
+    """And tells, as of times, where they do not stop."""
+    waited, tried = 0.0, 0
+
+    def measure() -> Any:
+        nonlocal waited, tried
+        tried += 1
+        waited += 1e3 if tried <= disturbed else 0.0
+        return tried
+
+    found, share = bench._undisturbed(measure, lambda: waited)
+    assert tried == tries and (share > bench._STOLEN) is (disturbed >= tries)
+    assert disturbed >= tries or found == tries
+
+
 def test_an_interrupted_bench_keeps_what_is_done(
     user_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
