@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, bits_of, fields, group_of, grouped, need
+from fastlinear.spec.checkpoints.codes import bits_of, fields, group_of, grouped
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
 from fastlinear.spec.packed import Weight
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that has column i of 8

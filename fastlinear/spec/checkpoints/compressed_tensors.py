@@ -6,21 +6,17 @@ from typing import Any
 
 import torch
 
-from fastlinear.spec.checkpoints.scheme import (
-    SCALES,
-    Config,
-    Parts,
-    Scheme,
+from fastlinear.spec.checkpoints.codes import (
     bits_of,
     check_order,
     fields,
     group_of,
     grouped,
     in_eight_bits,
-    need,
     order_of,
     values_shape,
 )
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.packed import Weight
 

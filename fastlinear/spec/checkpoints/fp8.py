@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 
 import fastlinear._kernels as _kernels
-from fastlinear.spec.checkpoints.scheme import (
-    SCALES,
-    Config,
-    Parts,
-    Scheme,
-    group_of,
-    in_eight_bits,
-    need,
-    values_shape,
-)
+from fastlinear.spec.checkpoints.codes import group_of, in_eight_bits, values_shape
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
 from fastlinear.spec.packed import Weight
 
 _BLOCK_SCALES = (*SCALES, torch.uint8, torch.float8_e8m0fnu)

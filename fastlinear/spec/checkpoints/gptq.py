@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastlinear.spec.checkpoints.scheme import (
-    SCALES,
-    Config,
-    Parts,
-    Scheme,
-    bits_of,
-    check_order,
-    fields,
-    group_of,
-    grouped,
-    need,
-    order_of,
-)
+from fastlinear.spec.checkpoints.codes import bits_of, check_order, fields, group_of, grouped, order_of
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
 from fastlinear.spec.packed import Weight
 
 

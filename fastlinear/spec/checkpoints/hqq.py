@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, group_of, need
+from fastlinear.spec.checkpoints.codes import group_of
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
 from fastlinear.spec.int4 import TABLES, Coded, as_tensor
 from fastlinear.spec.packed import Weight
 
