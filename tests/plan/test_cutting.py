@@ -10,7 +10,7 @@ from library import ROOT
 import fastlinear._plans as _plans
 import fastlinear._products as _products
 from fastlinear.plan import decide
-from fastlinear.plan.candidates import native_candidates
+from fastlinear.plan.candidates import Chosen, native_candidates
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -28,6 +28,14 @@ def test_no_thread_has_more_than_a_tenth_above_the_mean(threads: int) -> None:
     for shape, cut in zip(GRID, cuts, strict=True):
         assert cut.busiest <= cutting.FAIR or not cut.shareable, (shape, cut)
     assert 3 * sum(cut.shareable for cut in cuts) >= len(cuts)
+
+
+def test_blocks_of_rows_become_single_tiles_where_that_is_fairer() -> None:
+    """86 times 24 tiles for 128 threads are at most 17 for each; blocks of two tiles would be 18 for some."""
+    m, n, k = 86 * 4, 24 * 16, 384
+    plan = Chosen(m, 128, "fp32", "fp32/scalar/4x16", 128, 1, "forced")
+    cut = cutting.cut(plan, cutting.problem(m, n, k, 128, "fp32"), torch.float32)
+    assert cut.busiest == pytest.approx(17 * 128 / (86 * 24))
 
 
 @pytest.mark.parametrize("name", ["fp32/scalar/4x16", "bf16/scalar/4x16"])

@@ -72,15 +72,17 @@ class Grid {
   static constexpr std::ptrdiff_t one = 1;
 
   // At least `least` blocks of rows: so few that the thread with the most to do has at most a tenth more than the mean;
-  // or those with which it has least.
+  // or those with which it has least. Tried is what makes the longest block shorter, down to single tiles.
   std::ptrdiff_t balanced(std::ptrdiff_t least, std::ptrdiff_t threads, std::ptrdiff_t slices) const {
-    constexpr std::ptrdiff_t kTries = 32;
+    constexpr int kTries = 32;
     const std::ptrdiff_t tiles = row_tiles * groups * slices;
     std::ptrdiff_t best = least, best_most = 0;
-    for (std::ptrdiff_t blocks = least; blocks <= std::min(row_tiles, least + kTries); ++blocks) {
-      const std::ptrdiff_t most = ceil_div(blocks * groups * slices, threads) * ceil_div(row_tiles, blocks);
+    for (std::ptrdiff_t blocks = least, tries = 0; tries < kTries; ++tries) {
+      const std::ptrdiff_t longest = ceil_div(row_tiles, blocks);
+      const std::ptrdiff_t most = ceil_div(blocks * groups * slices, threads) * longest;
       if (best_most == 0 || most < best_most) best = blocks, best_most = most;
-      if (10 * most * threads <= 11 * tiles) break;
+      if (longest == 1 || 10 * most * threads <= 11 * tiles) break;
+      blocks = ceil_div(row_tiles, longest - 1);
     }
     return best;
   }
