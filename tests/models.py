@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastlinear
 import fastlinear._tensors as _tensors
 from fastlinear.layer import linear
-from fastlinear.plan import candidates
+from fastlinear.plan import attention, candidates, table
 
 
 class Pairing(NamedTuple):
@@ -81,9 +81,10 @@ def inputs() -> Tensor:
 
 @contextmanager
 def other_kernels() -> Iterator[None]:
-    """For a machine or a table of kernels other than this one's: what the candidates remember is forgotten, and what
-    they learn there, too."""
-    remembered = [found for found in vars(candidates).values() if hasattr(found, "cache_clear")]
+    """For a machine or a table of kernels other than this one's: what plans remember of the table is forgotten, and
+    what they learn there, too."""
+    modules = (table, candidates, attention)
+    remembered = [found for module in modules for found in vars(module).values() if hasattr(found, "cache_clear")]
     for found in remembered:
         found.cache_clear()
     try:

@@ -519,8 +519,9 @@ def test_fp16_sums_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that accumulate in fp16 are candidates with accumulate="fp16" only, on a CPU that has them."""
     table = [{**row, "runnable": True} for row in _kernels.kernels()]
     coarse = {row["name"] for row in table if row["accumulate"] == "fp16"}
-    monkeypatch.setattr(_kernels, "kernels", lambda: table)
     half = Pairing(torch.float16, torch.float16, torch.float16)
+    assert problem_of(half).panels  # those of this CPU, which are not remembered for the other
+    monkeypatch.setattr(_kernels, "kernels", lambda: table)
     with other_kernels():
         for m in (1, 64, 512):
             names = {c.name for c in candidates.native_candidates(problem_of(half, m))}
