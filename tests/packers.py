@@ -99,6 +99,11 @@ def floats(n: int, k: int, *, one: bool = False) -> Any:
     return values.double() * scale.double(), {"weight": values, "weight_scale": scale[0] if one else scale}
 
 
+def in_blocks(n: int, k: int) -> Any:
+    weight, parts = fp8(n, k)
+    return weight, {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}
+
+
 def hqq(n: int, k: int) -> Any:
     codes, scale, zero = random_codes(n, k), scales(n, k // GROUP), torch.rand(n, k // GROUP).half() * 15
     rows = codes.view(-1, GROUP)
@@ -135,8 +140,8 @@ def nf4(n: int, k: int, *, nested: bool = False) -> Any:
     return table[codes].double() * absmax.view(n, -1).double().repeat_interleave(64, 1), parts
 
 
-def ct(bits: int) -> Any:
-    return {"config_groups": {"group_0": {"weights": {"num_bits": bits, "type": "int"}}}, "ignore": ["lm_head"]}
+def ct(bits: int, **more: Any) -> Any:
+    return {"config_groups": {"group_0": {"weights": {"num_bits": bits, "type": "int", **more}}}, "ignore": ["lm_head"]}
 
 
 # name: packer, quantization_config, what the layers are packed as
@@ -181,6 +186,11 @@ SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
     ),
     "fp8 by channel": (floats, {"quant_method": "compressed-tensors", **ct(8)}, "fp8"),
     "fp8 by tensor": (lambda n, k: floats(n, k, one=True), {"quant_method": "compressed-tensors", **ct(8)}, "fp8"),
+    "fp8 by block": (
+        in_blocks,
+        {"quant_method": "compressed-tensors", **ct(8, type="float", strategy="block", block_structure=[128, 128])},
+        "fp8",
+    ),
     "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
     "nf4 nested": (lambda n, k: nf4(n, k, nested=True), {"quant_method": "bitsandbytes"}, "int4"),
     "bitsandbytes int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "w8f"),

@@ -80,7 +80,8 @@ def _compressed(module: Any, own: Own) -> Found | str | None:
     weights = getattr(own.get("quantization_scheme"), "weights", None)
     if weights is None:
         return "it has no quantization_scheme that tells of its weight"
-    told = {"config_groups": {"group": {"weights": {"num_bits": getattr(weights, "num_bits", None)}}}}
+    of_weights = {name: getattr(weights, name, None) for name in ("num_bits", "block_structure")}
+    told = {"config_groups": {"group": {"weights": of_weights}}}
     for scheme in (packed, plain):
         if all(own.get(name) is not None for name in scheme.parts):
             integers = scheme is packed or own["weight"].dtype in (torch.int8, torch.float8_e4m3fn)

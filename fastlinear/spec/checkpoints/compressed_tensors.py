@@ -16,6 +16,7 @@ from fastlinear.spec.checkpoints.codes import (
     order_of,
     values_shape,
 )
+from fastlinear.spec.checkpoints.fp8 import BLOCKS
 from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
 from fastlinear.spec.int8 import Quantized
 from fastlinear.spec.packed import Weight
@@ -61,9 +62,29 @@ def _packed(parts: Parts, config: Config) -> Weight:
     return grouped(codes, scale, zero, bits, group_of(k, scale.shape[1]), order)
 
 
+def _structure(config: Config) -> Any:
+    """The size of the blocks that have a scale each, where the config tells one."""
+    groups = config.get("config_groups")
+    every = groups.values() if isinstance(groups, dict) else ()
+    told = [group.get("weights") for group in every if isinstance(group, dict)]
+    sizes = (each.get("block_structure") for each in told if isinstance(each, dict))
+    return next(filter(None, sizes), None)
+
+
+def _as_blocks(parts: Parts, config: Config) -> tuple[Parts, Config] | None:
+    """Values with a scale for each block, as checkpoints of fp8 have them; None where each channel has one, or all
+    have."""
+    structure, scale = _structure(config), parts["weight_scale"]
+    if structure is None or scale.dim() != 2 or scale.shape == (len(parts["weight"]), 1):
+        return None
+    return {"weight": parts["weight"], "weight_scale_inv": scale}, {"weight_block_size": structure}
+
+
 def _plain_shape(parts: Parts, config: Config) -> tuple[int, int]:
     (n, k), scale, zero = values_shape(parts), parts["weight_scale"], parts.get("weight_zero_point")
-    if scale.dtype not in SCALES or scale.shape not in ((), (1,), (n,), (n, 1)):
+    if (blocks := _as_blocks(parts, config)) is not None:
+        BLOCKS.shape(*blocks)
+    elif scale.dtype not in SCALES or scale.shape not in ((), (1,), (n,), (n, 1)):
         raise ValueError(f"weight_scale is {scale.dtype} {list(scale.shape)}, not one float for all, or for a channel")
     if parts["weight"].dtype is torch.int8 and zero is not None and bool(zero.any()):
         raise ValueError("weight_zero_point of int8 weights must be 0")
@@ -71,8 +92,10 @@ def _plain_shape(parts: Parts, config: Config) -> tuple[int, int]:
 
 
 def _plain(parts: Parts, config: Config) -> Weight:
-    """Integers or fp8 with a scale for all, or for a channel."""
+    """Integers or fp8 with a scale for all, for a channel, or for a block."""
     (n, k), weight = _plain_shape(parts, config), parts["weight"]
+    if (blocks := _as_blocks(parts, config)) is not None:
+        return BLOCKS.weight(*blocks)
     scale = parts["weight_scale"].reshape(-1, 1).expand(n, 1)
     if weight.dtype is torch.int8:
         return Quantized(weight, scale.float().flatten())

@@ -45,4 +45,5 @@ def _blocks(parts: Parts, config: Config) -> Weight:
     return weight.float() * by_row.float().repeat_interleave(columns, 1)[:, :k]
 
 
-SCHEMES = (Scheme("fp8", ("weight_scale_inv", "weight"), (), _blocks_shape, _blocks),)
+BLOCKS = Scheme("fp8", ("weight_scale_inv", "weight"), (), _blocks_shape, _blocks)
+SCHEMES = (BLOCKS,)
