@@ -1,9 +1,12 @@
 // Weights in groups as integers on AVX2: vpmaddubsw multiplies their magnitudes by rows that have taken their signs.
-// Two products of at most 128 * 127 are an int16, whatever the table, and sums of pairs go on in int32.
+// Two products of at most 128 * 127 are an int16, whatever the table, and sums of pairs go on in int32. Where the
+// numbers of a table follow one another, several rows are multiplied otherwise: words.hpp.
 //
-//   tile   accumulators  weights, signs, table, mask, ones  of 16  vector operations for 32 x rows products
-//   2x32   8             7                                  15     2.5 + 2 x 5
-//   1x64   8             7                                  15     2.5 + 5
+//   tile         accumulators  weights, signs, table, mask, ones  of 16  vector operations for 32 x rows products
+//   int4  2x32   8             7                                  15     2.5 + 2 x 5
+//   int4  1x64   8             7                                  15     2.5 + 5
+//   int8g 3x32   12            4, row among them                  16     1 + 3 x 4
+//   int8g 1x64   8             4                                  12     1 + 4
 #pragma once
 
 #include "fastlinear/formats/int4.hpp"
@@ -11,6 +14,7 @@
 #include "fastlinear/generic/dots.hpp"
 #include "fastlinear/generic/tile.hpp"
 #include "fastlinear/isa/avx2/vec.hpp"
+#include "fastlinear/isa/avx2/words.hpp"
 
 namespace fastlinear::avx2 {
 
@@ -23,14 +27,6 @@ struct SignedDots {
   static __m256i load(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static Sum start(std::int32_t) { return _mm256_setzero_si256(); }
   static const std::int8_t* row(const std::int8_t* a) { return a; }
-  static Sum add(Sum c, __m256i w, const std::int8_t* a) {
-    __m256i x, magnitudes;
-    asm("vpbroadcastd %4, %1\n\tvpabsb %3, %2\n\tvpsignb %3, %1, %1\n\tvpmaddubsw %1, %2, %1\n\t"
-        "vpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
-        : "+&x"(c), "=&x"(x), "=&x"(magnitudes)
-        : "x"(w), "m"(*reinterpret_cast<const char (*)[4]>(a)), "x"(_mm256_set1_epi16(1)));
-    return c;
-  }
   static I32 sums(Sum c) { return {c}; }
 };
 
@@ -75,18 +71,28 @@ struct CodeDots : SignedDots {
 
 struct ByteDots : SignedDots {
   static constexpr Layout layout = Int8InGroups::layout;
-  using Weights = __m256i;
+  struct Weights {
+    __m256i signs, magnitudes;  // once for all rows
+  };
 
   explicit ByteDots(const ScaledGroups&) {}
-  static Weights weights(const char* p) { return load(p); }
+  static Weights weights(const char* p) { return {load(p), _mm256_abs_epi8(load(p))}; }
+  static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
+    __m256i x;
+    asm("vpbroadcastd %4, %1\n\tvpsignb %2, %1, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\t"
+        "vpaddd %1, %0, %0"
+        : "+&x"(c), "=&x"(x)
+        : "x"(w.signs), "x"(w.magnitudes), "m"(*reinterpret_cast<const char (*)[4]>(a)), "x"(_mm256_set1_epi16(1)));
+    return c;
+  }
 };
 
 using CodeTile = dots::Tile<F32, CodeDots>;
 using ByteTile = dots::Tile<F32, ByteDots>;
 inline constexpr Kernel kDotKernels[] = {
-    kernels::row<CodeTile, 2, 1>("int4/avx2/dot2x32", kIsa),
+    kernels::row<words::Tile<CodeTile>, 4, 1>("int4/avx2/dot4x32", kIsa),
     kernels::row<CodeTile, 1, 2>("int4/avx2/dot1x64", kIsa),
-    kernels::row<ByteTile, 2, 1>("int8g/avx2/dot2x32", kIsa),
+    kernels::row<ByteTile, 3, 1>("int8g/avx2/dot3x32", kIsa),
     kernels::row<ByteTile, 1, 2>("int8g/avx2/dot1x64", kIsa),
 };
 
