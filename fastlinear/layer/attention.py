@@ -7,6 +7,7 @@ can be fast, frozen and saved like any linear layer; `close` undoes that. State 
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+import fastlinear._torch as _torch
 from fastlinear.layer import fitness, linear
 from fastlinear.layer.form import address_of
-from fastlinear.layer.frozen import record_of
+from fastlinear.layer.frozen import LENDING, record_of
+from fastlinear.layer.lent import LentTensor
 from fastlinear.spec import attention
 from fastlinear.spec.precision import Wanted
 
@@ -47,8 +50,12 @@ class FastMultiheadAttention(nn.MultiheadAttention):
     in_proj_bias: Any = property(lambda self: self.in_proj.bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What replaces a parameter by torch's name for it replaces that of the layer."""
-        if name in _OLD_NAMES:
+        """What replaces a parameter by torch's name for it replaces that of the layer, be it with a tensor that
+        functional_call lends."""
+        if name in _OLD_NAMES and sys._getframe(1).f_code is LENDING:
+            given = None if isinstance(value, LentTensor) else value  # what a frozen layer gave before
+            _torch.swap_tensor(self.in_proj, name.removeprefix("in_proj_"), given)
+        elif name in _OLD_NAMES:
             setattr(self.in_proj, name.removeprefix("in_proj_"), value)
         else:
             super().__setattr__(name, value)

@@ -180,7 +180,7 @@ class _Parameters(dict[str, Any]):
         self.layer = weakref.ref(layer)
 
     def __getitem__(self, name: str) -> Any:
-        if name == "weight" and self.get(name) is None and sys._getframe(1).f_code is not _LENDING:
+        if name == "weight" and self.get(name) is None and sys._getframe(1).f_code is not LENDING:
             thaw_layer(self.layer())
         return super().__getitem__(name)
 
@@ -194,7 +194,7 @@ class _Parameters(dict[str, Any]):
 
 
 _PARAMETRIZING = parametrize.register_parametrization.__code__  # which makes a buffer of what is no Parameter
-_LENDING = _torch.swap_tensor.__code__  # of functional_call, which puts back what it found
+LENDING = _torch.swap_tensor.__code__  # of functional_call, which puts back what it found
 
 
 def watch_parameters(layer: Freezable) -> None:

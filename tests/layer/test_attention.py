@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastlinear
 from fastlinear import FastLinear
 from fastlinear.layer.attention import FastMultiheadAttention
+from fastlinear.layer.frozen import is_frozen
 
 B, L, S, E, H = 3, 5, 7, 16, 4
 
@@ -231,3 +232,18 @@ def test_a_script_gets_torchs_class() -> None:
     stock, x = attention(), torch.randn(L, B, E)
     scripted = torch.jit.script(OFF(stock))  # type: ignore[no-untyped-call]
     torch.testing.assert_close(scripted(x, x, x)[0], stock(x, x, x)[0])
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_parameters_are_lent_by_torchs_names(freeze: bool) -> None:
+    """functional_call gives it others, and takes them back, frozen or not."""
+    stock, x = attention().eval(), torch.randn(L, B, E)
+    others = {name: 0.5 * parameter.detach() for name, parameter in stock.named_parameters()}
+    fast = OFF(stock)
+    with torch.no_grad():
+        if freeze:
+            fastlinear.freeze(fast)
+        y, _ = fast(x, x, x)
+        lent, _ = torch.func.functional_call(fast, others, (x, x, x))
+        torch.testing.assert_close(lent, torch.func.functional_call(stock, others, (x, x, x))[0])
+        assert torch.equal(fast(x, x, x)[0], y) and is_frozen(fast.in_proj) is freeze
