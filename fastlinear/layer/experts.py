@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastlinear.layer import mixture
 from fastlinear.layer.experts_frozen import thaw
 from fastlinear.layer.experts_module import OWN, ExpertsModule
+from fastlinear.layer.parametrized import before
 from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
 from fastlinear.spec.experts import Form, computed
@@ -177,7 +178,7 @@ def release(module: Any) -> None:
         return  # there is nothing that it was
     for key in OWN:
         vars(module).pop(key, None)
-    module.__class__ = module._stock
+    module.__class__ = before(module, module._stock)
 
 
 def set_precision(module: Any, precision: Precision) -> None:

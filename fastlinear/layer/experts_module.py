@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fastlinear._engine as _engine
 import fastlinear._environment as environment
@@ -19,6 +20,7 @@ from fastlinear.layer.experts_frozen import Freezable
 from fastlinear.layer.experts_planning import Plannable, Ready
 from fastlinear.layer.fallback import label
 from fastlinear.layer.lent import Lent
+from fastlinear.layer.parametrized import deepcopied
 from fastlinear.layer.traced import is_recorded
 from fastlinear.plan import decide
 from fastlinear.spec.experts import Form, computed
@@ -46,11 +48,17 @@ class ExpertsModule(Plannable, Freezable):
     @property
     def first_name(self) -> str:
         """Of the parameter of the first product."""
-        return mixture.FIRST[0] if mixture.FIRST[0] in self._parameters else mixture.FIRST[1]
+        own = mixture.FIRST[0] in self._parameters or parametrize.is_parametrized(self, mixture.FIRST[0])
+        return mixture.FIRST[0] if own else mixture.FIRST[1]
 
     @property
     def names(self) -> tuple[str, str]:
         return self.first_name, mixture.SECOND
+
+    def _weights(self, name: str) -> Tensor:
+        """Those of all experts of one product, also where a parametrization computes them."""
+        held: Tensor | None = self._parameters.get(name)
+        return getattr(self, name) if held is None else held
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -58,14 +66,14 @@ class ExpertsModule(Plannable, Freezable):
         frozen = self._frozen_experts
         if frozen is not None:
             return frozen.first.form[1:], frozen.second.form[1:]
-        a, b = (tuple(self._parameters[name].shape[1:]) for name in self.names)  # type: ignore[union-attr]
+        a, b = ((each.shape[1], each.shape[2]) for each in map(self._weights, self.names))
         return (a[::-1], b[::-1]) if self._form.transposed else (a, b)
 
     @property
     def count(self) -> int:
         """Of experts."""
         frozen = self._frozen_experts
-        return len(self._parameters[mixture.SECOND]) if frozen is None else len(frozen.second.packs)  # type: ignore[arg-type]
+        return len(self._weights(mixture.SECOND)) if frozen is None else len(frozen.second.packs)
 
     @property
     def in_features(self) -> int:
@@ -75,7 +83,7 @@ class ExpertsModule(Plannable, Freezable):
     def held(self) -> torch.dtype:
         """The dtype of the weights, or what it was before they were frozen."""
         frozen = self._frozen_experts
-        return self._parameters[mixture.SECOND].dtype if frozen is None else frozen.dtype  # type: ignore[union-attr]
+        return self._weights(mixture.SECOND).dtype if frozen is None else frozen.dtype
 
     @property
     def packed_as(self) -> str:
@@ -149,7 +157,7 @@ class ExpertsModule(Plannable, Freezable):
             return "FASTLINEAR_DISABLE"
         if _modes.watched():
             return why_watched() or "a mode of torch"
-        return self.why_not_these(x, ids, weights) or self.why_unread()
+        return self.why_unread() or self.why_not_these(x, ids, weights)
 
     def why_not_these(self, x: Any, ids: Any, weights: Any) -> str | None:
         """Why the kernels do not take these inputs, in a few words; None where they do."""
@@ -188,7 +196,7 @@ class ExpertsModule(Plannable, Freezable):
         frozen = self._frozen_experts
         if frozen is not None:
             return frozen.first.panels, frozen.second.panels, *biases
-        return self._parameters[first], self._parameters[second], *biases  # type: ignore[return-value]
+        return self._weights(first), self._weights(second), *biases
 
     def form(self) -> Form:
         """As the op has it: with the panels of frozen weights, and the format that others are packed in."""
@@ -249,6 +257,8 @@ class ExpertsModule(Plannable, Freezable):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in (*_UNSAVED, "_quantizer")}
+
+    __deepcopy__ = deepcopied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         form = state["_form"]

@@ -31,6 +31,7 @@ from fastlinear.layer.fused import TakesOperands
 from fastlinear.layer.lock import lock
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
+from fastlinear.layer.parametrized import before
 from fastlinear.layer.quality import note
 from fastlinear.layer.shard import Shard, local, shard_of
 from fastlinear.plan import decide, rivals, table
@@ -239,7 +240,7 @@ def release(module: Any) -> None:
     lookup.forget(module)
     for key in (*_OWN, *(key for key in _CONV_OWN if module._transposed)):
         vars(module).pop(key, None)
-    _turn_into(module, stock)
+    _turn_into(module, before(module, stock))
     if out_features is not None:
         vars(module)["out_features"] = out_features
 

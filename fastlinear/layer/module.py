@@ -20,6 +20,7 @@ from fastlinear.layer.engines import WithEngines
 from fastlinear.layer.fallback import in_torch, label
 from fastlinear.layer.fitness import dtype_of, odd_dtype
 from fastlinear.layer.frozen import Frozen, record_of
+from fastlinear.layer.parametrized import deepcopied
 from fastlinear.layer.planning import is_quantized, prepare
 from fastlinear.layer.shard import answer, is_shared, local, shard_of
 from fastlinear.layer.traced import is_recorded
@@ -279,6 +280,8 @@ class FastModule(WithEngines):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in _UNSAVED}
+
+    __deepcopy__ = deepcopied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         precision = state.get("_precision", self._precision).present()

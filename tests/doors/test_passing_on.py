@@ -78,6 +78,29 @@ def test_an_adapter_learns_on_a_frozen_int8_layer(dora: bool, tmp_path: Path) ->
         assert (model.merge_and_unload()(x) - trained).abs().max() < 0.02 * trained.abs().max()
 
 
+def test_an_adapter_of_experts() -> None:
+    """peft computes the weights of all experts with it in each call, before and after convert."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4)
+    stock, ids = transformers.MixtralForCausalLM(config).eval(), torch.randint(0, 64, (1, 6))
+    fast = OFF(stock)
+    adapter = peft.LoraConfig(
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=4, init_lora_weights=False
+    )
+    models = []
+    for base in (stock, fast):
+        torch.manual_seed(1)
+        models.append(peft.get_peft_model(base, adapter).eval())
+    with torch.no_grad():
+        want = models[0](ids).logits
+        for model in (models[1], OFF(models[0])):
+            torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+            with model.disable_adapter():
+                assert (model(ids).logits - want).abs().max() > 0.01
+
+
 def test_small_adapters_stay_plain() -> None:
     """convert after peft takes the base, and of the adapters what is large or named; report tells the rule."""
     peft = pytest.importorskip("peft")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
@@ -254,6 +255,27 @@ def test_other_ways_to_call() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(module(x, ids, weights), y)
             assert error(module(x.bfloat16(), ids, weights), y) < 2e-2
+
+
+class _Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_a_weight_that_is_computed(name: str) -> None:
+    """A parametrization, as adapters for experts are, is what calls and copies compute, and goes as it came."""
+    module, given = made(), routed(6, 2)
+    with torch.no_grad():
+        y = module(*given)
+        parametrize.register_parametrization(module, name, _Twice())
+        twice = copy.deepcopy(module)
+        got = module(*given)
+        assert torch.equal(twice(*given), got) and fastlinear.report(module)[0].decision == "fast"
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        assert torch.equal(module(*given), y)
+        getattr(module, name).mul_(2.0)
+        torch.testing.assert_close(got, module(*given), rtol=1e-5, atol=1e-5)
 
 
 def test_changes_of_weights_are_seen() -> None:
