@@ -396,6 +396,28 @@ def switched(text: str, changes: list[Change], begin: int, end: int) -> str:
     return "".join([*done, text[at:end]])
 
 
+def units(folder: Path) -> list[Path]:
+    """The sources of the ISAs that mutants are shown on here, and of those that they are built on; written to the
+    folder, a table of these alone."""
+    described = re.compile(r'\.name = "(\w+)",\s+\.base = (?:&(\w+)::kIsa|nullptr)')
+    found = {
+        name: (unit, base)
+        for unit in library.ROOT.glob("csrc/*.cpp")
+        for name, base in described.findall(unit.read_text())
+    }
+    rows = {mutant.row for mutant in ALL}
+    kept = {kernel["isa"] for kernel in native.EXECUTED if kernel["id"] in rows}
+    while more := {found[name][1] for name in kept} - {*kept, ""}:
+        kept |= more
+    table = (library.ROOT / "csrc/registry.cpp").read_text()
+    for name in found.keys() - kept:
+        entry = f"    &{name}::kIsa,\n"
+        assert table.count(entry) == 1
+        table = table.replace(entry, "")
+    (folder / "registry.cpp").write_text(table)
+    return [folder / "registry.cpp", *{found[name][0] for name in kept}]
+
+
 @cache
 def built() -> Path:
     """The library's own sources behind `library.product_of`, with a switch for each mutant: compiled once a run."""
@@ -415,10 +437,10 @@ def built() -> Path:
             (folder / "switch.cpp").write_text(f'extern "C" {{ [[gnu::visibility("default")]] int {SWITCH} = 0; }}\n')
             library.compile(folder / "common.hpp", folder, folder / "common.hpp.gch", "-x", "c++-header")
             more = ("-include", folder / "common.hpp")  # which is precompiled
-            units = [*library.ROOT.glob("csrc/*.cpp"), library.PRODUCT, folder / "switch.cpp"]
+            sources = [*units(folder), library.PRODUCT, folder / "switch.cpp"]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(
-                    pool.map(lambda unit: library.compile(unit, folder, folder / f"{unit.stem}.o", *more), units)
+                    pool.map(lambda unit: library.compile(unit, folder, folder / f"{unit.stem}.o", *more), sources)
                 )
             library.link(made, objects)
     return made
