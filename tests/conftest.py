@@ -129,8 +129,9 @@ def pytest_collection() -> Iterator[None]:
     pages because of that."""
     gc.disable()
     yield
-    gc.enable()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # the graphs of compilers are looked through again and again, else
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,6 +10,7 @@ import datetime, os, tempfile, traceback, warnings
 import torch, torch.distributed as dist, fastlinear
 from torch import nn
 folder = tempfile.mkdtemp()
+{ahead}
 second = os.fork()
 rank = int(second == 0)
 code = 1
@@ -35,9 +36,9 @@ finally:
 """
 
 
-def run(program: str) -> None:
+def run(program: str, ahead: str = "") -> None:
     """Runs the program in two processes at once, as `rank` 0 and 1 of `mesh`; AssertionError, with what they wrote,
-    where one fails."""
-    whole = _AHEAD + textwrap.indent(textwrap.dedent(program), "    ") + _BEHIND
+    where one fails. `ahead` is run once, before there are two: imports of what both of them need."""
+    whole = _AHEAD.replace("{ahead}", ahead) + textwrap.indent(textwrap.dedent(program), "    ") + _BEHIND
     done = zygote.run(whole, imported=_IMPORTED)
     assert done.returncode == 0, done.stdout + done.stderr

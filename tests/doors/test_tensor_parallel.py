@@ -268,5 +268,6 @@ tokens = fast.generate(tokens, max_new_tokens=3, do_sample=False)
 everyone = [torch.empty_like(tokens) for _ in range(2)]
 dist.all_gather(everyone, tokens)
 assert torch.equal(*everyone)
-"""
+""",
+        ahead="from transformers import AutoModelForCausalLM, LlamaForCausalLM",
     )

@@ -44,7 +44,7 @@ def shared_object(source: Path, *options: str) -> ctypes.CDLL:
 @cache
 def library() -> ctypes.CDLL:
     """The emulator itself, compiled when it is first asked for."""
-    found = shared_object(HERE / "emulator.cpp", "-O3")
+    found = shared_object(HERE / "emulator.cpp", "-O1")
     for name, result in (
         ("kinds", ctypes.c_size_t),
         ("kind", ctypes.c_char_p),

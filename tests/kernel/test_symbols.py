@@ -62,6 +62,7 @@ def isa_of(symbol: str) -> str:
     return next((isa for isa in ISAS if f"fastlinear::{isa}::" in symbol), "baseline")
 
 
+@cache
 def isa_needed(instruction: str) -> str:
     if AMX_FP16_ONLY.search(instruction):
         return "amx_fp16"

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import OFF
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fastlinear
@@ -31,6 +30,8 @@ SCHEMES = {
 @functools.cache
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels to train on (1000), and to test with (797)."""
+    from sklearn.datasets import load_digits  # takes a second, which collecting the tests does not want
+
     digits = load_digits()
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     images, labels = torch.tensor(digits.data).float()[order] / 16, torch.tensor(digits.target)[order]
