@@ -83,10 +83,9 @@ from torch import nn
 torch.set_num_threads(2)
 layers = [FastLinear(k, n).eval().requires_grad_(False) for k, n in ((256, 256), (512, 768))]
 with torch.no_grad():
-    for fast in layers:
-        for m in (1, 48):
-            x = torch.randn(m, fast.in_features)
-            torch.testing.assert_close(fast(x), nn.functional.linear(x, fast.weight, fast.bias), rtol=1e-3, atol=1e-4)
+    for fast, m in zip(layers, (48, 1)):
+        x = torch.randn(m, fast.in_features)
+        torch.testing.assert_close(fast(x), nn.functional.linear(x, fast.weight, fast.bias), rtol=1e-3, atol=1e-4)
 plans = [c for fast in layers for c in fast.plans]
 print(json.dumps([[c.name, c.source, c.provisional, c.speedup] for c in plans]))
 """
@@ -97,7 +96,7 @@ def test_no_wonders_beside_spinning_processes(spinners: list[int], tmp_path: Pat
     rule's, without a speed-up, and marked unless the seconds were spent, and the cache has nothing of it. fp32 products
     win 8x over torch nowhere."""
     plans = json.loads(zygote.checked(CHILD, imported="fastlinear", FASTLINEAR_CACHE_DIR=str(tmp_path)))
-    assert len(plans) == 4
+    assert len(plans) == 2
     for name, source, provisional, speedup in plans:
         assert speedup is None or speedup < 8, (name, speedup)
         assert source == "tuned" or (source in ("heuristic", "neighbor") and speedup is None)

@@ -118,7 +118,7 @@ TRACERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 # One factor each, of which a sample has every value.
 every_state = list(itertools.product(SCHEMES, (False, True)))
-every_trace = [(tracer, *state) for tracer in TRACERS for state in (("linear", False), ("conv1d", True))]
+every_kind = [("linear", False), ("conv1d", True)]
 
 
 def answers_alike(layer: Any, modes: dict[str, Callable[[nn.Module, Tensor], Tensor]]) -> None:
@@ -137,8 +137,10 @@ def test_all_modes_give_the_same_numbers(scheme: str, freeze: bool, activation: 
     answers_alike(layer_of(scheme, activation, freeze), MODES)
 
 
+@pytest.mark.costly
 @every_scheme
-@pytest.mark.parametrize(("tracer", "kind", "freeze"), every_trace)
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(("kind", "freeze"), every_kind)
 def test_tracers_give_the_same_numbers(scheme: str, tracer: str, kind: str, freeze: bool) -> None:
     """So do those that trace and watch, torch.export and torch.compile, and both kinds of layer; and the modes, after
     them."""

@@ -80,7 +80,7 @@ def _serve(models: dict[str, nn.Module], inbox: Any, outbox: Any) -> None:
     inbox.get(timeout=60)  # torch's queues want the sender alive until all is received
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.exhaustive), "forkserver"])
 def test_a_started_process_answers_alike(method: str, models: dict[str, nn.Module], expected: dict[str, bytes]) -> None:
     """As arguments of a process, through a queue, and back from it: every kind of pack has the bits of the parent."""
     context: Any = torch.multiprocessing.get_context(method)

@@ -290,7 +290,13 @@ print(len(maps), torch.allclose(big(x), want[0], atol=1e-4))
 )
 
 
-@pytest.mark.parametrize("first", ["import numpy, torch, fastlinear", "import fastlinear, torch, numpy"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("import numpy, torch, fastlinear", marks=pytest.mark.exhaustive),
+        "import fastlinear, torch, numpy",
+    ],
+)
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="threads and libraries are read from Linux's /proc")
 def test_torchs_own_pool_is_the_only_one(first: str) -> None:
     """One OpenMP library whatever is imported first, no thread more than set_num_threads allows, nothing printed."""

@@ -86,7 +86,7 @@ def _compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True, options={"tune": "off", **options})
 
 
-ALIKE = ("vit", "qwen2", "mistral")  # of the same modules as others
+ALIKE = ("vit", "qwen2", "mistral", "clip")  # of the same modules as others
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -112,7 +112,7 @@ def test_models(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.costly
 @pytest.mark.parametrize("frozen", [False, True], ids=["converted", "frozen"])
 @pytest.mark.parametrize("scheme", [None, fastlinear.Int8Dynamic()], ids=["plain", "int8"])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "encoder"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.exhaustive), "encoder"])
 def test_converted_models(name: str, scheme: Any, frozen: bool) -> None:
     """A converted or frozen model compiles to the numbers that it computes by itself."""
     model, inputs, _ = _made(name, torch.float32)

@@ -134,7 +134,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+LIKE_OTHERS = ("double", "another eps", "a block more", "modules swapped")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in LIKE_OTHERS else []) for name in CHANGES]
+)
 def test_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each change of a model the answers are right at once, with the graphs that Dynamo's guards ask for."""
     counts = []

@@ -269,6 +269,7 @@ class Recorder:
         return sum(node.target is target for graph in self.graphs for node in graph.graph.nodes)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compile(backend: str, mode: Callable[[], Any]) -> None:
@@ -282,7 +283,7 @@ def test_compile(backend: str, mode: Callable[[], Any]) -> None:
     assert fast[0].plans and fast[3].plans
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_compile_gives_what_eager_gives(backend: str, pairing: Pairing) -> None:
     """For every dtype of x, parameter and pack, compiled code runs the same kernels: the same bits."""
@@ -295,6 +296,7 @@ def test_compile_gives_what_eager_gives(backend: str, pairing: Pairing) -> None:
         assert torch.equal(y, layer(x))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compile_under_autocast(backend: str, dtype: torch.dtype) -> None:
@@ -312,7 +314,7 @@ def test_compile_under_autocast(backend: str, dtype: torch.dtype) -> None:
     bounded(expected, layer, x.to(dtype), dtype)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_what_dynamo_captures(transposed: bool) -> None:
     """Eval mode captures one op a layer, with no recompilation for another batch; all else captures torch's ops."""
     layer, x = layer_of(transposed), torch.randn(5, K)

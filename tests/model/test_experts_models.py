@@ -68,22 +68,22 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("quantize", ERRORS, ids=["plain", "int8", "int4"])
 @torch.no_grad()
-def test_converted(name: str) -> None:
+def test_converted(name: str, quantize: Any) -> None:
     """The model's logits and text, on the kernels alone; the original stays, and unconvert gives it back."""
     model, want = made(name)
     keys = list(model.state_dict())
-    for quantize, most in ERRORS.items():
-        fast = fastlinear.convert(model, quantize=quantize, tune="off")
-        assert all(map(experts.is_fast_experts, mixtures(fast))) and len(mixtures(fast)) == 2
-        assert not any(map(experts.is_fast_experts, mixtures(model)))
-        y = fast(TOKENS).logits
-        assert error(y, want) < most and not any(mixture._elsewhere for mixture in mixtures(fast))
-        with FlopCounterMode(display=False):  # the specification answers
-            assert error(fast(TOKENS).logits, y) < 2e-2
-        assert torch.equal(fastlinear.freeze(fast)(TOKENS).logits, y) and list(fast.state_dict()) == keys
-        assert not [n for n, p in fast.named_parameters() if p.dim() == 3]
-        assert torch.equal(copy.deepcopy(fast)(TOKENS).logits, y)
+    fast = fastlinear.convert(model, quantize=quantize, tune="off")
+    assert all(map(experts.is_fast_experts, mixtures(fast))) and len(mixtures(fast)) == 2
+    assert not any(map(experts.is_fast_experts, mixtures(model)))
+    y = fast(TOKENS).logits
+    assert error(y, want) < ERRORS[quantize] and not any(mixture._elsewhere for mixture in mixtures(fast))
+    with FlopCounterMode(display=False):  # the specification answers
+        assert error(fast(TOKENS).logits, y) < 2e-2
+    assert torch.equal(fastlinear.freeze(fast)(TOKENS).logits, y) and list(fast.state_dict()) == keys
+    assert not [n for n, p in fast.named_parameters() if p.dim() == 3]
+    assert torch.equal(copy.deepcopy(fast)(TOKENS).logits, y)
     fast = fastlinear.convert(model, tune="off")
     told = [m.generate(TOKENS, max_new_tokens=6, do_sample=False) for m in (model, fast)]
     assert torch.equal(*told)

@@ -164,7 +164,7 @@ print(peak / stock, (rss("VmRSS") - base) / stock, ((y - expected).norm() / expe
 
 @pytest.mark.parametrize(
     ("dtype", "most"),
-    [("float32", 1.05), ("bfloat16", 0.53), pytest.param("float16", 0.53, marks=pytest.mark.exhaustive)],
+    [("float32", 1.05), *(pytest.param(name, 0.53, marks=pytest.mark.exhaustive) for name in ("bfloat16", "float16"))],
 )
 def test_resident_memory(dtype: str, most: float) -> None:
     """In a fresh process with 240 MB of weights: converting and freezing in place peaks at most at 1.15 times the stock
@@ -173,7 +173,9 @@ def test_resident_memory(dtype: str, most: float) -> None:
     assert peak <= 1.15 and left <= most and error < 0.02
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1.05), ("bfloat16", 0.53)])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [pytest.param("float32", 1.05, marks=pytest.mark.exhaustive), ("bfloat16", 0.53)]
+)
 def test_resident_memory_of_a_model_that_ran(dtype: str, most: float) -> None:
     """The same is left where the model had packed its weights before."""
     _, left, error = measured(dtype, "ran")
@@ -673,6 +675,7 @@ def test_the_op_takes_panels(pairing: Pairing) -> None:
     torch.library.opcheck(torch.ops.fastlinear.unpack.default, (record.panels, *record.form))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @EVERY_LAYER
 def test_compile(transposed: bool, backend: str) -> None:
@@ -693,7 +696,7 @@ def test_compile(transposed: bool, backend: str) -> None:
         assert torch.equal(compiled(x), layer(x)) and compiled(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_compiled_code_follows_freeze_and_unfreeze(backend: str) -> None:
     """A model that was compiled before is right after."""
     torch._dynamo.reset()

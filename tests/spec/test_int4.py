@@ -53,6 +53,7 @@ def test_the_search_beats_plain_rounding(coding: Coding) -> None:
     assert float(ours.sum()) < (0.95 if coding.table else 0.99) * float(theirs.sum())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("group", "k"), [(16, 48), (32, 45), (64, 64), (256, 300)])
