@@ -19,16 +19,17 @@ from fastlinear.hf import prepare_generation  # noqa: E402
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 32, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 20, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None, "num_hidden_layers": 2,
+    "head_dim": 20, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None, "num_hidden_layers": 1,
 }  # fmt: skip
-_TWO: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 20}
+_TWO: dict[str, Any] = {**_SIZES, "num_hidden_layers": 2}
+_TURNS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 20}
 # With the graphs of prompts, tokens, and tokens of a full window; a prompt longer than that has one of its own.
 MODELS: dict[str, tuple[Any, int]] = {
     "llama": (lambda: transformers.LlamaConfig(**_SIZES), 2),
     "qwen2": (lambda: transformers.Qwen2Config(**_SIZES), 2),
-    "qwen3": (lambda: transformers.Qwen3Config(**_SIZES), 2),
-    "mistral": (lambda: transformers.MistralConfig(**_SIZES, sliding_window=8), 4),
-    "gemma3": (lambda: transformers.Gemma3TextConfig(**_SIZES, **_TWO, sliding_window=8), 4),
+    "qwen3": (lambda: transformers.Qwen3Config(**_TWO), 2),
+    "mistral": (lambda: transformers.MistralConfig(**_TWO, sliding_window=8), 4),
+    "gemma3": (lambda: transformers.Gemma3TextConfig(**_TWO, **_TURNS, sliding_window=8), 4),
     "mixtral": (lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=4), 2),
     "bloom": (
         lambda: transformers.BloomConfig(vocab_size=97, hidden_size=48, n_layer=1, n_head=6, eos_token_id=None),
@@ -132,7 +133,7 @@ def test_changes_of_the_model_are_seen() -> None:
     for change in (
         lambda: model.model.norm.weight.data.mul_(torch.linspace(-1, 1, 48)),
         lambda: setattr(model, "lm_head", torch.nn.Linear(48, 97, bias=False)),
-        lambda: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.Tanh()),
+        lambda: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.Tanh()),
         lambda: fastlinear.freeze(model),
         lambda: model.model.layers[0].register_forward_hook(lambda module, given, y: y * 2),
     ):
@@ -148,7 +149,7 @@ def test_changes_of_the_model_are_seen() -> None:
 def test_what_has_no_graph_runs_as_before(caplog: pytest.LogCaptureFixture) -> None:
     """A model whose numbers decide what it does generates without a graph, and a warning says why, once."""
     model = model_of("llama")
-    layer = model.model.layers[1]
+    layer = model.model.layers[0]
     plain = layer.forward
 
     def deciding(hidden_states: Any, **rest: Any) -> Any:
@@ -247,7 +248,7 @@ _NONE: dict[str, tuple[Any, str]] = {
         "its ALiBi is as long as the prompt, and not as a preallocated cache",
     ),
     "lfm2": (
-        lambda: transformers.Lfm2Config(**_SIZES, layer_types=["conv", "full_attention"]),
+        lambda: transformers.Lfm2Config(**_TWO, layer_types=["conv", "full_attention"]),
         "its cache has a LinearAttentionLayer, which cannot be preallocated",
     ),
     "t5": (
@@ -297,7 +298,7 @@ def test_tensors_that_a_model_keeps(caplog: pytest.LogCaptureFixture) -> None:
 def test_modules_that_change_in_every_call(caplog: pytest.LogCaptureFixture) -> None:
     """A model that is another one after each call is recorded no more after some, and told of."""
     model = model_of("llama")
-    layer = model.model.layers[1]
+    layer = model.model.layers[0]
     plain = layer.forward
 
     def counting(hidden_states: Any, **rest: Any) -> Any:
