@@ -306,8 +306,15 @@ def test_the_op(scheme: str, kind: str, freeze: bool, cast: torch.dtype | None) 
             assert torch.equal(compiled(each), expected)
 
 
-@every_scheme
+@pytest.mark.costly
 @pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(name, marks=[] if name in ("smoothed", "static u8", "weight-only") else [pytest.mark.exhaustive])
+        for name in SCHEMES
+    ],
+)
 def test_the_op_keeps_the_rules_of_operators(scheme: str, freeze: bool) -> None:
     """Schema, fake tensors, dispatch and gradients pass torch's own opcheck; with a weight that is no layer's, torch
     computes the layer's own numbers and gradients, within the rounding of fp32 sums."""

@@ -74,6 +74,7 @@ def no_compiled_code_from_before() -> None:
 # ---- the op itself ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K), (0, K)])
@@ -236,6 +237,7 @@ def test_vmap_of_every_pairing(pairing: Pairing, in_dims: tuple[int | None, ...]
     torch.testing.assert_close(y, torch.stack(loop).tanh(), rtol=4 * eps, atol=16 * eps)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["relu", "softplus"])
 @pytest.mark.parametrize("compiled", [False, True])
