@@ -24,13 +24,15 @@ template <class F>
   requires(F::gate)
 inline constexpr bool is_gate<F> = true;
 
-inline constexpr int kRowsAtOnce = 4;
+// For four rows in step AVX2 has too few registers, and its tiles have 6 rows or 3.
+template <class V>
+inline constexpr int kRowsAtOnce = V::width == 8 ? 3 : 4;
 
 // Has do_rows.operator()<n>(r) do the n rows from r on, until all are done.
-template <class DoRows>
+template <class V, class DoRows>
 [[gnu::always_inline]] inline void each_rows(std::ptrdiff_t rows, DoRows do_rows) {
   std::ptrdiff_t r = 0;
-  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) do_rows.template operator()<kRowsAtOnce>(r);
+  for (; r + kRowsAtOnce<V> <= rows; r += kRowsAtOnce<V>) do_rows.template operator()<kRowsAtOnce<V>>(r);
   for (; r < rows; ++r) do_rows.template operator()<1>(r);
 }
 
@@ -40,7 +42,7 @@ template <class V, class F, bool OneARow>
 [[gnu::always_inline]] inline void step_columns(const StepArgs& s, const float* params, std::ptrdiff_t c,
                                                 std::ptrdiff_t valid) {
   const V bias = load_bias<V>(s.bias, c, valid);
-  each_rows(s.rows, [&]<int N>(std::ptrdiff_t first) __attribute__((always_inline)) {
+  each_rows<V>(s.rows, [&]<int N>(std::ptrdiff_t first) __attribute__((always_inline)) {
     using Rows = Several<V, N>;
     const Rows x = Rows::each([&](int r) { return V::load(s.in + (first + r) * s.ld_in + c) + bias; });
     Rows y;
@@ -63,7 +65,7 @@ template <class V, class F>
 [[gnu::always_inline]] inline void gate_columns(const StepArgs& s, const float* params, std::ptrdiff_t c,
                                                 std::ptrdiff_t through, std::ptrdiff_t out, std::ptrdiff_t valid) {
   const V bias = load_bias<V>(s.bias, out, valid), bias_through = load_bias<V>(s.bias_through, out, valid);
-  each_rows(s.rows, [&]<int N>(std::ptrdiff_t first) __attribute__((always_inline)) {
+  each_rows<V>(s.rows, [&]<int N>(std::ptrdiff_t first) __attribute__((always_inline)) {
     using Rows = Several<V, N>;
     const float* const in = s.in + first * s.ld_in;
     const Rows gate = Rows::each([&](int r) { return V::load(in + r * s.ld_in + c) + bias; });
