@@ -106,12 +106,10 @@ struct TileColumns {
 // The lines that a tile will be finished with, which are fetched while its sums are made: rows of y are far apart, and
 // each line that is not there would be waited for; so are those of the first operand that has a number for each. None
 // where the tile does not go to rows side by side of one segment.
-inline Lines lines_of(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
+inline Lines lines_of(const Job& job, const Range& rows, const TileColumns& columns) {
   const Problem& p = job.p;
-  const TileColumns columns(job, group);
   if (!columns.one_segment || p.y_index != nullptr) return {};
   const Segment& y = p.y[columns.segment];
-  const Range rows = job.grid.rows_of(row_tile);
   const std::ptrdiff_t row = job.part.begin + rows.begin;
   const auto part = [&](const char* data, std::ptrdiff_t stride, std::ptrdiff_t column, Format format) {
     const std::ptrdiff_t element = element_bytes(format);
@@ -130,12 +128,10 @@ inline Lines lines_of(const Job& job, std::ptrdiff_t row_tile, std::ptrdiff_t gr
 
 // Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
 // then row by row what each segment has of it.
-inline void finish_tile(const Job& job, std::byte* tile, std::ptrdiff_t row_tile, std::ptrdiff_t group) {
+inline void finish_tile(const Job& job, std::byte* tile, const Range& rows, const TileColumns& columns) {
   using namespace finish_detail;
   const Problem& p = job.p;
-  const Range rows = job.grid.rows_of(row_tile);
   const std::ptrdiff_t ld = job.plan.kernel->columns(), halves = p.epilogue.gated ? 2 : 1;
-  const TileColumns columns(job, group);
   const std::ptrdiff_t column = columns.first, cols = columns.count;
   const std::size_t first = columns.segment;
   const auto y_at = [&](const Segment& to, std::ptrdiff_t row, std::ptrdiff_t at) {

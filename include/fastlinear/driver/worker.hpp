@@ -55,6 +55,7 @@ class Worker {
     const bool prefetches = tiles.size() > 1 || job.part.size() > kStreamingRows || slow;
 
     const bool finishes = job.partial == nullptr;
+    const TileColumns columns(job, u.group);
     const auto place = [&](std::ptrdiff_t t) {
       return memory + (keep ? t - tiles.begin : (t - tiles.begin) % kPlaces) * job.tile_bytes();
     };
@@ -79,8 +80,9 @@ class Worker {
                : weights + panel_offset(packed, block.end);
       const std::ptrdiff_t groups = round_up(a.k, kernel.layout.kr) / kernel.layout.kr;
       a.prefetch_stride = prefetches ? job.group_bytes / tiles.size() : 0;
+      Range rows{}, before{};  // of the tile at hand and of the last one
       for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t) {
-        const Range rows = job.grid.rows_of(t);
+        before = rows, rows = job.grid.rows_of(t);
         std::byte* const tile = place(t);
         a.rows = rows.size();
         a.a = job.x.rows.at(rows.begin, block.begin);
@@ -93,11 +95,11 @@ class Worker {
           a.beside = job.x.rows.at(rows.end, block.begin);
           a.beside_stride = rows.size() * a.lda * element_bytes(job.x.rows.format) / groups;
         }
-        a.lines = last && finishes ? lines_of(job, t, u.group) : Lines{};
+        a.lines = last && finishes ? lines_of(job, rows, columns) : Lines{};
         kernel.run(a);
-        if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), t - 1, u.group);
+        if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), before, columns);
       }
-      if (last && finishes) finish_tile(job, place(tiles.end - 1), tiles.end - 1, u.group);
+      if (last && finishes) finish_tile(job, place(tiles.end - 1), rows, columns);
       if (last) break;
     }
   }
