@@ -41,6 +41,8 @@ LIPSCHITZ: dict[str, Callable[..., float]] = {
     "softplus": lambda beta, threshold: 1.0,
     "mish": lambda: 1.0885,
 }
+# Of activations whose slope has no bound, the steepest one up to a value.
+STEEPEST_UP_TO: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda most: 2.0 * most.clamp_min(0.0)}
 
 # torch's own formulas, where those cancel even in fp64, rewritten so that they do not.
 STABLE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -195,10 +197,16 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
+def steepest(act: activations.Activation, most: Tensor) -> Tensor | float:
+    """The steepest slope of an activation up to these values."""
+    grows = STEEPEST_UP_TO.get(act.name)
+    return LIPSCHITZ[act.name](*act.params) if grows is None else grows(most)
+
+
 def _through_activation(act: activations.Activation | None, c: Tensor, want: Tensor, error: Tensor) -> Tensor:
     if act is None:
         return error
-    spread = LIPSCHITZ[act.name](*act.params) * error
+    spread = steepest(act, c + error) * error
     if act.name == "softplus":  # torch's switch to the identity at x * beta > threshold is a step
         beta, threshold = act.params
         near = (c * beta - threshold).abs() <= abs(beta) * error + 4 * UNIT * abs(threshold)

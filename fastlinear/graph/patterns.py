@@ -31,7 +31,7 @@ from fastlinear.graph.capture import (
 from fastlinear.graph.norms import offset_rms_norm
 from fastlinear.layer.form import Form
 from fastlinear.spec import programs
-from fastlinear.spec.activations import Activation, quick_gelu
+from fastlinear.spec.activations import Activation, quick_gelu, relu2
 from fastlinear.spec.programs import Step
 
 _COMMUTATIVE = {"add", "mul"}
@@ -105,6 +105,8 @@ COMPOSITES = (
     ),
     Composite("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), _one(quick_gelu)),
     Composite("silu", lambda x: x * torch.sigmoid(x), _one(F.silu)),
+    Composite("relu2", lambda x: torch.square(F.relu(x)), _one(relu2)),
+    Composite("relu2", lambda x: torch.pow(F.relu(x), 2), _one(relu2)),
     Composite("mish", lambda x: x * torch.tanh(F.softplus(x)), _one(F.mish)),
     Composite("rms_norm", _offset_rms, _offset_rms_norm),
     Composite("rms_norm", _offset_rms_of_16_bits, _offset_rms_norm),
@@ -165,16 +167,24 @@ def _match(p: Any, v: Any, bindings: dict[fx.Node, Any]) -> dict[fx.Node, Any] |
         return bindings if bindings[p] is v else None
     if p.op == "placeholder":
         return {**bindings, p: v}
-    if not isinstance(v, fx.Node) or op_of(p) != op_of(v) or len(p.args) != len(v.args) or {*p.kwargs} != {*v.kwargs}:
+    if not isinstance(v, fx.Node) or op_of(p) != op_of(v) or len(p.args) != len(v.args):
+        return None
+    named, given = _keywords(p), _keywords(v)
+    if {*named} != {*given}:
         return None
     orders = [v.args, v.args[::-1]] if op_of(p) in _COMMUTATIVE else [v.args]
     for args in orders:
         found: dict[fx.Node, Any] | None = {**bindings, p: v}
-        for mine, theirs in zip((*p.args, *p.kwargs.values()), (*args, *(v.kwargs[k] for k in p.kwargs)), strict=True):
+        for mine, theirs in zip((*p.args, *named.values()), (*args, *(given[k] for k in named)), strict=True):
             found = None if found is None else _match(mine, theirs, found)
         if found is not None:
             return found
     return None
+
+
+def _keywords(node: fx.Node) -> dict[str, Any]:
+    """But for what some spellings of an activation say and others leave out."""
+    return {name: value for name, value in node.kwargs.items() if not (name == "inplace" and value is False)}
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -49,8 +49,8 @@ class FastExperts(ExpertsModule, Experts):
     """The experts of a mixture: y[t] = sum_j w[t, j] * (gate(x[t] U_e^T + b_e) D_e^T + c_e), e = ids[t, j].
 
     experts: how many there are; features: in and out; hidden: what the gate makes.
-    activation: that of the gate, "silu" (SwiGLU), "gelu", "gelu_tanh", "relu", "sigmoid", or ("swiglu_oai", alpha,
-        limit), gpt-oss's, or ("swiglu_limited", limit), DeepSeek V4's.
+    activation: that of the gate, "silu" (SwiGLU), "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", or ("swiglu_oai",
+        alpha, limit), gpt-oss's, or ("swiglu_limited", limit), DeepSeek V4's.
     packed, accumulate, quantize, products: as `dtype`, `accumulate` ... of `convert`.
 
     Called as experts(x, ids, weights): x [tokens, features], ids int64 [tokens, top_k], weights [tokens, top_k], of

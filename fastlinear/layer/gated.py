@@ -18,7 +18,8 @@ _OF_ACTIVATION = {activation: gate for gate, activation in programs.GATES.items(
 class FastGatedLinear(FastLinear):
     """y = activation(x Wg^T + bg) * (x Wu^T + bu), the first half of a gated MLP (Shazeer 2020, arXiv:2002.05202).
 
-    activation: "silu" (SwiGLU), if none is given, "gelu" or "gelu_tanh" (GeGLU), "relu" (ReGLU), "sigmoid" (GLU).
+    activation: "silu" (SwiGLU), if none is given, "gelu" or "gelu_tanh" (GeGLU), "relu" (ReGLU), "relu2",
+        "sigmoid" (GLU).
     Input [..., in_features], output [..., out_features]. `weight` is [2 * out_features, in_features], the gate's rows
     first, and so is `bias`: that of one linear layer whose output is cut by chunk(2, -1). A pack has the channels in
     turns, so that a tile holds a gate and what it lets through, and half as many columns are written. All else is as in

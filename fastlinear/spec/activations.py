@@ -43,6 +43,11 @@ def quick_gelu(y: Tensor) -> Tensor:
     return y * torch.sigmoid(1.702 * y)
 
 
+def relu2(y: Tensor) -> Tensor:
+    """The square of relu (So et al. 2021, arXiv:2109.08668), Nemotron's and BitNet's; torch has no function for it."""
+    return torch.relu(y).square()
+
+
 _DEFINITIONS: dict[str, _Definition] = {
     "relu": _Definition(torch.relu, (F.relu, torch.relu_, F.relu_), _nn("ReLU")),
     "relu6": _Definition(F.relu6, (), _nn("ReLU6")),
@@ -64,6 +69,7 @@ _DEFINITIONS: dict[str, _Definition] = {
     "elu": _Definition(F.elu, (F.elu_,), _nn("ELU"), {"alpha": 1.0}),
     "softplus": _Definition(F.softplus, (), _nn("Softplus"), {"beta": 1.0, "threshold": 20.0}),
     "mish": _Definition(F.mish, (), _nn("Mish") + _hf("MishActivation")),
+    "relu2": _Definition(relu2, (), _hf("ReLUSquaredActivation")),
 }
 _aten = torch.ops.aten
 
@@ -90,6 +96,7 @@ _SLOPES: dict[str, Callable[..., Tensor]] = {
     "elu": lambda g, y, alpha: _aten.elu_backward(g, alpha, 1.0, 1.0, False, y),
     "softplus": _aten.softplus_backward,
     "mish": _aten.mish_backward,
+    "relu2": lambda g, y: _aten.threshold_backward(g * (2 * torch.relu(y)), y, 0.0),
 }
 _NAME_OF_CLASS = {cls: name for name, definition in _DEFINITIONS.items() for cls in definition.modules}
 _NAME_OF_FUNCTION = {

@@ -35,6 +35,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 GATES = {
     "glu": Activation("sigmoid"),
     "reglu": Activation("relu"),
+    "reglu2": Activation("relu2"),
     "geglu": Activation("gelu"),
     "geglu_tanh": Activation("gelu_tanh"),
     "swiglu": Activation("silu"),

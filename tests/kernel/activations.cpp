@@ -81,6 +81,7 @@ const Case kCases[] = {
     {"softplus", {0.3f, 5}, softplus},
     {"softplus", {-1.1f, 200}, softplus},
     {"mish", {}, [](double x, const float*) { return mish(x); }},
+    {"relu2", {}, [](double x, const float*) { return x < 0 ? 0 : x * x; }},
 };
 
 std::string label(const Case& c) {

@@ -90,7 +90,7 @@ def test_gates(kernel: Kernel) -> None:
     dtypes = kernel["dtypes"][0]
     integers = dtypes.weight is torch.int8
     gates_of_all = [(name, ()) for name in programs.GATES] + [("swiglu_oai", (1.5, 2.0)), ("swiglu_limited", (1.0,))]
-    sizes = zip((1, 7, 16, 45, 83, 21, 40), (1, 3, 1, 2, 1, 1, 2), strict=True)
+    sizes = zip((1, 7, 16, 45, 83, 21, 40, 33), (1, 3, 1, 2, 1, 1, 2, 1), strict=True)
     for (name, params), (columns, k_slices) in zip(gates_of_all, sizes, strict=True):
         x = torch.randn(M, K).to(dtypes.x)
         w = torch.randint(-9, 9, (2 * columns, K), dtype=torch.int8) if integers else torch.randn(2 * columns, K)

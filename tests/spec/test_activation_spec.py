@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import QuickGELUActivation
+from transformers.activations import QuickGELUActivation, ReLUSquaredActivation
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec import activations
@@ -30,6 +30,7 @@ MODULES: dict[str, tuple[nn.Module, tuple[float, ...], tuple[float, ...]]] = {
     "elu": (nn.ELU(0.7), (0.7,), (1.0,)),
     "softplus": (nn.Softplus(2.0, 10.0), (2.0, 10.0), (1.0, 20.0)),
     "mish": (nn.Mish(), (), ()),
+    "relu2": (ReLUSquaredActivation(), (), ()),
 }
 
 
@@ -140,8 +141,8 @@ def test_transformers_activations() -> None:
     tanh_forms = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
     assert {found[name] for name in tanh_forms} == {Activation("gelu_tanh")}
     assert {found[name] for name in ("gelu", "gelu_python")} == {Activation("gelu")}
-    assert found["quick_gelu"] == Activation("quick_gelu")
-    assert [found[name] for name in ("gelu_10", "relu2", "laplace", "linear", "prelu")] == [None] * 5
+    assert found["quick_gelu"] == Activation("quick_gelu") and found["relu2"] == Activation("relu2")
+    assert [found[name] for name in ("gelu_10", "laplace", "linear", "prelu")] == [None] * 4
 
 
 @pytest.mark.parametrize("name", activations.names())

@@ -16,6 +16,7 @@
 #include "fastlinear/epilogues/mish.hpp"
 #include "fastlinear/epilogues/quick_gelu.hpp"
 #include "fastlinear/epilogues/relu.hpp"
+#include "fastlinear/epilogues/relu2.hpp"
 #include "fastlinear/epilogues/relu6.hpp"
 #include "fastlinear/epilogues/sigmoid.hpp"
 #include "fastlinear/epilogues/silu.hpp"
@@ -34,13 +35,13 @@ struct FunctionList {
   static constexpr Step steps[] = {epilogues::step<V, F>...};
 };
 
-using Functions =
-    FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Add, epilogues::Relu6, epilogues::Gelu,
-                 epilogues::GeluTanh, epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh, epilogues::Hardswish,
-                 epilogues::Hardsigmoid, epilogues::Hardtanh, epilogues::LeakyRelu, epilogues::Elu, epilogues::Softplus,
-                 epilogues::Mish, epilogues::QuickGelu, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min,
-                 epilogues::Max, epilogues::Glu, epilogues::Reglu, epilogues::Geglu, epilogues::GegluTanh,
-                 epilogues::Swiglu, epilogues::SwigluOai, epilogues::SwigluLimited>;
+using Functions = FunctionList<epilogues::Identity, epilogues::Relu, epilogues::Add, epilogues::Relu6, epilogues::Gelu,
+                               epilogues::GeluTanh, epilogues::Silu, epilogues::Sigmoid, epilogues::Tanh,
+                               epilogues::Hardswish, epilogues::Hardsigmoid, epilogues::Hardtanh, epilogues::LeakyRelu,
+                               epilogues::Elu, epilogues::Softplus, epilogues::Mish, epilogues::QuickGelu,
+                               epilogues::Relu2, epilogues::Sub, epilogues::Mul, epilogues::Div, epilogues::Min,
+                               epilogues::Max, epilogues::Glu, epilogues::Reglu, epilogues::Reglu2, epilogues::Geglu,
+                               epilogues::GegluTanh, epilogues::Swiglu, epilogues::SwigluOai, epilogues::SwigluLimited>;
 
 static_assert(Functions::table[kIdentity].name == epilogues::Identity::name);
 static_assert(Functions::table[kRelu].name == epilogues::Relu::name);

@@ -6,6 +6,7 @@
 #include "fastlinear/epilogues/gelu.hpp"
 #include "fastlinear/epilogues/gelu_tanh.hpp"
 #include "fastlinear/epilogues/relu.hpp"
+#include "fastlinear/epilogues/relu2.hpp"
 #include "fastlinear/epilogues/sigmoid.hpp"
 #include "fastlinear/epilogues/silu.hpp"
 
@@ -31,6 +32,9 @@ struct Glu : Gate<Sigmoid> {
 };
 struct Reglu : Gate<Relu> {
   static constexpr const char* name = "reglu";
+};
+struct Reglu2 : Gate<Relu2> {
+  static constexpr const char* name = "reglu2";
 };
 struct Geglu : Gate<Gelu> {
   static constexpr const char* name = "geglu";
