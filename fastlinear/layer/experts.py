@@ -113,7 +113,9 @@ def dtype_of(module: Any) -> torch.dtype:
 
 def is_transposed(module: Any) -> bool:
     """Whether experts are held as [in, out]."""
-    return bool(module._form.transposed if is_fast_experts(module) else getattr(module, "is_transposed", False))
+    if is_fast_experts(module):
+        return bool(module._form.transposed)
+    return bool(getattr(module, "is_transposed", False)) or mixture.takes_blocks(type(module))
 
 
 def are_experts(module: nn.Module) -> bool:

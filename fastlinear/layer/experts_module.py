@@ -126,6 +126,8 @@ class ExpertsModule(Plannable, Freezable):
     ) -> Tensor:
         ids = router_indices if top_k_index is None else top_k_index
         weights = routing_weights if top_k_weights is None else top_k_weights
+        if self._blocks:
+            ids, weights = self._in_blocks(hidden_states)
         if torch.compiler.is_dynamo_compiling():
             if torch.compiler.is_exporting():
                 return self.in_torch(hidden_states, ids, weights, dense=True)
@@ -148,6 +150,16 @@ class ExpertsModule(Plannable, Freezable):
         if why in (_reasons.TRAINING, "FASTLINEAR_DISABLE"):
             return self.in_training(hidden_states, ids, weights)
         return self.in_torch(hidden_states, ids, weights, dense=_modes.watched())
+
+    @property
+    def _blocks(self) -> bool:
+        return self._stock is not None and mixture.takes_blocks(self._stock)
+
+    def _in_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whose rows are whose, where each expert is handed its own. Zeros are nobody's, and stay zeros."""
+        own = torch.arange(len(x), device=x.device) // max(1, len(x) // self.count)
+        ids = torch.where(x.any(-1), own, self.count)
+        return ids[:, None], x.new_ones(len(x), 1)
 
     def _why_elsewhere(self, x: Any, ids: Any, weights: Any) -> str | None:
         """Why the kernels do not answer a call, in a few words; None where they may."""
@@ -244,7 +256,8 @@ class ExpertsModule(Plannable, Freezable):
         """What the module computed before it was fast, of its plain parameters."""
         if self._frozen_experts is not None:
             return self.in_torch(x, ids, weights)
-        return self._stock.forward(self, x, ids, weights)  # type: ignore[no-any-return]
+        given = (x,) if self._blocks else (x, ids, weights)
+        return self._stock.forward(self, *given)  # type: ignore[no-any-return]
 
     # ---- what is saved of it, and what changes it ----
 

@@ -15,12 +15,19 @@ from fastlinear.spec.experts import Form
 from fastlinear.spec.precision import Wanted
 
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"  # parameters: of the first product, one of them; of the second
+_BLOCKS = {"transformers.models.llama4.modeling_llama4.Llama4TextExperts"}
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
 
 def names_of(module: nn.Module) -> tuple[str, str]:
     """Of the parameters of both products."""
     return next(name for name in FIRST if name in module._parameters), SECOND
+
+
+def takes_blocks(kind: type) -> bool:
+    """Whether experts of a class take rows alone, [experts * T, K], the first T those of the first expert, most of them
+    zeros: all tokens times what the router makes of them. Their weights are [in, out], and their gates in halves."""
+    return f"{kind.__module__}.{kind.__qualname__}" in _BLOCKS
 
 
 def why_unread(weight: Any, name: str, bias: Tensor | None) -> str | None:
@@ -63,31 +70,42 @@ def form_of(module: Any) -> Form | str:
     """How a module of transformers' holds its experts and what they compute; or why it cannot have a fast twin, in a
     few words."""
     kind = type(module).__name__
-    if not all(flag in vars(module) for flag in _FLAGS) or not hasattr(type(module).forward, "__wrapped__"):
+    blocks = takes_blocks(type(module))
+    if not blocks and not _is_handed(module):
         return f"{kind} is no class of experts that transformers hands to an implementation"
     if not runs_its_own(module, "forward"):
         return "its forward was replaced by one that knows nothing of kernels: convert first, then replace it"
-    if module.has_post_expert_norm:
+    if vars(module).get("has_post_expert_norm"):
         return "each of its experts is followed by a norm"
     if vars(module).get("_is_expert_parallel"):
         return "its experts are spread over processes"
     program = _program_of(module)
     if program is None:
         return "its experts have an activation that is none of fastlinear's"
+    if blocks:
+        return Form(program, transposed=True)
     interleaved = module.has_gate and not module.is_concatenated
     return Form(program, transposed=bool(module.is_transposed), interleaved=interleaved)
 
 
+def _is_handed(module: Any) -> bool:
+    return all(flag in vars(module) for flag in _FLAGS) and hasattr(type(module).forward, "__wrapped__")
+
+
 def _program_of(module: Any) -> Activation | None:
     """What its experts compute between their products, found by trying; None where that is nothing that kernels do."""
-    interleaved = not module.is_concatenated
     grid = torch.linspace(-12.0, 12.0, 97, dtype=torch.float32, device="cpu")
     gate, through = (t.flatten()[None] for t in torch.meshgrid(grid, grid, indexing="ij"))
     halves = torch.cat([gate, through], -1)
-    given = torch.stack([gate, through], -1).flatten(-2) if interleaved else halves
     try:
         with torch.no_grad():
-            found = module._apply_gate(given) if module.has_gate else module.act_fn(halves)
+            if takes_blocks(type(module)):
+                found = module.act_fn(gate) * through
+            elif not module.has_gate:
+                found = module.act_fn(halves)
+            else:
+                interleaved = torch.stack([gate, through], -1).flatten(-2)
+                found = module._apply_gate(halves if module.is_concatenated else interleaved)
     except Exception:  # whatever the code of others raises
         return None
     for program in _candidates(module):
@@ -98,7 +116,7 @@ def _program_of(module: Any) -> Activation | None:
 
 
 def _candidates(module: Any) -> list[Activation]:
-    if not module.has_gate:
+    if not getattr(module, "has_gate", True):
         return [Activation(name) for name in activations.names() if activations.parameters_of(name) == 0]
     limits, alphas = (_numbers(module, name) for name in ("limit", "alpha"))
     limited = [Activation("swiglu_limited", (limit,)) for limit in limits]

@@ -148,7 +148,8 @@ def _count_pairs(
 ) -> None:
     """Adds what an expert does with a row, for each pair of a token and one of its experts."""
     ids = [each for each in (*arguments, *named.values()) if isinstance(each, Tensor) and each.dtype is torch.int64]
-    counted[0] += work * ids[0].numel() if ids else 0
+    rows = arguments[0] if arguments else next(iter(named.values()))
+    counted[0] += work * (ids[0].numel() if ids else rows.numel() // rows.shape[-1])  # where each is handed its own
 
 
 def _of(model: nn.Module, names: set[str]) -> Iterator[str]:

@@ -109,6 +109,42 @@ def test_compiled() -> None:
     assert not any(mixture._elsewhere for mixture in mixtures(fast))
 
 
+@torch.no_grad()
+def test_experts_that_are_handed_their_rows() -> None:
+    """Llama 4's, of which each is given every token, most of them as zeros, which kernels do not multiply: the same
+    logits and text, frozen and compiled, too, and the same gradients."""
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 56, "intermediate_size_mlp": 40, "head_dim": 12, "num_local_experts": 4}
+    config = transformers.Llama4TextConfig(**COMMON, **sizes, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    for mixture in mixtures(model):
+        for weight in mixture.parameters():
+            weight.normal_(0.0, 0.2)
+    want = model(TOKENS).logits
+    for quantize, most in ERRORS.items():
+        fast = fastlinear.convert(model, quantize=quantize, tune="off")
+        y = fast(TOKENS).logits
+        assert error(y, want) < most and all(map(experts.is_fast_experts, mixtures(fast)))
+        assert torch.equal(copy.deepcopy(fastlinear.freeze(fast))(TOKENS).logits, y)
+        assert not any(mixture._elsewhere for mixture in mixtures(fast))
+        assert torch.equal(fastlinear.unconvert(fast)(TOKENS).logits, want) or quantize is not None
+    fast = fastlinear.convert(model, tune="off")
+    share = fastlinear.report(fast, (TOKENS,)).share
+    assert share is not None and share.fast_multiply_adds is not None and share.multiply_adds is not None
+    assert share.fast_weights > 0.9 * share.weights and share.fast_multiply_adds > 0.8 * share.multiply_adds
+    assert error(torch.compile(fast, backend="fastlinear")(TOKENS).logits, want) < 1e-5
+    given = torch.randn(4 * 6, 48) * (torch.arange(24) % 5 < 2)[:, None]
+    with torch.enable_grad():
+        grads = []
+        for each in (model, fast, fast.train()):
+            x = given.clone().requires_grad_()
+            mixtures(each)[0](x).square().sum().backward()
+            grads.append((x.grad, mixtures(each)[0].down_proj.grad.clone()))
+            each.zero_grad()
+    for ours in grads[1:]:
+        torch.testing.assert_close(ours, grads[0], rtol=1e-4, atol=1e-4)
+
+
 FLAGS = list(itertools.product((False, True), repeat=4))
 
 
