@@ -102,7 +102,7 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
     attention = {name: m for name, m in stock.named_modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in attention.items():
         ahead = f"{name}." if name else ""  # in a graph the first is no layer
-        wanted = [part for part in ("in_proj", "out_proj") if {ahead + part, f"{ahead}{part}_weight"} & fast]
+        wanted = [part for part in _PROJECTIONS if {ahead + part, f"{ahead}{part}_weight"} & fast]
         module.register_forward_pre_hook(functools.partial(_count_projections, counted, wanted), with_kwargs=True)
     for name in _of(stock, fast):
         if name.removesuffix("out_proj").rstrip(".") in attention:
@@ -133,14 +133,25 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
     return found._replace(multiply_adds=total, fast_multiply_adds=counted[0])
 
 
+# Of torch's attention, by the rows that they multiply: the last three where keys and values have widths of their own.
+_PROJECTIONS = {
+    "in_proj": ("query", "key", "value"),
+    "out_proj": ("query",),
+    "q_proj": ("query",),
+    "k_proj": ("key",),
+    "v_proj": ("value",),
+}
+
+
 def _count_projections(
     counted: list[int], wanted: list[str], module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]
 ) -> None:
     """Adds those of query, key, value and output of torch's attention, which multiplies without calling a layer."""
     given = {**dict(zip(("query", "key", "value"), arguments, strict=False)), **named}
-    rows = [given[name].numel() // given[name].shape[-1] for name in ("query", "key", "value")]
-    of_parts = {"in_proj": sum(rows), "out_proj": rows[0]}
-    counted[0] += sum(of_parts[part] for part in wanted) * module.embed_dim**2
+    rows = {name: given[name].numel() // given[name].shape[-1] for name in ("query", "key", "value")}
+    widths = {"query": module.embed_dim, "key": module.kdim, "value": module.vdim}
+    read = [name for part in wanted for name in _PROJECTIONS[part]]
+    counted[0] += sum(rows[name] * widths[name] for name in read) * module.embed_dim
 
 
 def _count_pairs(

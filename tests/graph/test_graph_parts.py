@@ -254,6 +254,18 @@ def test_a_decoder_runs_on_packed_rows() -> None:
     assert "16 x 16" in told
 
 
+def test_attention_to_keys_of_another_width_counts_all_its_projections() -> None:
+    """Its three weights run fast, and each by the rows that it reads."""
+    model = nn.MultiheadAttention(16, 2, kdim=8, vdim=24, batch_first=True).eval()
+    given = torch.randn(2, 5, 16), torch.randn(2, 7, 8), torch.randn(2, 7, 24)
+    fast = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*given)[0], model(*given)[0], rtol=1e-5, atol=1e-5)
+    found = fastlinear.report(fast, given).share
+    assert found is not None and found.fast_weights == found.weights
+    assert found.fast_multiply_adds == 2 * (5 * 2 * 16**2 + 7 * 16 * (8 + 24))
+
+
 @pytest.mark.parametrize("given", [{"dtype": torch.bfloat16}, {"quantize": fastlinear.Int8Dynamic()}])
 def test_rows_are_rounded_like_weights(given: dict[str, Any]) -> None:
     """Those of attention's weight as those of a layer; others only where users ask for it."""
