@@ -10,6 +10,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -237,23 +238,30 @@ def expand(graph: fx.Graph, node: fx.Node) -> list[fx.Node] | str | None:
         return reason
     if any(user.target is not operator.getitem for user in node.users) and row.outputs > 1:
         return "its outputs are not taken apart"
-    before = set(graph.nodes)
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    with graph.inserting_before(node):
-        proxy: Any = functools.partial(fx.Proxy, tracer=tracer)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), proxy)
-        result = row.plain(*args, **kwargs)
+    result, parts = spelled_out(graph, node, row.plain, node.args, node.kwargs)
     for user in list(node.users) if row.outputs > 1 else ():  # operator.getitem
         _replace(graph, user, result[user.args[1]])
     if row.outputs == 1:
         _replace(graph, node, result)
     else:
         graph.erase_node(node)
+    return parts
+
+
+def spelled_out(
+    graph: fx.Graph, node: fx.Node, plain: Callable[..., Any], args: Any, kwargs: Any = MappingProxyType({})
+) -> tuple[Any, list[fx.Node]]:
+    """plain(*args, **kwargs) of nodes, put before a node, as what that module runs: what it returns, and its nodes."""
+    before = set(graph.nodes)
+    proxy: Any = functools.partial(fx.Proxy, tracer=fx.proxy.GraphAppendingTracer(graph))
+    with graph.inserting_before(node):
+        given, named = fx.map_arg((args, dict(kwargs)), proxy)
+        result = plain(*given, **named)
     parts = [each for each in graph.nodes if each not in before]
     for part in parts:  # so that layers are still chosen by the classes that they lie in
-        part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
+        part.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
         _trace(part)
-    return parts
+    return result, parts
 
 
 def _trace(node: fx.Node) -> None:

@@ -212,6 +212,16 @@ class Product:
     nodes: list[fx.Node] = field(default_factory=list)  # all that it stands for, the root last
     operands: tuple[fx.Node, ...] = ()
 
+    def with_bias_added(self) -> Product | None:
+        """The product without a bias, whose first step adds it as an operand, for one that is computed in each call;
+        None where that is another thing."""
+        y, bias = example(self.root), example(self.bias)
+        fit = y is not None and bias is not None and bias.dtype is y.dtype and bias.dim() == 1 and _is_dense(bias)
+        if not fit or self.form is not None or self.operands or self.activation is not None:
+            return None
+        program = programs.spelled([Step("add", operand=0)])
+        return replace(self, bias=None, activation=program, operands=(self.bias,))  # type: ignore[arg-type]
+
     def absorbed(self, node: fx.Node, step: Step, operand: fx.Node | None = None) -> Product | None:
         """The product with one step more, whose operand is the value of a node; None where a program has no room, or
         ends in integers."""
@@ -262,12 +272,23 @@ def _addmm(node: fx.Node) -> Product | None:
 
 
 def _matmul(node: fx.Node) -> Product | None:
-    """x @ weight.T, whose bias is an operand of the next step."""
+    """x @ weight.T, or x @ weight of a parameter [K, N]; a bias is an operand of the next step."""
     if node.kwargs or len(node.args) != 2:
         return None
-    x, turned = _any(node.args)
-    weight = _turned(turned)
-    return None if weight is None else _checked(Product(node, x, weight, None, nodes=[node]))
+    x, given = _any(node.args)
+    turned = _turned(given)
+    if turned is None and not _is_given(given):
+        return None
+    weight = given if turned is None else turned
+    return _checked(Product(node, x, weight, None, transposed=turned is None, nodes=[node]))
+
+
+def _is_given(node: Any) -> bool:
+    """Whether a node is a matrix that the graph is given, or rows of one, and nothing that it computes."""
+    if not isinstance(node, fx.Node) or not (node.op in ("placeholder", "get_attr") or is_part(node)):
+        return False
+    shape = example(node)
+    return shape is not None and shape.dim() == 2
 
 
 def _turned(node: Any) -> fx.Node | None:
@@ -373,27 +394,40 @@ def _has_sibling(product: Product) -> bool:
 _GATES = {activation: gate for gate, activation in programs.GATES.items()}
 
 
-def _gate(capture: Capture, product: Product, node: fx.Node) -> Product | None:
-    """gate, up = y.chunk(2, -1); activation(gate) * up, each read there alone."""
-    y = example(product.root)
+def halves_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Both halves of y.chunk(2, -1), of which each is read once."""
+    y = example(node.args[0]) if node.args else None
     given: dict[str, Any] = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | node.kwargs
-    if op_of(node) != "chunk" or product.activation is not None or y is None or product.transposed:
+    if op_of(node) != "chunk" or y is None or given.get("chunks") != 2:
         return None
-    if given.get("chunks") != 2 or given.get("dim", 0) not in (-1, y.dim() - 1) or not same_size(y.shape[-1] % 2, 0):
+    if given.get("dim", 0) not in (-1, y.dim() - 1) or not same_size(y.shape[-1] % 2, 0):
         return None
     halves: dict[Any, fx.Node] = {half.args[1]: half for half in node.users if op_of(half) == "getitem"}
     if len(node.users) != 2 or {*halves} != {0, 1} or any(len(half.users) != 1 for half in halves.values()):
         return None
-    (opened,) = halves[0].users
-    activation = activation_of(opened) if opened.args[:1] == (halves[0],) else None
+    return halves[0], halves[1]
+
+
+def opened_by(gate: fx.Node, through: fx.Node) -> tuple[str, list[fx.Node]] | None:
+    """The gate that two nodes, which are read once, are: its name, and the activation and the product that it is made
+    of; None where they are none."""
+    (opened,) = gate.users
+    activation = activation_of(opened) if opened.args[:1] == (gate,) else None
     (last,) = opened.users if len(opened.users) == 1 else (None,)
     if activation not in _GATES or last is None or op_of(last) != "mul" or last.kwargs:
         return None
-    if {*last.args} != {opened, halves[1]} or (product.form is not None and product.form.layout):
+    return (_GATES[activation], [opened, last]) if {*last.args} == {opened, through} else None
+
+
+def _gate(capture: Capture, product: Product, node: fx.Node) -> Product | None:
+    """gate, up = y.chunk(2, -1); activation(gate) * up, each read there alone."""
+    halves = halves_of(node) if product.activation is None and not product.transposed else None
+    found = None if halves is None else opened_by(*halves)
+    if halves is None or found is None or (product.form is not None and product.form.layout):
         return None  # a frozen weight has its channels in another order
-    between = [node, halves[0], halves[1], opened]
-    grown = product.absorbed(last, Step(_GATES[activation]))
-    return None if grown is None else replace(grown, nodes=[*product.nodes, *between, last])
+    gate, (opened, last) = found
+    grown = product.absorbed(last, Step(gate))
+    return None if grown is None else replace(grown, nodes=[*product.nodes, node, *halves, opened, last])
 
 
 class Gate(NamedTuple):

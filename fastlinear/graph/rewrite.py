@@ -19,6 +19,7 @@ from torch import fx
 
 import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
+import fastlinear.graph.halves as halves
 import fastlinear.graph.masks as masks
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
@@ -54,6 +55,7 @@ class Rewriter:
         self._drop_idle()
         if self.options.fuse:
             self._join_composites()
+            halves.part(self.capture, self.story)
         parts.cut(self.capture, self.story)
         self._number()
         taken: list[tuple[Product, Spec, Operator]] = []
@@ -143,7 +145,10 @@ class Rewriter:
         if product.bias is not None:
             bias = self.capture.values.get(product.bias)
             if bias is None:
-                return "its bias is no parameter of a module"
+                added = product.with_bias_added()
+                if added is None:
+                    return "its bias is no parameter of a module"
+                product = added
         node = product.nodes[0]
         name, classes = self.capture.name_of(node, product.weight), list(self.capture.classes_of(node))
         form, asked = product.form, self.options.asked

@@ -126,7 +126,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
             fast |= {*each.parts} or {each.name.partition(" (")[0]}  # a third of a layer
             for name, part in each.cut:
                 cut[name].update(part)
-    fast |= {name for name, part in cut.items() if len(part) == len(whole.get_parameter(name))}
+    whole_ones = {name for name, part in cut.items() if len(part) == len(whole.get_parameter(name))}
+    fast |= whole_ones | {name.removesuffix(".weight") for name in whole_ones}
     told = splits.notes(rows.items())
     noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
     mixtures = [row for layer, names in expert_layers(whole).items() for row in describe_experts(names[0], layer)]

@@ -58,6 +58,14 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
     found: dict[Any, Running] = {}
     for layer, (name, *_) in linear_layers(model).items():
         known, weights = placed.get(id(_held(layer)), (None, ()))
+        pieces = {} if known is not None else cut.get(id(_held(layer)), {})
+        if pieces and sum(map(len, pieces)) == len(_held(layer)):  # the halves of a gate
+            of_pieces = [each for each, _ in pieces.values()]
+            if any(each is not of_pieces[0] for each in of_pieces):
+                continue  # they come below
+            found[of_pieces[0]] = Running(of_pieces[0], name, (name,), True)
+            del cut[id(_held(layer))]
+            continue
         if layer in apart and known is None:
             found.update({each.layer: each for each in apart[layer]})
             if not layer.plans:

@@ -73,6 +73,8 @@ SPELLED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "addmm T": lambda m, x: torch.addmm(m.a.bias, x[0], m.a.weight.T),
     "addmm of a view": lambda m, x: m.a.bias.addmm(x.view(-1, 8), m.a.weight.mT).view(x.shape),
     "the bias after it": lambda m, x: x @ m.a.weight.T + m.a.bias,
+    "@": lambda m, x: torch.matmul(x, m.a.weight),
+    "@ and @ T": lambda m, x: x @ m.a.weight.T @ m.a.weight,
     "called twice": lambda m, x: (x @ m.a.weight.T).relu() @ m.a.weight.T,
 }
 
@@ -80,8 +82,8 @@ SPELLED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", SPELLED)
 @pytest.mark.parametrize("rounded", [False, True])
 def test_products_by_a_turned_weight_are_linear_layers(name: str, rounded: bool) -> None:
-    """x @ weight.T runs on the pack of the weight, which is rounded as that of a layer would be, and takes what
-    follows it."""
+    """x @ weight.T, and x @ weight, run on the pack of the weight, which is rounded as that of a layer would be, and
+    takes what follows it."""
     model, x = Net(lambda m, x: SPELLED[name](m, x).relu()), torch.randn(2, 5, 8)
     fast = compiled(model, dtype=torch.bfloat16) if rounded else check(model)
     if rounded:
@@ -91,6 +93,20 @@ def test_products_by_a_turned_weight_are_linear_layers(name: str, rounded: bool)
     told = {(node.outcome, node.op) for node in nodes(fast) if node.op not in views}
     assert {outcome for outcome, _ in told} == {"fast", "fused"} and ("fused", "relu") in told
     assert all(row.decision == "fast" for row in fastlinear.report(fast) if row.name.startswith("a"))
+
+
+COMPUTED: dict[str, Callable[[Any], Tensor]] = {
+    "a part": lambda m: torch.cat([m.b.bias[:4], torch.zeros(4)]),
+    "a sum": lambda m: m.a.bias + m.b.bias,
+    "one number": lambda m: m.a.bias[:1] * 2,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_bias_that_is_computed_is_added(name: str) -> None:
+    """timm's EVA-02 and Swin V2 put zeros between the biases of query and value: the product is fast all the same."""
+    fast = check(Net(lambda m, x: F.linear(x, m.a.weight, COMPUTED[name](m)).relu()))
+    assert outcomes(fast, "linear") == {"fast"} and outcomes(fast, "relu") == {"fused"}
 
 
 def test_products_of_two_inputs_are_no_layers() -> None:
@@ -248,10 +264,28 @@ def test_gates_are_one_call() -> None:
         fastlinear.freeze(net)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quantize", [None, fastlinear.Int8Dynamic()], ids=["plain", "int8"])
+def test_gates_behind_what_they_open(bias: bool, quantize: Any) -> None:
+    """x, gate = linear(...).chunk(2, -1) is one product with its gate, too, on the rows of the one weight."""
+    net = Net(lambda m, x: (c := m.c(x).chunk(2, dim=-1))[0] * F.gelu(c[1]))
+    net.c = nn.Linear(8, 12, bias)
+    x = torch.randn(2, 5, 8)
+    fast = compiled(net, quantize=quantize)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5 if quantize is None else 0.05)
+    assert outcomes(fast, "chunk") == {"dropped"} and outcomes(fast, "mul") == outcomes(fast, "gelu") == {"fused"}
+    report = fastlinear.report(fast)
+    (row,) = (row for row in report if row.name.startswith("c"))
+    assert (row.decision, row.activation, row.out_features) == ("fast", Activation("geglu"), 6)
+    (graph,) = report.graphs
+    assert not any(node.outcome == "torch" for node in graph.nodes), graph.nodes
+
+
 @pytest.mark.parametrize(
     "function",
     [
-        lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[1]) * c[0],
+        lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[1]) * c[0] + c[0],
         lambda m, x: F.silu((c := m.c(x).chunk(2, -2))[0]) * c[1][:, :2],
         lambda m, x: F.silu((c := m.c(x).chunk(3, -1))[0]) * c[1],
         lambda m, x: F.silu((c := m.c(x).chunk(2, -1))[0]) + c[1],
@@ -261,7 +295,7 @@ def test_gates_are_one_call() -> None:
     ],
 )
 def test_what_is_no_gate(function: Any) -> None:
-    """The other half first, other dimensions, sums, second uses, other functions."""
+    """Other dimensions, sums, second uses, other functions."""
     fast = check(Net(function), torch.randn(2, 4, 8))
     assert outcomes(fast, "chunk") == {"torch"}
 

@@ -128,7 +128,7 @@ def test_one_layer_for_both() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FastGatedLinear(4, 4, activation="tanh"), "takes one of sigmoid, relu, gelu, gelu_tanh, silu as its"),
+        (lambda: FastGatedLinear(4, 4, activation="tanh"), "takes one of sigmoid, relu, relu2, gelu, .*, silu as its"),
         (lambda: FastGatedLinear.from_linear(nn.Linear(4, 5)), "two channels for each output, but the weight has 5"),
         (lambda: FastGatedLinear.from_linears(nn.Linear(4, 5), nn.Linear(4, 6)), "alike, but are 4 x 5 .* and 4 x 6"),
         (lambda: FastGatedLinear.from_linears(nn.Linear(4, 5), nn.Linear(4, 5, bias=False)), "bias and .* without"),
