@@ -18,9 +18,8 @@ def deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     as their `__deepcopy__`."""
     kind: Any = type(module)
     own = kind.__mro__[1] if parametrize.is_parametrized(module) else kind
-    state = (
-        own.__getstate__(module) if hasattr(own, "__getstate__") else vars(module)
-    )  # Python 3.10: not of all objects
+    # Before Python 3.11 not all objects have a __getstate__.
+    state = own.__getstate__(module) if hasattr(own, "__getstate__") else vars(module)
     memo[id(module)] = replica = kind.__new__(kind)
     own.__setstate__(replica, copy.deepcopy(state, memo))
     return replica  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import torch
 from models import OFF, PAIRINGS, Pairing, inputs, mlp
 from oracle import check
 from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation
+from transformers.activations import QuickGELUActivation, ReLUSquaredActivation
 from transformers.pytorch_utils import Conv1D
 
 import fastlinear
@@ -28,6 +28,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 ACTIVATIONS: list[nn.Module] = [
     nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.Hardswish(),
     nn.Hardsigmoid(), nn.Hardtanh(), nn.LeakyReLU(0.2), nn.ELU(), nn.Softplus(), nn.Mish(), QuickGELUActivation(),
+    ReLUSquaredActivation(),
 ]  # fmt: skip
 assert {a.name for module in ACTIVATIONS if (a := activations.recognize(module))} == set(activations.names())
 
