@@ -27,10 +27,11 @@ import fastlinear.graph.parts as parts
 import fastlinear.graph.remembered as remembered
 import fastlinear.graph.tidying as tidying
 from fastlinear.graph.capture import Capture, activation_of, changes, is_idle, parameter_of
+from fastlinear.graph.composites import composites
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
 from fastlinear.graph.options import Options
-from fastlinear.graph.patterns import ABSORPTIONS, Product, composites, gate_of, is_multiplied, product_at
+from fastlinear.graph.patterns import ABSORPTIONS, Product, gate_of, is_multiplied, product_at
 from fastlinear.graph.story import Story
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.layer.stack import why_not_frozen_group, why_not_together

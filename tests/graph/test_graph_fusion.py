@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fastlinear
 from fastlinear._siblings import FrozenGroup
 from fastlinear.graph import backend
+from fastlinear.graph.composites import COMPOSITES
 from fastlinear.graph.expansions import EXPANSIONS
-from fastlinear.graph.patterns import COMPOSITES
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.model.rows import NodeReport
 from fastlinear.spec import activations
