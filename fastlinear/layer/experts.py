@@ -199,7 +199,7 @@ def _twin(stock: type[nn.Module]) -> type[nn.Module]:
     if stock is Experts:
         return FastExperts
     members: dict[str, Any] = {"_stock": stock, "__module__": __name__, "__reduce_ex__": _reduced}
-    members["__doc__"] = f"{stock.__name__} on packed weights."
+    members |= {"_blocks": mixture.takes_blocks(stock), "__doc__": f"{stock.__name__} on packed weights."}
     return type(f"Fast{stock.__name__}", (ExpertsModule, stock), members)
 
 

@@ -42,6 +42,7 @@ class ExpertsModule(Plannable, Freezable):
     _spelled: str  # its form, as the op has it
     _lent: dict[str, Lent]
     _stock: Any = None
+    _blocks = False  # True: `mixture.takes_blocks` of the stock class
 
     # ---- what it is ----
 
@@ -150,10 +151,6 @@ class ExpertsModule(Plannable, Freezable):
         if why in (_reasons.TRAINING, "FASTLINEAR_DISABLE"):
             return self.in_training(hidden_states, ids, weights)
         return self.in_torch(hidden_states, ids, weights, dense=_modes.watched())
-
-    @property
-    def _blocks(self) -> bool:
-        return self._stock is not None and mixture.takes_blocks(self._stock)
 
     def _in_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Whose rows are whose, where each expert is handed its own. Zeros are nobody's, and stay zeros."""
