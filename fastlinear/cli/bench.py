@@ -182,8 +182,7 @@ def _undisturbed(measure: Callable[[], Ceiling], waiting: Callable[[], float]) -
     tries: list[tuple[float, Ceiling]] = []
     while len(tries) < _TRIES and not (tries and tries[-1][0] <= _STOLEN):
         began, before, ceiling = time.perf_counter(), waiting(), measure()
-        waited = (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads()
-        tries.append((waited, ceiling))
+        tries.append((_waited(began, before, waiting), ceiling))
     waited, ceiling = min(tries, key=lambda each: each[0])
     return ceiling, waited
 
@@ -336,7 +335,12 @@ def _round(
         else:
             evict()
             times.append(_seconds(call, x, 1))
-    return _Round(times, (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads())
+    return _Round(times, _waited(began, before, waiting))
+
+
+def _waited(began: float, before: float, waiting: Callable[[], float]) -> float:
+    """The share of the time since then in which threads waited for a CPU."""
+    return (waiting() - before) / (time.perf_counter() - began) / torch.get_num_threads()
 
 
 def _seconds(call: Callable[[Any], object], x: Tensor, count: int) -> float:
