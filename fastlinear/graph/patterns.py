@@ -53,8 +53,8 @@ class Product:
         fit = y is not None and bias is not None and bias.dtype is y.dtype and bias.dim() == 1 and _is_dense(bias)
         if not fit or self.form is not None or self.operands or self.activation is not None:
             return None
-        program = programs.spelled([Step("add", operand=0)])
-        return replace(self, bias=None, activation=program, operands=(self.bias,))  # type: ignore[arg-type]
+        grown = replace(self, bias=None).absorbed(self.root, Step("add"), self.bias)
+        return None if grown is None else replace(grown, nodes=self.nodes)
 
     def absorbed(self, node: fx.Node, step: Step, operand: fx.Node | None = None) -> Product | None:
         """The product with one step more, whose operand is the value of a node; None where a program has no room, or

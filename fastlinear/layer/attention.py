@@ -52,13 +52,15 @@ class FastMultiheadAttention(nn.MultiheadAttention):
     def __setattr__(self, name: str, value: Any) -> None:
         """What replaces a parameter by torch's name for it replaces that of the layer, be it with a tensor that
         functional_call lends."""
-        if name in _OLD_NAMES and sys._getframe(1).f_code is LENDING:
-            given = None if isinstance(value, LentTensor) else value  # what a frozen layer gave before
-            _torch.swap_tensor(self.in_proj, name.removeprefix("in_proj_"), given)
-        elif name in _OLD_NAMES:
-            setattr(self.in_proj, name.removeprefix("in_proj_"), value)
-        else:
+        if name not in _OLD_NAMES:
             super().__setattr__(name, value)
+            return
+        own = name.removeprefix("in_proj_")
+        if sys._getframe(1).f_code is LENDING:
+            given = None if isinstance(value, LentTensor) else value  # what a frozen layer gave before
+            _torch.swap_tensor(self.in_proj, own, given)
+        else:
+            setattr(self.in_proj, own, value)
 
     def forward(
         self,

@@ -24,11 +24,16 @@ from fastlinear.spec.packed import Weight
 _INPUTS = ("input_scale", "input_zero_point")  # by which it would quantize inputs, which are as they are
 
 
-def _packed_bits(parts: Parts, config: Config) -> int:
-    """The config's, or, where its groups of layers tell several, those of a layer's weight."""
+def _told(config: Config) -> list[Any]:
+    """What the groups of layers tell of their weights, a dict each if they are sound."""
     groups = config.get("config_groups")
     every = groups.values() if isinstance(groups, dict) else ()
-    told: list[Any] = [group.get("weights") if isinstance(group, dict) else None for group in every]
+    return [group.get("weights") if isinstance(group, dict) else None for group in every]
+
+
+def _packed_bits(parts: Parts, config: Config) -> int:
+    """The config's, or, where its groups of layers tell several, those of a layer's weight."""
+    told = _told(config)
     if not told or not all(isinstance(each, dict) for each in told):
         raise ValueError("its config_groups do not tell in which way weights are quantized")
     if all(each.get("num_bits") == told[0].get("num_bits") for each in told):
@@ -64,10 +69,7 @@ def _packed(parts: Parts, config: Config) -> Weight:
 
 def _structure(config: Config) -> Any:
     """The size of the blocks that have a scale each, where the config tells one."""
-    groups = config.get("config_groups")
-    every = groups.values() if isinstance(groups, dict) else ()
-    told = [group.get("weights") for group in every if isinstance(group, dict)]
-    sizes = (each.get("block_structure") for each in told if isinstance(each, dict))
+    sizes = (each.get("block_structure") for each in _told(config) if isinstance(each, dict))
     return next(filter(None, sizes), None)
 
 
