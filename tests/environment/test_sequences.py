@@ -59,6 +59,7 @@ class Pair:
 
 
 def torch_can(function: Callable[..., Any], *args: Any) -> bool:
+    """What torch refuses to do to the stock model, by whatever it raises, is not asked of the converted one."""
     try:
         function(*args)
     except Exception:
