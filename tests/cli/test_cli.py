@@ -172,7 +172,8 @@ def test_bench_like_a_model(user_folder: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_the_read_rate_is_of_where_the_weights_lie(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that come from memory are held against what memory gives, as benchmarks/bench.py does."""
+    """Weights that come from memory are held against what memory gives, as benchmarks/bench.py does; each time, where
+    others disturb and it is measured again."""
     read: list[tuple[int, bool]] = []
 
     def read_rate(memory: torch.Tensor, threads: int, cold: bool, ahead: object) -> float:
@@ -181,7 +182,7 @@ def test_the_read_rate_is_of_where_the_weights_lie(cold: bool, monkeypatch: pyte
 
     monkeypatch.setattr(roofline, "read_rate", read_rate)
     assert cli.main(["bench", "--shapes", "1x64x64", *["--cold"] * cold]) == 0
-    ((nbytes, from_memory),) = read
+    ((nbytes, from_memory),) = set(read)
     assert from_memory is cold and (nbytes >= roofline.BEYOND) is cold
 
 

@@ -397,17 +397,13 @@ def switched(text: str, changes: list[Change], begin: int, end: int) -> str:
 
 
 def units(folder: Path) -> list[Path]:
-    """The sources of the ISAs that mutants are shown on here, and of those that they are built on; written to the
-    folder, a table of these alone."""
-    described = re.compile(r'\.name = "(\w+)",\s+\.base = (?:&(\w+)::kIsa|nullptr)')
-    found = {
-        name: (unit, base)
-        for unit in library.ROOT.glob("csrc/*.cpp")
-        for name, base in described.findall(unit.read_text())
-    }
+    """The sources of the ISAs that mutants are shown on here, and of those that they name, below and above; written to
+    the folder, a table of these alone."""
+    texts = {unit: unit.read_text() for unit in library.ROOT.glob("csrc/*.cpp") if unit.stem != "registry"}
+    found = {name: unit for unit, text in texts.items() for name in re.findall(r'\.name = "(\w+)",\s+\.base', text)}
     rows = {mutant.row for mutant in ALL}
     kept = {kernel["isa"] for kernel in native.EXECUTED if kernel["id"] in rows}
-    while more := {found[name][1] for name in kept} - {*kept, ""}:
+    while more := {name for isa in kept for name in re.findall(r"&(\w+)::kIsa", texts[found[isa]])} - kept:
         kept |= more
     table = (library.ROOT / "csrc/registry.cpp").read_text()
     for name in found.keys() - kept:
@@ -415,7 +411,7 @@ def units(folder: Path) -> list[Path]:
         assert table.count(entry) == 1
         table = table.replace(entry, "")
     (folder / "registry.cpp").write_text(table)
-    return [folder / "registry.cpp", *{found[name][0] for name in kept}]
+    return [folder / "registry.cpp", *{found[name] for name in kept}]
 
 
 @cache
