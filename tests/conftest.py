@@ -76,9 +76,9 @@ def sample(calls: list[Any], costly: bool) -> set[str]:
     is not costly, every two values of different ones together. The same ones in every run."""
     rows = [(call.id, call._idlist) for call in calls]
     random.Random(0).shuffle(rows)
-    factors = range(len(rows[0][1]))
+    factors = [i for i, values in enumerate(zip(*(values for _, values in rows), strict=True)) if len({*values}) > 1]
     alone = len(factors) < 3 or costly
-    together = [(i,) for i in factors] if alone else list(combinations(factors, 2))
+    together = [(i,) for i in factors or [0]] if alone else list(combinations(factors, 2))
     kept, met = set(), set()
     for id, values in rows:
         new = {(which, *(values[i] for i in which)) for which in together} - met

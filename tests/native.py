@@ -1,14 +1,14 @@
 """The kernel table as test parameters, and one product on one row of it, whichever way that kernel runs here."""
 
 import faulthandler
+import itertools
 import os
 import random
 import resource
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import combinations
 from typing import Any
 
 import emulator
@@ -223,12 +223,12 @@ def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows of one value a factor, in which every two values of different factors meet at least once; greedy, seeded."""
     rng = random.Random(0)
     indices = range(len(factors))
-    wanted = [(i, a, j, b) for i, j in combinations(indices, 2) for a in factors[i] for b in factors[j]]
+    wanted = [(i, a, j, b) for i, j in itertools.combinations(indices, 2) for a in factors[i] for b in factors[j]]
     missing = dict.fromkeys(wanted)
     rows = []
 
     def gain(row: list[Any]) -> int:
-        return sum((i, row[i], j, row[j]) in missing for i, j in combinations(indices, 2))
+        return sum((i, row[i], j, row[j]) in missing for i, j in itertools.combinations(indices, 2))
 
     while missing:
         i, a, j, b = next(iter(missing))
@@ -237,9 +237,16 @@ def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
             row[i], row[j] = a, b
         best = max(candidates, key=gain)
         rows.append(tuple(best))
-        for p, q in combinations(indices, 2):
+        for p, q in itertools.combinations(indices, 2):
             missing.pop((p, best[p], q, best[q]), None)
     return rows
+
+
+# How factors meet in the cases that one test walks over: every two of their values, or all.
+meetings = pytest.mark.parametrize(
+    "meeting", [pairwise, pytest.param(itertools.product, marks=pytest.mark.exhaustive)], ids=["pairs", "all"]
+)
+Meeting = Callable[..., Iterable[tuple[Any, ...]]]
 
 
 def in_child(action: Callable[[Note], None]) -> None:

@@ -67,7 +67,8 @@ def multiply(tree: Path) -> library.Product:
     kept = [name for name in re.findall(r"&\w+::kIsa", listed) if name in ("&toy::kIsa", "&scalar::kIsa")]
     assert len(kept) == 2
     (small / "registry.cpp").write_text(table.replace(start + listed, start + ", ".join(kept)))
-    units = [small / "registry.cpp", tree / "csrc/scalar.cpp", tree / "csrc/toy.cpp", library.PRODUCT]
+    isas = [library.of_products(tree / f"csrc/{name}.cpp", small) for name in ("scalar", "toy")]
+    units = [small / "registry.cpp", *isas, library.PRODUCT]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda unit: library.compile(unit, tree, small / f"{unit.stem}.o"), units))
     return library.product_of(library.link(small / "recipes.so", objects))

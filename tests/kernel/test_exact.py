@@ -24,14 +24,12 @@ THREADS = (1, 2, 3, 8)
 
 @pytest.mark.parametrize("k_slices", [1, 3, 150])
 @every_kernel
-def test_sums_of_integers_are_exact(kernel: Kernel, k_slices: int) -> None:
+@native.meetings
+def test_sums_of_integers_are_exact(meeting: native.Meeting, kernel: Kernel, k_slices: int) -> None:
     """Zero tolerance for every tile edge, any formats, any threads, any slices (150: more than K)."""
     nr, columns, mr = kernel["nr"], kernel["columns"], kernel["mr"]
-    shapes = itertools.product(
-        (1, mr - 1, mr, 2 * mr + 1), (1, nr - 1, nr + 1, columns, 2 * columns + 1), (1, 2, 31, 97)
-    )
-    others = itertools.cycle(itertools.product(THREADS, kernel["dtypes"]))
-    for (m, n, k), (threads, dtypes) in zip(shapes, others, strict=False):
+    rows, channels = (1, mr - 1, mr, 2 * mr + 1), (1, nr - 1, nr + 1, columns, 2 * columns + 1)
+    for m, n, k, threads, dtypes in meeting(rows, channels, (1, 2, 31, 97), THREADS, kernel["dtypes"]):
         x, w, b = native.exact_case(kernel, m, n, k, dtypes)
         y = native.run(kernel, x, w, b, [("relu", ())], threads=threads, k_slices=k_slices)
         native.check(kernel, y, x, w, b, "relu", exact=True)

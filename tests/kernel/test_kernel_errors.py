@@ -1,9 +1,11 @@
 """Bad input at the door to C++ is a TypeError or ValueError that says what was given and what is allowed; no crash.
 
-Every case runs in a forked child, since a tensor without memory that gets through is a SIGSEGV.
+The cases run in forked children, since a tensor without memory that gets through is a SIGSEGV.
 """
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import native
@@ -66,10 +68,17 @@ NOT_A_TENSOR: dict[str, Callable[[tuple[int, ...]], Any]] = {
 }
 
 
-def refused(kind: type[Exception], pattern: str, action: Callable[[], object]) -> None:
+Refusal = tuple[type[Exception], str, Callable[[], object]]
+
+
+def refused(refusals: dict[str, Refusal]) -> None:
+    """Each of these is, in one child for all."""
+
     def child(note: native.Note) -> None:
-        with pytest.raises(kind, match=pattern):
-            action()
+        for case, (kind, pattern, action) in refusals.items():
+            note(case)
+            with pytest.raises(kind, match=pattern):
+                action()
 
     native.in_child(child)
 
@@ -91,17 +100,20 @@ def test_the_valid_product_is_valid() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about sparse and nested tensors
 @pytest.mark.parametrize("what", ["x", "bias", "out", "weight"])
-@pytest.mark.parametrize("given", NOT_A_TENSOR)
-def test_what_is_no_dense_cpu_tensor_of_a_format(given: str, what: str) -> None:
+def test_what_is_no_dense_cpu_tensor_of_a_format(what: str) -> None:
     """Other types, dtypes, devices and layouts, and tensors without memory, in every place."""
-    if given == "None" and what == "bias":
-        product(bias=None)
-        return
     shape = {"x": (M, K), "bias": (N,), "out": (M, N), "weight": (N, K)}[what]
-    value = NOT_A_TENSOR[given](shape)
-    act = (lambda: Packed(value, LAYOUT)) if what == "weight" else (lambda: product(**{what: value}))
+
+    def give(value: Any) -> None:
+        if what == "weight":
+            Packed(value, LAYOUT)
+        else:
+            product(**{what: value})
+
     integers = "" if what == "bias" else " or int8 or uint8"
-    refused(TypeError, f"{what} must be a dense fp32 or bf16 or fp16{integers} CPU tensor, not a", act)
+    message = f"{what} must be a dense fp32 or bf16 or fp16{integers} CPU tensor, not a"
+    given = {name: make(shape) for name, make in NOT_A_TENSOR.items() if (name, what) != ("None", "bias")}
+    refused({name: (TypeError, message, partial(give, value)) for name, value in given.items()})
 
 
 SHAPES: dict[str, tuple[str, Callable[[], Any], str]] = {
@@ -124,62 +136,82 @@ SHAPES: dict[str, tuple[str, Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SHAPES)
-def test_shapes_and_strides_that_do_not_fit(case: str) -> None:
+def test_shapes_and_strides_that_do_not_fit() -> None:
     """The message has the shape that is needed and the one that was given."""
-    what, make, pattern = SHAPES[case]
-    refused(ValueError, pattern, lambda: product(**{what: make()}))
+
+    def give(what: str, make: Callable[[], Any]) -> None:
+        product(**{what: make()})
+
+    refused({case: (ValueError, pattern, partial(give, what, make)) for case, (what, make, pattern) in SHAPES.items()})
 
 
-@pytest.mark.parametrize("dims", [0, 1, 3])
-def test_a_weight_has_two_dimensions(dims: int) -> None:
+def test_a_weight_has_two_dimensions() -> None:
     """Packed wants [N, K]."""
-    refused(ValueError, f"weight must have 2 dimensions, not {dims}", lambda: Packed(torch.ones((2,) * dims), LAYOUT))
+    refused(
+        {
+            f"{dims} dimensions": (
+                ValueError,
+                f"weight must have 2 dimensions, not {dims}",
+                lambda dims=dims: Packed(torch.ones((2,) * dims), LAYOUT),
+            )
+            for dims in (0, 1, 3)
+        }
+    )
 
 
 OWN = [kernel for kernel in native.ALL if kernel["id"] == kernel["name"]]
 
 
-@pytest.mark.parametrize("kernel", [k for k in OWN if k["runnable"]], ids=lambda kernel: kernel["name"])
-def test_a_kernel_reads_its_layouts_alone(kernel: native.Kernel) -> None:
+def test_a_kernel_reads_its_layouts_alone() -> None:
     """Every other layout is refused: the message names the kernel, what it reads and what was given."""
+    packs = {layout: native.pack(torch.ones(N, K, dtype=dtype), layout) for layout, dtype, *_ in native.LAYOUTS}
+    refusals: dict[str, Refusal] = {}
+    for kernel in OWN:
+        if kernel["runnable"]:
+            x = torch.ones(M, K, dtype=kernel["of_x"][0])
+            for layout in packs.keys() - kernel["reads"]:
+                message = f"{kernel['name']}.*{kernel['layout']}.*{layout}"
+                act = partial(product, packed=packs[layout], plan=Plan(kernel["name"]), x=x)
+                refusals[f"{layout} for {kernel['name']}"] = (ValueError, message, act)
+    refused(refusals)
 
-    def child(note: native.Note) -> None:
-        x = torch.ones(M, K, dtype=kernel["of_x"][0])
-        for layout, dtype, *_ in native.LAYOUTS:
-            if layout not in kernel["reads"]:
-                note(layout)
-                packed = native.pack(torch.ones(N, K, dtype=dtype), layout)
-                with pytest.raises(ValueError, match=f"{kernel['name']}.*{kernel['layout']}.*{layout}"):
-                    product(packed=packed, plan=Plan(kernel["name"]), x=x)
 
-    native.in_child(child)
-
-
-@pytest.mark.parametrize("kernel", native.RUNNABLE, ids=lambda kernel: kernel["id"])
-def test_a_kernel_takes_its_formats_of_x_alone(kernel: native.Kernel) -> None:
+def test_a_kernel_takes_its_formats_of_x_alone() -> None:
     """16-bit rows where the kernel reads others, or the weight is fp32: the message names kernel, layout and format."""
-    weight = torch.ones(N, K, dtype=native.DTYPES[kernel["format"]])
-    given: dict[str, Any] = {"packed": native.pack(weight, kernel["layout"]), "plan": Plan(kernel["name"])}
-    for dtype in (*native.FLOATS, torch.int8, torch.uint8):
+    refusals: dict[str, Refusal] = {}
+    for kernel, dtype in itertools.product(native.RUNNABLE, (*native.FLOATS, torch.int8, torch.uint8)):
+        weight = torch.ones(N, K, dtype=native.DTYPES[kernel["format"]])
         x = torch.ones(M, K, dtype=dtype)
+        act = partial(product, packed=native.pack(weight, kernel["layout"]), plan=Plan(kernel["name"]), x=x)
         if dtype in kernel["of_x"]:
-            product(**given, x=x)
+            act()
         else:
             message = f"{kernel['name']}.*{kernel['layout']}.*x of {dtype}"
-            refused(ValueError, message, lambda x=x: product(**given, x=x))
+            refusals[f"{dtype} for {kernel['id']}"] = (ValueError, message, act)
+    refused(refusals)
 
 
 def test_a_weight_is_of_its_layouts_format() -> None:
     """No layout holds another format: the message names the layout, its format and the weight's."""
-    for layout, of_layout, *_ in native.LAYOUTS:
-        for dtype in (*native.FLOATS, torch.int8, torch.uint8):
-            if dtype != of_layout:
-                weight = torch.ones(N, K, dtype=dtype)
-                refused(TypeError, f"{layout}.*{of_layout}.*{dtype}", lambda w=weight, to=layout: Packed(w, to))
+    others = [
+        (layout, of_layout, dtype)
+        for layout, of_layout, *_ in native.LAYOUTS
+        for dtype in (*native.FLOATS, torch.int8, torch.uint8)
+        if dtype != of_layout
+    ]
+    refused(
+        {
+            f"{dtype} in {layout}": (
+                TypeError,
+                f"{layout}.*{of_layout}.*{dtype}",
+                partial(Packed, torch.ones(N, K, dtype=dtype), layout),
+            )
+            for layout, of_layout, dtype in others
+        }
+    )
 
 
-UNKNOWN: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
+UNKNOWN: dict[str, Refusal] = {
     "layout": (ValueError, f"'fp32/9x9'.*{LAYOUT}", lambda: Packed(torch.ones(N, K), "fp32/9x9")),
     "empty layout": (ValueError, f"''.*{LAYOUT}", lambda: Packed(torch.ones(N, K), "")),
     "no layout": (TypeError, "str", lambda: Packed(torch.ones(N, K), 3)),
@@ -224,16 +256,15 @@ UNKNOWN: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 }
 
 
-@pytest.mark.parametrize("case", UNKNOWN)
-def test_unknown_names_and_numbers(case: str) -> None:
+def test_unknown_names_and_numbers() -> None:
     """Kernels, layouts, activations, counts: what was given, and what there is."""
-    refused(*UNKNOWN[case])
+    refused(UNKNOWN)
 
 
-@pytest.mark.parametrize("kernel", [k for k in OWN if not k["runnable"]], ids=lambda kernel: kernel["name"])
-def test_a_kernel_of_another_cpu_is_refused(kernel: native.Kernel) -> None:
+def test_a_kernel_of_another_cpu_is_refused() -> None:
     """A row of the table that may not run here cannot be planned."""
-    refused(ValueError, f"{kernel['name']}.*runs here", lambda: Plan(kernel["name"]))
+    names = [kernel["name"] for kernel in OWN if not kernel["runnable"]]
+    refused({name: (ValueError, f"{name}.*runs here", partial(Plan, name)) for name in names})
 
 
 def test_lazy_negation_is_honored_or_refused() -> None:

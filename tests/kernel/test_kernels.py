@@ -217,7 +217,7 @@ def test_other_machines(isa: str, caches: tuple[int, int, int]) -> None:
 @every_kernel
 def test_blocks_of_k_and_of_rows(kernel: Kernel, k_slices: int) -> None:
     """K so long that the driver cuts it into three blocks, M so large that it cuts the rows, with rows that collide."""
-    with library.caches_of(32 << 10, 64 << 10, 1 << 20):
+    with library.caches_of(32 << 10, 32 << 10, 1 << 20):
         blocks_are_exact(kernel, k_slices)
 
 

@@ -5,7 +5,7 @@ What may die runs in a forked child, so that an overrun is one failed test with 
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import guard
@@ -22,11 +22,6 @@ from kernel import test_int8
 
 SHAPES = ("one", "tile", "tile and one", "ragged")
 EDGES: tuple[Literal["start", "end"], ...] = ("start", "end")
-# How operands, edges, offsets and gaps meet: every two of them, or all.
-places = pytest.mark.parametrize(
-    "meeting", [native.pairwise, pytest.param(itertools.product, marks=pytest.mark.exhaustive)], ids=["pairs", "all"]
-)
-Meeting = Callable[..., Iterable[tuple[Any, ...]]]
 
 
 def shape(kernel: Kernel, name: str) -> tuple[int, int, int]:
@@ -35,22 +30,19 @@ def shape(kernel: Kernel, name: str) -> tuple[int, int, int]:
     return sizes.get(name, (max(1, mr - 1), columns + nr - 1, 5))
 
 
-@pytest.mark.parametrize("k_slices", [1, 3])
-@pytest.mark.parametrize("size", SHAPES)
 @every_kernel
-@places
-def test_nothing_outside_the_operands_is_touched(meeting: Meeting, kernel: Kernel, size: str, k_slices: int) -> None:
+@native.meetings
+def test_nothing_outside_the_operands_is_touched(meeting: native.Meeting, kernel: Kernel) -> None:
     """x, W, bias and out flush against forbidden pages at either end, and one element off: no fault, the same bits."""
-    m, n, k = shape(kernel, size)
     steps = [("leaky_relu", (0.1,)), ("tanh", ())]
 
     def action(note: Note) -> None:
-        for dtypes in kernel["dtypes"]:
-            x, w, b = native.random_case(m, n, k, dtypes)
+        for size, k_slices, dtypes in meeting(SHAPES, (1, 3), kernel["dtypes"]):
+            x, w, b = native.random_case(*shape(kernel, size), dtypes)
             expected = native.run(kernel, x, w, b, steps, k_slices=k_slices)
             operands = {"x": x, "w": w, "out": expected, "bias": b}
             for name, at, offset, gap in meeting([*operands], EDGES, (0, 1), (0, 3)):
-                note(f"{dtypes}: {name} at its {at}, {offset} elements off, rows {gap} elements apart")
+                note(f"{size}, {k_slices} slices, {dtypes}: {name} at its {at}, {offset} off, rows {gap} apart")
                 near = dict(operands, out=torch.full_like(expected, torch.nan))
                 values = operands[name]
                 near[name] = guard.guarded(values, at, stride=values.shape[-1] + gap, offset=offset)
@@ -235,23 +227,21 @@ def integer_case(m: int, n: int, k: int, of_x: torch.dtype, of_bias: torch.dtype
     return x, Quantized(values, torch.rand(n) / 100, zero), torch.randn(n).to(of_bias)
 
 
-@pytest.mark.parametrize("k_slices", [1, 3])
-@pytest.mark.parametrize("size", SHAPES)
 @every_integer_kernel
-@places
-def test_integer_products_touch_nothing_outside(meeting: Meeting, kernel: Kernel, size: str, k_slices: int) -> None:
+@native.meetings
+def test_integer_products_touch_nothing_outside(meeting: native.Meeting, kernel: Kernel) -> None:
     """x, bias, smoothing and out flush against forbidden pages at either end, in each form: no fault, the same bits."""
-    m, n, k = shape(kernel, size)
 
     def action(note: Note) -> None:
-        for rows, of_x, of_bias, to in FORMS:
+        for size, k_slices, (rows, of_x, of_bias, to) in meeting(SHAPES, (1, 3), FORMS):
+            m, n, k = shape(kernel, size)
             x, q, b = integer_case(m, n, k, of_x, of_bias)
             smooth = torch.rand(k) + 0.5 if of_x.is_floating_point else None
             rows = rows._replace(smooth=smooth)
             expected = native.integers(kernel, x, q, rows, b, [("relu", ())], to, k_slices=k_slices)
             operands = {"x": x, "bias": b, "out": torch.full_like(expected, 77)}
             for name, at, offset, gap in meeting([*operands], EDGES, (0, 1), (0, 3)):
-                note(f"{rows.kind} {of_x}: {name} at its {at}, {offset} elements off, rows {gap} elements apart")
+                note(f"{size}, {k_slices} slices, {rows.kind} {of_x}: {name} at its {at}, {offset} off, {gap} apart")
                 stride = operands[name].shape[-1] + gap
                 near = operands | {name: guard.guarded(operands[name], at, stride=stride, offset=offset)}
                 fenced = rows if smooth is None else rows._replace(smooth=guard.guarded(smooth, at))

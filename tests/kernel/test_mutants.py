@@ -17,6 +17,7 @@ import pytest
 import torch
 from native import Kernel
 
+import fastlinear._tensors as _tensors
 from kernel import test_exact, test_formats, test_int8, test_kernels, test_memory
 
 
@@ -324,16 +325,20 @@ CHECKS: dict[str, Callable[[Kernel], None]] = {
     "blocks": partial(test_kernels.test_blocks_of_k_and_of_rows, k_slices=1),
     "chains": partial(test_kernels.test_chains_of_steps, chain=test_kernels.CHAINS[1]),
     "collisions": partial(test_kernels.test_rows_that_collide_in_the_cache, row_bytes=4096),
-    "exact": partial(test_exact.test_sums_of_integers_are_exact, k_slices=1),
-    "exact slices": partial(test_exact.test_sums_of_integers_are_exact, k_slices=3),
+    "exact": partial(test_exact.test_sums_of_integers_are_exact, native.pairwise, k_slices=1),
+    "exact slices": partial(test_exact.test_sums_of_integers_are_exact, native.pairwise, k_slices=3),
     "row alone": partial(test_exact.test_a_row_of_a_batch_is_the_row_alone, k=97, k_slices=1),
     "canaries": partial(test_memory.test_only_the_output_is_written, size="ragged", k_slices=1),
     "neighbors": partial(test_memory.test_what_lies_around_x_never_leaks, size="ragged"),
     "scratch": partial(test_memory.test_scratch_of_an_earlier_call_never_leaks, k_slices=1),
-    "weights": test_formats.test_every_weight_is_widened_exactly,
-    "biases": test_formats.test_every_bias_is_widened_exactly,
-    "bf16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.bfloat16),
-    "fp16 outputs": partial(test_formats.test_outputs_are_rounded_as_torch_rounds, dtype=torch.float16),
+    "weights": partial(test_formats.test_every_weight_is_widened_exactly, test_formats.SOME),
+    "biases": partial(test_formats.test_every_bias_is_widened_exactly, test_formats.SOME),
+    **{
+        f"{_tensors.FORMATS[dtype]} outputs": partial(
+            test_formats.test_outputs_are_rounded_as_torch_rounds, test_formats.SOME, dtype=dtype
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+    },
     "promotion": test_formats.test_fp16_sums_are_promoted,
 }
 OF_INTEGERS: dict[str, Callable[[Kernel], None]] = {
@@ -411,7 +416,7 @@ def units(folder: Path) -> list[Path]:
         assert table.count(entry) == 1
         table = table.replace(entry, "")
     (folder / "registry.cpp").write_text(table)
-    return [folder / "registry.cpp", *{found[name] for name in kept}]
+    return [folder / "registry.cpp", *(library.of_products(found[name], folder) for name in sorted(kept))]
 
 
 @cache
