@@ -198,7 +198,7 @@ cdef object caller_of_call(object frame):
 # Whether `container.slot` is the marker, and it is as it was.
 cdef bint holds(object container, object slot, object marker):
     cdef dict state = <dict> PyObject_GenericGetDict(container, NULL)
-    return ((<dict> state["_modules"]).get(slot) is marker and slot not in state
+    return ((<dict> state["_modules"]).get(slot) is marker and state.get(slot, marker) is marker
             and _PyType_Lookup(Py_TYPE(container), slot) == NULL and settled(marker))
 
 

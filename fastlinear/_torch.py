@@ -67,6 +67,10 @@ PLACES: dict[str, tuple[tuple[str, ...], object]] = {
     "DispatchKeySet": (("_C.DispatchKeySet",), _REQUIRED),
     "ExcludeDispatchKeyGuard": (("_C._ExcludeDispatchKeyGuard",), _REQUIRED),
     "after_autograd": (("_C._after_autograd_keyset",), _REQUIRED),
+    # What a report counts: a mode of its own, and a recurrence step by step.
+    "TorchDispatchMode": (("utils._python_dispatch.TorchDispatchMode",), _REQUIRED),
+    "get_mkldnn_enabled": (("_C._get_mkldnn_enabled",), _never),
+    "set_mkldnn_enabled": (("_C._set_mkldnn_enabled",), _never),
     # How often a tensor has changed.
     "version": (("Tensor._version",), _REQUIRED),
     # An int8 layer whose weight keeps changing.
@@ -125,6 +129,9 @@ DispatchKey = look_up("DispatchKey")
 DispatchKeySet = look_up("DispatchKeySet")
 ExcludeDispatchKeyGuard = look_up("ExcludeDispatchKeyGuard")
 after_autograd = look_up("after_autograd")
+TorchDispatchMode = look_up("TorchDispatchMode")
+get_mkldnn_enabled = look_up("get_mkldnn_enabled")
+set_mkldnn_enabled = look_up("set_mkldnn_enabled")
 version = look_up("version")
 int_mm = look_up("int_mm")
 TensorBase = look_up("TensorBase")

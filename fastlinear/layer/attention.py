@@ -21,6 +21,7 @@ from fastlinear.layer.form import address_of
 from fastlinear.layer.frozen import LENDING, record_of
 from fastlinear.layer.lent import LentTensor
 from fastlinear.spec import attention
+from fastlinear.spec.activations import has_hooks
 from fastlinear.spec.precision import Wanted
 
 _PARTS = ("weight", "bias")
@@ -141,6 +142,8 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         whole. They share its memory; those of a frozen one have packs of their own."""
         whole, apart = self.in_proj, vars(self).get(_CROSS)
         weight, bias = whole._parameters.get("weight"), whole._parameters.get("bias")
+        if has_hooks(whole) or (weight is None and record_of(whole) is None):
+            return None  # who computes the weight, prunes it or watches the layer wants it called
         known = (weight, record_of(whole), bias, type(whole), vars(whole).get("_precision"))
         places = [None if t is None else (address_of(t), t.shape, t.stride(), t.dtype) for t in (weight, bias)]
         if apart is None or any(a is not b for a, b in zip(apart.known, known, strict=True)) or apart.places != places:

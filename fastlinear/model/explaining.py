@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlinear.model.reporting import describe_running
+from fastlinear.model.reporting import describe_others, describe_running
 from fastlinear.model.rows import SOURCES, LayerReport
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import linear_layers
@@ -37,7 +37,9 @@ class Explanation:
     def _lines(self) -> Iterator[str]:
         layer = self.layer
         activation = "no activation" if layer.activation is None else layer.activation.name
-        yield f"{layer.name or '(the model)'}: {layer.in_features} x {layer.out_features}, {layer.dtype}, {activation}"
+        size = f"{layer.in_features} x {layer.out_features}"
+        size = f"{layer.experts} experts of {size}" if layer.experts else size
+        yield f"{layer.name or '(the model)'}: {size}, {layer.dtype}, {activation}"
         yield f"  {layer.decision}" + (f": {layer.reason}" if layer.reason else "")
         yield f"  memory: {layer.weight_mib:.2f} MiB before, {layer.memory_mib:.2f} MiB now"
         for what, db in zip(("weight", "output"), layer.quality, strict=True):
@@ -45,7 +47,8 @@ class Explanation:
                 yield f"  signal to noise of the {what}: {db:.1f} dB"
         for why, count in layer.elsewhere.items():
             yield f"  {count} calls elsewhere: {why}"
-        for plan, spot in zip(layer.buckets, layer.roofline, strict=True):
+        spots = layer.roofline or (None,) * len(layer.buckets)
+        for plan, spot in zip(layer.buckets, spots, strict=True):
             yield from self._of_plan(plan, spot)
 
     def _of_plan(self, plan: Chosen, spot: Spot | None) -> Iterator[str]:
@@ -68,7 +71,7 @@ class Explanation:
 def explain(model: nn.Module, name: str) -> Explanation:
     """All that is known of the linear layer called `name`: decision and reason, memory, and for each batch size what
     runs, its part of the roofline, and the whole table of its tuning. What is one product with others in a compiled
-    graph or a group is explained as that.
+    graph or a group is explained as that; experts and packed embeddings have the names of their rows in `report`.
 
     Raises TypeError for anything but an nn.Module, ValueError for a name of no linear layer, with the nearest names.
     """
@@ -79,8 +82,11 @@ def explain(model: nn.Module, name: str) -> Explanation:
     for each in running(whole, graphs_of(whole)):
         known[each.name] = each
         known.update({name: each for part in each.parts for name in first.get(part, [part])})
+    others = {row.name: row for row in describe_others(whole)}
+    if name not in known and name in others:
+        return Explanation(others[name])
     if name not in known:
-        near = get_close_matches(str(name), known, 3, 0.0)
+        near = get_close_matches(str(name), [*known, *others], 3, 0.0)
         raise ValueError(f"{type(whole).__name__} has no linear layer {name!r}; the nearest are {near or 'none'}")
     found = known[name]
     return Explanation(describe_running(found if found.joined else found._replace(name=name)))

@@ -195,8 +195,10 @@ def single_places(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
 def absorb(pair: Pair) -> None:
     """Put an Absorbed marker in the place of the activation, which the caller has given to the linear layer."""
     marker = Absorbed(_held(pair.holder, pair.slot))
-    vars(pair.holder).pop(pair.slot, None)  # a plain function lives there, and would hide the marker
+    function = vars(pair.holder).pop(pair.slot, None)  # it would hide the marker
     pair.holder._modules[pair.slot] = marker.train(pair.holder.training)
+    if function is not None and type(pair.holder).__setstate__ is not nn.Module.__setstate__:
+        vars(pair.holder)[pair.slot] = marker  # where nn.TransformerDecoderLayer misses a function, it puts F.relu
     linear.set_absorbed(pair.linear, marker)
 
 
@@ -204,6 +206,7 @@ def restore(holder: nn.Module, slot: str) -> None:
     """Undo `absorb`: what is held at `slot` is the original again."""
     marker = holder._modules[slot]
     assert isinstance(marker, Absorbed)
+    vars(holder).pop(slot, None)
     if isinstance(marker.original, nn.Module):
         holder._modules[slot] = marker.original.train(marker.training)
     else:

@@ -32,6 +32,8 @@ from fastlinear.plan.decide import spell
 from fastlinear.plan.roofline import Spot
 from fastlinear.spec.formats import DTYPES, long_name, name_of
 
+_UNTOUCHED = "convert was not called on it"
+
 
 class Report(tuple[LayerReport, ...]):
     """The linear layers of a model, in its order; str() is a table that gives layers alike but in number one row.
@@ -117,7 +119,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
     whole = original(model)
-    otherwise = "convert was not called on it" if whole is model else "no compiled graph runs it fast"
+    otherwise = "no compiled graph runs it fast" if whole is not model else _UNTOUCHED
     own = graphs_of(whole)
     rows, fast, cut = dict[Any, LayerReport](), set[str](), defaultdict[str, set[int]](set)
     for each in running(whole, own):
@@ -130,13 +132,20 @@ def report(model: nn.Module, example: Any = None) -> Report:
     fast |= whole_ones | {name.removesuffix(".weight") for name in whole_ones}
     told = splits.notes(rows.items())
     noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
-    mixtures = [row for layer, names in expert_layers(whole).items() for row in describe_experts(names[0], layer)]
-    lookups = [describe_embedding(*each) for each in packed_embeddings(whole)]
-    found = Report([*noted, *mixtures, *lookups])
+    others = [*describe_others(whole, otherwise)]
+    found = Report([*noted, *others])
     found.graphs = own
-    fast |= {row.name for row in mixtures if row.decision not in ("skipped", "elsewhere")}
+    fast |= {row.name for row in others if row.experts and row.decision not in ("skipped", "elsewhere")}
     found.share = share_of(whole, fast, example)
     return found
+
+
+def describe_others(model: nn.Module, otherwise: str = _UNTOUCHED) -> Iterator[LayerReport]:
+    """The rows of what is no linear layer: mixtures of experts, and embeddings over packs."""
+    for mixture, names in expert_layers(model).items():
+        yield from describe_experts(names[0], mixture, otherwise)
+    for each in packed_embeddings(model):
+        yield describe_embedding(*each)
 
 
 def environment() -> dict[str, Any]:
@@ -152,13 +161,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe_running(run: Running, otherwise: str = "convert was not called on it") -> LayerReport:
+def describe_running(run: Running, otherwise: str = _UNTOUCHED) -> LayerReport:
     """As `describe`; the pack of several layers is beside their weights, though what computes has none of its own."""
     row = describe(run.name, run.layer, otherwise)
     return replace(row, frozen=False, joined=True) if run.joined else row
 
 
-def describe(name: str, layer: Any, otherwise: str = "convert was not called on it") -> LayerReport:
+def describe(name: str, layer: Any, otherwise: str = _UNTOUCHED) -> LayerReport:
     """otherwise: why it is not fast, if nothing else is."""
     fast = linear.is_fast(layer)
     buckets, frozen = layer.plans if fast else (), record_of(layer)
@@ -202,11 +211,11 @@ def describe_embedding(name: str, module: Any, frozen: Frozen) -> LayerReport:
     )
 
 
-def describe_experts(name: str, module: Any) -> Iterator[LayerReport]:
+def describe_experts(name: str, module: Any, otherwise: str = _UNTOUCHED) -> Iterator[LayerReport]:
     """A row for each of the two products of a mixture."""
     fast, reason = experts.is_fast_experts(module), None
     if not fast:
-        reason = why_skipped(module) or "convert was not called on it"
+        reason = why_skipped(module) or otherwise
     for which, own in enumerate(experts.names_of(module)):
         count, n, k = experts.sizes_of(module)[which]
         buckets = module.plans[which] if fast else ()

@@ -6,14 +6,16 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import fastlinear._torch as _torch
 from fastlinear.layer import experts, experts_frozen, takeover
 from fastlinear.layer.fitness import features_of
 from fastlinear.layer.frozen import record_of
@@ -25,7 +27,8 @@ _LARGEST = 3  # of the weights that do not run fast are named
 
 
 class Share(NamedTuple):
-    """weights: elements of all parameters of two dimensions or more that products may read, embeddings' not among them;
+    """weights: elements of all parameters that products may read, which have more than one element in two dimensions or
+    more, embeddings' not among them;
     multiply_adds: of one call, None where nobody counted. `slow` are the largest of the weights that do not run fast,
     by name."""
 
@@ -80,7 +83,7 @@ def _weights(model: nn.Module, fast: set[str]) -> Share:
         if experts.are_experts(module):
             looked_up |= {id(each) for own, each in module._parameters.items() if own.endswith("_bias")}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in seen | looked_up and not is_lazy(parameter) and parameter.dim() > 1:
+        if id(parameter) not in seen | looked_up and not is_lazy(parameter) and sum(n > 1 for n in parameter.shape) > 1:
             sizes[name in fast] += parameter.numel()
             slow += [] if name in fast else [(name, parameter.numel())]
     largest = sorted(slow, key=lambda each: -each[1])[:_LARGEST]
@@ -120,17 +123,54 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
             for own, (_, n, k) in zip(experts.names_of(module), experts.sizes_of(module), strict=True):
                 if (f"{name}.{own}" if name else own) in fast:
                     module.register_forward_pre_hook(functools.partial(_count_pairs, counted, n * k), with_kwargs=True)
-    counter = FlopCounterMode(display=False)
-    quick = torch.backends.mha.get_fastpath_enabled()
+    counter, rest = FlopCounterMode(display=False), _Multiplied(stock, fast)
+    counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
+    quick, onednn = torch.backends.mha.get_fastpath_enabled(), _torch.get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    _torch.set_mkldnn_enabled(False)  # torch does not count its LSTM
     try:
-        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter, rest:
             warnings.simplefilter("ignore")
             call(stock, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(quick)
+        _torch.set_mkldnn_enabled(onednn)
+    counted[0] += rest.count
     total = max(counter.get_total_flops() // 2, counted[0])
     return found._replace(multiply_adds=total, fast_multiply_adds=counted[0])
+
+
+class _Everywhere(nullcontext[None]):
+    """Instead of torch's tracker of modules, whose hooks no model survives that takes gradients in its forward."""
+
+    parents = ("Global",)
+
+
+class _Multiplied(_torch.TorchDispatchMode):  # type: ignore[misc]
+    """Counts the multiply-adds by weights of no linear layer, attention or mixture, which a graph multiplies by."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, fast: set[str]) -> None:
+        super().__init__()
+        self.count = 0
+        self._storages = {
+            parameter.untyped_storage().data_ptr()
+            for own, module in model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and (f"{own}.{name}" if own else name) in fast
+            if not isinstance(module, nn.MultiheadAttention) and not experts.are_experts(module)
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "overloadpacket", None))
+        if formula is not None and any(self._holds(each) for each in args):
+            self.count += formula(*args, **(kwargs or {}), out_val=y) // 2
+        return y
+
+    def _holds(self, given: Any) -> bool:
+        return isinstance(given, Tensor) and given.untyped_storage().data_ptr() in self._storages
 
 
 # Of torch's attention, by the rows that they multiply: the last three where keys and values have widths of their own.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import OFF
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fastlinear
 from fastlinear import FastLinear
@@ -216,6 +217,20 @@ def test_state_dicts_and_changes_reach_it() -> None:
     assert "in_proj_weight" in fast.state_dict() and bool((fast.in_proj.weight == 1).all())
     with pytest.raises(RuntimeError, match="in_proj"):
         fast.load_state_dict({"out_proj.bias": torch.zeros(E)})
+
+
+def test_who_computes_or_watches_the_projection_is_heard_by_other_sequences() -> None:
+    """A pruned in_proj and hooks of it count where keys are of another sequence, too, where its thirds run apart."""
+    fast, x, memory, seen = OFF(attention()), torch.randn(L, B, E), torch.randn(S, B, E), list[Any]()
+    with torch.no_grad():
+        fast(x, memory, memory)
+        prune.l1_unstructured(fast.in_proj, "weight", 0.5)
+        pruned = fast(x, memory, memory)[0]
+        prune.remove(fast.in_proj, "weight")
+        torch.testing.assert_close(fast(x, memory, memory)[0], pruned, rtol=1e-5, atol=1e-5)
+        fast.in_proj.register_forward_hook(lambda *given: seen.append(given))
+        fast(x, memory, memory)
+    assert len(seen) == 3
 
 
 def test_what_is_excluded_stays_torchs() -> None:

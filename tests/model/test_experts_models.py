@@ -221,6 +221,8 @@ def test_report() -> None:
         attention = 18 * (48 * 48 * 2 + 48 * 24 * 2)
         assert share.fast_multiply_adds == 2 * (attention + 18 * 2 * 3 * 48 * 56)
         assert share.fast_multiply_adds + 18 * 48 * 99 < share.multiply_adds
+        told = str(fastlinear.explain(fast, "model.layers.1.mlp.experts.down_proj"))
+        assert told.startswith("model.layers.1.mlp.experts.down_proj: 5 experts of 56 x 48") and "8 rows" in told
         assert "gate_up_proj" in str(found) and "gate_up_proj" in found._repr_html_()
 
 

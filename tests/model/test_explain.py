@@ -115,6 +115,37 @@ def test_a_compiled_model_has_its_profile() -> None:
     assert fastlinear.report(compiled, x).share.fast_weights == 2 * 16 * 32 + 16 * 16
 
 
+class Bare(nn.Module):
+    """A weight of no layer, and a vector that has the dimensions of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(40, 16)), nn.Parameter(torch.randn(1, 1, 40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight) * self.scale
+
+
+class Sloping(nn.Linear):
+    """A model that takes a gradient in its forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: super(Sloping, self).forward(row).square().sum()))(x)
+
+
+def test_multiply_adds_are_those_of_all_that_runs() -> None:
+    """Those by a parameter of no layer that a graph runs fast count as fast; those of a recurrence, which torch does
+    not count, and of a forward that takes a gradient are counted; vectors are no weights of products."""
+    compiled = torch.compile(Bare().eval(), backend="fastlinear", options={"tune": "off"})
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        compiled(x)
+    assert fastlinear.report(compiled, x).share == (640, 640, (), 3 * 640, 3 * 640)
+    lstm = nn.LSTM(16, 16).eval()
+    assert fastlinear.report(lstm, torch.randn(5, 2, 16)).share.multiply_adds == 5 * 2 * 2 * 4 * 16 * 16
+    assert fastlinear.report(nn.Sequential(Sloping(16, 16)), x).share.multiply_adds == 2 * 3 * 16 * 16
+
+
 def test_timing_leaves_layers_fused() -> None:
     """While calls are timed a layer still proves that its output goes to its activation."""
     fast, x = OFF(Attending().eval()), torch.randn(3, 16)

@@ -249,6 +249,21 @@ def test_marker_survives(act: Any) -> None:
     assert "act" in vars(fastlinear.unconvert(fast)) or isinstance(act, nn.Module)
 
 
+def test_a_copy_of_torchs_decoder_keeps_its_activation() -> None:
+    """nn.TransformerDecoderLayer puts F.relu where its state has no function: copies of a fused one stay fused, and
+    compute what it does; unconvert gives the function back."""
+    model = nn.TransformerDecoderLayer(8, 2, 16, activation="gelu").eval()
+    fast, given = fastlinear.convert(model, tune="off"), (torch.randn(3, 2, 8), torch.randn(4, 2, 8))
+    for twin in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(twin.activation, Absorbed)
+        with torch.no_grad():
+            twin(*given)
+            vars(twin.activation)["original"] = None  # which nobody calls
+            torch.testing.assert_close(twin(*given), model(*given))
+        vars(twin.activation)["original"] = F.gelu
+        assert vars(fastlinear.unconvert(twin))["activation"] is F.gelu
+
+
 def test_restored_activation_follows_train_and_eval() -> None:
     """An activation that comes back is in the mode that the model was put into meanwhile."""
     fast = fastlinear.convert(nn.Sequential(layer(), nn.ReLU()).train()).eval()
