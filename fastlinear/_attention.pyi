@@ -12,6 +12,7 @@ def attention(
     rows: tuple[int, int] = ...,
     joined: bool = ...,
     products: str | None = ...,
+    length_first: bool = ...,
 ) -> Tensor | None: ...
 def store(
     q: Tensor,

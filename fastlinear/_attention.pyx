@@ -24,8 +24,8 @@ cdef enum:
 
 
 # [batch, head, row, element] of a floating format, elements side by side; [batch, row, count * element] where `count`
-# is given.
-cdef bint heads_of(object tensor, View* v, Heads* heads, ptrdiff_t count) except -1:
+# is given, and [row, batch, count * element] where `length_first` is, too.
+cdef bint heads_of(object tensor, View* v, Heads* heads, ptrdiff_t count, bint length_first=False) except -1:
     if type(tensor) is not Tensor or not look_at(tensor, v) or not is_float(v.format) or is_neg(tensor):
         return False
     if count > 0:
@@ -34,6 +34,9 @@ cdef bint heads_of(object tensor, View* v, Heads* heads, ptrdiff_t count) except
         v.shape[3] = v.shape[2] // count
         v.shape[2], v.shape[1], v.ndim = v.shape[1], count, 4
         v.stride[2], v.stride[1], v.stride[3] = v.stride[1], v.shape[3], 1
+        if length_first:
+            v.shape[0], v.shape[2] = v.shape[2], v.shape[0]
+            v.stride[0], v.stride[2] = v.stride[2], v.stride[0]
     if v.ndim != 4 or (v.stride[3] != 1 and v.shape[3] != 1):
         return False
     heads.data, heads.format = v.data, v.format
@@ -74,7 +77,7 @@ cdef bint mask_of(object mask, AttentionProblem* p) except -1:
 
 def attention(
     q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None, tuple rows=(0, 0),
-    bint joined=False, str products=None
+    bint joined=False, str products=None, bint length_first=False
 ):
     """softmax(q k^T * scale + mask) v, as fastlinear/spec/attention.py says. None for what it does not take: all are
     dense fp32, bf16 or fp16 CPU tensors of one dtype, whose elements lie side by side.
@@ -82,7 +85,8 @@ def attention(
     q: [B, H, L, D], k, v: [B, G, S, D] with G = H or, where `grouped`, a divisor of it; mask: bool, or fp32 or of their
     dtype, two to four dimensions that broadcast to [B, H, L, S]; scale: None for 1 / sqrt(D).
     The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D]. rows: (H, G) where q, k, v and the result
-    are instead as linear layers have them, [B, L, H * D] and [B, S, G * D]; joined: where the result alone is.
+    are instead as linear layers have them, [B, L, H * D] and [B, S, G * D]; length_first: those with B second; joined:
+    where the result alone is.
     isa: whose vectors to use, by name; else the best that may run. products: the name of a kernel of bf16 rows that
     multiplies fp32 or bf16 in bf16, rounding what is not, where k has its elements in pairs; None for fp32. ValueError
     for one that may not, MemoryError where scratch memory ran out. Gradients are the caller's business.
@@ -94,7 +98,9 @@ def attention(
     cdef ptrdiff_t threads
     cdef cbool done
     cdef ptrdiff_t count = rows[0], kv_count = rows[1]
-    if not heads_of(q, &a, &p.q, count) or not heads_of(k, &b, &p.k, kv_count) or not heads_of(v, &c, &p.v, kv_count):
+    if not heads_of(q, &a, &p.q, count, length_first) or not heads_of(k, &b, &p.k, kv_count, length_first):
+        return None
+    if not heads_of(v, &c, &p.v, kv_count, length_first):
         return None
     if b.format != a.format or c.format != a.format:
         return None
@@ -117,8 +123,10 @@ def attention(
         return None
     p.scale = 1.0 / sqrt(p.size) if scale is None else scale
     p.causal = causal
-    y = q.new_empty(p.batches, p.queries, p.heads * p.size)
-    if not heads_of(y, &a, &p.y, p.heads):
+    length_first = length_first and count > 0
+    outer = (p.queries, p.batches) if length_first else (p.batches, p.queries)
+    y = q.new_empty(*outer, p.heads * p.size)
+    if not heads_of(y, &a, &p.y, p.heads, length_first):
         return None
     threads = pool_size()
     if 2 * p.batches * p.heads * p.queries * p.keys * p.size < LARGE:

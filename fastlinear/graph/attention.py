@@ -31,7 +31,7 @@ def absorb(graph: fx.Graph, story: Story, tune: str, rounds: bool) -> None:
         story.tell(node, "fast", "attention: fastlinear, or torch where that is faster")
         heads = [given[name] for name in _ARGUMENTS[:3]]
         whole = whole_of(node, heads)
-        rows = (0, 0) if whole is None else whole.rows
+        rows = None if whole is None else whole.rows
         run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(tell, told), rows, rounds)
         last = node if whole is None else whole.after[0]
         with graph.inserting_before(node):
@@ -47,68 +47,94 @@ def absorb(graph: fx.Graph, story: Story, tune: str, rounds: bool) -> None:
 
 class Whole(NamedTuple):
     """Attention of rows that are cut into heads for it alone. sources: the rows of q, k and v; before, after: the nodes
-    that cut them and that join the heads again, last ones first; rows: how many heads these are."""
+    that cut them and that join the heads again, last ones first."""
 
     sources: list[fx.Node]
     before: list[fx.Node]
     after: list[fx.Node]
-    rows: tuple[int, int]
+    rows: sdpa.Rows
+
+
+class _Cut(NamedTuple):
+    """nodes: those that cut `source` into heads, last one first; order: where B, H, L and D are in what they turn."""
+
+    nodes: list[fx.Node]
+    source: fx.Node
+    order: tuple[int, ...]
 
 
 def whole_of(node: fx.Node, heads: list[Any]) -> Whole | None:
     """What is around attention, if that is nothing but cutting and joining."""
     cuts = [_cut(each) for each in heads]
-    joined = _joined(node)
+    together = joined(node)
     sizes = [example(each) for each in heads]
-    if joined is None or any(each is None for each in cuts):
+    if together is None or any(each is None for each in cuts):
         return None
     counts = [t.shape[1] for t in sizes if t is not None]
     if not all(isinstance(count, int) for count in counts) or counts[1] != counts[2]:
         return None
+    after, length_first = together
     found = [cut for cut in cuts if cut is not None]
-    before = list(dict.fromkeys(each for cut in found for each in cut[:2]))
-    return Whole([cut[2] for cut in found], before, joined, (counts[0], counts[1]))
-
-
-def _cut(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(the transposition, the view, x [B, L, H * D]) that [B, H, L, D] comes from."""
-    view = node.args[0] if isinstance(node, fx.Node) and _swaps_middle(node) else None
-    if not isinstance(view, fx.Node) or op_of(view) not in ("view", "reshape", "unflatten"):
+    if {cut.order for cut in found} != {(1, 2, 0, 3) if length_first else (0, 2, 1, 3)}:
         return None
-    source = view.args[0]
-    x, y = example(source), example(view)
+    before = list(dict.fromkeys(each for cut in found for each in cut.nodes))
+    return Whole([cut.source for cut in found], before, after, sdpa.Rows(counts[0], counts[1], length_first))
+
+
+def _cut(node: Any) -> _Cut | None:
+    """How [B, H, L, D] comes from rows, [B, L, H * D] or [L, B, H * D]."""
+    nodes, order = list[fx.Node](), tuple(range(4))
+    while isinstance(node, fx.Node) and (turn := _turn(node)) is not None:
+        nodes, order, node = [*nodes, node], tuple(turn[i] for i in order), node.args[0]
+    if not isinstance(node, fx.Node) or op_of(node) not in ("view", "reshape", "unflatten"):
+        return None
+    source = node.args[0]
+    x, y = example(source), example(node)
     if not isinstance(source, fx.Node) or x is None or y is None or x.dim() != 3 or y.dim() != 4:
         return None
     fits = same_shape(x.shape[:2], y.shape[:2]) and same_size(x.shape[2], y.shape[2] * y.shape[3])
-    return (node, view, source) if fits else None
+    return _Cut([*nodes, node], source, order) if fits else None
 
 
-def _joined(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes that make [B, L, H * D] of attention's output and are all that read it, the last one first."""
-    y, chain = example(node), [node]
-    while len(chain[-1].users) == 1 and len(chain) < 4:
+# How heads are turned before they are joined: whether L comes first then.
+_JOINS: dict[tuple[int, ...], bool] = {(0, 2, 1, 3): False, (2, 0, 1, 3): True}
+
+
+def joined(node: fx.Node) -> tuple[list[fx.Node], bool] | None:
+    """The nodes that make rows of attention's output and are all that read it, the last one first, and whether these
+    are [L, B, H * D]."""
+    y, chain, order = example(node), [node], tuple(range(4))
+    if y is None or y.dim() != 4:
+        return None
+    while len(chain[-1].users) == 1 and len(chain) < 5:
         (user,) = chain[-1].users
-        follows = (
-            _swaps_middle(user) if len(chain) == 1 else op_of(user) in ("contiguous", "reshape", "view", "flatten")
-        )
-        z = example(user)
-        if not follows or user.args[0] is not chain[-1] or z is None or y is None:
+        turn, z = _turn(user), example(user)
+        follows = op_of(user) in ("contiguous", "reshape", "view", "flatten") if turn is None else order not in _JOINS
+        if not follows or user.args[0] is not chain[-1] or z is None:
             return None
+        order = order if turn is None else tuple(order[i] for i in turn)
         chain.append(user)
         if z.dim() == 3:
-            b, h, rows, size = y.shape
-            return chain[:0:-1] if same_shape(z.shape, (b, rows, h * size)) else None
+            outer, inner, h, size = (y.shape[i] for i in order)
+            fits = order in _JOINS and same_shape(z.shape, (outer, inner, h * size))
+            return (chain[:0:-1], _JOINS[order]) if fits else None
     return None
 
 
-def _swaps_middle(node: fx.Node) -> bool:
-    given = [*node.args[1:]]
-    if node.kwargs:
-        return False
+def _turn(node: fx.Node) -> tuple[int, ...] | None:
+    """Where the dimensions of a transposition of four come from; None for any other node."""
+    given: list[Any] = [*node.args[1:]]
+    x = example(node.args[0]) if node.args else None
+    if node.kwargs or x is None or x.dim() != 4:
+        return None
     if op_of(node) == "permute":
-        order = given[0] if len(given) == 1 else given
-        return isinstance(order, (tuple, list)) and [*order] == [0, 2, 1, 3]
-    return op_of(node) == "transpose" and sorted(d % 4 for d in given if isinstance(d, int)) == [1, 2]
+        order: Any = given[0] if len(given) == 1 else given
+        known = isinstance(order, (tuple, list)) and all(isinstance(d, int) for d in order)
+        return tuple(d % 4 for d in order) if known else None
+    if op_of(node) != "transpose" or not all(isinstance(d, int) for d in given):
+        return None
+    a, b = (d % 4 for d in given)
+    return tuple({a: b, b: a}.get(d, d) for d in range(4))
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -137,6 +163,6 @@ def _why_not(node: fx.Node, given: dict[str, Any]) -> str | None:
     if (reason := sdpa.why_not(q, k, v, mask)) is not None:
         return reason
     # Where heads are joined at once, the order that they lie in shows nowhere.
-    if y.dim() != 4 or not (is_contiguous(y.transpose(1, 2)) or _joined(node)):
+    if y.dim() != 4 or not (is_contiguous(y.transpose(1, 2)) or joined(node)):
         return "its output lies in another order than ours"
     return "gradients are wanted" if torch.is_grad_enabled() and y.requires_grad else None

@@ -71,8 +71,8 @@ def absorb(graph: fx.Graph, story: Story, tune: str) -> None:
 def _place(graph: fx.Graph, story: Story, node: fx.Node, found: Found, tune: str) -> None:
     told = story.row(node)
     story.tell(node, "fast", "attention over a cache: fastlinear")
-    sources, before, after, heads = found.whole or (found.tensors[:3], [], [], (0, 0))
-    run = cached.function(found.causal, found.scale, tune != "off", functools.partial(tell, told), heads)
+    sources, before, after, rows = found.whole or (found.tensors[:3], [], [], None)
+    run = cached.function(found.causal, found.scale, tune != "off", functools.partial(tell, told), rows)
     last = after[0] if after else node
     with graph.inserting_before(node):
         made = graph.call_function(run, (*sources, *found.tensors[3:]))
@@ -120,7 +120,8 @@ def _found(node: fx.Node, order: dict[fx.Node, int]) -> Found | None:
         length = grown[0]
         nodes.update(grown[1])
     tensors = (query.x, key.x, own.rows, query.cos, query.sin, keys, values, length, mask)
-    return Found(tensors, causal, scale, nodes, whole_of(node, [query.x, key.x, own.rows]))
+    whole = whole_of(node, [query.x, key.x, own.rows])
+    return Found(tensors, causal, scale, nodes, None if whole is None or whole.rows.length_first else whole)
 
 
 def _is_alone(node: fx.Node, found: Found, order: dict[fx.Node, int]) -> bool:

@@ -119,8 +119,15 @@ def wants_grad(node: fx.Node) -> bool:
     return node.target is _torch.set_grad_enabled and node.args[:1] == (True,)
 
 
-def is_idle(node: fx.Node) -> bool:
-    """Whether a node returns its first argument as it is, by its own contract."""
+def same_as(node: fx.Node) -> Any:
+    """What a node returns as it is, by its own contract; None where it makes something else."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return node.args[0] if _is_idle(node) else _undone(node)
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a node returns its first argument."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     name = op_of(node)
@@ -137,6 +144,21 @@ def is_idle(node: fx.Node) -> bool:
     if name in ("view", "reshape", "expand"):  # an alias of the same sizes, of which nobody may ask whether it is x
         return same_shape(x.shape, y.shape) and all(user.op != "output" for user in node.users)
     return False
+
+
+def _undone(node: fx.Node) -> fx.Node | None:
+    """What a node that is the transpose of a transpose is; None for any other node."""
+    inner = node.args[0] if op_of(node) == "transpose" else None
+    if not isinstance(inner, fx.Node) or op_of(inner) != "transpose" or node.kwargs or inner.kwargs:
+        return None
+    x = example(inner)
+    source = inner.args[0]
+    if x is None or not isinstance(source, fx.Node):
+        return None
+    first, second = ({d % x.dim() for d in each.args[1:] if isinstance(d, int)} for each in (inner, node))
+    # Of an input an alias is returned, as the model does.
+    kept = source.op != "placeholder" or all(user.op != "output" for user in node.users)
+    return source if first == second and kept else None
 
 
 def is_contiguous(x: Tensor) -> bool:

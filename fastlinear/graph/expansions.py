@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 import fastlinear._torch as _torch
-from fastlinear.graph.capture import example
+from fastlinear.graph.capture import example, op_of
 from fastlinear.spec import attention
 
 
@@ -139,19 +139,21 @@ def _forward(
     is_causal: bool = False,
 ) -> Any:
     """Attention of x [L, B, E], or [L, E], to [S, B, ...]; masks are bool, true where nothing is to be looked at, or
-    are added."""
+    are added. What is [B, L, E] turned stays as it was, so that rows need no copy."""
     size, alone = embed_dim_to_check // num_heads, _dim(query) == 2
     own = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
-    inputs = _same_again((query, key, value))
+    batch_first = all(_is_turned(x.node) for x in (query, key, value))
+    length, order = (1, (0, 2, 1, 3)) if batch_first else (0, (1, 2, 0, 3))
+    inputs = _same_again((query, key, value), batch_first)
     if alone:
         with_batch = {x.node: x.unsqueeze(1) for x in inputs}
         inputs = [with_batch[x.node] for x in inputs]
     q, k, v = _projected(inputs, in_proj_weight, in_proj_bias, own)
     further = 0
     if bias_k is not None:
-        k, v = torch.cat([k, bias_k.expand_as(k[:1])]), torch.cat([v, bias_v.expand_as(v[:1])])
+        k, v = (torch.cat([x, b.expand_as(x.narrow(length, 0, 1))], length) for x, b in ((k, bias_k), (v, bias_v)))
         further += 1
-    q, k, v = (x.unflatten(-1, (num_heads, size)).permute(1, 2, 0, 3) for x in (q, k, v))  # [B, H, L, D]
+    q, k, v = (x.unflatten(-1, (num_heads, size)).permute(order) for x in (q, k, v))  # [B, H, L, D]
     if add_zero_attn:
         k, v = (torch.cat([x, torch.zeros_like(x[:, :, :1])], 2) for x in (k, v))
         further += 1
@@ -170,14 +172,21 @@ def _forward(
         weights = weights.squeeze(0) if alone else weights
     else:
         y, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
-    y = F.linear(y.permute(2, 0, 1, 3).flatten(-2), out_proj_weight, out_proj_bias)
-    return y.squeeze(1) if alone else y, weights
+    y = F.linear(y.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(-2), out_proj_weight, out_proj_bias)
+    return y.squeeze(1) if alone else y.transpose(0, 1) if batch_first else y, weights
 
 
-def _same_again(inputs: tuple[Any, ...]) -> list[Any]:
-    """The inputs, one object for each node, so that what is the same looks the same."""
-    first = {x.node: x for x in reversed(inputs)}
-    return [first[x.node] for x in inputs]
+def _is_turned(node: fx.Node) -> bool:
+    """Whether a node is [L, B, E] of what lies as [B, L, E]."""
+    return op_of(node) == "transpose" and not node.kwargs and {*node.args[1:]} == {0, 1}
+
+
+def _same_again(inputs: tuple[Any, ...], turned: bool) -> list[Any]:
+    """The inputs, or what they are the transpose of where `turned`, one object for each node, so that what is the same
+    looks the same."""
+    nodes = [x.node.args[0] if turned else x.node for x in inputs]
+    first = {node: fx.Proxy(node, inputs[0].tracer) for node in nodes}
+    return [first[node] for node in nodes]
 
 
 def _projected(inputs: list[Any], weight: Any, bias: Any, own: tuple[Any, ...] | None) -> list[Any]:

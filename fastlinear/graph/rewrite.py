@@ -25,8 +25,9 @@ import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 import fastlinear.graph.parts as parts
 import fastlinear.graph.remembered as remembered
+import fastlinear.graph.scores as scores
 import fastlinear.graph.tidying as tidying
-from fastlinear.graph.capture import Capture, activation_of, changes, is_idle, parameter_of
+from fastlinear.graph.capture import Capture, activation_of, changes, parameter_of, same_as
 from fastlinear.graph.composites import composites
 from fastlinear.graph.expansions import expand
 from fastlinear.graph.operators import Operator, Spec
@@ -51,11 +52,11 @@ class Rewriter:
     def run(self) -> list[operators.Layers]:
         """Rewrites the graph, and returns the fast layers of each product that it then runs."""
         self._expand()
-        if self.options.fuse:
-            tidying.drop_unread(self.graph, self.story)
         self._drop_idle()
         if self.options.fuse:
+            tidying.drop_unread(self.graph, self.story)
             self._join_composites()
+            scores.join(self.graph, self.story)
             halves.part(self.capture, self.story)
         parts.cut(self.capture, self.story)
         self._number()
@@ -110,9 +111,10 @@ class Rewriter:
 
     def _drop_idle(self) -> None:
         for node in list(self.graph.nodes):
-            if node.op in ("call_function", "call_method") and is_idle(node):
+            same = same_as(node)
+            if same is not None:
                 self.story.tell(node, "dropped", "it returns its input as it is")
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(same)
                 self.graph.erase_node(node)
 
     def _join_composites(self) -> None:

@@ -15,7 +15,7 @@ VIEWS = {"getitem", "view", "reshape", "transpose", "permute", "expand", "unsque
 MADE = {"arange", "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like"}
 COMPUTED = {"add", "sub", "mul", "ge", "gt", "le", "lt", "eq", "ne", "and_", "or_", "logical_not", "to"}
 # What does nothing but make its value. Others may raise an error for what they are called with, or draw numbers.
-_PURE = _PRODUCTS | VIEWS | MADE | COMPUTED | {"contiguous", "chunk", "getattr"}
+_PURE = _PRODUCTS | VIEWS | MADE | COMPUTED | {"contiguous", "chunk", "getattr", "mean"}
 _CONSTANT = MADE | COMPUTED | VIEWS | {"floordiv"}  # which may raise, but then does so in each call
 # Whose functions make tensors of their own, too.
 _OURS = {"fastlinear.graph.norms", "fastlinear.graph.operators", "fastlinear.layer.sdpa"}

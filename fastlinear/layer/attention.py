@@ -151,9 +151,8 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         return apart.layers
 
     def _heads(self, y: Tensor, alone: bool) -> Tensor:
-        y = y.unsqueeze(0) if alone else y if self.batch_first else y.transpose(0, 1)
         heads: Tensor = y.unflatten(-1, (self.num_heads, self.head_dim))
-        return heads
+        return heads.unsqueeze(0) if alone else heads if self.batch_first else heads.transpose(0, 1)
 
     def _longer(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys and values with those that the module adds to them, and how many these are."""

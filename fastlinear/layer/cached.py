@@ -33,12 +33,13 @@ def function(
     scale: float | None,
     measure: bool,
     tell: Callable[[Answer], object],
-    heads: tuple[int, int] = (0, 0),
+    given: sdpa.Rows | None = None,
 ) -> Attend:
-    """attend; causal, scale, measure, tell: as in `sdpa.function`, which answers more than a few queries. heads: (H, G)
-    where q, k and v are not cut into heads yet, and y is not to be, either."""
+    """attend; causal, scale, measure, tell: as in `sdpa.function`, which answers more than a few queries. given: what
+    q, k and v are where they are not cut into heads yet, and y is not to be, either; with B first."""
     many, how = sdpa.function(causal, scale, True, measure, tell), (causal, scale, True)
-    native, store, whole = _attention.attention, _attention.store, heads[0] > 0
+    native, store = _attention.attention, _attention.store
+    whole, heads = given is not None, (0, 0) if given is None else given[:2]
 
     def attend(
         q: Tensor,
@@ -58,7 +59,7 @@ def function(
         if length is not None:
             length.add_(rows)
         if rotated is None:
-            q, k, v = sdpa.cut(heads, q, k, v) if whole else (q, k, v)
+            q, k, v = (q, k, v) if given is None else given.cut(q, k, v)
             rotated = in_torch(q, k, v, cos, sin, keys, values, at, length is None)
             return as_given(sdpa.stock(rotated, keys, values, mask, *how))
         if causal:
@@ -73,7 +74,7 @@ def function(
         return as_given(many(rotated, keys, values, mask))
 
     def as_given(y: Tensor) -> Tensor:
-        return sdpa.joined(y) if whole else y
+        return y if given is None else given.joined(y)
 
     return attend
 

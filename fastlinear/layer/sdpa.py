@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,26 @@ SCHEMA = (
 )
 _MOST = 1024  # kinds of calls that a function remembers the answers for
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Rows(NamedTuple):
+    """Rows as linear layers have them: q and y are [B, L, H * D], k and v [B, S, G * D], of H and G heads; with B
+    second where `length_first`."""
+
+    heads: int
+    kv_heads: int
+    length_first: bool = False
+
+    def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v by heads: [B, H, L, D] and [B, G, S, D]."""
+        order = (1, 2, 0, 3) if self.length_first else (0, 2, 1, 3)
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = (t.unflatten(-1, (count, -1)).permute(order) for t, count in zip((q, k, v), counts, strict=True))
+        return q, k, v
+
+    def joined(self, y: Tensor) -> Tensor:
+        """What heads [B, H, L, D] are cut from."""
+        return y.permute((2, 0, 1, 3) if self.length_first else (0, 2, 1, 3)).flatten(2)
 
 
 def stock(
@@ -64,19 +84,21 @@ def function(
     grouped: bool,
     measure: bool,
     tell: Callable[[Answer], object] = lambda _: None,
-    rows: tuple[int, int] = (0, 0),
+    rows: Rows | None = None,
     rounds: bool = False,
 ) -> Attention:
     """attention(q, k, v, mask) -> y, as the op with these arguments, on whatever is faster for each kind of call.
 
-    measure: whether that may be found out in calls; else by a rule. tell: is given each new answer. rows: (H, G) where
-    q, k and v are not cut into heads yet, and y is not to be, either: [B, L, H * D] and [B, S, G * D]. rounds: whether
-    fp32 may be multiplied in bf16.
+    measure: whether that may be found out in calls; else by a rule. tell: is given each new answer. rows: what q, k and
+    v are where they are not cut into heads yet, and y is not to be, either. rounds: whether fp32 may be multiplied in
+    bf16.
     """
     answers: dict[Any, Answer] = {}
     how = (causal, scale, grouped)
-    native = functools.partial(_attention.attention, rows=rows) if rows[0] else _attention.attention
-    plain = functools.partial(_stock_of_rows, rows) if rows[0] else stock
+    native, plain = _attention.attention, stock
+    if rows is not None:
+        native = functools.partial(native, rows=rows[:2], length_first=rows.length_first)
+        plain = functools.partial(_stock_of_rows, rows)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if not undisturbed() or _wants_grad(q, k, v, mask):
@@ -93,7 +115,7 @@ def function(
         return plain(q, k, v, mask, *how) if y is None else y
 
     def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
-        parts = cut(rows, q, k, v) if rows[0] else (q, k, v)
+        parts = (q, k, v) if rows is None else rows.cut(q, k, v)
         if why_not(*parts, mask) is not None or native(q, k, v, mask, *how) is None:
             return Answer(False, "torch: the kernels do not take these tensors")
         kind = "causal" if causal else "none"
@@ -112,19 +134,8 @@ def function(
     return attention
 
 
-def cut(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v by heads: [B, H, L, D] and [B, G, S, D]."""
-    h, g = rows
-    return q.unflatten(-1, (h, -1)).transpose(1, 2), *(t.unflatten(-1, (g, -1)).transpose(1, 2) for t in (k, v))
-
-
-def joined(y: Tensor) -> Tensor:
-    """What heads [B, H, L, D] are cut from: [B, L, H * D]."""
-    return y.transpose(1, 2).flatten(2)
-
-
-def _stock_of_rows(rows: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
-    return joined(stock(*cut(rows, q, k, v), mask, *how))
+def _stock_of_rows(rows: Rows, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
+    return rows.joined(stock(*rows.cut(q, k, v), mask, *how))
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

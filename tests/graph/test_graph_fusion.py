@@ -565,7 +565,8 @@ MASKS: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_is_spelled_out(name: str, batch_first: bool) -> None:
-    """nn.MultiheadAttention's projections are fast, whatever its masks, and its numbers are its own."""
+    """nn.MultiheadAttention's projections are fast, whatever its masks, and its numbers are its own; so is what is
+    between them, unless the weights are wanted, in either order of batch and length."""
     given = {"need_weights": False} | MASKS[name]()
     attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
     model = Net(lambda m, x: attention(x, x, x, **given))
@@ -574,6 +575,19 @@ def test_attention_is_spelled_out(name: str, batch_first: bool) -> None:
     fast = check(model, x if batch_first else x.transpose(0, 1).contiguous())
     assert [node.outcome for node in nodes(fast) if node.op == "linear"] == ["fast", "fast"]
     assert outcomes(fast, "multi_head_attention_forward") == {"dropped"}
+    attends = [node.outcome for node in nodes(fast) if "attention:" in node.why]
+    assert attends == ([] if given["need_weights"] else ["fast"])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_weights_that_nobody_reads(batch_first: bool) -> None:
+    """nn.MultiheadAttention gives its weights unless it is told not to; where nobody takes them, it attends fast."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
+    model = Net(lambda m, x: x + attention(x, x, x)[0])
+    model.attention = attention
+    fast = check(model, torch.randn(2, 5, 8))
+    assert [node.outcome for node in nodes(fast) if "attention:" in node.why] == ["fast"]
+    assert outcomes(fast, "add") == {"fused"}
 
 
 # How an attention is made, how it is called, how many products its projections are: four, or two where they are one.

@@ -204,7 +204,8 @@ def test_odd_numbers(isa: str) -> None:
 
 
 def test_rows() -> None:
-    """Rows as linear layers have them give the bits of the same rows cut into heads; others are left to the caller."""
+    """Rows as linear layers have them give the bits of the same rows cut into heads, and so they do where the batch is
+    second; others are left to the caller."""
     for dtype, (h, g) in itertools.product(DTYPES, ((4, 4), (4, 2))):
         x = torch.randn(2, 19, 24 * h + 48 * g).to(dtype)
         parts = x.split([24 * h, 24 * g, 24 * g], -1)
@@ -214,6 +215,9 @@ def test_rows() -> None:
             want = _attention.attention(*cut, None, causal, None, True)
             assert y is not None and want is not None and y.is_contiguous()
             assert torch.equal(y, want.transpose(1, 2).flatten(2))
+            turned = [t.transpose(0, 1).contiguous() for t in parts]
+            y = _attention.attention(*turned, None, causal, None, True, rows=(h, g), length_first=True)
+            assert y is not None and y.is_contiguous() and torch.equal(y, want.permute(2, 0, 1, 3).flatten(2))
         assert _attention.attention(*parts, rows=(h, 5)) is None
         assert _attention.attention(*(t[..., ::2] for t in parts), rows=(h, g)) is None
         assert _attention.attention(*cut, rows=(h, g)) is None

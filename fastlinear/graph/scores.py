@@ -1,0 +1,270 @@
+"""Attention that a model spells out: softmax(q k^T * scale + mask) v, as products and a softmax, becomes torch's
+scaled_dot_product_attention.
+
+The products are matmul, bmm or einsum of [B, H, L, D] or [N, L, D]; nothing else reads the scores and weights. A query
+of which masks of -inf leave nothing gets 0, as torch's own attention has it, where the softmax gives NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import fastlinear._tensors as _tensors
+from fastlinear.graph.attention import joined
+from fastlinear.graph.capture import changes, example, op_of, same_shape
+from fastlinear.graph.expansions import spelled_out
+from fastlinear.graph.story import Story
+from fastlinear.spec import attention
+
+_NEVER = -1e4  # a score that is replaced by this or less has no weight
+_CASTS = {"to", "float", "type_as", "half", "bfloat16"}
+_ADDS, _MULTIPLIES, _DIVIDES = {"add", "iadd", "add_"}, {"mul", "imul", "mul_"}, {"div", "itruediv", "div_"}
+
+
+class _Dot(NamedTuple):
+    """x by y, turned to [..., I, E] and [..., J, E] by their orders; their product [..., I, J] is turned by `order`."""
+
+    x: Any
+    y: Any
+    x_order: tuple[int, ...]
+    y_order: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+class _Mask(NamedTuple):
+    """fill: the score of what is hidden, None where the mask is added. shows: whether it is true where there are scores
+    left."""
+
+    node: fx.Node
+    fill: float | None = None
+    shows: bool = False
+
+
+class _Scores(NamedTuple):
+    """nodes: all that make the scores, the last one first."""
+
+    dot: _Dot
+    scale: float
+    masks: tuple[_Mask, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+def join(graph: fx.Graph, story: Story) -> None:
+    """Puts torch's attention in the place of all that a graph spells out."""
+    for root in list(graph.nodes):
+        values = _values(root)
+        found = None if values is None else _weights(values.x)
+        if values is None or found is None or not _is_alone(root, found) or not _fits(root, found, values):
+            continue
+        given = (found.dot.x, found.dot.y, values.y, *(mask.node for mask in found.masks))
+        result, parts = spelled_out(graph, root, _plain(found, values, joined(root) is not None), given)
+        node = next(each for each in parts if op_of(each) == "scaled_dot_product_attention")
+        root.replace_all_uses_with(result.node)
+        story.rename(root, node, "")
+        story.add(node, (each for each in parts if each is not node))
+        for each in (root, *found.nodes):
+            if each is not root:
+                story.tell(each, "fused", f"into {node.name}", node)
+            graph.erase_node(each)
+
+
+def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
+    """attend(q, k, v, *masks): the same in torch's one function. is_joined: whether what reads it joins heads at once,
+    so that it shows nowhere in which order they lie."""
+
+    def attend(q: Any, k: Any, v: Any, *masks: Any) -> Any:
+        heads = [t.permute(order) for t, order in ((q, found.dot.x_order), (k, found.dot.y_order), (v, values.y_order))]
+        alone = len(values.order) == 3
+        mask = _mask(list(zip(masks, found.masks, strict=True)), alone, example(q.node))
+        q, k, v = (t.unsqueeze(1) for t in heads) if alone else heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=found.scale)
+        y = (y.squeeze(1) if alone else y).permute(values.order)
+        return y if is_joined else y.contiguous()
+
+    return attend
+
+
+def _mask(given: list[tuple[Any, _Mask]], alone: bool, query: Any) -> Any:
+    """All masks as one: bool, true where something is to be looked at, or added in the dtype of query."""
+    masks = []
+    for mask, how in given:
+        known = example(how.node)
+        assert known is not None
+        mask = mask.unsqueeze(0) if known.dim() == 1 else mask.unsqueeze(1) if alone and known.dim() == 3 else mask
+        if how.fill is not None:
+            hidden = mask.logical_not() if how.shows else mask
+            bare = how.fill == -math.inf and len(given) == 1
+            mask = hidden.logical_not() if bare else _filled(hidden, how.fill, query.dtype)
+        masks.append(mask)
+    return sum(masks[1:], masks[0]) if masks else None
+
+
+def _filled(hidden: Any, fill: float, dtype: torch.dtype) -> Any:
+    return attention.additive(hidden, True, dtype) if fill == -math.inf else hidden.to(dtype) * fill
+
+
+def _values(node: fx.Node) -> _Dot | None:
+    """Weights by v."""
+    if (letters := _letters(node)) is None:
+        return _product(node, keys=False)
+    a, b, out = letters
+    summed = [c for c in a if c in b and c not in out]
+    rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
+    if not all(len(each) == 1 for each in (summed, rows, columns)):
+        return None
+    outer = [c for c in a if c in b and c in out]
+    whole = [*outer, *rows, *columns]
+    if [*a] != [*outer, *rows, *summed] or sorted(out) != sorted(whole) or len(b) != len(whole):
+        return None
+    orders = [_order(b, [*outer, *summed, *columns]), _order(whole, out)]
+    return _Dot(node.args[1], node.args[2], tuple(range(len(a))), *orders)
+
+
+def _products(node: fx.Node) -> _Dot | None:
+    """q by k."""
+    if (letters := _letters(node)) is None:
+        return _product(node, keys=True)
+    a, b, out = letters
+    summed = [c for c in a if c in b and c not in out]
+    outer, ends = [*out[:-2]], [*out[-2:]]
+    x, y = [*outer, *ends[:1], *summed], [*outer, *ends[1:], *summed]
+    if len(summed) != 1 or sorted(x) != sorted(a) or sorted(y) != sorted(b):
+        return None
+    return _Dot(node.args[1], node.args[2], _order(a, x), _order(b, y), tuple(range(len(out))))
+
+
+def _product(node: fx.Node, keys: bool) -> _Dot | None:
+    """Of a matmul. keys: whether the right one lies as [..., E, J]."""
+    if op_of(node) not in ("matmul", "bmm") or node.kwargs or len(node.args) != 2:
+        return None
+    x, y = (example(each) for each in node.args)
+    if x is None or y is None or x.dim() != y.dim():
+        return None
+    same = tuple(range(x.dim()))
+    turned = (*same[:-2], same[-1], same[-2])
+    return _Dot(*node.args, same, turned if keys else same, same)
+
+
+def _letters(node: fx.Node) -> tuple[str, str, str] | None:
+    """What an einsum of two tensors calls its dimensions."""
+    if op_of(node) != "einsum" or node.kwargs or len(node.args) != 3 or not isinstance(node.args[0], str):
+        return None
+    given, arrow, out = node.args[0].replace(" ", "").partition("->")
+    a, comma, b = given.partition(",")
+    fit = all(each.isalpha() and len({*each}) == len(each) for each in (a, b, out))
+    return (a, b, out) if arrow and comma and fit else None
+
+
+def _order(letters: Any, wanted: Any) -> tuple[int, ...]:
+    return tuple([*letters].index(c) for c in wanted)
+
+
+def _weights(node: Any) -> _Scores | None:
+    """What weights of the last dimension come from."""
+    before = []
+    while isinstance(node, fx.Node) and op_of(node) in _CASTS:
+        before.append(node)
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or op_of(node) != "softmax":
+        return None
+    dim, made = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), example(node)
+    if made is None or dim not in (-1, made.dim() - 1):
+        return None
+    return _scores(node.args[0] if node.args else node.kwargs.get("input"), 1.0, (), (*before, node))
+
+
+def _scores(node: Any, scale: float, masks: tuple[_Mask, ...], nodes: tuple[fx.Node, ...]) -> _Scores | None:
+    """nodes, masks, scale: what was found behind this node; masks are not multiplied by a scale."""
+    if not isinstance(node, fx.Node):
+        return None
+    dot, nodes = _products(node), (*nodes, node)
+    if dot is not None:
+        (x, of_x), (y, of_y) = _scaled(dot.x), _scaled(dot.y)
+        passed = [each for each in (dot.x, dot.y) if each not in (x, y)]
+        return _Scores(dot._replace(x=x, y=y), scale * of_x * of_y, masks, (*nodes, *passed))
+    if op_of(node) in _CASTS:
+        return _scores(node.args[0], scale, masks, nodes)
+    if (found := _scaling(node)) is not None:
+        return _scores(node.args[0], scale * found, masks, nodes)
+    for inner, mask in _masked(node) if scale == 1.0 else ():
+        if (whole := _scores(inner, scale, (*masks, mask), nodes)) is not None:
+            return whole
+    return None
+
+
+def _scaling(node: Any) -> float | None:
+    """By which number a node multiplies its first argument; None where it does something else."""
+    op = op_of(node)
+    if op not in _MULTIPLIES | _DIVIDES or node.kwargs or len(node.args) != 2:
+        return None
+    number = node.args[1]
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not number > 0:
+        return None
+    return float(number) if op in _MULTIPLIES else 1 / number
+
+
+def _scaled(node: Any) -> tuple[Any, float]:
+    """What a factor of a product is multiplied from for it alone, and by which number."""
+    found = _scaling(node) if isinstance(node, fx.Node) and len(node.users) == 1 and not changes(node) else None
+    return (node, 1.0) if found is None else (node.args[0], found)
+
+
+def _masked(node: fx.Node) -> Iterator[tuple[Any, _Mask]]:
+    """What may be the scores that a node hides some of, with the mask."""
+    args: tuple[Any, ...] = node.args
+    op, given = op_of(node), list[tuple[Any, Any, float | None, bool]]()
+    if op in _ADDS and len(args) == 2:
+        given = [(scores, mask, None, False) for scores, mask in ((args, args[::-1]) if op == "add" else (args,))]
+    elif op in ("masked_fill", "masked_fill_") and len(args) == 3 and _hides(args[2]):
+        given = [(args[0], args[1], float(args[2]), False)]
+    elif op == "where" and len(args) == 3 and _hides(args[2]):
+        given = [(args[1], args[0], float(args[2]), True)]
+    for scores, mask, fill, shows in given if not node.kwargs else ():
+        s, m, y = (example(each) for each in (scores, mask, node))
+        if s is None or m is None or y is None or m.dim() == 0 or not same_shape(s.shape, y.shape):
+            continue
+        if (m.dtype is torch.bool) == (fill is not None):
+            yield scores, _Mask(mask, fill, shows)
+
+
+def _hides(number: Any) -> bool:
+    return isinstance(number, (int, float)) and number <= _NEVER
+
+
+def _is_alone(root: fx.Node, found: _Scores) -> bool:
+    """Whether nothing but these nodes reads what is between, and none but these writes to a tensor meanwhile."""
+    inside = {root, *found.nodes}
+    if any(user not in inside for node in found.nodes for user in node.users):
+        return False
+    left, node = set(found.nodes), root
+    while left:
+        node = node.prev
+        if node not in inside and changes(node):
+            return False
+        left.discard(node)
+    return True
+
+
+def _fits(root: fx.Node, found: _Scores, values: _Dot) -> bool:
+    """Whether torch's attention takes all tensors, and none is broadcast that it would not."""
+    dot, masks = found.dot, [example(mask.node) for mask in found.masks]
+    q, k, v, y, s = (example(each) for each in (dot.x, dot.y, values.y, root, values.x))
+    if q is None or k is None or v is None or y is None or s is None or y.dim() not in (3, 4):
+        return False
+    floating = q.dtype in _tensors.FORMATS and q.dtype is k.dtype is v.dtype is y.dtype
+    if not floating or any(t.device.type != "cpu" or t.is_nested or t.dim() != y.dim() for t in (q, k, v)):
+        return False
+    if any(m is None or m.dtype not in (torch.bool, torch.float32, q.dtype) for m in masks):
+        return False
+    orders = ((q, dot.x_order), (k, dot.y_order), (v, values.y_order))
+    (*outer, rows, size), keys, kept = ([t.shape[i] for i in order] for t, order in orders)
+    return (
+        same_shape(keys[:-2], outer) and same_shape(kept[:-2], outer) and same_shape(keys[-2:-1], kept[-2:-1])
+        and same_shape(s.shape, (*outer, rows, keys[-2])) and same_shape([size], keys[-1:])
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Attention that a model spells out as two products and a softmax is one, wherever that is the same."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlinear
+from fastlinear.graph import backend
+from fastlinear.model.rows import NodeReport
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, 4, L, 8], a mask [L, L] -> [B, L, 32]
+
+
+def joined(y: Tensor) -> Tensor:
+    return y.transpose(1, 2).flatten(2)
+
+
+def _nano(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(8))
+    w = F.dropout(F.softmax(s.masked_fill(mask == 0, -math.inf), dim=-1), 0.1, training=False)
+    return (w @ v).transpose(1, 2).contiguous().view(q.shape[0], -1, 32)
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = torch.matmul(q, k.transpose(3, 2))
+    s += mask
+    return joined(torch.matmul(F.softmax(s.float(), dim=-1).type_as(s), v))
+
+
+def _of_transformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    w = torch.matmul(q, k.transpose(2, 3)) * 0.3 + torch.where(mask > 0, 0.0, torch.finfo(q.dtype).min)[None, None]
+    w = F.softmax(w, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(w, v).transpose(1, 2).contiguous().reshape(q.shape[0], -1, 32)
+
+
+def _letters(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    w = torch.einsum("b h i d, b h j d -> b h i j", q, k).div(3).softmax(3)
+    return torch.einsum("bhqk,bhkd->bqhd", w, v).flatten(2)
+
+
+def _letters_of_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.einsum("bhlm,bmhd->blhd", torch.softmax(torch.einsum("blhd,bmhd->bhlm", q, k), -1), v).flatten(2)
+
+
+def _batches(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    folded = [t.reshape(-1, *t.shape[2:]) for t in (q, k, v)]
+    w = torch.softmax(torch.bmm(folded[0], folded[1].transpose(1, 2)) / 2 + mask, -1)
+    return joined(torch.bmm(w, folded[2]).view(q.shape))
+
+
+def _two_masks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = (q * 0.3) @ k.mT + mask.cos()
+    return joined(s.masked_fill(mask < 1, -1e9).softmax(-1) @ v)
+
+
+TAKEN: dict[str, Attend] = {
+    "as in nanoGPT": _nano,
+    "mask in place": _in_place,
+    "as transformers do": _of_transformers,
+    "letters": _letters,
+    "letters of rows": _letters_of_rows,
+    "batches of heads": _batches,
+    "two masks": _two_masks,
+    "where": lambda q, k, v, mask: joined(torch.where(mask > 0, q @ k.mT, -math.inf).softmax(-1) @ v),
+    "a row of a mask": lambda q, k, v, mask: joined((q @ k.mT + mask[-1]).softmax(-1) @ v),
+    "a query scaled": lambda q, k, v, mask: joined(((q / 3) @ (k * 2.0).mT).softmax(-1) @ v),
+    "heads viewed later": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1) @ v).view(-1, *q.shape[1:]) * 2),
+}
+LEFT: dict[str, Attend] = {
+    "weights read": lambda q, k, v, mask: joined((w := (q @ k.mT).softmax(-1)) @ v) + w.sum(),
+    "scores read": lambda q, k, v, mask: joined((s := q @ k.mT).softmax(-1) @ v) + s.sum(),
+    "of another dimension": lambda q, k, v, mask: joined((q @ k.mT).softmax(-2) @ v),
+    "a mask scaled": lambda q, k, v, mask: joined(((q @ k.mT + mask) * 0.3).softmax(-1) @ v),
+    "a small number": lambda q, k, v, mask: joined((q @ k.mT).masked_fill(mask < 1, -2.0).softmax(-1) @ v),
+    "a sign changed": lambda q, k, v, mask: joined(((q @ k.mT) * -0.3).softmax(-1) @ v),
+    "keys of one head": lambda q, k, v, mask: joined((q @ k[:, :1].mT).softmax(-1) @ v),
+    "written to meanwhile": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1), v.mul_(2))[0] @ v),
+    "another activation": lambda q, k, v, mask: joined(F.softplus(q @ k.mT) @ v),
+}
+
+
+class Spelled(nn.Module):
+    """The same q, k and v, to each of some ways to attend."""
+
+    def __init__(self, ways: dict[str, Attend]) -> None:
+        super().__init__()
+        self.qkv, self.ways = nn.Linear(32, 96), [*ways.values()]
+        self.register_buffer("mask", torch.ones(16, 16).tril())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for way in self.ways:
+            heads = (t.view(x.shape[0], -1, 4, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            outputs.append(way(*heads, self.mask[: x.shape[1], : x.shape[1]]))
+        return outputs
+
+
+def attentions(ways: dict[str, Attend], dtype: torch.dtype, close: tuple[float, float]) -> list[NodeReport]:
+    """What the report tells of attention in a graph of all these, which gives what the model does."""
+    torch._dynamo.reset()
+    model = Spelled(ways).to(dtype).eval()
+    fast = torch.compile(model, backend=backend, fullgraph=True, dynamic=True, options={"tune": "off"})
+    with torch.no_grad():
+        for shape in ((2, 10, 32), (3, 7, 32)):
+            x = torch.randn(shape).to(dtype)
+            for name, y, want in zip(ways, fast(x), model(x), strict=True):
+                torch.testing.assert_close(
+                    y, want, rtol=close[0], atol=close[1], msg=lambda why, at=name: f"{at}: {why}"
+                )
+    (graph,) = fastlinear.report(fast).graphs
+    return [node for node in graph.nodes if node.why.startswith("attention: ")]
+
+
+def test_every_spelling_is_taken() -> None:
+    """Each gives what it gave, by our kernels; and in 16 bits, where torch rounds scores and weights, what is near."""
+    for dtype, close in ((torch.float32, (1e-5, 1e-5)), (torch.bfloat16, (3e-2, 3e-2))):
+        found = attentions(TAKEN, dtype, close)
+        assert [node.why for node in found] == ["attention: fastlinear, by rule"] * len(TAKEN)
+
+
+def test_what_is_another_thing_is_left() -> None:
+    """Weights that something else reads, another dimension, a mask that counts otherwise: no attention of torch's."""
+    assert not attentions(LEFT, torch.float32, (1e-5, 1e-5))
