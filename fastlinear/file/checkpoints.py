@@ -29,7 +29,7 @@ def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Mod
         Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32, or the first of several files of a model; or a folder of
         safetensors files whose config.json has a quantization_config of GPTQ or AWQ (gemm), compressed-tensors
         (pack-quantized, int8 and fp8), bitsandbytes (nf4, fp4, int8), HQQ (4 bits, axis 1), fp8 in blocks, or the MXFP4
-        experts of gpt-oss.
+        experts of gpt-oss; of all but the last, experts of a mixture may be stored one by one.
     model: the model of transformers, on the meta device or with any weights, which go unread; for a GGUF file a causal
         language model. Its dtype is that of its activations; what the file has in floats is rounded to it
         where it is narrower.

@@ -15,12 +15,12 @@ from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
 from fastlinear.layer import embedding, experts, experts_frozen, linear, mixture, packs, takeover
 from fastlinear.layer.fitness import dtype_of, why_no_twin
 from fastlinear.layer.frozen import Frozen
-from fastlinear.layer.shelf import Shelf, shelve
+from fastlinear.layer.shelf import Shelf, Uneven, shelve
 from fastlinear.spec import programs
 from fastlinear.spec.formats import name_of
 from fastlinear.spec.int4 import Coded, coding_of
 from fastlinear.spec.int8 import Rows
-from fastlinear.spec.packed import Weight, stands_for
+from fastlinear.spec.packed import Weight, stands_for, with_offsets
 from fastlinear.spec.precision import Precision
 
 
@@ -36,7 +36,7 @@ class Source(NamedTuple):
     rows: Tensor | None = None
     floating: bool = False
     release: Callable[[], object] = lambda: None
-    expert: Callable[[int], Coded] | None = None
+    expert: Callable[[int], Weight] | None = None
     part: Callable[[int, int], Weight] | None = None
 
 
@@ -90,23 +90,35 @@ def _shelved(module: Any, name: str, sources: Mapping[str, Source]) -> tuple[str
     form: Any = mixture.form_of(module)
     own = [sources[f"{name}.{each}" if name else each] for each in experts.names_of(module)]
     try:
-        first = _shelf(own[0], form.interleaved, programs.is_gated(form.program))
-        second = _shelf(own[1], False, False)
+        held = experts.dtype_of(module)
+        first = _shelf(own[0], held, form.interleaved, programs.is_gated(form.program))
+        second = _shelf(own[1], held, False, False)
     except ValueError as error:
         raise ValueError(f"its {name}: {error}") from error
-    return name, experts_frozen.Frozen(first, second, experts.dtype_of(module), (False, False), f"from {own[0].label}")
+    return name, experts_frozen.Frozen(first, second, held, (False, False), f"from {own[0].label}")
 
 
-def _shelf(source: Source, interleaved: bool, gated: bool) -> Shelf:
+def _shelf(source: Source, held: torch.dtype, interleaved: bool, gated: bool) -> Shelf:
     read, count = source.expert, source.shape[0]
     assert read is not None
 
-    def packed(expert: int) -> _weights.Packed:
-        coded = _in_halves(read(expert)) if interleaved else read(expert)
-        source.release()
-        return packs.pack_coded(coded, gated)
+    def every(offsets: bool) -> Iterator[_weights.Packed]:
+        for expert in range(count):
+            weight = read(expert)
+            if isinstance(weight, Coded) and weight.order is not None:
+                raise ValueError(
+                    "the columns of its experts are in orders of their own (desc_act), as layers alone have"
+                )
+            if isinstance(weight, Coded):
+                weight = _in_halves(weight) if interleaved else weight
+                weight = with_offsets(weight) if offsets else weight
+            source.release()
+            yield _pack(weight, held, gated)
 
-    return shelve(map(packed, range(count)), count)
+    try:
+        return shelve(every(False), count)
+    except Uneven:  # the zero points of some experts may happen to be those of symmetric ones
+        return shelve(every(True), count)
 
 
 def _in_halves(coded: Coded) -> Coded:
@@ -123,8 +135,9 @@ def _precision(frozen: Frozen, dynamic: bool) -> Precision:
 
 
 def _become_experts(module: Any, name: str, frozen: experts_frozen.Frozen) -> None:
+    own = frozen.first.format == name_of(frozen.dtype)
     coding = coding_of(frozen.first.packs[0])
-    experts.adopt(module, "lazy", name, Precision(frozen.first.format, coding=coding))
+    experts.adopt(module, "lazy", name, Precision(None if own else frozen.first.format, coding=coding))
     experts_frozen.hold(module, frozen)
 
 
@@ -211,12 +224,12 @@ def _in_parts(
         source.release()
 
 
-def _pack(weight: Weight, held: torch.dtype) -> _weights.Packed:
+def _pack(weight: Weight, held: torch.dtype, gated: bool = False) -> _weights.Packed:
     if not isinstance(weight, Tensor):
-        return takeover.packed_as_is(weight)
+        return takeover.packed_as_is(weight, gated=gated)
     wide = weight.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
     floats = weight.to(held) if wide or weight.dtype not in _tensors.FORMATS else weight
-    return packs.pack_apart(floats, Precision(name_of(floats.dtype)))
+    return packs.pack_apart(floats, Precision(name_of(floats.dtype)), gated)
 
 
 def _revive(model: Any, bare: list[Held]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +13,23 @@ from torch import Tensor, nn
 from fastlinear.file import safetensors
 from fastlinear.file.filling import Source
 from fastlinear.file.safetensors import MAX_BYTES, AnyPath, Entry, Mapped, at_once, parse_json, shown
-from fastlinear.layer import experts, pages
+from fastlinear.layer import experts, mixture, pages
 from fastlinear.spec.checkpoints import MIXTURES, SCHEMES
-from fastlinear.spec.checkpoints.scheme import Mixture, Scheme
-from fastlinear.spec.packed import Weight, stands_for
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Mixture, Parts, Scheme, need
+from fastlinear.spec.packed import Weight, joined, stands_for
 
 _COMPUTED = ".rotary_emb.inv_freq"  # a buffer that older models were saved with, and compute from their config
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_RENAMED = ((".block_sparse_moe.", ".mlp."),)  # what checkpoints call otherwise than transformers does
+# Of an expert that is stored by itself: its gate, what goes through that, and its second product.
+_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+class Place(NamedTuple):
+    """Where a tensor is stored, and by what name."""
+
+    file: Mapped
+    name: str
 
 
 class Folder(NamedTuple):
@@ -29,13 +39,15 @@ class Folder(NamedTuple):
     config: dict[str, Any]
     schemes: tuple[Scheme, ...]
     mixture: Mixture | None
-    files: Mapping[str, Mapped]
+    files: Mapping[str, Place]
 
     def entry(self, name: str) -> Entry:
-        return self.files[name].contents.entries[name]
+        file, stored = self.files[name]
+        return file.contents.entries[stored]
 
     def tensor(self, name: str) -> Tensor:
-        return self.files[name].tensor(name)
+        file, stored = self.files[name]
+        return file.tensor(stored)
 
 
 def open_folder(path: AnyPath) -> Folder:
@@ -53,13 +65,13 @@ def open_folder(path: AnyPath) -> Folder:
     method = told.get("quant_method")
     if not isinstance(method, str) or method not in SCHEMES:
         raise ValueError(f"its quant_method is {shown(method)}, and read are {', '.join(SCHEMES)}")
-    files: dict[str, Mapped] = {}
+    files: dict[str, Place] = {}
     for name in _names(folder):
         mapped = safetensors.open_mapped(os.path.join(folder, name))
         for tensor in mapped.contents.entries:
             if tensor in files:
                 raise ValueError(f"two of its files have a tensor {shown(tensor)}")
-            files[tensor] = mapped
+            files[tensor] = Place(mapped, tensor)
     return Folder(told, SCHEMES[method], MIXTURES.get(method), files)
 
 
@@ -91,26 +103,26 @@ def _json(path: str) -> dict[str, Any]:
 
 def sources(folder: Folder, model: nn.Module) -> dict[str, Source]:
     """The tensors of a folder by their names in `model`."""
+    folder = _renamed(folder, model)
     found: dict[str, Source] = {}
     taken: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            for scheme in folder.schemes:
-                names = {part: f"{name}.{part}" for part in scheme.parts}
-                if all(each in folder.files for each in names.values()):
-                    more = {part: f"{name}.{part}" for part in scheme.optional}
-                    names |= {part: each for part, each in more.items() if each in folder.files}
-                    found[f"{name}.weight"] = _quantized(folder, scheme, names, name)
-                    taken.update(names.values())
-                    if module.bias is None and _is_zero(folder, f"{name}.bias"):
-                        taken.add(f"{name}.bias")
-                    break
-        elif folder.mixture is not None and experts.are_experts(module):
+            stored = _stored(folder, name, folder.schemes)
+            if stored is not None:
+                found[f"{name}.weight"] = _quantized(stored)
+                taken.update(stored.names)
+                if module.bias is None and _is_zero(folder, f"{name}.bias"):
+                    taken.add(f"{name}.bias")
+        elif experts.are_experts(module):
+            for own, layers in _one_by_one(folder, module, name).items():
+                found[f"{name}.{own}"] = _joined(layers)
+                taken.update(each for of_expert in layers for stored in of_expert for each in stored.names)
             for own in experts.names_of(module):
-                full = f"{name}.{own}" if name else own
-                names = {part: f"{full}_{part}" for part in folder.mixture.parts}
-                if all(each in folder.files for each in names.values()):
-                    found[full] = _of_experts(folder, folder.mixture, names, full, experts.is_transposed(module))
+                full, scheme = f"{name}.{own}" if name else own, folder.mixture
+                names = {} if scheme is None else {part: f"{full}{part}" for part in scheme.parts}
+                if scheme is not None and all(each in folder.files for each in names.values()):
+                    found[full] = _of_experts(folder, scheme, names, full, experts.is_transposed(module))
                     taken.update(names.values())
     rest = (name for name in folder.files if name not in taken and not name.endswith(_COMPUTED))
     return found | {name: _plain(folder, name) for name in rest}
@@ -121,38 +133,138 @@ def _is_zero(folder: Folder, name: str) -> bool:
     return name in folder.files and not bool(folder.tensor(name).any())
 
 
-def _quantized(folder: Folder, scheme: Scheme, names: Mapping[str, str], layer: str) -> Source:
-    parts = {part: folder.tensor(name) for part, name in names.items()}
-    try:
-        shape = scheme.shape(parts, folder.config)
-    except ValueError as error:
-        raise ValueError(f"its layer {shown(layer)}: {error}") from error
+def _renamed(folder: Folder, model: nn.Module) -> Folder:
+    """With its tensors' names as this model has them."""
+    modules = [f".{name}." for name, _ in model.named_modules()]
+    files: dict[str, Place] = {}
+    for name, place in folder.files.items():
+        for old, new in _RENAMED:
+            if old in name and not any(old in module for module in modules):
+                name = name.replace(old, new)
+        if name in files:
+            raise ValueError(f"two of its tensors are {shown(name)} of this {type(model).__name__}")
+        files[name] = place
+    return folder._replace(files=files)
+
+
+class Stored(NamedTuple):
+    """A layer of a checkpoint. parts: what there is of those of its scheme; names: of these in the folder."""
+
+    layer: str
+    scheme: Scheme
+    parts: Parts
+    names: Sequence[str]
+    config: Config
+
+    def shape(self) -> tuple[int, int]:
+        """N and K; ValueError, which names the layer, where its parts do not go together."""
+        try:
+            return self.scheme.shape(self.parts, self.config)
+        except ValueError as error:
+            raise ValueError(f"its layer {shown(self.layer)}: {error}") from error
+
+    def weight(self) -> Weight:
+        return self.scheme.weight(self.parts, self.config)
+
+    def release(self) -> None:
+        pages.let_go(*self.parts.values())
+
+
+def _stored(folder: Folder, layer: str, schemes: Sequence[Scheme]) -> Stored | None:
+    """The layer of this name by the first scheme that has all of its parts; None where there is none."""
+    for scheme in schemes:
+        names = {part: f"{layer}.{part}" for part in scheme.parts}
+        if all(each in folder.files for each in names.values()):
+            more = {part: f"{layer}.{part}" for part in scheme.optional}
+            names |= {part: each for part, each in more.items() if each in folder.files}
+            parts = {part: folder.tensor(name) for part, name in names.items()}
+            return Stored(layer, scheme, parts, [*names.values()], folder.config)
+    return None
+
+
+def _quantized(stored: Stored) -> Source:
+    return Source(stored.shape(), stored.scheme.label, stored.weight, release=stored.release)
+
+
+def _floats_shape(parts: Parts, config: Config) -> tuple[int, int]:
+    n, k = need(parts, "weight", SCALES, None, None).shape
+    return n, k
+
+
+_FLOATS = Scheme("floats", ("weight",), (), _floats_shape, lambda parts, config: parts["weight"])
+
+
+def _one_by_one(folder: Folder, module: Any, name: str) -> dict[str, list[list[Stored]]]:
+    """By the names of the parameters of experts, the layers of each expert that make one weight of it, gates first;
+    empty where they are not stored so."""
+    form = mixture.form_of(module)
+    if isinstance(form, str) or form.transposed or form.interleaved:
+        return {}
+    first, second = experts.names_of(module)
+    for gate, through, out in _EXPERT:
+        if f"{name}.0.{out}." not in {f"{each.rpartition('.')[0]}." for each in folder.files}:
+            continue
+        own = {first: (gate, through) if module.has_gate else (through,), second: (out,)}
+        layers = {
+            key: [
+                [_stored(folder, f"{name}.{expert}.{each}", (*folder.schemes, _FLOATS)) for each in of_weight]
+                for expert in range(experts.sizes_of(module)[1][0])
+            ]
+            for key, of_weight in own.items()
+        }
+        if all(each is not None for every in layers.values() for of_expert in every for each in of_expert):
+            return layers  # type: ignore[return-value]
+    return {}
+
+
+def _joined(layers: list[list[Stored]]) -> Source:
+    """The weights of all experts of one product."""
+    shapes = [[stored.shape() for stored in of_expert] for of_expert in layers]
+    k, n = shapes[0][0][1], sum(shape[0] for shape in shapes[0])
+    for of_expert, own in zip(layers, shapes, strict=True):
+        if any(shape[1] != k for shape in own) or sum(shape[0] for shape in own) != n:
+            raise ValueError(
+                f"its layer {shown(of_expert[0].layer)} is {own[0]}, and that of the first expert {shapes[0][0]}"
+            )
+
+    def expert(i: int) -> Weight:
+        return joined([stored.weight() for stored in layers[i]])
+
+    def release() -> None:
+        for of_expert in layers:
+            for stored in of_expert:
+                stored.release()
+
+    schemes = [stored.scheme for of_expert in layers for stored in of_expert]
+    plain = all(scheme is _FLOATS for scheme in schemes)
     return Source(
-        shape,
-        scheme.label,
-        lambda: scheme.weight(parts, folder.config),
-        release=lambda: pages.let_go(*parts.values()),
+        (len(layers), n, k),
+        schemes[0].label,
+        lambda: torch.stack([stands_for(expert(i)) for i in range(len(layers))]),
+        floating=plain,
+        release=release,
+        expert=None if plain else expert,
     )
 
 
-def _of_experts(folder: Folder, mixture: Mixture, names: Mapping[str, str], full: str, transposed: bool) -> Source:
+def _of_experts(folder: Folder, own: Mixture, names: Mapping[str, str], full: str, transposed: bool) -> Source:
     parts = {part: folder.tensor(name) for part, name in names.items()}
     try:
-        count, n, k = mixture.shape(parts, folder.config)
+        count, n, k = own.shape(parts, folder.config)
     except ValueError as error:
         raise ValueError(f"its {shown(full)}: {error}") from error
     shape = (count, k, n) if transposed else (count, n, k)
 
     def read() -> Weight:
-        every = torch.stack([stands_for(mixture.weight(parts, expert)) for expert in range(count)])
+        every = torch.stack([stands_for(own.weight(parts, folder.config, expert)) for expert in range(count)])
         return every.mT if transposed else every
 
     return Source(
         shape,
-        mixture.label,
+        own.label,
         read,
         release=lambda: pages.let_go(*parts.values()),
-        expert=lambda expert: mixture.weight(parts, expert),
+        expert=lambda expert: own.weight(parts, folder.config, expert),
     )
 
 

@@ -9,13 +9,14 @@ computes stands in spec/experts.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import mixture
-from fastlinear.layer.experts_frozen import thaw
+from fastlinear.layer import experts_takeover, mixture
+from fastlinear.layer.experts_frozen import hold, thaw
 from fastlinear.layer.experts_module import OWN, ExpertsModule
 from fastlinear.layer.parametrized import before
 from fastlinear.spec import activations, programs
@@ -147,6 +148,8 @@ def why_not(module: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
     """Why experts cannot run on the kernels as it was asked for, in a few words; None if they can, or do."""
     if isinstance(module, ExpertsModule):
         return module.why_unread() or mixture.why_unquantized(module, asked, is_transposed(module), name)
+    if experts_takeover.are_foreign(module):
+        return experts_takeover.why_not(module, asked)
     if (reason := why_no_twin(module)) is not None:
         return reason
     for own in mixture.names_of(module):
@@ -171,6 +174,28 @@ def adopt(module: Any, tune: str = "lazy", name: str = "", precision: Precision 
     stock: Any = type(module)
     module.__class__ = _twin(stock)
     module._reset()
+
+
+def take_over(module: Any, tune: str, name: str, held: torch.dtype) -> Callable[[], None]:
+    """Makes FastExperts of those in fp8, of which `why_not` has nothing to say, and tells what undoes it. held: the
+    dtype of the model around them."""
+    told = experts_takeover.found(module)
+    assert not isinstance(told, str)
+    over, precision = experts_takeover.frozen(told, held)
+    kind, before = type(module), {**vars(module), "_parameters": dict(module._parameters)}
+    for beside in experts_takeover.beside(module):
+        del module._parameters[beside]
+    module.__class__ = FastExperts
+    vars(module).update(_form=told.form._replace(precision=own(precision)), _tune=tune, _name=name)
+    module._reset()
+    hold(module, over)
+
+    def undo() -> None:
+        vars(module).clear()
+        module.__class__ = kind
+        vars(module).update(before)
+
+    return undo
 
 
 def release(module: Any) -> None:

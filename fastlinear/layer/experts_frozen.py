@@ -146,6 +146,7 @@ def _thaw(module: Any, frozen: Frozen, weights: dict[str, Tensor]) -> None:
         weight = weights[name]
         module._parameters[name] = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, wants)
     vars(module).pop("_frozen_experts")
+    vars(module)["_form"] = module._form._replace(precision=module._form.precision.of_floats())
     module._reset()
 
 

@@ -16,6 +16,10 @@ from fastlinear.spec.packed import numbers
 _LINE = 64
 
 
+class Uneven(ValueError):
+    """Of packs that are not of one layout."""
+
+
 class Shelf:
     """packs: those of all experts, of one layout and size; panels: uint8 [experts, bytes], the memory that they lie in,
     where what follows an expert's panels up to the next line is nothing."""
@@ -53,12 +57,15 @@ def bytes_of(layout: str, n: int, k: int) -> int:
 
 
 def shelve(packs: Iterable[_weights.Packed], count: int) -> Shelf:
-    """A shelf of `count` packs, one made after the other, so that one at most is in memory twice."""
+    """A shelf of `count` packs, one made after the other, so that one at most is in memory twice; Uneven, a ValueError,
+    where they are not of one layout."""
     panels = layout = None
     for i, packed in enumerate(packs):
         if panels is None or layout is None:
             layout = packed.layout
             panels = _memory(count, bytes_of(layout, packed.n, packed.k))
+        if packed.layout != layout:
+            raise Uneven(f"expert {i} would be packed as {packed.layout}, and those before it are as {layout}")
         panels[i, : packed.nbytes] = packed.data
     if panels is None or layout is None:
         raise ValueError("there are no experts")

@@ -308,7 +308,8 @@ def without_unpacking(model: nn.Module) -> Callable[[], None]:
 def dtype_around(model: nn.Module) -> torch.dtype | None:
     """The dtype of the first parameter of a model that is no layer's of these."""
     for module in model.modules():
-        if not is_foreign(module):
+        scaled = any(name.endswith("_scale_inv") for name in module._parameters)  # experts in fp8, which are no layer
+        if not scaled and not is_foreign(module):
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.dtype in _tensors.FORMATS:
                     return parameter.dtype

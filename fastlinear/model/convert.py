@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer import attention, experts, linear, takeover
+from fastlinear.layer import attention, experts, experts_takeover, linear, takeover
 from fastlinear.layer.fitness import dtype_of, taken_over
 from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shard import shard_of
@@ -93,10 +93,11 @@ def convert(
     tune: "lazy" chooses kernels at the first call with a new batch size, "now" by running the model on
         `example_inputs` (see `tune`), "off" by a fixed rule, without measuring.
 
-    Layers that other packages quantized are taken over as they are, whatever `dtype` says, and frozen: those of GPTQ,
-    AWQ (gemm), compressed-tensors (pack-quantized, int8, fp8), bitsandbytes (nf4, fp4, int8), HQQ (4 bits, axis 1),
-    torchao (4 bits, and 8 in groups) and fp8 in blocks; before their first call, in which some repack themselves. What
-    is taken over wants no package any more, and `unconvert` makes nn.Linear of it. `report` has the reason of others.
+    Layers that other packages quantized are taken over as they are, whatever `dtype` says, and frozen: those of
+    GPTQ, AWQ (gemm), compressed-tensors (pack-quantized, int8, fp8), bitsandbytes (nf4, fp4, int8), HQQ (4 bits,
+    axis 1), torchao (4 bits, and 8 in groups) and fp8 in blocks, transformers' experts in fp8 too; before their
+    first call, in which some repack themselves. What is taken over wants no package any more, and `unconvert` makes
+    nn.Linear of it. `report` has the reason of others.
 
     Layers that are fast already stay as they are, unless `dtype`, `accumulate`, `quantize` or `products` is given: then
     they take all four.
@@ -139,7 +140,7 @@ def convert(
         for layer in fast:
             _set_precision(undo, twin[layer], _next(layer, asked, names[layer]))
         for layer in mixtures:
-            _adopt_experts(undo, twin[layer], names[layer], mode, asked)
+            _adopt_experts(undo, twin[layer], names[layer], mode, asked, around)
         for table in tables:
             vocabulary.pack(undo, table, twin, names, mode)
         _absorb(undo, pairs, twin)
@@ -204,10 +205,14 @@ def _open_up(undo: ExitStack, whole: Any, name: str, mode: str, asked: Wanted) -
     undo.callback(linear.release, whole.in_proj)
 
 
-def _adopt_experts(undo: ExitStack, module: Any, name: str, mode: str, asked: Wanted) -> None:
+def _adopt_experts(
+    undo: ExitStack, module: Any, name: str, mode: str, asked: Wanted, around: torch.dtype | None
+) -> None:
     if experts.is_fast_experts(module):
         undo.callback(experts.set_precision, module, module._precision)
         experts.set_precision(module, _next(module, asked, name))
+    elif experts_takeover.are_foreign(module):
+        undo.callback(experts.take_over(module, mode, name, around or torch.float32))
     else:
         experts.adopt(module, mode, name, asked.of(name, experts.dtype_of(module)))
         undo.callback(experts.release, module)

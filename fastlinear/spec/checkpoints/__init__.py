@@ -22,4 +22,4 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
     "hqq": hqq.SCHEMES,
     "mxfp4": (),  # its linear layers are floats
 }
-MIXTURES: dict[str, Mixture] = {"mxfp4": mxfp4.MIXTURE}
+MIXTURES: dict[str, Mixture] = {"mxfp4": mxfp4.MIXTURE, "fp8": fp8.MIXTURE}

@@ -6,8 +6,9 @@ import torch
 
 import fastlinear._kernels as _kernels
 from fastlinear.spec.checkpoints.codes import group_of, in_eight_bits, values_shape
-from fastlinear.spec.checkpoints.scheme import SCALES, Config, Parts, Scheme, need
-from fastlinear.spec.packed import Weight
+from fastlinear.spec.checkpoints.scheme import SCALES, Config, Mixture, Parts, Scheme, need
+from fastlinear.spec.int4 import FP8
+from fastlinear.spec.packed import Weight, joined
 
 _BLOCK_SCALES = (*SCALES, torch.uint8, torch.float8_e8m0fnu)
 
@@ -47,3 +48,32 @@ def _blocks(parts: Parts, config: Config) -> Weight:
 
 BLOCKS = Scheme("fp8", ("weight_scale_inv", "weight"), (), _blocks_shape, _blocks)
 SCHEMES = (BLOCKS,)
+
+
+def _experts_shape(parts: Parts, config: Config) -> tuple[int, int, int]:
+    experts, n, k = need(parts, "", (FP8,), None, None, None).shape
+    scale = parts["_scale_inv"]
+    if scale.dim() != 3 or len(scale) != experts:
+        raise ValueError(f"_scale_inv is of shape {list(scale.shape)}, not [{experts}, any, any]")
+    if experts:
+        for half in _halves(parts, config, 0):
+            BLOCKS.shape(half, config)
+    return experts, n, k
+
+
+def _halves(parts: Parts, config: Config, expert: int) -> list[Parts]:
+    """The weight of an expert, or, where gates and what goes through them have blocks of their own, of which the last
+    may be short, each of both."""
+    weight, scale = parts[""][expert], parts["_scale_inv"][expert]
+    n, blocks = len(weight), len(scale)
+    rows = _block_size(config)[0] if config.get("weight_block_size") else n
+    apart = blocks != -(-n // rows) and blocks == 2 * -(-(n // 2) // rows) and n % 2 == 0
+    cut = zip(weight.chunk(2), scale.chunk(2), strict=True) if apart else [(weight, scale)]
+    return [{"weight": w, "weight_scale_inv": s} for w, s in cut]
+
+
+def _experts(parts: Parts, config: Config, expert: int) -> Weight:
+    return joined([_blocks(half, config) for half in _halves(parts, config, expert)])
+
+
+MIXTURE = Mixture("fp8", ("", "_scale_inv"), _experts_shape, _experts)

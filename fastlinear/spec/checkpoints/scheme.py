@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlinear.spec.int4 import Coded
 from fastlinear.spec.packed import Weight
 
 Parts = Mapping[str, Tensor]
@@ -30,13 +29,13 @@ class Scheme(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """How the weights of all experts of one product are stored. parts: what their names end in, behind that of the
-    Parameter; shape: [E, N, K]; weight: that of one expert."""
+    """How the weights of all experts of one product are stored at once. parts: what their names end in, behind that of
+    the Parameter; shape: [E, N, K]; weight: that of one expert."""
 
     label: str
     parts: tuple[str, ...]
     shape: Callable[[Parts, Config], tuple[int, int, int]]
-    weight: Callable[[Parts, int], Coded]
+    weight: Callable[[Parts, Config, int], Weight]
 
 
 def need(parts: Parts, name: str, dtypes: tuple[torch.dtype, ...], *shape: int | None) -> Tensor:
