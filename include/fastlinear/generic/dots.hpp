@@ -73,6 +73,7 @@ void multiply(const TileArgs& t) {
   constexpr std::ptrdiff_t nr = Op::layout.nr, kr = Op::layout.kr, per_panel = nr / V::width, Count = P * per_panel;
   const ScaledGroups how = *t.groups;
   const RowGroups x = t.row_groups;
+  const std::ptrdiff_t lda = t.lda;
   const Op op(how);
   const auto* a = static_cast<const std::int8_t*>(t.a);
   auto* const sums = static_cast<float*>(t.tile);
@@ -102,9 +103,9 @@ void multiply(const TileArgs& t) {
 #pragma GCC unroll 16
     for (std::ptrdiff_t r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (std::ptrdiff_t v = 0; v < Count; ++v) c[r][v] = op.start(of_row(x.starts, t.lda, r, group));
+      for (std::ptrdiff_t v = 0; v < Count; ++v) c[r][v] = op.start(of_row(x.starts, lda, r, group));
     for (; k < end; k += kr) {
-      add<V, Op, R, Count, P>(c, op, panels, a + k, t.lda);
+      add<V, Op, R, Count, P>(c, op, panels, a + k, lda);
       const std::ptrdiff_t ahead = R == 1 ? codes.step(step) : 0;
 #pragma GCC unroll 8
       for (std::ptrdiff_t p = 0; p < P; ++p) {
@@ -124,8 +125,8 @@ void multiply(const TileArgs& t) {
       for (std::ptrdiff_t r = 0; r < R; ++r) {
         float* const to = sums + r * Columns + v * V::width;
         const V product = rounded(to_float(Op::sums(c[r][v])) * scale);
-        V sum = fused(product, V::set(of_row(x.scales, t.lda, r, group)), V::load(to));
-        if constexpr (Offsets) sum = fused(V::set(of_row(x.totals, t.lda, r, group)), offset, sum);
+        V sum = fused(product, V::set(of_row(x.scales, lda, r, group)), V::load(to));
+        if constexpr (Offsets) sum = fused(V::set(of_row(x.totals, lda, r, group)), offset, sum);
         V::store(to, sum);
       }
     }
