@@ -91,9 +91,12 @@ def _state_of(layer: Any, rows: int) -> str | None:
         return "growing"
     if type(layer) is not StaticSlidingWindowLayer:
         return None
-    if rows > 1:  # such a prompt begins
-        return "new" if layer.cumulative_length_int == 0 else None
-    return "full" if layer.cumulative_length_int >= layer.max_cache_len else "growing"
+    held, room = layer.cumulative_length_int, layer.max_cache_len
+    if rows == 1:
+        return "full" if held >= room else "growing"
+    if held == 0:
+        return "new"
+    return "begun" if held + rows <= room else None  # beyond that keys are cut by a number that no two turns share
 
 
 class _Uncounted(StaticSlidingWindowLayer):  # type: ignore[no-untyped-call]
@@ -112,7 +115,7 @@ def with_tensors(cache: Any, given: dict[str, Tensor], rows: int) -> Any:
     fake.layers = [copy.copy(layer) for layer in cache.layers]
     for i, layer in enumerate(fake.layers):
         vars(layer).update({what: given[f"{i} {what}"] for what in _TENSORS})
-        if rows == 1 and type(layer) is StaticSlidingWindowLayer:
+        if type(layer) is StaticSlidingWindowLayer and (rows == 1 or layer.cumulative_length_int > 0):
             layer.__class__ = _Uncounted
     return fake
 

@@ -208,6 +208,27 @@ def test_other_ways_to_generate(name: str) -> None:
     torch.testing.assert_close(turns(), expected)
 
 
+@pytest.mark.parametrize("window", [32, 16])
+def test_turns_in_a_sliding_window(window: int) -> None:
+    """Turns of a chat that a window has room for share a graph, however much it holds; what goes beyond it runs as
+    before. The text is that of the model that was not prepared."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**_TWO, **_TURNS, sliding_window=window)
+    model: Any = fastlinear.convert(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+    def turns() -> Any:
+        cache, text = transformers.StaticCache(config=config, max_cache_len=48), prompt(3)
+        for more in (4, 2, 5):
+            text = torch.cat([text_of(model, text, 4, past_key_values=cache), prompt(more)], 1)
+        return text
+
+    expected = turns()
+    prepare_generation(model, length=48, tune="off")
+    assert torch.equal(turns(), expected)
+    graphs = recorded(model)
+    assert len(graphs) == (3 if window == 32 else 4) and not any(isinstance(each, str) for each in graphs)
+
+
 def test_what_a_model_is_saved_with(tmp_path: Path) -> None:
     """Preparing is nothing of the model's own: what it is asked for by default, and saved with, is what it was, and a
     config in the place of its own has graphs, too."""
