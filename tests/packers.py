@@ -164,6 +164,12 @@ SCHEMES: dict[str, tuple[Callable[[int, int], Any], dict[str, Any], str]] = {
     ),
     "gptq uneven": (lambda n, k: gptq(n, k, order="uneven"), {"quant_method": "gptq", "bits": 4}, "fp32"),
     "gptq 8 bits": (lambda n, k: gptq(n, k, bits=8), {"quant_method": "gptq", "bits": 8}, "int8g"),
+    "auto-round": (
+        gptq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "sym": True}, "int4",
+    ),
+    "auto-round awq": (
+        awq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "sym": False}, "int4",
+    ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "GEMM", "zero_point": True}, "int4"),
     "compressed": (compressed, {"quant_method": "compressed-tensors", **ct(4)}, "int4"),
     "compressed zeros": (

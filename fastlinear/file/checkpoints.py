@@ -27,7 +27,7 @@ def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Mod
 
     path: a GGUF file of Llama, Mistral, Mixtral, Qwen 2 and 3 (MoE, too) or Gemma 3, with tensors of Q4_0, Q4_1, Q5_0,
         Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, F16, BF16 or F32, or the first of several files of a model; or a folder of
-        safetensors files whose config.json has a quantization_config of GPTQ or AWQ (gemm), compressed-tensors
+        safetensors files whose config.json has a quantization_config of GPTQ, AWQ (gemm), AutoRound, compressed-tensors
         (pack-quantized, int8 and fp8), bitsandbytes (nf4, fp4, int8), HQQ (4 bits, axis 1), fp8 in blocks, or the MXFP4
         experts of gpt-oss; of all but the last, experts of a mixture may be stored one by one.
     model: the model of transformers, on the meta device or with any weights, which go unread; for a GGUF file a causal

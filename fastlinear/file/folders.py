@@ -14,7 +14,7 @@ from fastlinear.file import safetensors
 from fastlinear.file.filling import Source
 from fastlinear.file.safetensors import MAX_BYTES, AnyPath, Entry, Mapped, at_once, parse_json, shown
 from fastlinear.layer import experts, mixture, pages
-from fastlinear.spec.checkpoints import MIXTURES, SCHEMES
+from fastlinear.spec.checkpoints import MIXTURES, SCHEMES, schemes_of
 from fastlinear.spec.checkpoints.scheme import SCALES, Config, Mixture, Parts, Scheme, need
 from fastlinear.spec.packed import Weight, joined, stands_for
 
@@ -61,18 +61,18 @@ def open_folder(path: AnyPath) -> Folder:
     config = _json(os.path.join(folder, "config.json"))
     told = config.get("quantization_config")
     if not isinstance(told, dict):
-        raise ValueError("its config.json has no quantization_config")
+        raise ValueError("its config.json has no quantization_config: weights in floats are transformers' to read")
     method = told.get("quant_method")
     if not isinstance(method, str) or method not in SCHEMES:
         raise ValueError(f"its quant_method is {shown(method)}, and read are {', '.join(SCHEMES)}")
-    files: dict[str, Place] = {}
+    schemes, files = schemes_of(method, told), dict[str, Place]()
     for name in _names(folder):
         mapped = safetensors.open_mapped(os.path.join(folder, name))
         for tensor in mapped.contents.entries:
             if tensor in files:
                 raise ValueError(f"two of its files have a tensor {shown(tensor)}")
             files[tensor] = Place(mapped, tensor)
-    return Folder(told, SCHEMES[method], MIXTURES.get(method), files)
+    return Folder(told, schemes, MIXTURES.get(method), files)
 
 
 def _names(folder: str) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlinear.file.safetensors import LIMIT, AnyPath, at_once, faults_of, shown
-from fastlinear.spec.ggml import KINDS
+from fastlinear.spec.ggml import KINDS, UNREAD
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -222,7 +222,8 @@ def _entry(cursor: _Cursor, alignment: int) -> tuple[str, Entry]:
             raise ValueError(f"{who} has the shape {shown(list(shape))}, which no memory holds")
     kind = _BY_NUMBER.get(number)
     if kind is None:
-        raise ValueError(f"{who} is of ggml's type {number}, and read are {', '.join(KINDS)}")
+        called = f" ({UNREAD[number]})" if number in UNREAD else ""
+        raise ValueError(f"{who} is of ggml's type {number}{called}, and read are {', '.join(KINDS)}")
     size = KINDS[kind].size
     if shape[-1] % size:
         raise ValueError(f"{who} has rows of {shape[-1]} weights, but blocks of {kind} have {size}")

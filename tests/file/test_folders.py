@@ -197,6 +197,18 @@ REFUSED: dict[str, tuple[str, Callable[[Parts, dict[str, Any]], object], str]] =
         "compressed", lambda t, c: c.update(config_groups={"group_0": 4}), r"config_groups do not tell in which way",
     ),
     "HQQ axis 0": ("hqq", lambda t, c: t.update({f"{Q}.axis": torch.tensor(0)}), rf"{Q}': its axis is \[0\]"),
+    "a format of compressed-tensors": (
+        "compressed", lambda t, c: c.update(format="nvfp4-pack-quantized"),
+        "its format is 'nvfp4-pack-quantized', and read are pack-quantized, int-quantized",
+    ),
+    "a format of some layers": (
+        "compressed", lambda t, c: c["config_groups"]["group_0"].update(format="mxfp4-pack-quantized"),
+        "its format is 'mxfp4-pack-quantized'",
+    ),
+    "a packing of AutoRound": (
+        "auto-round", lambda t, c: c.update(packing_format="auto_round:tritonv2"),
+        "its packing_format is 'auto_round:tritonv2', and read are auto_round:auto_gptq, auto_round:auto_awq",
+    ),
     "another method": ("awq", lambda t, c: c.update(quant_method="quip"), r"quant_method is 'quip', and read are gptq"),
     "a lost part": ("gptq v1", lambda t, c: t.pop(f"{Q}.scales"), rf"lacks 1 tensor \({Q}.weight\).* has 3 tensors"),
     "another dtype": (

@@ -43,7 +43,7 @@ class InBuffers(nn.Module):
 
 
 def in_buffers(parts: Parts, told: dict[str, Any]) -> nn.Module:
-    if told["quant_method"] == "awq":
+    if told["quant_method"] == "awq" or "awq" in told.get("packing_format", ""):
         return InBuffers(parts, w_bit=4, group_size=GROUP)
     form = 2 if told.get("checkpoint_format") == "gptq_v2" else 1
     return InBuffers(parts, bits=told["bits"], sym=told.get("sym", True), qzero_format=lambda: form)
@@ -109,6 +109,7 @@ def linear_8bit(parts: Parts) -> nn.Module:
 
 STANDS_FOR: dict[str, Callable[[Parts, dict[str, Any]], nn.Module]] = {
     "gptq": in_buffers,
+    "auto-round": in_buffers,
     "awq": in_buffers,
     "compressed-tensors": compressed,
     "fp8": lambda parts, told: FP8Linear(parts, told["weight_block_size"]),

@@ -10,7 +10,7 @@ point is another than that; it is in fp32, which holds it exactly.
 from __future__ import annotations
 
 from fastlinear.spec.checkpoints import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
-from fastlinear.spec.checkpoints.scheme import Mixture, Scheme
+from fastlinear.spec.checkpoints.scheme import Config, Mixture, Scheme
 
 # By the `quant_method` of a folder's quantization_config.
 SCHEMES: dict[str, tuple[Scheme, ...]] = {
@@ -21,5 +21,20 @@ SCHEMES: dict[str, tuple[Scheme, ...]] = {
     "bitsandbytes": bitsandbytes.SCHEMES,
     "hqq": hqq.SCHEMES,
     "mxfp4": (),  # its linear layers are floats
+    "auto-round": (*gptq.SCHEMES, *awq.SCHEMES),
 }
+# Of AutoRound, which packs as others do, the packings and whose they are.
+_PACKINGS = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 MIXTURES: dict[str, Mixture] = {"mxfp4": mxfp4.MIXTURE, "fp8": fp8.MIXTURE}
+
+
+def schemes_of(method: str, config: Config) -> tuple[Scheme, ...]:
+    """Those of a method in SCHEMES; ValueError where the config tells a variant that is not read."""
+    if method == "compressed-tensors":
+        compressed_tensors.check_format(config)
+    if method != "auto-round":
+        return SCHEMES[method]
+    packing = config.get("packing_format")
+    if packing not in _PACKINGS:
+        raise ValueError(f"its packing_format is {packing!r}, and read are {', '.join(_PACKINGS)}")
+    return SCHEMES[_PACKINGS[packing]]

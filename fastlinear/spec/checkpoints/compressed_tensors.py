@@ -24,6 +24,18 @@ from fastlinear.spec.packed import Weight
 _INPUTS = ("input_scale", "input_zero_point")  # by which it would quantize inputs, which are as they are
 
 
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+
+
+def check_format(config: Config) -> None:
+    """ValueError where the config, or that of one of its groups of layers, tells a format that is not read."""
+    groups = config.get("config_groups")
+    every = groups.values() if isinstance(groups, dict) else ()
+    for told in (config, *(group for group in every if isinstance(group, dict))):
+        if told.get("format") not in (None, *_FORMATS):
+            raise ValueError(f"its format is {told['format']!r}, and read are {', '.join(_FORMATS)}")
+
+
 def _told(config: Config) -> list[Any]:
     """What the groups of layers tell of their weights, a dict each if they are sound."""
     groups = config.get("config_groups")

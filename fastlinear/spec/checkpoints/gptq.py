@@ -11,7 +11,7 @@ from fastlinear.spec.packed import Weight
 
 def _gptq_bits(parts: Parts, config: Config) -> int:
     """The config's, or, where that tells others for patterns of names, those of a layer's zero points."""
-    if not config.get("dynamic"):
+    if not config.get("dynamic") and not config.get("extra_config"):  # the latter AutoRound's
         return bits_of(config)
     words, n = (parts[name].shape[-1] if parts[name].dim() else 0 for name in ("qzeros", "qweight"))
     return bits_of({"bits": words * 32 // n if n else None})
