@@ -213,7 +213,7 @@ class Capture:
     def label_of(self, node: fx.Node, weight: fx.Node) -> str:
         """The same for people: a parameter of the model itself, and rows of any, by the parameter's name."""
         whole, (path, cls) = parameter_of(weight), _innermost(node)
-        if _is_linear(cls):
+        if _is_linear(cls) and whole is weight:
             return path
         holder = _holder(whole)
         if whole is weight and holder:

@@ -19,7 +19,7 @@ from torch import fx
 
 import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
-import fastlinear.graph.halves as halves
+import fastlinear.graph.columns as columns
 import fastlinear.graph.masks as masks
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
@@ -57,7 +57,8 @@ class Rewriter:
             tidying.drop_unread(self.graph, self.story)
             self._join_composites()
             scores.join(self.graph, self.story)
-            halves.part(self.capture, self.story)
+            columns.part(self.capture, self.story)
+            columns.drop_unread(self.capture, self.story)
         parts.cut(self.capture, self.story)
         self._number()
         taken: list[tuple[Product, Spec, Operator]] = []

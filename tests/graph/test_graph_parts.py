@@ -256,6 +256,47 @@ def test_a_decoder_runs_on_packed_rows() -> None:
     assert "16 x 16" in told
 
 
+@pytest.mark.parametrize("given", [{}, {"quantize": fastlinear.Int8Dynamic()}])
+def test_converted_attention_multiplies_what_it_reads(given: dict[str, Any]) -> None:
+    """Attention to another sequence, converted and then compiled, takes a third of its projection for the query and two
+    as one product for key and value, with the numbers of the converted model."""
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    converted, sequences = fastlinear.convert(model, **given), (torch.randn(2, 5, 16), torch.randn(2, 7, 16))
+    fast = compiled(converted)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*sequences), converted(*sequences), rtol=1e-4, atol=1e-4)
+    found, of_weight = fastlinear.report(fast), "layers.0.multihead_attn.in_proj.weight"
+    together = f"{of_weight.removesuffix('weight')}(weight[16:32], weight[32:48])"
+    assert {f"{of_weight}[0:16]", together} <= {row.name for row in found}
+    assert all(row.decision == "fast" for row in found)
+
+
+def _but_the_second(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    return torch.stack([a, c, d]).sum(0)
+
+
+READ: dict[str, tuple[Any, list[int]]] = {  # what a function reads of layer(x), 8 columns; what is multiplied
+    "halves of two": (lambda a, b: a.chunk(2, -1)[0] + b.chunk(2, -1)[1], [4, 4]),
+    "a quarter and three": (lambda a, b: a.chunk(4, -1)[1] * _but_the_second(*b.chunk(4, 2)), [2, 6]),
+    "one half": (lambda a, b: a.chunk(2, -1)[1] + b.chunk(2, -1)[1], [8]),  # of which there is no other
+    "halves of rows": (lambda a, b: a.chunk(2, 1)[0] + b.chunk(2, 1)[1], [8]),
+    "the whole, too": (lambda a, b: a.chunk(2, -1)[0] + b.chunk(2, -1)[1] + a.sum(), [8]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_columns_that_nobody_reads(name: str) -> None:
+    """Pieces of a layer's output that nobody takes of one sequence are not computed of it, if they are of another."""
+    read, wanted = READ[name]
+    layer = nn.Linear(6, 8)
+    model = Holder(lambda m, x: read(layer(x), layer(x.flip(0))))
+    model.layer = layer
+    fast, x = compiled(model), torch.randn(2, 4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert sorted(row.out_features for row in fastlinear.report(fast)) == sorted(wanted)
+
+
 def test_attention_to_keys_of_another_width_counts_all_its_projections() -> None:
     """Its three weights run fast, and each by the rows that it reads."""
     model = nn.MultiheadAttention(16, 2, kdim=8, vdim=24, batch_first=True).eval()
