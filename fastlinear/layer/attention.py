@@ -97,9 +97,9 @@ class FastMultiheadAttention(nn.MultiheadAttention):
             weights = weights.squeeze(0) if alone else weights
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        y = y.transpose(1, 2)
+        y = y.transpose(1, 2).flatten(-2)
         y = y.squeeze(0) if alone else y if self.batch_first else y.transpose(0, 1)
-        return self.out_proj(y.flatten(-2)), weights
+        return self.out_proj(y), weights
 
     def _is_regular(self, query: Any, key: Any, value: Any, padding: Any, mask: Any, is_causal: bool) -> bool:
         """Whether all is as documented; torch's own code complains of the rest, and takes nested tensors."""

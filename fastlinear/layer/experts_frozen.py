@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastlinear._modes as _modes
 from fastlinear.layer import mixture, pages
 from fastlinear.layer.fallback import label
-from fastlinear.layer.lent import Lent
+from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
 from fastlinear.layer.quality import note_experts
 from fastlinear.layer.shelf import Shelf
@@ -46,6 +46,13 @@ class Freezable(nn.Module):
         if frozen is not None and name in (*mixture.FIRST, mixture.SECOND) and self._parameters.get(name, self) is None:
             return self._handed_out(name)
         return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # As of a frozen layer: torch's pruning gives a weight, which here is a lent one, another name.
+        if isinstance(param, LentTensor) and not isinstance(param, nn.Parameter) and are_frozen(self):
+            thaw(self)
+            param = self._parameters[next(own for own in self.names if name.startswith(own))]
+        super().register_parameter(name, param)
 
     def _unpacked(self, name: str) -> Tensor:
         frozen = self._frozen_experts

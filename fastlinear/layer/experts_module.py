@@ -49,8 +49,9 @@ class ExpertsModule(Plannable, Freezable):
     @property
     def first_name(self) -> str:
         """Of the parameter of the first product."""
-        own = mixture.FIRST[0] in self._parameters or parametrize.is_parametrized(self, mixture.FIRST[0])
-        return mixture.FIRST[0] if own else mixture.FIRST[1]
+        name, other = mixture.FIRST
+        held = name in self._parameters or name in vars(self)  # torch's pruning leaves what it computes there
+        return name if held or parametrize.is_parametrized(self, name) else other
 
     @property
     def names(self) -> tuple[str, str]:

@@ -38,6 +38,11 @@ def why_not(layer: Any, asked: Wanted = ANYHOW, name: str = "") -> str | None:
     return why_no_twin(layer) or _why_unpacked(layer, asked, name)
 
 
+def _told(cls: type[nn.Module]) -> str:
+    """The name of a class; with its module where it is nn.Linear's own, as peft's are."""
+    return f"{cls.__module__}.{cls.__name__}" if cls.__name__ == "Linear" else cls.__name__
+
+
 def why_no_twin(module: nn.Module) -> str | None:
     """Why a module of this class cannot become a fast one, whatever its weight is."""
     if isinstance(module, Freezable):
@@ -47,7 +52,7 @@ def why_no_twin(module: nn.Module) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return "its first call makes its parameters: convert after that"
     if isinstance(module, nn.Linear) and not calls_linear(type(module)):
-        return f"{type(module).__name__} is an nn.Linear with a forward of its own"
+        return f"{_told(type(module))} is an nn.Linear with a forward of its own"
     if not isinstance(module, nn.Linear) and type(module) is not conv1d():
         return f"{type(module).__name__} is neither nn.Linear nor transformers' Conv1D"
     hooked = "_hf_hook" in vars(module) and runs_its_own(module, HOOKED)

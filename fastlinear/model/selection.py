@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -120,7 +120,7 @@ def choose(
     excluded = _hits(model, known, "exclude", excluded_by or [])
     heads, mixtures, small = attentions(model), expert_layers(model), adapters(model)
     uses: dict[Any, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in _each_once(model):
         uses.setdefault(parameter, []).append(name)
 
     def reason(layer: nn.Module, name: str) -> str | None:
@@ -161,6 +161,12 @@ def choose(
         why = "; ".join(sorted({r for r in reasons.values() if r})) or "it has no linear layer"
         warnings.warn(f"nothing to convert in {type(model).__name__}: {why}", stacklevel=3)
     return reasons
+
+
+def _each_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of each module by its first name: a module at two places shares them with none."""
+    for prefix, module in model.named_modules():
+        yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
 
 
 def _is_already(layer: Any, name: str, asked: Wanted) -> bool:

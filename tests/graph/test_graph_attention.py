@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import OFF
 from torch import Tensor, nn
 
 import fastlinear
@@ -31,6 +32,18 @@ class Attention(nn.Module):
         k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
         y = self.attend(self.q(x).unflatten(-1, (4, 8)).transpose(1, 2), k, v)
         return self.out(y.transpose(1, 2).reshape(*x.shape))
+
+
+class Called(nn.Module):
+    """Attention of x to itself."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
 
 
 def compiled(model: Any, dynamic: bool | None = None, **options: Any) -> Any:
@@ -138,6 +151,14 @@ def test_heads_are_cut_by_the_kernel(name: str, dynamic: bool | None) -> None:
             torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
     found = [node for graph in fastlinear.report(fast).graphs for node in graph.nodes if "cuts rows" in node.why]
     assert bool(found) == whole, found
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_of_a_converted_module_is_ours(batch_first: bool) -> None:
+    """A FastMultiheadAttention cuts and joins heads so that the kernel may do it, whichever dimension is the batch."""
+    attention = OFF(nn.MultiheadAttention(16, 2, batch_first=batch_first).eval())
+    node = check(Called(attention), torch.randn(3, 5, 16))
+    assert node.outcome == "fast" and node.why.startswith("attention: fastlinear")
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlinear
@@ -276,6 +276,23 @@ def test_a_weight_that_is_computed(name: str) -> None:
         assert torch.equal(module(*given), y)
         getattr(module, name).mul_(2.0)
         torch.testing.assert_close(got, module(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_a_pruned_weight(name: str, frozen: bool) -> None:
+    """What torch's pruning leaves of a weight is what calls compute, of frozen experts too, and stays once it is
+    permanent."""
+    module, given = made(), routed(6, 2)
+    with torch.no_grad():
+        y = module(*given)
+        if frozen:
+            fastlinear.freeze(module)
+        prune.l1_unstructured(module, name, 0.5)
+        got = module(*given)
+        assert not torch.equal(got, y) and int((getattr(module, name) == 0).sum()) == getattr(module, name).numel() // 2
+        prune.remove(module, name)
+        torch.testing.assert_close(module(*given), got, rtol=1e-5, atol=1e-5)
 
 
 def test_changes_of_weights_are_seen() -> None:

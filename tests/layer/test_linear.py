@@ -610,6 +610,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: type("Mine", (nn.Linear,), {"forward": lambda self, x: x})(2, 2),
         "an nn.Linear with a forward of its own",
     ),
+    "a subclass of that name": (
+        lambda: type("Linear", (nn.Linear,), {"__module__": "theirs", "forward": lambda self, x: x})(2, 2),
+        "theirs.Linear is an nn.Linear with a forward of its own",
+    ),
     "a subclass that is called otherwise": (
         lambda: type("Mine", (nn.Linear,), {"__call__": lambda self, x: x})(2, 2),
         "with a forward of its own",

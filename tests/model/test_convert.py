@@ -99,12 +99,13 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_shared_modules_are_converted_once() -> None:
-    """A layer at two places of the tree stays one layer; one excluded name excludes it."""
+    """A layer at two places of the tree stays one layer, with a weight of its own; one excluded name excludes it."""
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(8, 8))})
     fast = OFF(model)
     assert isinstance(fast["a"], FastLinear) and fast["a"] is fast["b"][0]
     assert type(OFF(model, exclude="b.0")["a"]) is nn.Linear
+    assert OFF(model, dtype=torch.bfloat16)["a"].packed_as == "bf16"
 
 
 class Orthogonal(nn.Linear):

@@ -79,16 +79,17 @@ class Language(nn.Module):
         self.out.weight = self.embed.weight
         self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         self.decoder = nn.ModuleDict({"lm_head": nn.Linear(8, 8), "my_lm_head": nn.Linear(8, 8)})
-        self.twice = nn.ModuleList([nn.Linear(8, 8)] * 2)
+        self.twice = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.twice[1].weight = self.twice[0].weight
 
 
-SAFE = {"body.0", "decoder.my_lm_head"}
+SAFE, TWICE = {"body.0", "decoder.my_lm_head"}, {"twice.0", "twice.1"}
 LOSSY: dict[str, tuple[dict[str, Any], set[str]]] = {
     "nothing said": ({}, SAFE),
     "by name": ({"include": ["out", "body"]}, {"out", "body.0"}),
-    "by a glob": ({"include": "*"}, SAFE | {"out", "decoder.lm_head", "twice.0"}),
+    "by a glob": ({"include": "*"}, SAFE | {"out", "decoder.lm_head", *TWICE}),
     "by its container": ({"include": "decoder"}, {"decoder.my_lm_head", "decoder.lm_head"}),
-    "by type": ({"include": nn.Linear, "exclude": "out"}, SAFE | {"decoder.lm_head", "twice.0"}),
+    "by type": ({"include": nn.Linear, "exclude": "out"}, SAFE | {"decoder.lm_head", *TWICE}),
     "exclude wins": ({"include": "*", "exclude": ["out", "decoder.lm_head", "twice"]}, SAFE),
     "filter_fn alone does not include": ({"filter_fn": lambda module, name: True}, SAFE),
 }
