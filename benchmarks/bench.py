@@ -132,8 +132,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     peaks = peaks_of(form, in_groups=form in peers.SCHEMES and peers.SCHEMES[form].integers)
     makers, refused = peers.willing(form, options.dtype)
     python = remote.environment() if options.peers else None
+    elsewhere = remote.willing(python, form)
+    refused |= {name: why for name, why in elsewhere.items() if why is not None}
     records = []
-    for record in run_grid(options, peaks, makers, python):
+    for record in run_grid(options, peaks, makers, python, [name for name in elsewhere if name not in refused]):
         records.append(record)
         print(line(record, shapes.TARGETS[form].rivals), flush=True)
     torch.set_num_threads(1)
@@ -144,7 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "x": _tensors.FORMATS[options.dtype],
         "isa": peaks.isa,
         "native_isa": peaks.native_isa,
-        "refused": refused | ({} if python else dict.fromkeys(remote.RIVALS.get(form, ()), "--peers asks for it")),
+        "refused": refused,
         "records": records,
         "tiny_calls": once.tiny_calls(shapes.SMALL, options.dtype, form),
         "tuning": once.tuning(records),

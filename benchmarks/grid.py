@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ COLD_BYTES = 64 << 20  # at least
 
 
 def run_grid(
-    options: argparse.Namespace, peaks: Peaks, makers: peers.Makers, python: Path | None
+    options: argparse.Namespace, peaks: Peaks, makers: peers.Makers, python: Path | None, others: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Records of all cells (summary.py tells what is in one). python: runs the rivals in other processes, if any."""
+    """Records of all cells (summary.py tells what is in one). python: runs `others`, the rivals in other processes."""
     for threads in options.threads:
         torch.set_num_threads(threads)
-        with remotes(python, options.form, threads) as rivals:
+        with remotes(python, others, options.form, threads) as rivals:
             for k, n in options.shapes:
                 layer = peers.rounded(torch.nn.Linear(k, n, dtype=options.dtype), options.form)
                 layers = copies(options, layer, options.form)

@@ -25,7 +25,8 @@ from fastlinear.spec import grouping, int4
 from fastlinear.spec.int8 import quantize_weight
 from fastlinear.spec.schemes import Int4Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, Scheme
 
-Makers = dict[str, Callable[[Sequence[nn.Linear], int], list[Call]]]
+Make = Callable[[Sequence[nn.Linear], int], list[Call]]
+Makers = dict[str, Make]
 
 
 class Contestant(Protocol):
@@ -211,17 +212,31 @@ SCHEMES: dict[str, Scheme] = {  # by format, with the size of its groups where t
 def willing(form: str, dtype: torch.dtype) -> tuple[Makers, dict[str, str]]:
     """The peers that run in this format, x of this dtype, on this CPU; and what is to be said of the others: the words
     of those that refuse, and who computes something else (oneDNN's sums of int8 saturate on AVX2)."""
-    makers, refused = {}, {}
-    layer, x = rounded(nn.Linear(512, 64, dtype=dtype), form), torch.randn(16, 512).to(dtype)
-    for name, make in QUANTIZED.get(form, PEERS).items():
-        try:
-            with torch.inference_mode():
-                check({name: Candidate(make([layer], len(x)), x)}, form, layer, x)
-        except (RuntimeError, AssertionError) as error:
-            refused[name] = str(error).splitlines()[0]
-        else:
-            makers[name] = make
-    return makers, refused
+    layer, x = sample(form, dtype)
+
+    def candidate(make: Make) -> Candidate:
+        return Candidate(make([layer], len(x)), x)
+
+    makers, refused = QUANTIZED.get(form, PEERS), {}
+    for name, make in makers.items():
+        if (why := why_refused(name, functools.partial(candidate, make), form, layer, x)) is not None:
+            refused[name] = why
+    return {name: make for name, make in makers.items() if name not in refused}, refused
+
+
+def sample(form: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Tensor]:
+    """A layer of a format and some rows, by which to see who computes it."""
+    return rounded(nn.Linear(512, 64, dtype=dtype), form), torch.randn(16, 512).to(dtype)
+
+
+def why_refused(name: str, make: Callable[[], Contestant], form: str, layer: nn.Linear, x: Tensor) -> str | None:
+    """What is to be said of a candidate that refuses a layer or computes something else; None of any other."""
+    try:
+        with torch.inference_mode():
+            check({name: make()}, form, layer, x)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def options(form: str) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from apart import Apart
-from peers import as_stored
+from peers import as_stored, sample, why_refused
 from timing import settle
 from torch import Tensor, nn
 
@@ -90,13 +91,30 @@ class Remote(Apart):
             np.save(Path(self._folder.name, f"{name}.npy"), tensor.detach().numpy())
 
 
+def willing(python: Path | None, form: str) -> dict[str, str | None]:
+    """The rivals of a format, with what is to be said of each that computes something else (ONNX Runtime's sums of int8
+    saturate without VNNI), and of all without an interpreter to run them."""
+    names = RIVALS.get(form, ())
+    if python is None:
+        return dict.fromkeys(names, "--peers asks for it")
+    layer, x = sample(form)
+
+    def bound(rival: Remote) -> Remote:
+        rival.layers(layer, copies=1)
+        return rival.bind(x, layer.out_features)
+
+    with remotes(python, names, form, 1) as rivals:
+        return {
+            rival.name: why_refused(rival.name, functools.partial(bound, rival), form, layer, x) for rival in rivals
+        }
+
+
 @contextlib.contextmanager
-def remotes(python: Path | None, form: str, threads: int) -> Iterator[list[Remote]]:
-    """The rivals of a format, with pools of so many threads; none without an interpreter to run them."""
+def remotes(python: Path | None, names: Iterable[str], form: str, threads: int) -> Iterator[list[Remote]]:
+    """These rivals, with pools of so many threads; none without an interpreter to run them."""
     with contextlib.ExitStack() as stack:
         started = []
-        for name in RIVALS.get(form, ()):
-            if python is not None:
-                started.append(Remote([python, HERE / "rival.py"], name, threads, form))
-                stack.callback(started[-1].close)
+        for name in names if python is not None else ():
+            started.append(Remote([str(python), HERE / "rival.py"], name, threads, form))
+            stack.callback(started[-1].close)
         yield started

@@ -299,8 +299,8 @@ def test_refused(what: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "value", "message"),
-    [(0, 16, "ggml's type 16 .IQ2_XXS., and read are"), (1, 1 << 40, "should end at byte"), (1, 1, "not at a multiple of 32"),
-     (-1, 1 << 62, "which no memory holds")],
+    [(0, 16, "ggml's type 16 .IQ2_XXS., and read are"), (1, 1 << 40, "should end at byte"),
+     (1, 1, "not at a multiple of 32"), (-1, 1 << 62, "which no memory holds")],
 )  # fmt: skip
 def test_a_tensor_that_lies(number: int, value: int, message: str, tmp_path: Path) -> None:
     """About its type, its place or its shape: the message names it."""
