@@ -202,7 +202,7 @@ void stream(const TileArgs& t) {
 }
 
 // More rows share what was looked up.
-inline constexpr std::ptrdiff_t kFewRows = 2;
+inline constexpr std::ptrdiff_t kFewRows = 4;
 
 // Whether each number of a table is one more than the last. Inline, as Ahead is.
 [[gnu::always_inline]] inline bool is_even(const std::int8_t (&integers)[16]) {

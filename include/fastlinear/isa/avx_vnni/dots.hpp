@@ -1,7 +1,7 @@
 // Weights in groups as integers, by the vpdpbusd of 256 bits; see isa/avx512_vnni/dots.hpp.
 //
 //   tile   accumulators  codes, table, mask, rows  of 16
-//   2x32   8             5                         13
+//   3x32   12            5, without a table 4      17, 16: three rows are worth an accumulator in memory
 //   1x64   8             5                         13
 #pragma once
 
@@ -68,9 +68,9 @@ struct ByteDots : BiasedDots {
 using CodeTile = dots::Tile<avx2::F32, CodeDots>;
 using ByteTile = dots::Tile<avx2::F32, ByteDots>;
 inline constexpr Kernel kDotKernels[] = {
-    kernels::row<CodeTile, 2, 1>("int4/avx_vnni/2x32", kIsa),
+    kernels::row<CodeTile, 3, 1>("int4/avx_vnni/3x32", kIsa),
     kernels::row<CodeTile, 1, 2>("int4/avx_vnni/1x64", kIsa),
-    kernels::row<ByteTile, 2, 1>("int8g/avx_vnni/2x32", kIsa),
+    kernels::row<ByteTile, 3, 1>("int8g/avx_vnni/3x32", kIsa),
     kernels::row<ByteTile, 1, 2>("int8g/avx_vnni/1x64", kIsa),
 };
 
