@@ -298,8 +298,7 @@ def test_compile_gives_what_eager_gives(backend: str, pairing: Pairing) -> None:
         assert torch.equal(y, layer(x))
 
 
-@pytest.mark.costly
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compile_under_autocast(backend: str, dtype: torch.dtype) -> None:
     """The same around autocast and within it, for which the layer packs its weight once more."""
