@@ -9,6 +9,7 @@ PROGRAMS := $(wildcard tests/*/*.cpp)
 CLANGS := clang++ $(addprefix clang++-,$(shell seq 30 -1 16))
 CLANG := $(shell for c in $(CLANGS); do v=$$($$c -dumpversion 2>/dev/null | cut -d. -f1); test "$${v:-0}" -ge 16 && echo $$c && break; done)
 COMPILERS := $(CXX) $(CLANG)
+EACH := xargs -P $(shell nproc) -I {}
 WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 
 .PHONY: demo test exhaustive sanitize floors aarch64 aarch64-tools wheel wheel-test bench lint docs links chromium clean
@@ -16,16 +17,19 @@ WARN := -std=c++20 -O2 -Wall -Wextra -Werror -Iinclude -c -o /dev/null
 demo: .venv/built
 	$(BIN)/python examples/minilm.py
 
-# The tests fork thousands of children: with its heap in huge pages a process has fewer page tables to copy for each.
+# The tests fork thousands of children: with its heap in huge pages a process has fewer page tables to copy for each. Two
+# processes of tests share the CPUs: OpenMP's threads wait asleep, not spinning, which was half of the time of small
+# products. Bytecode is kept for the interpreters that tests start, and the next run, whatever the environment says.
+PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 GOMP_SPINCOUNT=0 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -n 2
 test: .venv/built
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2
+	$(PYTEST)
 
 # What `test` samples in full, and long sweeps: in parts of at most half an hour on 2 cores, each of which says how long
 # it took. One of them: make exhaustive PART=5/24.
 PARTS := 24
 exhaustive: .venv/built
 	set -e; for part in $(if $(PART),$(PART),$(foreach i,$(shell seq $(PARTS)),$(i)/$(PARTS))); do \
-	  echo "part $$part"; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/pytest -q -n 2 -m exhaustive --part $$part; \
+	  echo "part $$part"; $(PYTEST) -m exhaustive --part $$part; \
 	done
 
 # Instrumented builds have a folder of their own. SHORT=--short is what continuous integration runs.
@@ -38,7 +42,7 @@ sanitize: .venv/ready
 SMOKE := tests/kernel/test_exact.py tests/layer/test_linear.py tests/spec
 floors: .venv/built
 	set -e; for isa in scalar avx2; do \
-	  FASTLINEAR_MAX_ISA=$$isa $(BIN)/python tests/floors.py; FASTLINEAR_MAX_ISA=$$isa $(BIN)/pytest -q -n 2 $(SMOKE); \
+	  FASTLINEAR_MAX_ISA=$$isa $(BIN)/python tests/floors.py; FASTLINEAR_MAX_ISA=$$isa $(PYTEST) $(SMOKE); \
 	done
 	set -e; for cpu in Haswell Nehalem; do qemu-x86_64 -cpu $$cpu $(BIN)/python tests/floors.py --short; done
 
@@ -71,8 +75,8 @@ lint: .venv/ready
 	PATH="$(BIN):$$PATH" cython-lint fastlinear/*.pyx fastlinear/*.px[di]
 	$(BIN)/clang-format --dry-run -Werror $(HEADERS) $(TEST_HEADERS) $(UNITS) $(PROGRAMS)
 	set -e; for cxx in $(COMPILERS); do \
-	  for unit in $(UNITS) $(PROGRAMS); do $$cxx $(WARN) $$unit; done; \
-	  for header in $(wildcard $(addprefix include/fastlinear/,$(addsuffix /*.hpp,contract host formats weight driver))); do $$cxx $(WARN) -include $$header -x c++ /dev/null; done; \
+	  printf '%s\n' $(UNITS) $(PROGRAMS) | $(EACH) $$cxx $(WARN) {}; \
+	  printf '%s\n' $(wildcard $(addprefix include/fastlinear/,$(addsuffix /*.hpp,contract host formats weight driver))) | $(EACH) $$cxx $(WARN) -include {} -x c++ /dev/null; \
 	done
 
 # The site of docs/ and of the docstrings, in build/docs; a link that leads nowhere, within it, is an error.

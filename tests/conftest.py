@@ -68,6 +68,7 @@ def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 SHORT = "not exhaustive"  # the marks that `make test` asks for
 AHEAD = {"test_mutants.py", "test_recipes.py", "test_tensor_parallel.py", "test_bench.py"}
+FORKING = {"kernel", "emulator"}  # rooms whose tests fork: while the process is small, that is cheap
 FEW = 8  # parameters of one test that `make test` runs in full
 
 
@@ -80,11 +81,12 @@ def sample(calls: list[Any], costly: bool) -> set[str]:
     alone = len(factors) < 3 or costly
     together = [(i,) for i in factors or [0]] if alone else list(combinations(factors, 2))
     kept, met = set(), set()
-    for id, values in rows:
-        new = {(which, *(values[i] for i in which)) for which in together} - met
-        if new:
-            met |= new
-            kept.add(id)
+    for wanted in range(len(together), 0, -1):  # first those that bring most, so that few are enough
+        for id, values in rows:
+            new = {(which, *(values[i] for i in which)) for which in together} - met
+            if len(new) >= wanted:
+                met |= new
+                kept.add(id)
     return kept
 
 
@@ -142,9 +144,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)  # around the choice by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Files that compile or start what all their tests need go first, and so to one worker of pytest-xdist, which deals
-    out the tests in runs; what is left for the end is short. Parts take tests in turns."""
+    out the tests in runs; then those that fork; what is left for the end is short. Parts take tests in turns."""
     yield
-    items.sort(key=lambda item: item.path.name not in AHEAD)
+    items.sort(key=lambda item: (item.path.name not in AHEAD, item.path.parent.name not in FORKING))
     if config.option.part:
         part, of = config.option.part
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != part - 1])
