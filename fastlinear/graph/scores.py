@@ -23,7 +23,7 @@ from fastlinear.graph.story import Story
 from fastlinear.spec import attention
 
 _NEVER = -1e4  # a score that is replaced by this or less has no weight
-_CASTS = {"to", "float", "type_as", "half", "bfloat16"}
+_CASTS = {"to", "type", "float", "type_as", "half", "bfloat16"}
 _ADDS, _MULTIPLIES, _DIVIDES = {"add", "iadd", "add_"}, {"mul", "imul", "mul_"}, {"div", "itruediv", "div_"}
 
 
@@ -57,12 +57,13 @@ class _Scores(NamedTuple):
 
 def join(graph: fx.Graph, story: Story) -> None:
     """Puts torch's attention in the place of all that a graph spells out."""
+    dense: dict[fx.Node, fx.Node] = {}
     for root in list(graph.nodes):
         values = _values(root)
         found = None if values is None else _weights(values.x)
         if values is None or found is None or not _is_alone(root, found) or not _fits(root, found, values):
             continue
-        given = (found.dot.x, found.dot.y, values.y, *(mask.node for mask in found.masks))
+        given = (found.dot.x, found.dot.y, values.y, *(_dense(mask.node, dense) for mask in found.masks))
         result, parts = spelled_out(graph, root, _plain(found, values, joined(root) is not None), given)
         node = next(each for each in parts if op_of(each) == "scaled_dot_product_attention")
         root.replace_all_uses_with(result.node)
@@ -72,6 +73,19 @@ def join(graph: fx.Graph, story: Story) -> None:
             if each is not root:
                 story.tell(each, "fused", f"into {node.name}", node)
             graph.erase_node(each)
+
+
+def _dense(mask: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A mask whose last dimension lies side by side, as a bias of positions does not that is turned from [L, S, H]: one
+    copy for all layers that read it."""
+    t = example(mask)
+    if t is None or t.stride(-1) == 1 or t.shape[-1] == 1:
+        return mask
+    if mask not in known:
+        with mask.graph.inserting_after(mask):
+            known[mask] = mask.graph.call_method("contiguous", (mask,))
+        known[mask].meta = {**mask.meta, "example_value": t.contiguous()}
+    return known[mask]
 
 
 def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
@@ -191,28 +205,28 @@ def _scores(node: Any, scale: float, masks: tuple[_Mask, ...], nodes: tuple[fx.N
     if op_of(node) in _CASTS:
         return _scores(node.args[0], scale, masks, nodes)
     if (found := _scaling(node)) is not None:
-        return _scores(node.args[0], scale * found, masks, nodes)
+        return _scores(found[0], scale * found[1], masks, nodes)
     for inner, mask in _masked(node) if scale == 1.0 else ():
         if (whole := _scores(inner, scale, (*masks, mask), nodes)) is not None:
             return whole
     return None
 
 
-def _scaling(node: Any) -> float | None:
-    """By which number a node multiplies its first argument; None where it does something else."""
+def _scaling(node: Any) -> tuple[Any, float] | None:
+    """What a node multiplies, and by which number; None where it does something else."""
     op = op_of(node)
     if op not in _MULTIPLIES | _DIVIDES or node.kwargs or len(node.args) != 2:
         return None
-    number = node.args[1]
+    x, number = node.args if isinstance(node.args[0], fx.Node) or op != "mul" else reversed(node.args)
     if not isinstance(number, (int, float)) or isinstance(number, bool) or not number > 0:
         return None
-    return float(number) if op in _MULTIPLIES else 1 / number
+    return x, float(number) if op in _MULTIPLIES else 1 / number
 
 
 def _scaled(node: Any) -> tuple[Any, float]:
     """What a factor of a product is multiplied from for it alone, and by which number."""
     found = _scaling(node) if isinstance(node, fx.Node) and len(node.users) == 1 and not changes(node) else None
-    return (node, 1.0) if found is None else (node.args[0], found)
+    return (node, 1.0) if found is None else found
 
 
 def _masked(node: fx.Node) -> Iterator[tuple[Any, _Mask]]:

@@ -67,7 +67,9 @@ TAKEN: dict[str, Attend] = {
     "two masks": _two_masks,
     "where": lambda q, k, v, mask: joined(torch.where(mask > 0, q @ k.mT, -math.inf).softmax(-1) @ v),
     "a row of a mask": lambda q, k, v, mask: joined((q @ k.mT + mask[-1]).softmax(-1) @ v),
-    "a query scaled": lambda q, k, v, mask: joined(((q / 3) @ (k * 2.0).mT).softmax(-1) @ v),
+    "a query scaled": lambda q, k, v, mask: joined(((q / 3) @ (2.0 * k).mT).softmax(-1) @ v),
+    "as in GPT-2": lambda q, k, v, mask: joined((0.3 * (q @ k.mT) + mask).softmax(-1).type(v.dtype) @ v),
+    "a mask that is turned": lambda q, k, v, mask: joined((q @ k.mT + (mask - 1).T[None]).softmax(-1) @ v),
     "heads viewed later": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1) @ v).view(-1, *q.shape[1:]) * 2),
 }
 LEFT: dict[str, Attend] = {
