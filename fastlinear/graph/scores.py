@@ -22,7 +22,7 @@ from fastlinear.graph.expansions import spelled_out
 from fastlinear.graph.story import Story
 from fastlinear.spec import attention
 
-_NEVER = -1e4  # a score that is replaced by this or less has no weight
+_NEVER = -1e9  # so much below others, a score has no weight, and scores that all are lowered by it are one number
 _CASTS = {"to", "type", "float", "type_as", "half", "bfloat16"}
 _ADDS, _MULTIPLIES, _DIVIDES = {"add", "iadd", "add_"}, {"mul", "imul", "mul_"}, {"div", "itruediv", "div_"}
 
@@ -59,7 +59,7 @@ def join(graph: fx.Graph, story: Story) -> None:
     """Puts torch's attention in the place of all that a graph spells out."""
     dense: dict[fx.Node, fx.Node] = {}
     for root in list(graph.nodes):
-        values = _values(root)
+        values = _by_values(root)
         found = None if values is None else _weights(values.x)
         if values is None or found is None or not _is_alone(root, found) or not _fits(root, found, values):
             continue
@@ -123,10 +123,10 @@ def _filled(hidden: Any, fill: float, dtype: torch.dtype) -> Any:
     return attention.additive(hidden, True, dtype) if fill == -math.inf else hidden.to(dtype) * fill
 
 
-def _values(node: fx.Node) -> _Dot | None:
+def _by_values(node: fx.Node) -> _Dot | None:
     """Weights by v."""
     if (letters := _letters(node)) is None:
-        return _product(node, keys=False)
+        return _matmul(node, keys=False)
     a, b, out = letters
     summed = [c for c in a if c in b and c not in out]
     rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
@@ -140,10 +140,10 @@ def _values(node: fx.Node) -> _Dot | None:
     return _Dot(node.args[1], node.args[2], tuple(range(len(a))), *orders)
 
 
-def _products(node: fx.Node) -> _Dot | None:
+def _by_keys(node: fx.Node) -> _Dot | None:
     """q by k."""
     if (letters := _letters(node)) is None:
-        return _product(node, keys=True)
+        return _matmul(node, keys=True)
     a, b, out = letters
     summed = [c for c in a if c in b and c not in out]
     outer, ends = [*out[:-2]], [*out[-2:]]
@@ -153,7 +153,7 @@ def _products(node: fx.Node) -> _Dot | None:
     return _Dot(node.args[1], node.args[2], _order(a, x), _order(b, y), tuple(range(len(out))))
 
 
-def _product(node: fx.Node, keys: bool) -> _Dot | None:
+def _matmul(node: fx.Node, keys: bool) -> _Dot | None:
     """Of a matmul. keys: whether the right one lies as [..., E, J]."""
     if op_of(node) not in ("matmul", "bmm") or node.kwargs or len(node.args) != 2:
         return None
@@ -197,7 +197,7 @@ def _scores(node: Any, scale: float, masks: tuple[_Mask, ...], nodes: tuple[fx.N
     """nodes, masks, scale: what was found behind this node; masks are not multiplied by a scale."""
     if not isinstance(node, fx.Node):
         return None
-    dot, nodes = _products(node), (*nodes, node)
+    dot, nodes = _by_keys(node), (*nodes, node)
     if dot is not None:
         (x, of_x), (y, of_y) = _scaled(dot.x), _scaled(dot.y)
         passed = [each for each in (dot.x, dot.y) if each not in (x, y)]

@@ -70,6 +70,7 @@ TAKEN: dict[str, Attend] = {
     "a query scaled": lambda q, k, v, mask: joined(((q / 3) @ (2.0 * k).mT).softmax(-1) @ v),
     "as in GPT-2": lambda q, k, v, mask: joined((0.3 * (q @ k.mT) + mask).softmax(-1).type(v.dtype) @ v),
     "a mask that is turned": lambda q, k, v, mask: joined((q @ k.mT + (mask - 1).T[None]).softmax(-1) @ v),
+    "queries that see all alike": lambda q, k, v, mask: joined((q @ k.mT).masked_fill(mask < 9, -1e9).softmax(-1) @ v),
     "heads viewed later": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1) @ v).view(-1, *q.shape[1:]) * 2),
 }
 LEFT: dict[str, Attend] = {
@@ -78,6 +79,7 @@ LEFT: dict[str, Attend] = {
     "of another dimension": lambda q, k, v, mask: joined((q @ k.mT).softmax(-2) @ v),
     "a mask scaled": lambda q, k, v, mask: joined(((q @ k.mT + mask) * 0.3).softmax(-1) @ v),
     "a small number": lambda q, k, v, mask: joined((q @ k.mT).masked_fill(mask < 1, -2.0).softmax(-1) @ v),
+    "queries that see nothing": lambda q, k, v, mask: joined((q @ k.mT).masked_fill(mask < 9, -1e4).softmax(-1) @ v),
     "a sign changed": lambda q, k, v, mask: joined(((q @ k.mT) * -0.3).softmax(-1) @ v),
     "keys of one head": lambda q, k, v, mask: joined((q @ k[:, :1].mT).softmax(-1) @ v),
     "written to meanwhile": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1), v.mul_(2))[0] @ v),
