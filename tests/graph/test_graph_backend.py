@@ -325,7 +325,7 @@ def test_the_report_has_weights_of_no_layer() -> None:
     rows = {row.name: (row.out_features, row.decision) for row in found}  # the last is one product
     assert rows == {"fc": (64, "fast"), "attention.out_proj": (64, "fast"), "(attention, gate)": (3 * 64 + 4, "fast")}
     assert found.share is not None and found.share.weights == found.share.fast_weights == (1 + 4) * 64**2 + 4 * 64
-    assert found.share.fast_multiply_adds == 6 * (1 + 4) * 64**2
+    assert found.share.fast_multiply_adds == 6 * found.share.weights
 
 
 class Own(nn.Module):

@@ -1,8 +1,8 @@
 // Weights in groups as integers, by the vpdpbusd of 256 bits; see isa/avx512_vnni/dots.hpp.
 //
-//   tile   accumulators  codes, table, mask, rows  of 16
-//   3x32   12            5, without a table 4      17, 16: three rows are worth an accumulator in memory
-//   1x64   8             5                         13
+//   tile   accumulators  codes, table, rows  of 16
+//   3x32   12            4                   16: the mask of codes stays in memory
+//   1x64   8             4                   12
 #pragma once
 
 #include "fastlinear/formats/int4.hpp"
@@ -26,11 +26,21 @@ struct BiasedDots {
   static avx2::I32 sums(Sum c) { return {c}; }
 };
 
+// The lower code of each byte, in memory: as text, since GCC keeps it in a register that a sum would have to leave.
+alignas(32) constexpr std::int32_t kLowCodes[8] = {0x0f0f0f0f, 0x0f0f0f0f, 0x0f0f0f0f, 0x0f0f0f0f,
+                                                   0x0f0f0f0f, 0x0f0f0f0f, 0x0f0f0f0f, 0x0f0f0f0f};
+
 struct HalfDots : BiasedDots {
   static constexpr Layout layout = Int4::layout;
   using Weights = avx2::Nibbles;
 
-  static Weights halves(const char* p) { return avx2::halves(p); }
+  static Weights halves(const char* p) {
+    const __m256i codes = load(p), upper = _mm256_srli_epi16(codes, 4);
+    __m256i low, high;
+    asm("vpand %1, %2, %0" : "=x"(low) : "m"(kLowCodes), "x"(codes));
+    asm("vpand %1, %2, %0" : "=x"(high) : "m"(kLowCodes), "x"(upper));
+    return {low, high};
+  }
   static Sum add(Sum c, const Weights& w, const std::int8_t* a) {
     __m256i x;
     asm("vpbroadcastd %4, %1\n\t%{vex%} vpdpbusd %1, %2, %0\n\t"
@@ -47,7 +57,10 @@ struct CodeDots : HalfDots {
   __m256i table;
 
   explicit CodeDots(const ScaledGroups& how) : table(biased(avx2::byte_table(how.integers))) {}
-  Weights weights(const char* p) const { return avx2::look_up(table, p); }
+  Weights weights(const char* p) const {
+    const Weights codes = halves(p);
+    return {_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
+  }
 };
 
 struct ByteDots : BiasedDots {
