@@ -448,7 +448,8 @@ def built() -> Path:
 
 
 def died_in(number: int, kernel: Kernel, checks: dict[str, Callable[[Kernel], None]]) -> str | None:
-    """The first check that the mutant of this number does not pass; dying of a signal is failing."""
+    """The first check that the mutant of this number does not pass; dying of a signal is failing, and so is whatever
+    a write to memory that is Python's or torch's makes them raise."""
 
     def action(note: native.Note) -> None:
         ctypes.c_int.in_dll(ctypes.CDLL(str(built())), SWITCH).value = number
@@ -459,7 +460,6 @@ def died_in(number: int, kernel: Kernel, checks: dict[str, Callable[[Kernel], No
     try:
         native.in_child(action)
     except AssertionError as error:
-        assert "the child ended with -" in str(error) or "AssertionError" in str(error), error
         return re.findall(r"^at (\D.*)$", str(error), re.MULTILINE)[-1]
     return None
 
