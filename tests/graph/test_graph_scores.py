@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Spelled(nn.Module):
         return outputs
 
 
-def attentions(ways: dict[str, Attend], dtype: torch.dtype, close: tuple[float, float]) -> list[NodeReport]:
+def attentions(ways: dict[str, Attend], dtype: torch.dtype, close: float) -> list[NodeReport]:
     """What the report tells of attention in a graph of all these, which gives what the model does."""
     torch._dynamo.reset()
     model = Spelled(ways).to(dtype).eval()
@@ -112,20 +113,26 @@ def attentions(ways: dict[str, Attend], dtype: torch.dtype, close: tuple[float, 
         for shape in ((2, 10, 32), (3, 7, 32)):
             x = torch.randn(shape).to(dtype)
             for name, y, want in zip(ways, fast(x), model(x), strict=True):
-                torch.testing.assert_close(
-                    y, want, rtol=close[0], atol=close[1], msg=lambda why, at=name: f"{at}: {why}"
-                )
+                torch.testing.assert_close(y, want, rtol=close, atol=close, msg=lambda why, at=name: f"{at}: {why}")
     (graph,) = fastlinear.report(fast).graphs
     return [node for node in graph.nodes if node.why.startswith("attention: ")]
 
 
-def test_every_spelling_is_taken() -> None:
+@pytest.mark.parametrize(
+    ("ways", "dtype", "close"),
+    [
+        ([*TAKEN], torch.float32, 1e-5),
+        (["mask in place", "as transformers do"], torch.bfloat16, 3e-2),
+        pytest.param([*TAKEN], torch.bfloat16, 3e-2, marks=pytest.mark.exhaustive),
+    ],
+    ids=["fp32", "some in bf16", "all in bf16"],
+)
+def test_every_spelling_is_taken(ways: list[str], dtype: torch.dtype, close: float) -> None:
     """Each gives what it gave, by our kernels; and in 16 bits, where torch rounds scores and weights, what is near."""
-    for dtype, close in ((torch.float32, (1e-5, 1e-5)), (torch.bfloat16, (3e-2, 3e-2))):
-        found = attentions(TAKEN, dtype, close)
-        assert [node.why for node in found] == ["attention: fastlinear, by rule"] * len(TAKEN)
+    found = attentions({name: TAKEN[name] for name in ways}, dtype, close)
+    assert [node.why for node in found] == ["attention: fastlinear, by rule"] * len(ways)
 
 
 def test_what_is_another_thing_is_left() -> None:
     """Weights that something else reads, another dimension, a mask that counts otherwise: no attention of torch's."""
-    assert not attentions(LEFT, torch.float32, (1e-5, 1e-5))
+    assert not attentions(LEFT, torch.float32, 1e-5)
