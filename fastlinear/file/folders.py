@@ -200,14 +200,14 @@ def _one_by_one(folder: Folder, module: Any, name: str) -> dict[str, list[list[S
     form = mixture.form_of(module)
     if isinstance(form, str) or form.transposed or form.interleaved:
         return {}
-    first, second = experts.names_of(module)
+    (first, second), schemes = experts.names_of(module), (*folder.schemes, _FLOATS)
     for gate, through, out in _EXPERT:
-        if f"{name}.0.{out}." not in {f"{each.rpartition('.')[0]}." for each in folder.files}:
+        if _stored(folder, f"{name}.0.{out}", schemes) is None:
             continue
         own = {first: (gate, through) if module.has_gate else (through,), second: (out,)}
         layers = {
             key: [
-                [_stored(folder, f"{name}.{expert}.{each}", (*folder.schemes, _FLOATS)) for each in of_weight]
+                [_stored(folder, f"{name}.{expert}.{each}", schemes) for each in of_weight]
                 for expert in range(experts.sizes_of(module)[1][0])
             ]
             for key, of_weight in own.items()

@@ -14,9 +14,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from fastlinear.graph.capture import Capture, example, op_of, same_size
+from fastlinear.graph.capture import Capture
 from fastlinear.graph.expansions import spelled_out
-from fastlinear.graph.patterns import Product, halves_of, opened_by, product_at
+from fastlinear.graph.patterns import Product, halves_of, opened_by, pieces_of, product_at
 from fastlinear.graph.story import Story
 
 
@@ -37,11 +37,11 @@ def drop_unread(capture: Capture, story: Story) -> None:
     those of the same weight: what then runs is all of it."""
     found = defaultdict[fx.Node, list[tuple[fx.Node, Product, dict[fx.Node, range]]]](list)
     for node in capture.graph.nodes:
-        product = product_at(node.args[0]) if op_of(node) == "chunk" and node.args else None
+        pieces = pieces_of(node)
+        product = product_at(node.args[0]) if pieces else None
         if product is None or not _is_parted(capture, product) or (product.form is not None and product.form.layout):
             continue
-        y, pieces = example(product.root), _pieces(node)
-        if y is not None and pieces and sum(map(len, pieces.values())) < y.shape[-1]:
+        if sum(map(len, pieces.values())) < len(capture.values[product.weight]):
             found[product.weight].append((node, product, pieces))
     for weight, products in found.items():
         read = {column for *_, pieces in products for rows in pieces.values() for column in rows}
@@ -49,21 +49,6 @@ def drop_unread(capture: Capture, story: Story) -> None:
             for node, product, pieces in products:
                 slices = {piece: slice(rows.start, rows.stop) for piece, rows in pieces.items()}
                 _replace(capture, story, product, node, slices, "nobody reads the rest of its columns")
-
-
-def _pieces(node: fx.Node) -> dict[fx.Node, range]:
-    """The readers of y.chunk(count, -1) that take a piece each, and its columns; none where there are others."""
-    y = example(node.args[0])
-    given: dict[str, Any] = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | node.kwargs
-    count, dim = given.get("chunks"), given.get("dim", 0)
-    if y is None or not isinstance(count, int) or dim not in (-1, y.dim() - 1) or not same_size(y.shape[-1] % count, 0):
-        return {}
-    if any(op_of(user) != "getitem" or not isinstance(user.args[1], int) for user in node.users):
-        return {}
-    columns = range(int(y.shape[-1]))
-    size = len(columns) // count
-    pieces: dict[fx.Node, Any] = {user: user.args[1] for user in node.users}
-    return {user: columns[at * size :][:size] for user, at in pieces.items()}
 
 
 def _is_parted(capture: Capture, product: Product) -> bool:

@@ -228,18 +228,32 @@ def _has_sibling(product: Product) -> bool:
 _GATES = {activation: gate for gate, activation in programs.GATES.items()}
 
 
-def halves_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Both halves of y.chunk(2, -1), of which each is read once."""
+def pieces_of(node: fx.Node) -> dict[fx.Node, range]:
+    """The readers of y.chunk(count, -1) that take a piece each, and its columns; none where there are others."""
     y = example(node.args[0]) if node.args else None
     given: dict[str, Any] = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | node.kwargs
-    if op_of(node) != "chunk" or y is None or given.get("chunks") != 2:
+    count, dim = given.get("chunks"), given.get("dim", 0)
+    if op_of(node) != "chunk" or y is None or not isinstance(count, int) or dim not in (-1, y.dim() - 1):
+        return {}
+    indices: dict[fx.Node, Any] = {user: user.args[1] for user in node.users if op_of(user) == "getitem"}
+    if len(indices) != len(node.users) or not all(isinstance(at, int) for at in indices.values()):
+        return {}
+    width = y.shape[-1]
+    if not isinstance(width, int) or width % count != 0:  # a symbolic one is not asked for its value
+        return {}
+    columns, size = range(width), width // count
+    return {user: columns[at * size :][:size] for user, at in indices.items()}
+
+
+def halves_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Both halves of y.chunk(2, -1), of which each is read once."""
+    halves = sorted(pieces_of(node).items(), key=lambda each: each[1].start)
+    if len(halves) != 2 or any(len(half.users) != 1 for half, _ in halves):
         return None
-    if given.get("dim", 0) not in (-1, y.dim() - 1) or not same_size(y.shape[-1] % 2, 0):
-        return None
-    halves: dict[Any, fx.Node] = {half.args[1]: half for half in node.users if op_of(half) == "getitem"}
-    if len(node.users) != 2 or {*halves} != {0, 1} or any(len(half.users) != 1 for half in halves.values()):
-        return None
-    return halves[0], halves[1]
+    (first, left), (second, right) = halves
+    y = example(node.args[0])
+    whole = y is not None and same_size(y.shape[-1], right.stop) and left.start == 0 and left.stop == right.start
+    return (first, second) if whole else None
 
 
 def opened_by(gate: fx.Node, through: fx.Node) -> tuple[str, list[fx.Node]] | None:
