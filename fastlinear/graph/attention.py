@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fastlinear.graph.capture import example, is_contiguous, op_of, same_shape, same_size
+from fastlinear.graph.capture import example, is_contiguous, op_of, same_shape, same_size, turn_of
 from fastlinear.graph.story import Story
 from fastlinear.layer import sdpa
 from fastlinear.model.rows import NodeReport
@@ -84,7 +84,7 @@ def whole_of(node: fx.Node, heads: list[Any]) -> Whole | None:
 def _cut(node: Any) -> _Cut | None:
     """How [B, H, L, D] comes from rows, [B, L, H * D] or [L, B, H * D]."""
     nodes, order = list[fx.Node](), tuple(range(4))
-    while isinstance(node, fx.Node) and (turn := _turn(node)) is not None:
+    while isinstance(node, fx.Node) and len(turn := turn_of(node)) == 4:
         nodes, order, node = [*nodes, node], tuple(turn[i] for i in order), node.args[0]
     if not isinstance(node, fx.Node) or op_of(node) not in ("view", "reshape", "unflatten"):
         return None
@@ -108,33 +108,17 @@ def joined(node: fx.Node) -> tuple[list[fx.Node], bool] | None:
         return None
     while len(chain[-1].users) == 1 and len(chain) < 5:
         (user,) = chain[-1].users
-        turn, z = _turn(user), example(user)
-        follows = op_of(user) in ("contiguous", "reshape", "view", "flatten") if turn is None else order not in _JOINS
+        turn, z = turn_of(user), example(user)
+        follows = order not in _JOINS if len(turn) == 4 else op_of(user) in ("contiguous", "reshape", "view", "flatten")
         if not follows or user.args[0] is not chain[-1] or z is None:
             return None
-        order = order if turn is None else tuple(order[i] for i in turn)
+        order = tuple(order[i] for i in turn) if turn else order
         chain.append(user)
         if z.dim() == 3:
             outer, inner, h, size = (y.shape[i] for i in order)
             fits = order in _JOINS and same_shape(z.shape, (outer, inner, h * size))
             return (chain[:0:-1], _JOINS[order]) if fits else None
     return None
-
-
-def _turn(node: fx.Node) -> tuple[int, ...] | None:
-    """Where the dimensions of a transposition of four come from; None for any other node."""
-    given: list[Any] = [*node.args[1:]]
-    x = example(node.args[0]) if node.args else None
-    if node.kwargs or x is None or x.dim() != 4:
-        return None
-    if op_of(node) == "permute":
-        order: Any = given[0] if len(given) == 1 else given
-        known = isinstance(order, (tuple, list)) and all(isinstance(d, int) for d in order)
-        return tuple(d % 4 for d in order) if known else None
-    if op_of(node) != "transpose" or not all(isinstance(d, int) for d in given):
-        return None
-    a, b = (d % 4 for d in given)
-    return tuple({a: b, b: a}.get(d, d) for d in range(4))
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

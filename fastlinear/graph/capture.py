@@ -148,17 +148,30 @@ def _is_idle(node: fx.Node) -> bool:
 
 def _undone(node: fx.Node) -> fx.Node | None:
     """What a node that is the transpose of a transpose is; None for any other node."""
-    inner = node.args[0] if op_of(node) == "transpose" else None
-    if not isinstance(inner, fx.Node) or op_of(inner) != "transpose" or node.kwargs or inner.kwargs:
+    turn, inner = turn_of(node), node.args[0] if node.args else None
+    before: Any = turn_of(inner) if turn and isinstance(inner, fx.Node) else ()
+    if not before or any(before[i] != at for at, i in enumerate(turn)):
         return None
-    x = example(inner)
-    source = inner.args[0]
-    if x is None or not isinstance(source, fx.Node):
-        return None
-    first, second = ({d % x.dim() for d in each.args[1:] if isinstance(d, int)} for each in (inner, node))
+    source: Any = inner.args[0]  # type: ignore[union-attr]
     # Of an input an alias is returned, as the model does.
     kept = source.op != "placeholder" or all(user.op != "output" for user in node.users)
-    return source if first == second and kept else None
+    return source if kept else None
+
+
+def turn_of(node: fx.Node) -> tuple[int, ...]:
+    """Where the dimensions of what transposes a tensor come from; empty for any other node."""
+    given: list[Any] = [*node.args[1:]]
+    x = example(node.args[0]) if node.args else None
+    if op_of(node) not in ("permute", "transpose") or node.kwargs or x is None or x.dim() == 0:
+        return ()
+    order: Any = given[0] if len(given) == 1 else given
+    if not isinstance(order, (tuple, list)) or not all(isinstance(d, int) for d in order):
+        return ()
+    places = [d % x.dim() for d in order]
+    if op_of(node) == "permute":
+        return tuple(places)
+    a, b = places
+    return tuple({a: b, b: a}.get(d, d) for d in range(x.dim()))
 
 
 def is_contiguous(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 import fastlinear._torch as _torch
-from fastlinear.graph.capture import example, op_of
+from fastlinear.graph.capture import example, turn_of
 from fastlinear.spec import attention
 
 
@@ -178,7 +178,7 @@ def _forward(
 
 def _is_turned(node: fx.Node) -> bool:
     """Whether a node is [L, B, E] of what lies as [B, L, E]."""
-    return op_of(node) == "transpose" and not node.kwargs and {*node.args[1:]} == {0, 1}
+    return turn_of(node) == (1, 0, 2)
 
 
 def _same_again(inputs: tuple[Any, ...], turned: bool) -> list[Any]:
