@@ -116,10 +116,10 @@ def reasons() -> set[str]:
     """The texts that functions which tell why can return, with "..." for what is put in."""
     trees = [ast.parse((ROOT / "fastlinear" / name).read_text()) for name in REASONS]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    telling = [f for f in functions if re.match(r"_?why|reason$|odd_dtype|_obstacle|_theirs|foreign$", f.name)]
+    telling = [f for f in functions if re.match(r"_?why|reason$|odd_|_obstacle|_theirs|foreign$", f.name)]
     nodes = [node for function in telling for node in ast.walk(function)]
     values = [node.value for node in nodes if isinstance(node, (ast.Return, ast.Assign)) and node.value is not None]
-    return {text.replace("quantis", "quantiz") for value in values for text in texts(value)}
+    return {text for value in values for text in texts(value)}
 
 
 def texts(value: ast.expr) -> Iterator[str]:

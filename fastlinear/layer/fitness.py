@@ -151,15 +151,22 @@ def why_unread(module: nn.Module, but: str = "") -> str | None:
     if weight is not None and weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions, not 2"
     for what, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
-            return f"its {what} is a {type(tensor).__name__}"
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"its {what} is on device {tensor.device}"
-        if tensor is not None and tensor.layout is not torch.strided:
-            return f"its {what} is {tensor.layout}, not dense"
-        if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
-            return f"its {what} is a lazily negated or conjugated view"
+        if tensor is not None and (reason := odd_memory(what, tensor)) is not None:
+            return reason
     return odd_dtype(dtype_of(module), bias)
+
+
+def odd_memory(what: str, tensor: Tensor) -> str | None:
+    """Why the kernels cannot read a parameter as it lies, whatever its dtype is; None if they can."""
+    if type(tensor) not in (nn.Parameter, Tensor):
+        return f"its {what} is a {type(tensor).__name__}"
+    if tensor.device.type != "cpu":
+        return f"its {what} is on device {tensor.device}"
+    if tensor.layout is not torch.strided:
+        return f"its {what} is {tensor.layout}, not dense"
+    if tensor.is_neg() or tensor.is_conj():
+        return f"its {what} is a lazily negated or conjugated view"
+    return None
 
 
 def odd_dtype(weight: torch.dtype, bias: Tensor | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlinear.layer.fitness import odd_dtype, runs_its_own
+from fastlinear.layer.fitness import odd_dtype, odd_memory, runs_its_own
 from fastlinear.layer.quality import coded_snr
 from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
@@ -33,10 +33,8 @@ def takes_blocks(kind: type) -> bool:
 def why_unread(weight: Any, name: str, bias: Tensor | None) -> str | None:
     """Why the kernels cannot read the parameter of this name, or its bias, in a few words; None if they can."""
     for what, tensor in ((name, weight), (f"{name}_bias", bias)):
-        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
-            return f"its {what} is a {type(tensor).__name__}"
-        if tensor is not None and (tensor.device.type != "cpu" or tensor.layout is not torch.strided):
-            return f"its {what} is no dense CPU tensor"
+        if tensor is not None and (reason := odd_memory(what, tensor)) is not None:
+            return reason
     if weight.dim() != 3 or 0 in weight.shape:
         return f"its {name} is {list(weight.shape)}, which holds no experts"
     return odd_dtype(weight.dtype, bias)

@@ -27,7 +27,7 @@ Filter = Callable[[nn.Module, str], bool]
 
 # On a layer that the caller chose to leave alone: why, for the report.
 REASON = "_fastlinear_reason"
-_ON_META = " is on device meta"  # of a reason that is none any more once the parameters are filled
+_ON_META = " is on device meta"  # how a reason ends that is none any more once the parameters are filled
 
 
 def linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -93,9 +93,9 @@ def _tell_once(text: str) -> None:
 def why_skipped(layer: nn.Module) -> str | None:
     """Why `layer` is not fast; None where nothing stands against it."""
     reason: str | None = vars(layer).get(REASON)
-    tensors = (*layer.parameters(), *layer.buffers())
-    if reason is not None and _ON_META in reason and not any(t.is_meta for t in tensors):
-        return f"{reason.replace(' is ', ' was ')} when convert was called: call it again"
+    if reason is not None and reason.endswith(_ON_META):
+        on_meta = any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
+        return reason if on_meta else "its parameters were on device meta when convert was called: call it again"
     return reason or (experts.why_not(layer) if experts.are_experts(layer) else why_not(layer))
 
 

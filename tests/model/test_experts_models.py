@@ -67,6 +67,15 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
     return float((y - want).norm() / want.norm())
 
 
+def test_experts_may_be_filled_later() -> None:
+    """That experts were on meta is no reason that lasts, as of layers."""
+    empty = made("Mixtral")[0].to("meta")
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        fastlinear.convert(empty, tune="off", inplace=True)
+    told = {row.reason for row in fastlinear.report(empty.to_empty(device="cpu"))}
+    assert told == {"its parameters were on device meta when convert was called: call it again"}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("quantize", ERRORS, ids=["plain", "int8", "int4"])
 @torch.no_grad()

@@ -64,7 +64,7 @@ def test_a_model_may_be_filled_later(assign: bool) -> None:
     assert {row.reason for row in fastlinear.report(model)} == {"its weight is on device meta"}
     (model if assign else model.to_empty(device="cpu")).load_state_dict(stock.state_dict(), assign=assign)
     told = {row.reason for row in fastlinear.report(model)}
-    assert told == {"its weight was on device meta when convert was called: call it again"}
+    assert told == {"its parameters were on device meta when convert was called: call it again"}
     assert {row.reason for row in fastlinear.report(OFF(model))} == {None}
 
 
