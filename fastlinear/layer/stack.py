@@ -138,16 +138,12 @@ def why_not_together(layers: Sequence[Any], gated: bool = False) -> str | None:
             return reason
         if layer._parameters.get("weight") is None:
             return "one of them is frozen"
-        if layer._shard is not None:
-            return "several processes share their weights"
         if layer.activation is not None:
             return f"one of them has an activation, {layer.activation.name}"
         if layer._precision.fallback:
             return "each may fall back to its own format"
-        if layer.in_features != first.in_features:
-            return f"they take {first.in_features} and {layer.in_features} features"
-        if not layer.precision.is_as(first.precision) or layer.dtypes != first.dtypes or len(biases) > 1:
-            return "they differ in precision"
+        if (reason := _why_apart(layer, first, layer.dtypes == first.dtypes and len(biases) <= 1)) is not None:
+            return reason
     return None
 
 
@@ -160,17 +156,23 @@ def why_not_frozen_group(layers: Sequence[Any]) -> str | None:
         frozen = record_of(layer)
         if frozen is None:
             return "one of them is not frozen"
-        if frozen.shard is not None:
-            return "several processes share their weights"
         if layer._gated:
             return "one of them is a gate"
-        if layer.in_features != first.in_features:
-            return f"they take {first.in_features} and {layer.in_features} features"
-        if frozen.packed.layout != first._frozen.packed.layout or not layer.precision.is_as(first.precision):
-            return "they differ in precision"
+        if (reason := _why_apart(layer, first, frozen.packed.layout == first._frozen.packed.layout)) is not None:
+            return reason
         if not is_same(frozen.packed.order, first._frozen.packed.order):
             return "they take their inputs in different orders"
     return None
+
+
+def _why_apart(layer: Any, first: Any, is_alike: bool) -> str | None:
+    """Why two layers cannot answer in one call, however they are packed. is_alike: whether their dtypes, or layouts,
+    are the same."""
+    if layer._shard is not None:
+        return "several processes share their weights"
+    if layer.in_features != first.in_features:
+        return f"they take {first.in_features} and {layer.in_features} features"
+    return None if is_alike and layer.precision.is_as(first.precision) else "they differ in precision"
 
 
 def _side_by_side(biases: Parameters, widths: Sequence[int]) -> Tensor | None:
