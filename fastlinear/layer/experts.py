@@ -80,8 +80,7 @@ class FastExperts(ExpertsModule, Experts):
         if (reason := asked.why_not("", max(features, hidden))) is not None:
             raise ValueError(f"FastExperts of {features} and {hidden} features cannot be quantized so: {reason}")
         super().__init__(experts, features, hidden, bias, device, dtype)
-        vars(self).update(_form=Form(program, own(asked.of("", self.down_proj.dtype))), _tune="lazy", _name="")
-        self._reset()
+        _become_fast(self, Form(program), asked.of("", self.down_proj.dtype), "lazy", "")
 
 
 FastExperts._stock = Experts
@@ -170,9 +169,13 @@ def adopt(module: Any, tune: str = "lazy", name: str = "", precision: Precision 
     form = mixture.form_of(module)
     if isinstance(form, str):
         raise ValueError(f"{name or type(module).__name__} cannot be converted: {form}")
-    vars(module).update(_form=form._replace(precision=own(precision)), _tune=tune, _name=name)
     stock: Any = type(module)
     module.__class__ = _twin(stock)
+    _become_fast(module, form, precision, tune, name)
+
+
+def _become_fast(module: Any, form: Form, precision: Precision, tune: str, name: str) -> None:
+    vars(module).update(_form=form._replace(precision=own(precision)), _tune=tune, _name=name)
     module._reset()
 
 
@@ -186,8 +189,7 @@ def take_over(module: Any, tune: str, name: str, held: torch.dtype) -> Callable[
     for beside in experts_takeover.beside(module):
         del module._parameters[beside]
     module.__class__ = FastExperts
-    vars(module).update(_form=told.form._replace(precision=own(precision)), _tune=tune, _name=name)
-    module._reset()
+    _become_fast(module, told.form, precision, tune, name)
     hold(module, over)
 
     def undo() -> None:
