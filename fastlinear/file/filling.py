@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import fastlinear._tensors as _tensors
 import fastlinear._weights as _weights
 from fastlinear.file.matching import Held, listed, need_the_same, tensors_of
 from fastlinear.layer import embedding, experts, experts_frozen, linear, mixture, packs, takeover
@@ -113,7 +112,7 @@ def _shelf(source: Source, held: torch.dtype, interleaved: bool, gated: bool) ->
                 weight = _in_halves(weight) if interleaved else weight
                 weight = with_offsets(weight) if offsets else weight
             source.release()
-            yield _pack(weight, held, gated)
+            yield takeover.packed_for(weight, held, gated)
 
     try:
         return shelve(every(False), count)
@@ -207,7 +206,7 @@ def _frozen(source: Source, held: torch.dtype) -> Frozen:
     rows = max(1, _AT_ONCE // max(1, k) // _PANELS) * _PANELS
     if source.part is None or n <= rows:
         weight = source.read()
-        packed = _pack(weight, held)
+        packed = takeover.packed_for(weight, held)
     else:
         packed = packs.stitched(_in_parts(source, source.part, rows, held), n)
     kept = packed.grouped or source.floating or packed.format == "w8f"
@@ -220,16 +219,8 @@ def _in_parts(
     source: Source, part: Callable[[int, int], Weight], rows: int, held: torch.dtype
 ) -> Iterator[_weights.Packed]:
     for begin in range(0, source.shape[0], rows):
-        yield _pack(part(begin, min(begin + rows, source.shape[0])), held)
+        yield takeover.packed_for(part(begin, min(begin + rows, source.shape[0])), held)
         source.release()
-
-
-def _pack(weight: Weight, held: torch.dtype, gated: bool = False) -> _weights.Packed:
-    if not isinstance(weight, Tensor):
-        return takeover.packed_as_is(weight, gated=gated)
-    wide = weight.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
-    floats = weight.to(held) if wide or weight.dtype not in _tensors.FORMATS else weight
-    return packs.pack_apart(floats, Precision(name_of(floats.dtype)), gated)
 
 
 def _revive(model: Any, bare: list[Held]) -> None:

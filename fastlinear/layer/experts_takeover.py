@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-import fastlinear._weights as _weights
-from fastlinear.layer import mixture, packs
+from fastlinear.layer import mixture, takeover
 from fastlinear.layer.experts_frozen import Frozen
 from fastlinear.layer.shelf import Shelf, shelve
 from fastlinear.spec import programs
@@ -19,8 +18,7 @@ from fastlinear.spec.checkpoints import MIXTURES
 from fastlinear.spec.checkpoints.scheme import Config, Parts
 from fastlinear.spec.experts import Form
 from fastlinear.spec.formats import name_of
-from fastlinear.spec.int4 import FP8, Coded
-from fastlinear.spec.packed import stands_for
+from fastlinear.spec.int4 import FP8
 from fastlinear.spec.precision import Precision, Wanted
 
 _SCHEME = MIXTURES["fp8"]
@@ -88,13 +86,9 @@ def frozen(told: Found, held: torch.dtype) -> tuple[Frozen, Precision]:
 
 
 def _shelf(told: Found, parts: Parts, held: torch.dtype, gated: bool) -> Shelf:
-    def packed(expert: int) -> _weights.Packed:
-        weight = _SCHEME.weight(parts, told.config, expert)
-        if isinstance(weight, Coded):
-            return packs.pack_coded(weight, gated)
-        return packs.pack_apart(stands_for(weight).to(held), Precision(name_of(held)), gated)
-
-    return shelve(map(packed, range(len(parts[""]))), len(parts[""]))
+    count = len(parts[""])
+    weights = (_SCHEME.weight(parts, told.config, expert) for expert in range(count))
+    return shelve((takeover.packed_for(weight, held, gated) for weight in weights), count)
 
 
 def beside(module: nn.Module) -> list[str]:

@@ -265,6 +265,16 @@ def packed_as_is(weight: Coded | Quantized, integers: str = "w8f", gated: bool =
     return packs.pack_coded(weight, gated)
 
 
+def packed_for(weight: Weight, held: torch.dtype, gated: bool = False) -> _weights.Packed:
+    """Codes and integers bit for bit; floats in their own dtype, or in `held`, that of the model around them, where
+    that is narrower than theirs, or no kernel reads theirs."""
+    if not isinstance(weight, Tensor):
+        return packed_as_is(weight, gated=gated)
+    wide = weight.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
+    floats = weight.to(held) if wide or weight.dtype not in _tensors.FORMATS else weight
+    return packs.pack_apart(floats, Precision(name_of(floats.dtype)), gated)
+
+
 def precision_of(frozen: Frozen) -> Precision:
     """Of a layer that holds what was packed elsewhere."""
     own = frozen.packed.format in DTYPES and name_of(frozen.dtype) == frozen.packed.format
