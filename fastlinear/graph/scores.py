@@ -45,6 +45,16 @@ class _Mask(NamedTuple):
     fill: float | None = None
     shows: bool = False
 
+    def read(self, mask: Any, dtype: torch.dtype, is_only: bool) -> Any:
+        """As attention takes the mask: to be added, in this dtype; or true where something is to be looked at, if there
+        is no other one and what it hides has no score at all."""
+        if self.fill is None:
+            return mask
+        hidden = mask.logical_not() if self.shows else mask
+        if self.fill > -math.inf:
+            return hidden.to(dtype) * self.fill
+        return hidden.logical_not() if is_only else attention.additive(hidden, True, dtype)
+
 
 class _Scores(NamedTuple):
     """nodes: all that make the scores, the last one first."""
@@ -111,16 +121,8 @@ def _mask(given: list[tuple[Any, _Mask]], alone: bool, query: Any) -> Any:
         known = example(how.node)
         assert known is not None
         mask = mask.unsqueeze(0) if known.dim() == 1 else mask.unsqueeze(1) if alone and known.dim() == 3 else mask
-        if how.fill is not None:
-            hidden = mask.logical_not() if how.shows else mask
-            bare = how.fill == -math.inf and len(given) == 1
-            mask = hidden.logical_not() if bare else _filled(hidden, how.fill, query.dtype)
-        masks.append(mask)
+        masks.append(how.read(mask, query.dtype, is_only=len(given) == 1))
     return sum(masks[1:], masks[0]) if masks else None
-
-
-def _filled(hidden: Any, fill: float, dtype: torch.dtype) -> Any:
-    return attention.additive(hidden, True, dtype) if fill == -math.inf else hidden.to(dtype) * fill
 
 
 def _by_values(node: fx.Node) -> _Dot | None:
