@@ -33,6 +33,7 @@ from fastlinear.plan.roofline import Spot
 from fastlinear.spec.formats import DTYPES, long_name, name_of
 
 _UNTOUCHED = "convert was not called on it"
+_UNCALLED = "the example multiplies by its weight without calling it"
 
 
 class Report(tuple[LayerReport, ...]):
@@ -121,22 +122,24 @@ def report(model: nn.Module, example: Any = None) -> Report:
     whole = original(model)
     otherwise = "no compiled graph runs it fast" if whole is not model else _UNTOUCHED
     own = graphs_of(whole)
-    rows, fast, cut = dict[Any, LayerReport](), set[str](), defaultdict[str, set[int]](set)
+    rows, fast, idle, cut = dict[Any, LayerReport](), set[str](), set[str](), defaultdict[str, set[int]](set)
     for each in running(whole, own):
         row = rows[each.layer] = describe_running(each, otherwise)
         if row.decision not in ("skipped", "elsewhere"):
-            fast |= {*each.parts} or {each.name.partition(" (")[0]}  # a third of a layer
+            names = {*each.parts} or {each.name.partition(" (")[0]}  # a third of a layer
+            fast |= names
+            idle |= names if row.decision == "untuned" else set()
             for name, part in each.cut:
                 cut[name].update(part)
     whole_ones = {name for name, part in cut.items() if len(part) == len(whole.get_parameter(name))}
     fast |= whole_ones | {name.removesuffix(".weight") for name in whole_ones}
-    told = splits.notes(rows.items())
-    noted = [replace(row, notes=told.get(layer, ())) for layer, row in rows.items()]
     others = [*describe_others(whole, otherwise)]
-    found = Report([*noted, *others])
-    found.graphs = own
     fast |= {row.name for row in others if row.experts and row.decision not in ("skipped", "elsewhere")}
-    found.share = share_of(whole, fast, example)
+    share, told = share_of(whole, fast, idle, example), splits.notes(rows.items())
+    for layer, row in rows.items():
+        told[layer] = (*told.get(layer, ()), *[_UNCALLED] * (row.name in share.uncalled))
+    found = Report([*(replace(row, notes=told[layer]) for layer, row in rows.items()), *others])
+    found.graphs, found.share = own, share
     return found
 
 

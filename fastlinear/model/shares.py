@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -30,13 +31,14 @@ class Share(NamedTuple):
     """weights: elements of all parameters that products may read, which have more than one element in two dimensions or
     more, embeddings' not among them;
     multiply_adds: of one call, None where nobody counted. `slow` are the largest of the weights that do not run fast,
-    by name."""
+    by name; `uncalled` the layers by whose weights that call multiplied without calling them, which are not fast."""
 
     weights: int
     fast_weights: int
     slow: tuple[tuple[str, int], ...]
     multiply_adds: int | None = None
     fast_multiply_adds: int | None = None
+    uncalled: tuple[str, ...] = ()
 
     def text(self) -> str:
         parts = [f"fast: {_percent(self.fast_weights, self.weights)} of {_amount(self.weights)} weights"]
@@ -48,13 +50,18 @@ class Share(NamedTuple):
         return f"{text}; not fast: {rest}" if rest else text
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self._asdict(), "slow": [*map(list, self.slow)]}
+        return {**self._asdict(), "slow": [*map(list, self.slow)], "uncalled": [*self.uncalled]}
 
 
-def share_of(model: nn.Module, fast: set[str], example: Any = None) -> Share:
-    """fast: the names of the layers that run fast; example: what to count the multiply-adds of."""
-    found = _weights(model, fast)
-    return found if example is None else _counted(found, model, fast, example)
+def share_of(model: nn.Module, fast: set[str], idle: set[str], example: Any = None) -> Share:
+    """fast: the names of the layers that run fast; idle: those of them that nobody has called yet; example: what to
+    count the multiply-adds of."""
+    if example is None:
+        return _weights(model, fast)
+    total, quick, uncalled = _counted(model, fast, idle, example)
+    return _weights(model, fast - uncalled)._replace(
+        multiply_adds=total, fast_multiply_adds=quick, uncalled=tuple(sorted(uncalled))
+    )
 
 
 def _weights(model: nn.Module, fast: set[str]) -> Share:
@@ -97,25 +104,23 @@ def _of_frozen_experts(module: Any) -> Iterator[tuple[str, int]]:
             yield name, module.count * n * k
 
 
-def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Share:
-    """With the multiply-adds of a call of a stock copy, in which attention is spelled out, since torch has no count of
-    its fused ones on CPUs."""
+def _counted(model: nn.Module, fast: set[str], idle: set[str], example: Any) -> tuple[int, int, set[str]]:
+    """The multiply-adds of a call of a stock copy, in which attention is spelled out, since torch has no count of its
+    fused ones on CPUs; those of them that are fast; and which of the idle layers are read and not called."""
     check_example(example)
-    stock, counted = stock_copy(model), [0]
+    stock, counted, called = stock_copy(model), [0], set[str]()
     attention = {name: m for name, m in stock.named_modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in attention.items():
         ahead = f"{name}." if name else ""  # in a graph the first is no layer
         wanted = [part for part in _PROJECTIONS if {ahead + part, f"{ahead}{part}_weight"} & fast]
         module.register_forward_pre_hook(functools.partial(_count_projections, counted, wanted), with_kwargs=True)
-    for name in _of(stock, fast):
-        if name.removesuffix("out_proj").rstrip(".") in attention:
-            continue  # nobody calls it
-
-        def count(layer: Any, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor):
-                counted[0] += arguments[0].numel() // max(1, arguments[0].shape[-1]) * layer.weight.numel()
-
-        stock.get_submodule(name).register_forward_pre_hook(count)
+    layers = {
+        name: stock.get_submodule(name)
+        for name in _of(stock, fast)
+        if name.removesuffix("out_proj").rstrip(".") not in attention  # which never calls it
+    }
+    for name, layer in layers.items():
+        layer.forward = functools.partial(_count_rows, counted, called, name, layer, layer.forward)
     for name, module in stock.named_modules():
         if experts.are_experts(module):
             if hasattr(getattr(module, "config", None), "_experts_implementation"):
@@ -123,7 +128,7 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
             for own, (_, n, k) in zip(experts.names_of(module), experts.sizes_of(module), strict=True):
                 if (f"{name}.{own}" if name else own) in fast:
                     module.register_forward_pre_hook(functools.partial(_count_pairs, counted, n * k), with_kwargs=True)
-    counter, rest = FlopCounterMode(display=False), _Multiplied(stock, fast)
+    counter, rest = FlopCounterMode(display=False), _Multiplied(stock, fast, layers)
     counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
     quick, onednn = torch.backends.mha.get_fastpath_enabled(), _torch.get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -135,9 +140,13 @@ def _counted(found: Share, model: nn.Module, fast: set[str], example: Any) -> Sh
     finally:
         torch.backends.mha.set_fastpath_enabled(quick)
         _torch.set_mkldnn_enabled(onednn)
-    counted[0] += rest.count
+    uncalled = set[str]()
+    for names, count in rest.counts.items():
+        if called.isdisjoint(names):
+            uncalled |= idle & names
+            counted[0] += 0 if idle & names else count
     total = max(counter.get_total_flops() // 2, counted[0])
-    return found._replace(multiply_adds=total, fast_multiply_adds=counted[0])
+    return total, counted[0], uncalled
 
 
 class _Everywhere(nullcontext[None]):
@@ -147,30 +156,46 @@ class _Everywhere(nullcontext[None]):
 
 
 class _Multiplied(_torch.TorchDispatchMode):  # type: ignore[misc]
-    """Counts the multiply-adds by weights of no linear layer, attention or mixture, which a graph multiplies by."""
+    """Counts the multiply-adds by weights of fast layers, which may not be called for that, and of no layer, attention
+    or mixture, which a graph multiplies by. counts: by the names that a weight has."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, fast: set[str]) -> None:
+    def __init__(self, model: nn.Module, fast: set[str], layers: Mapping[str, Any]) -> None:
         super().__init__()
-        self.count = 0
-        self._storages = {
-            parameter.untyped_storage().data_ptr()
-            for own, module in model.named_modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and (f"{own}.{name}" if own else name) in fast
-            if not isinstance(module, nn.MultiheadAttention) and not experts.are_experts(module)
-        }
+        self.counts = Counter[frozenset[str]]()
+        held: dict[int, set[str]] = defaultdict(set)
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Linear) and type(layer.weight) is nn.Parameter:
+                held[layer.weight.untyped_storage().data_ptr()].add(name)
+        for own, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention) or experts.are_experts(module):
+                continue
+            for name, parameter in module._parameters.items():
+                full = f"{own}.{name}" if own else name
+                if parameter is not None and full in fast:
+                    held[parameter.untyped_storage().data_ptr()].add(full)
+        self._storages = {address: frozenset(names) for address, names in held.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
         formula = flop_registry.get(getattr(func, "overloadpacket", None))
-        if formula is not None and any(self._holds(each) for each in args):
-            self.count += formula(*args, **(kwargs or {}), out_val=y) // 2
+        if formula is not None:
+            held = (self._storages.get(each.untyped_storage().data_ptr()) for each in args if isinstance(each, Tensor))
+            for names in filter(None, held):
+                self.counts[names] += formula(*args, **(kwargs or {}), out_val=y) // 2
         return y
 
-    def _holds(self, given: Any) -> bool:
-        return isinstance(given, Tensor) and given.untyped_storage().data_ptr() in self._storages
+
+def _count_rows(
+    counted: list[int], called: set[str], name: str, layer: Any, forward: Any, *arguments: Any, **named: Any
+) -> Any:
+    """A layer's forward, of whose call it takes note."""
+    called.add(name)
+    x = arguments[0] if arguments else next(iter(named.values()), None)
+    if isinstance(x, Tensor):
+        counted[0] += x.numel() // max(1, x.shape[-1]) * layer.weight.numel()
+    return forward(*arguments, **named)
 
 
 # Of torch's attention, by the rows that they multiply: the last three where keys and values have widths of their own.

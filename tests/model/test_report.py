@@ -274,6 +274,40 @@ def test_the_share_that_runs_fast() -> None:
     assert fast.linear._elsewhere == {}  # the count was made of a copy
 
 
+class Reads(nn.Module):
+    """Attention as WavLM has it: torch's function is handed the weights of layers that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out, self.up = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = {f"{name}_proj_weight": getattr(self, name).weight for name in "qkv"}
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        own = (16, 2, torch.empty(0), bias, None, None, False, 0.0, self.out.weight, self.out.bias)
+        of = nn.functional.multi_head_attention_forward
+        y, _ = of(x, x, x, *own, use_separate_proj_weight=True, need_weights=False, **weights)
+        return self.up.forward(y)  # no call of a module's, but of the layer
+
+
+def test_layers_that_are_read_and_not_called() -> None:
+    """Layers by whose weights a model multiplies without calling them are not fast, and the report says so; in a graph
+    they are, and their multiply-adds count."""
+    model, x = Reads().eval(), torch.randn(6, 2, 16)
+    fast = OFF(model)
+    for _ in range(2):
+        found = fastlinear.report(fast, x)
+        assert found.share.uncalled == ("k", "out", "q", "v") and found.share.fast_weights == 256
+        assert found.share.fast_multiply_adds == 12 * 256 and str(found).count("without calling it") == 4
+        fast(x)
+    assert fastlinear.report(fast).share.uncalled == ()
+    compiled = torch.compile(model, backend="fastlinear", options={"tune": "off"})
+    with torch.no_grad():
+        compiled(x)
+    share = fastlinear.report(compiled, x).share
+    assert (share.uncalled, share.fast_weights) == ((), 5 * 256) and share.fast_multiply_adds >= 5 * 12 * 256
+
+
 def test_the_share_of_frozen_and_skipped_layers() -> None:
     """A frozen layer's weight counts as what it was; one that was left alone is named."""
     fast = (
