@@ -1,6 +1,6 @@
 """A Mixtral-like block of experts, fastlinear's beside transformers' eager and grouped_mm.
 
-    python benchmarks/experts.py [--rows 1,4,32,128] [--threads 2] [--seconds 0.4] [--ways fp32,bf16,int8,int4]
+    python benchmarks/experts.py [--rows 1,4,32,128] [--threads 2] [--seconds 0.4] [--ways fp32,bf16,int8,int4,compiled]
 
 Experts are chosen at random, others in each call, so that at few rows their weights come from memory. Milliseconds are
 lower quartiles; behind them, how many times as fast as the faster of transformers' ways in the same dtype of
@@ -39,7 +39,7 @@ def block(dtype: torch.dtype) -> Any:
 
 
 def ways(names: list[str]) -> dict[str, Any]:
-    """By name: "fp32 eager", "fp32 grouped_mm", "fp32", "int8" ..."""
+    """By name: "fp32 eager", "fp32 grouped_mm", "fp32 compiled", "fp32", "int8" ..."""
     import fastlinear
 
     found: dict[str, Any] = {}
@@ -50,6 +50,8 @@ def ways(names: list[str]) -> dict[str, Any]:
                 found[f"{name} {way}"] = twin = copy.copy(stock)
                 twin.config = copy.copy(stock.config)
                 twin.config._experts_implementation = way
+            if "compiled" in names:
+                found[f"{name} compiled"] = torch.compile(found[f"{name} grouped_mm"], backend="fastlinear")
             found[name] = fastlinear.freeze(fastlinear.convert(stock))
     for name, scheme in {"int8": fastlinear.Int8Dynamic(), "int4": fastlinear.Int4Dynamic()}.items():
         if name in names:

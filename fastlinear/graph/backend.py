@@ -27,10 +27,17 @@ _log = logging.getLogger("fastlinear")
 class Graph:
     """One compiled graph, as the report has it."""
 
-    def __init__(self, story: Story, capture: Capture, reason: str | None, products: Sequence[Layers]) -> None:
+    def __init__(
+        self,
+        story: Story,
+        capture: Capture,
+        reason: str | None,
+        products: Sequence[Layers] = (),
+        mixtures: Sequence[Layers] = (),
+    ) -> None:
         self.nodes: tuple[NodeReport, ...] = tuple(story.nodes)
         self.reason = reason
-        self._products = products
+        self._products, self._mixtures = products, mixtures
         self._made_with = {id(parts.weight_of(each).tensor) for each in capture.values.values()}
 
     @property
@@ -38,12 +45,17 @@ class Graph:
         found = (each for layers in self._products for each in running(layers))
         return tuple((layer, tuple(map(parts.weight_of, weights))) for layer, weights in found)
 
+    @property
+    def mixtures(self) -> tuple[Any, ...]:
+        return tuple(mixture for layers in self._mixtures for mixture in list(layers.values()))
+
     def is_of(self, model: nn.Module) -> bool:
         """Whether the graph was made of a part of this model, or has run one."""
         own = {id(tensor) for tensor in model.parameters()}
         records = (record_of(module) for module in model.modules())
         own |= {id(frozen.panels) for frozen in records if frozen is not None}
         run = {id(weight.tensor) for _, weights in self.layers for weight in weights}
+        run |= {id(tensor) for mixture in self.mixtures for tensor in mixture.parameters()}
         return not own.isdisjoint(self._made_with | run)
 
 
@@ -76,10 +88,12 @@ def rewritten(module: fx.GraphModule, inputs: Sequence[Any], wanted: Options) ->
     """The record of a graph, which is rewritten in place, unless it is to run as it is."""
     story, capture = Story(module.graph.nodes), Capture(module, inputs)
     reason = _why_plain(module, inputs)
-    products = Rewriter(capture, wanted, story).run() if reason is None else []
-    graph = Graph(story, capture, reason, products)
+    rewriter = Rewriter(capture, wanted, story)
+    products = rewriter.run() if reason is None else []
+    graph = Graph(story, capture, reason, products, rewriter.mixtures)
     graphs.add(graph)
-    _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), len(products), reason or "rewritten")
+    count = len(products) + 2 * len(rewriter.mixtures)
+    _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), count, reason or "rewritten")
     return graph, capture
 
 

@@ -136,13 +136,13 @@ def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]
 
 def _adopt(layers: Layers, spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator | None:
     """A layer for parameters that the graph was not made with; None where torch has to compute them."""
-    layer = operator_for(spec, weight, bias) if _is_for_any(spec) else None
+    layer = operator_for(spec, weight, bias) if is_for_any(spec.asked) else None
     return None if layer is None or why_not(spec, layer) is not None else remember(layers, weight, layer)
 
 
-def _is_for_any(spec: Spec) -> bool:
+def is_for_any(asked: Wanted) -> bool:
     """Whether other weights are to be packed like those the graph was made with: not by what was seen of the latter."""
-    return spec.asked.scheme is None or spec.asked.scheme.calibration is None
+    return asked.scheme is None or asked.scheme.calibration is None
 
 
 def remember(known: dict[int, Any], weight: Tensor, value: Any) -> Any:
@@ -224,7 +224,7 @@ def _adopt_all(stacks: Layers, spec: Spec, tensors: tuple[Any, ...], gate: Activ
     """A stack for parameters that the graph was not made with; None where they have to be alone."""
     half, layers = len(tensors) // 2, []
     for weight, bias in zip(tensors[:half], tensors[half:], strict=True):
-        layer = operator_for(spec, weight, bias) if _is_for_any(spec) else None
+        layer = operator_for(spec, weight, bias) if is_for_any(spec.asked) else None
         if layer is None or why_not(spec, layer) is not None:
             return None
         layers.append(layer)

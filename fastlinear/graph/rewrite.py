@@ -21,6 +21,7 @@ import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
 import fastlinear.graph.columns as columns
 import fastlinear.graph.masks as masks
+import fastlinear.graph.mixtures as mixtures
 import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 import fastlinear.graph.parts as parts
@@ -40,7 +41,7 @@ from fastlinear.spec.formats import DTYPES, name_of
 
 
 class Rewriter:
-    """One graph on its way. story: what became of each node; layers: those that run in the end, by name."""
+    """One graph on its way. story: what became of each node; mixtures: what runs of experts."""
 
     def __init__(self, capture: Capture, options: Options, story: Story) -> None:
         self.capture, self.options, self.story = capture, options, story
@@ -48,11 +49,14 @@ class Rewriter:
         self._absorbed: set[fx.Node] = set()  # by some product
         self._moved: dict[fx.Node, fx.Node] = {}  # a node that is gone -> what has its value
         self._made: set[fx.Node] = set()  # nodes that make a tensor of their own: the values of fast products
+        self.mixtures: list[operators.Layers] = []
 
     def run(self) -> list[operators.Layers]:
         """Rewrites the graph, and returns the fast layers of each product that it then runs."""
         self._expand()
         self._drop_idle()
+        placed = mixtures.place(self.capture, self.options, self.story)
+        self.mixtures, self._made = [*placed.values()], {*placed}
         if self.options.fuse:
             tidying.drop_unread(self.graph, self.story)
             self._join_composites()

@@ -18,7 +18,7 @@ COMPUTED = {"add", "sub", "mul", "ge", "gt", "le", "lt", "eq", "ne", "and_", "or
 _PURE = _PRODUCTS | VIEWS | MADE | COMPUTED | {"contiguous", "chunk", "getattr", "mean"}
 _CONSTANT = MADE | COMPUTED | VIEWS | {"floordiv"}  # which may raise, but then does so in each call
 # Whose functions make tensors of their own, too.
-_OURS = {"fastlinear.graph.norms", "fastlinear.graph.operators", "fastlinear.layer.sdpa"}
+_OURS = {f"fastlinear.{name}" for name in ("graph.mixtures", "graph.norms", "graph.operators", "layer.sdpa")}
 # What makes a tensor that shares no memory with what it reads, and writes to nothing.
 _READS = COMPUTED - {"to"} | {"linear", "where", "masked_fill", "gather", "embedding", "floordiv"}
 _READS |= {"scaled_dot_product_attention"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,38 +92,37 @@ def _is_handed(module: Any) -> bool:
 
 
 def _program_of(module: Any) -> Activation | None:
-    """What its experts compute between their products, found by trying; None where that is nothing that kernels do."""
+    """What its experts compute between their products; None where that is nothing that kernels do."""
+    if takes_blocks(type(module)):
+        return tried(lambda y: module.act_fn(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1], False, ())
+    if not module.has_gate:
+        return tried(module.act_fn, False, ())
+    numbers = (getattr(module, f"{front}{name}", None) for name in ("limit", "alpha") for front in ("", "swiglu_"))
+    return tried(module._apply_gate, not module.is_concatenated, numbers)  # models differ in what they call these
+
+
+def tried(compute: Callable[[Tensor], Any], interleaved: bool, numbers: Iterable[Any]) -> Activation | None:
+    """What makes y [M, 2 N] or [M, N] of the first product's [M, 2 N], found by trying; None where that is nothing that
+    kernels do. interleaved: whether gates and what goes through them take turns; numbers: what limits may be."""
     grid = torch.linspace(-12.0, 12.0, 97, dtype=torch.float32, device="cpu")
     gate, through = (t.flatten()[None] for t in torch.meshgrid(grid, grid, indexing="ij"))
     halves = torch.cat([gate, through], -1)
     try:
         with torch.no_grad():
-            if takes_blocks(type(module)):
-                found = module.act_fn(gate) * through
-            elif not module.has_gate:
-                found = module.act_fn(halves)
-            else:
-                interleaved = torch.stack([gate, through], -1).flatten(-2)
-                found = module._apply_gate(halves if module.is_concatenated else interleaved)
+            y = compute(torch.stack([gate, through], -1).flatten(-2) if interleaved else halves)
     except Exception:  # whatever the code of others raises
         return None
-    for program in _candidates(module):
-        y = programs.apply(program, halves)
-        if found.shape == y.shape and torch.allclose(found.float(), y, rtol=1e-5, atol=1e-5):
+    for program in _candidates(numbers):
+        want = programs.apply(program, halves)
+        if y.shape == want.shape and torch.allclose(y.float(), want, rtol=1e-5, atol=1e-5):
             return program
     return None
 
 
-def _candidates(module: Any) -> list[Activation]:
-    if not getattr(module, "has_gate", True):
-        return [Activation(name) for name in activations.names() if activations.parameters_of(name) == 0]
-    limits, alphas = (_numbers(module, name) for name in ("limit", "alpha"))
-    limited = [Activation("swiglu_limited", (limit,)) for limit in limits]
-    limited += [Activation("swiglu_oai", (alpha, limit)) for limit in limits for alpha in alphas]
-    return [*map(Activation, programs.GATES), *limited]
-
-
-def _numbers(module: Any, name: str) -> list[float]:
-    """What a module may have by this name, as models differ in that."""
-    found = [getattr(module, attribute, None) for attribute in (name, f"swiglu_{name}")]
-    return [float(each) for each in found if isinstance(each, (int, float)) and not isinstance(each, bool)]
+def _candidates(numbers: Iterable[Any]) -> Iterator[Activation]:
+    yield from map(Activation, programs.GATES)
+    yield from (Activation(name) for name in activations.names() if activations.parameters_of(name) == 0)
+    floats = {float(each) for each in numbers if isinstance(each, (int, float)) and not isinstance(each, bool)}
+    for limit in sorted(floats):
+        yield Activation("swiglu_limited", (limit,))
+        yield from (Activation("swiglu_oai", (alpha, limit)) for alpha in sorted(floats))

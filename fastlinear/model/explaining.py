@@ -79,10 +79,11 @@ def explain(model: nn.Module, name: str) -> Explanation:
     whole = original(model)
     first = {names[0]: names for names in linear_layers(whole).values()}
     known = {each: Running(layer, each, ()) for layer, names in linear_layers(whole).items() for each in names}
-    for each in running(whole, graphs_of(whole)):
+    compiled = graphs_of(whole)
+    for each in running(whole, compiled):
         known[each.name] = each
         known.update({name: each for part in each.parts for name in first.get(part, [part])})
-    others = {row.name: row for row in describe_others(whole)}
+    others = {row.name: row for row in describe_others(whole, compiled)}
     if name not in known and name in others:
         return Explanation(others[name])
     if name not in known:

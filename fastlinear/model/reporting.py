@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -133,7 +133,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
                 cut[name].update(part)
     whole_ones = {name for name, part in cut.items() if len(part) == len(whole.get_parameter(name))}
     fast |= whole_ones | {name.removesuffix(".weight") for name in whole_ones}
-    others = [*describe_others(whole, otherwise)]
+    others = [*describe_others(whole, own, otherwise)]
     fast |= {row.name for row in others if row.experts and row.decision not in ("skipped", "elsewhere")}
     share, told = share_of(whole, fast, idle, example), splits.notes(rows.items())
     for layer, row in rows.items():
@@ -143,10 +143,14 @@ def report(model: nn.Module, example: Any = None) -> Report:
     return found
 
 
-def describe_others(model: nn.Module, otherwise: str = _UNTOUCHED) -> Iterator[LayerReport]:
+def describe_others(
+    model: nn.Module, compiled: Iterable[Graph] = (), otherwise: str = _UNTOUCHED
+) -> Iterator[LayerReport]:
     """The rows of what is no linear layer: mixtures of experts, and embeddings over packs."""
+    placed = {id(each.tensors()[0]): each for graph in compiled for each in graph.mixtures}
     for mixture, names in expert_layers(model).items():
-        yield from describe_experts(names[0], mixture, otherwise)
+        first = mixture._parameters.get(experts.names_of(mixture)[0])
+        yield from describe_experts(names[0], placed.get(id(first), mixture), otherwise)
     for each in packed_embeddings(model):
         yield describe_embedding(*each)
 

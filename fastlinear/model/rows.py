@@ -147,12 +147,15 @@ class Weight(NamedTuple):
 
 class Graph(Protocol):
     """What the Dynamo backend has compiled. reason: why all of it is torch's own, None where it is not; layers: those
-    it runs, each with the modules' weights that it is packed from."""
+    it runs, each with the modules' weights that it is packed from; mixtures: experts that it runs, on these weights."""
 
     nodes: tuple[NodeReport, ...]
     reason: str | None
 
     @property
     def layers(self) -> tuple[tuple[Any, tuple[Weight, ...]], ...]: ...
+
+    @property
+    def mixtures(self) -> tuple[Any, ...]: ...
 
     def is_of(self, model: nn.Module) -> bool: ...
