@@ -62,9 +62,10 @@ def canary(dtype: torch.dtype) -> float:
 
 
 def canaried(
-    rows: int, columns: int, stride: int, dtype: torch.dtype = torch.float32, margin: int = 16
+    rows: int, columns: int, stride: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Callable[[], bool]]:
     """An output [rows, columns] with CANARY before, after and in the gaps, and a function: are they all intact?"""
+    margin = 16
     flat = torch.full((margin + rows * stride + margin,), canary(dtype), dtype=dtype)
     outside = torch.ones(flat.shape, dtype=torch.bool)
     outside.as_strided((rows, columns), (stride, 1), margin).fill_(False)

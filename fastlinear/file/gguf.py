@@ -78,12 +78,6 @@ def row_nbytes(kind: str, k: int) -> int:
     return k // KINDS[kind].size * KINDS[kind].nbytes
 
 
-def is_gguf(path: AnyPath) -> bool:
-    """Whether a file begins as one; OSError as the system gives it."""
-    with open(path, "rb", opener=at_once) as file:
-        return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(len(MAGIC)) == MAGIC
-
-
 def open_mapped(path: AnyPath) -> Gguf:
     """The file, or all files of the model whose first it is, of which no more than the headers are read; FormatError
     where they are not sound, OSError as the system gives it."""

@@ -151,8 +151,8 @@ def describe_others(
     for mixture, names in expert_layers(model).items():
         first = mixture._parameters.get(experts.names_of(mixture)[0])
         yield from describe_experts(names[0], placed.get(id(first), mixture), otherwise)
-    for each in packed_embeddings(model):
-        yield describe_embedding(*each)
+    for name, _, frozen in packed_embeddings(model):
+        yield describe_embedding(name, frozen)
 
 
 def environment() -> dict[str, Any]:
@@ -199,7 +199,7 @@ def describe(name: str, layer: Any, otherwise: str = _UNTOUCHED) -> LayerReport:
     )
 
 
-def describe_embedding(name: str, module: Any, frozen: Frozen) -> LayerReport:
+def describe_embedding(name: str, frozen: Frozen) -> LayerReport:
     """An embedding over a pack, whose memory counts for a layer that has it, too."""
     n, k = frozen.packed.n, frozen.packed.k
     return LayerReport(

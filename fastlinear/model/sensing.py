@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlinear.layer.fitness import features_of
 from fastlinear.model.convert import convert
-from fastlinear.model.selection import linear_layers
+from fastlinear.model.selection import REASON, linear_layers
 from fastlinear.model.tuning import call, check_example, check_module
 from fastlinear.spec.schemes import Int8Dynamic, Scheme
 
@@ -123,7 +123,7 @@ def _kinds(model: nn.Module, scheme: Scheme) -> tuple[list[Kind], dict[str, str]
     skipped: dict[str, str] = {}
     found: dict[str, list[str]] = {}
     for name, layer in from_trial.items():
-        reason = vars(layer).get("_fastlinear_reason")
+        reason = vars(layer).get(REASON)
         if reason:
             skipped[name] = reason
         else:

@@ -376,13 +376,12 @@ def compare(
     baseline: Candidate,
     *,
     evict: Callable[[], object] | None = None,
-    budget: float = BUDGET / 4,
     waited: Callable[[], float] = lambda: 0.0,
     floor: float = 0.0,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float] | None:
     """(time of the baseline over that of `run`, the share of itself that this is believed to be within), from fresh
     ABBA pairs as in a duel, where nothing hangs on the answer; None where the machine was too busy, or one failed."""
+    budget, clock = BUDGET / 4, time.perf_counter
     bench = _Bench(clock, evict, baseline.name, clock() + budget, waited, floor, PATIENCE * budget)
     runners = {r.name: r for r in bench.warm_up([_Runner(c.name, c.run, c.threads) for c in (run, baseline)])}
     if len(runners) < 2:

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def scores(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
     """s, [B, H, L, S]; q and k of as many heads."""
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     s = (q * factor) @ k.mT
@@ -111,17 +113,16 @@ def exact(
     v: Tensor,
     mask: Tensor | None = None,
     causal: bool = False,
-    scale: float | None = None,
     products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y in fp64, and what a result in the dtype of q may be off by (docs/numerics.md says why). With `products`, that
     of q, k and v as these are rounded."""
     unit, dtype, (q, k, v) = 2.0**-24, q.dtype, (t.to(products or t.dtype).double() for t in (q, k, v))
-    y = attention(q, k, v, mask, causal, scale)
+    y = attention(q, k, v, mask, causal)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = scores(q, k, mask, causal, scale)
+    s = scores(q, k, mask, causal)
     seen = s > -math.inf
-    off = (q.shape[-1] + 3) * unit * scores(q.abs(), k.abs(), None, False, None if scale is None else abs(scale))
+    off = (q.shape[-1] + 3) * unit * scores(q.abs(), k.abs())
     off = (off + unit * s.abs()).masked_fill(~seen, 0).amax(-1, keepdim=True)
     p, distance = s.softmax(-1).nan_to_num(), (s.amax(-1, keepdim=True) - s).masked_fill(~seen, 0)
     relative = torch.expm1(2 * off) + (2 * k.shape[2] + 16) * unit

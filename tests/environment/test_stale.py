@@ -28,10 +28,10 @@ K, N = 70, 96  # larger than what is compared whole
 FORMATS = list(_tensors.FORMATS)
 
 
-def packed_layer(n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Any, Tensor]:
+def packed_layer(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Any, Tensor]:
     """A stock layer, its fast twin, packed, which shares its parameters, and an input."""
-    stock = nn.Linear(k, n, dtype=dtype).eval()
-    fast, x = OFF(stock), torch.randn(5, k, dtype=dtype)
+    stock = nn.Linear(K, N, dtype=dtype).eval()
+    fast, x = OFF(stock), torch.randn(5, K, dtype=dtype)
     with torch.no_grad():
         fast(x)
     assert fast._engine.fresh(fast)

@@ -98,22 +98,22 @@ def left_to_originals(model: nn.Module, x: Tensor) -> int:
     return len(seen)
 
 
-def added(layer: nn.Module, seed: int = 3) -> nn.Linear:
-    torch.manual_seed(seed)
+def added() -> nn.Linear:
+    torch.manual_seed(3)
     return nn.Linear(WIDTH, WIDTH, bias=False).eval()
 
 
 class Lora(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base, self.delta = base, added(base)
+        self.base, self.delta = base, added()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.delta(x)
 
 
 def patched(layer: nn.Module) -> None:
-    original, delta = layer.forward, added(layer)
+    original, delta = layer.forward, added()
     layer.forward = lambda x: original(x) + delta(x)  # type: ignore[method-assign]
 
 
@@ -165,8 +165,8 @@ SEQUENCE: dict[str, Callable[[Any], Any]] = {
     "children reversed": lambda m: nn.Sequential(*reversed(list(m.children()))),
     "m[1] = GELU": done(lambda m: m.__setitem__(1, nn.GELU())),
     "m[1] = Identity": done(lambda m: m.__setitem__(1, nn.Identity())),
-    "m[1] = Linear": done(lambda m: m.__setitem__(1, added(m))),
-    "m[0] = Linear": done(lambda m: m.__setitem__(0, added(m))),
+    "m[1] = Linear": done(lambda m: m.__setitem__(1, added())),
+    "m[0] = Linear": done(lambda m: m.__setitem__(0, added())),
     "m[0] = wrapped": done(lambda m: m.__setitem__(0, nn.Sequential(m[0]))),
     "m[0] = LoRA": done(lambda m: m.__setitem__(0, Lora(m[0]))),
     "swap of activations": done(lambda m: (lambda a, b: (m.__setitem__(1, b), m.__setitem__(3, a)))(m[1], m[3])),
@@ -257,7 +257,7 @@ SOURCE: dict[str, Callable[[Any], Any]] = {
     "m.act(m.fc(x))": lambda m: lambda x: m.act(m.fc(x)),
     "act = Identity": done(lambda m: setattr(m, "act", nn.Identity())),
     "act = other": done(lambda m: setattr(m, "act", nn.Tanh())),
-    "fc = Linear": done(lambda m: setattr(m, "fc", added(m))),
+    "fc = Linear": done(lambda m: setattr(m, "fc", added())),
     "fc = LoRA": done(lambda m: setattr(m, "fc", Lora(m.fc))),
     "fc = out": done(lambda m: setattr(m, "fc", m.out)),
     "out = fc": done(lambda m: setattr(m, "out", m.fc)),

@@ -46,9 +46,9 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True, options={"tune": "off"} | options)
 
 
-def agree(fast: Any, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+def agree(fast: Any, model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), model(x), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def check(model: nn.Module, **options: Any) -> Any:

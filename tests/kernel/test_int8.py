@@ -22,7 +22,6 @@ from fastlinear.spec.int8 import Quantized, Requantize, Rows
 
 INF, NAN, TINY = math.inf, math.nan, 2.0**-126
 INTEGERS = [torch.uint8, torch.int8]
-AS_IT_IS = Rows("static", 1.0, 0)  # of uint8 x: u itself, so that y is the sum
 KINDS = {"symmetric": Rows("symmetric"), "asymmetric": Rows("asymmetric"), "static": Rows("static", 0.02, 77)}
 every_kind = pytest.mark.parametrize("rows", KINDS.values(), ids=KINDS)
 

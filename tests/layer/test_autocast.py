@@ -37,9 +37,9 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype)
 
 
-def twins(activation: nn.Module | None = None, held: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def twins(activation: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
     """A stock layer with the activation that follows it, and the same converted; neither wants gradients."""
-    stock = nn.Sequential(nn.Linear(K, N), activation or nn.Identity()).to(held).eval().requires_grad_(False)
+    stock = nn.Sequential(nn.Linear(K, N), activation or nn.Identity()).eval().requires_grad_(False)
     return stock, OFF(stock)
 
 

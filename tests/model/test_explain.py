@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlinear
 import fastlinear._timing as _timing
-from fastlinear import Int4Dynamic, Int8Dynamic, Int8Static
+from fastlinear import Int4Dynamic, Int8Dynamic, Int8Static, Int8WeightOnly
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import is_frozen
 
@@ -186,6 +186,7 @@ def test_sensitivity_finds_what_hurts() -> None:
     assert [kind.pattern for kind in found.kinds] == ["blocks.*.a", "blocks.*.b"]
     assert [kind.names for kind in found.kinds] == [("blocks.0.a", "blocks.1.a"), ("blocks.0.b", "blocks.1.b")]
     assert found.kinds[0].loss > 2 * found.kinds[1].loss > 0
+    assert fastlinear.sensitivity(model, batches, quantize=Int8WeightOnly()).everything < found.everything
     assert found.exclude == ("blocks.*.a",) and found.excluded <= found.target < found.everything
     fast = OFF(model, quantize=Int8Dynamic(), exclude=list(found.exclude))
     with torch.no_grad():
