@@ -24,15 +24,12 @@ template <class F>
   requires(F::gate)
 inline constexpr bool is_gate<F> = true;
 
-// For four rows in step AVX2 has too few registers, and its tiles have 6 rows or 3.
-template <class V>
-inline constexpr int kRowsAtOnce = V::width == 8 ? 3 : 4;
-
 // Has do_rows.operator()<n>(r) do the n rows from r on, until all are done.
 template <class V, class DoRows>
 [[gnu::always_inline]] inline void each_rows(std::ptrdiff_t rows, DoRows do_rows) {
+  constexpr int n = V::rows_in_step;
   std::ptrdiff_t r = 0;
-  for (; r + kRowsAtOnce<V> <= rows; r += kRowsAtOnce<V>) do_rows.template operator()<kRowsAtOnce<V>>(r);
+  for (; r + n <= rows; r += n) do_rows.template operator()<n>(r);
   for (; r < rows; ++r) do_rows.template operator()<1>(r);
 }
 

@@ -16,6 +16,7 @@ namespace fastlinear::avx2 {
 
 struct F32 {
   static constexpr std::ptrdiff_t width = 8;
+  static constexpr int rows_in_step = 3;  // four want more than the 16 registers, and tiles have 6 rows or 3
   __m256 v;
 
   static F32 set(float x) { return {_mm256_set1_ps(x)}; }

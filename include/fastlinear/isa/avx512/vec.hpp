@@ -20,6 +20,7 @@ inline constexpr __mmask16 kAll = 0xffff;
 
 struct F32 {
   static constexpr std::ptrdiff_t width = 16;
+  static constexpr int rows_in_step = 4;
   __m512 v;
 
   static F32 set(float x) { return {_mm512_set1_ps(x)}; }

@@ -35,6 +35,7 @@ namespace fastlinear::scalar {
 
 struct F32 {
   static constexpr std::ptrdiff_t width = 1;
+  static constexpr int rows_in_step = 4;  // for how many rows at once a function of an epilogue is computed
   double v;
 
   static F32 set(float x) { return {x}; }
