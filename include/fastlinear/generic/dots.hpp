@@ -222,14 +222,15 @@ struct EvenDots : Half {
   typename Half::Sum start(std::int32_t biased) const { return I::set((biased >> 7) * -first).v; }
 };
 
-// What kernels::row makes a kernel of.
-template <class V, class Op>
+// What kernels::row makes a kernel of. Streams: of one row, whose panels follow one another.
+template <class V, class Op, bool Streams = false>
 struct Tile {
   static constexpr Format rows = Format::int8, accumulate = Format::fp32;
   static constexpr Layout layout = Op::layout;
   static constexpr std::ptrdiff_t k_step = Op::layout.kr;
   template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run(const TileArgs& t) {
+    static_assert(R == 1 || !Streams);
     if constexpr (R <= kFewRows && requires { typename Op::Even; })
       if (is_even(t.groups->integers)) return run_as<typename Op::Even, R, P, Columns>(t);
     run_as<Op, R, P, Columns>(t);
@@ -239,41 +240,24 @@ struct Tile {
   template <class As, std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff_t Columns>
   static void run_as(const TileArgs& t) {
     if (t.groups->offsets == nullptr)
-      multiply<V, As, R, P, Columns, false>(t);
+      run_with<As, R, P, Columns, false>(t);
     else
-      multiply<V, As, R, P, Columns, true>(t);
+      run_with<As, R, P, Columns, true>(t);
+  }
+  template <class As, std::ptrdiff_t R, std::ptrdiff_t P, std::ptrdiff_t Columns, bool Offsets>
+  static void run_with(const TileArgs& t) {
+    if constexpr (!Streams)
+      multiply<V, As, R, P, Columns, Offsets>(t);
+    else if (t.groups->format == Format::fp16)
+      stream<V, As, Fp16, Offsets>(t);
+    else if (t.groups->format == Format::bf16)
+      stream<V, As, Bf16, Offsets>(t);
+    else
+      stream<V, As, float, Offsets>(t);
   }
 };
 
-// The same of a kernel of one row that streams its panels.
 template <class V, class Op>
-struct Stream : Tile<V, Op> {
-  template <std::ptrdiff_t R, std::ptrdiff_t MR, std::ptrdiff_t P, std::ptrdiff_t Columns>
-  static void run(const TileArgs& t) {
-    static_assert(R == 1);
-    if constexpr (requires { typename Op::Even; })
-      if (is_even(t.groups->integers)) return run_as<typename Op::Even>(t);
-    run_as<Op>(t);
-  }
-
- private:
-  template <class As>
-  static void run_as(const TileArgs& t) {
-    const Format scales = t.groups->format;
-    if (scales == Format::fp16)
-      run_scaled<As, Fp16>(t);
-    else if (scales == Format::bf16)
-      run_scaled<As, Bf16>(t);
-    else
-      run_scaled<As, float>(t);
-  }
-  template <class As, class Scale>
-  static void run_scaled(const TileArgs& t) {
-    if (t.groups->offsets == nullptr)
-      stream<V, As, Scale, false>(t);
-    else
-      stream<V, As, Scale, true>(t);
-  }
-};
+using Stream = Tile<V, Op, true>;
 
 }  // namespace fastlinear::dots
