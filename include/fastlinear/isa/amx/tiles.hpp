@@ -35,7 +35,7 @@ namespace fastlinear::amx {
 extern const Isa kIsa;
 
 inline constexpr std::ptrdiff_t kRows = 16, kBytes = 64;  // of a tile
-inline constexpr std::ptrdiff_t kColumns = 16, kGroups = 16, kGroupBytes = 128;
+inline constexpr std::ptrdiff_t kGroups = 16, kGroupBytes = 128;
 
 template <int T>
 [[gnu::always_inline]] inline void load(const void* from, std::ptrdiff_t stride) {
