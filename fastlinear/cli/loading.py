@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlinear.cli.options import UsageError
+from fastlinear.model.arguments import call, check_example
 from fastlinear.model.selection import linear_layers
-from fastlinear.model.tuning import call, check_example
 
 Result = TypeVar("Result")
 # Whose frames tell users nothing: torch, this package, importlib.

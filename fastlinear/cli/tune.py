@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fastlinear.cli.options import SCHEMES, UsageError, check_files, check_overr
 from fastlinear.file.plans import save_plans
 from fastlinear.file.safetensors import FormatError
 from fastlinear.model import tuning
+from fastlinear.model.arguments import tensors_in
 from fastlinear.model.convert import convert
 from fastlinear.model.reporting import Report, report
 from fastlinear.model.selection import linear_layers
@@ -71,7 +72,7 @@ def _print(found: Report) -> None:
 def _of_batch(example: Any, batch: int) -> Any:
     """The example with so many rows: those that it has, over and over. Tensors with another first size than the first
     of them stay."""
-    first = next((tensor for tensor in _tensors(example) if tensor.dim() > 0), None)
+    first = next((tensor for tensor in tensors_in(example) if tensor.dim() > 0), None)
     if first is None or len(first) == 0:
         raise UsageError("--batch needs an example with a tensor whose first dimension is the batch")
     rows = len(first)
@@ -85,14 +86,6 @@ def _of_batch(example: Any, batch: int) -> Any:
         return type(value)(map(sized, value)) if type(value) in (tuple, list) else value
 
     return sized(example)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
 
 
 def _show() -> None:

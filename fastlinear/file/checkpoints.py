@@ -13,6 +13,7 @@ from fastlinear.file.architectures import EXPERTS, FREQUENCIES, architecture_of,
 from fastlinear.file.filling import Source, fill, with_ties
 from fastlinear.file.gguf import Gguf
 from fastlinear.file.safetensors import AnyPath, faults_of, shown
+from fastlinear.model.arguments import check_module
 from fastlinear.model.encoders import forbid_bypasses
 from fastlinear.spec import ggml
 from fastlinear.spec.packed import Weight, stands_for
@@ -46,8 +47,7 @@ def load_quantized(path: AnyPath, model: Model, *, dynamic: bool = False) -> Mod
     """
     if not isinstance(dynamic, bool):
         raise TypeError(f"load_quantized(dynamic=...) must be True or False, but is {dynamic!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load_quantized() fills an nn.Module, but was given {type(model).__name__}")
+    check_module("load_quantized", model)
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise TypeError(f"load_quantized() reads the path of a file or a folder, but was given {type(path).__name__}")
     with faults_of(path):

@@ -21,7 +21,8 @@ from fastlinear.layer import linear
 from fastlinear.layer.fitness import is_transposed
 from fastlinear.layer.frozen import record_of
 from fastlinear.layer.shard import shard_of
-from fastlinear.model.tuning import check_module, fast_layers
+from fastlinear.model.arguments import check_module
+from fastlinear.model.tuning import fast_layers
 from fastlinear.plan import decide
 from fastlinear.plan.problem import shape_of
 

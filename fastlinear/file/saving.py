@@ -27,6 +27,7 @@ from fastlinear.layer.shard import local, shard_of
 from fastlinear.layer.shelf import Shelf, bytes_of, on_this_machine
 from fastlinear.model import fusion
 from fastlinear.model.agreement import agreed
+from fastlinear.model.arguments import check_module
 from fastlinear.model.encoders import forbid_bypasses
 from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.memory import Remembered
@@ -56,8 +57,7 @@ def save(model: nn.Module, path: AnyPath) -> None:
     Raises TypeError for what is no nn.Module, and for parameters, buffers and extra state that no file can hold;
     OSError as the system gives it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"save() takes an nn.Module, but was given {type(model).__name__}")
+    check_module("save", model)
     modules = dict(model.named_modules())
     layers = {m: name for name, m in modules.items() if linear.is_fast(m) and why_unread(m) is None}
     mixtures = {m: name for name, m in modules.items() if experts.is_fast_experts(m) and experts.why_not(m) is None}
@@ -266,8 +266,7 @@ def load(path: AnyPath, model: Model) -> Model:
     tells; OSError as the system gives it. The model is then as it was. Where processes share the model (its parameters
     are DTensors), each loads a file of its own, and where one raises, all do, with RuntimeError.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load() fills an nn.Module, but was given {type(model).__name__}")
+    check_module("load", model)
     with agreed(model, "load"), faults_of(path), ExitStack() as undo:
         mapped = safetensors.open_mapped(path)
         said = manifest.parse(mapped.contents)

@@ -115,10 +115,8 @@ class FastLinear(FastModule, nn.Linear):
         products: torch.bfloat16 or torch.float16 multiplies x and weight rounded to that, as in `convert`.
         """
         asked = wanted(dtype, accumulate, quantize, products)
-        resolved, reason = (
-            cls._resolve(activation, epilogue),
-            "it is frozen" if is_frozen(linear) else why_not(linear, asked),
-        )
+        resolved = cls._resolve(activation, epilogue)
+        reason = "it is frozen" if is_frozen(linear) else why_not(linear, asked)
         if reason is not None:
             raise ValueError(f"{type(linear).__name__} cannot become a FastLinear: {reason}")
         gated = programs.is_gated(resolved)

@@ -132,7 +132,7 @@ class FastModule(WithEngines):
         return self
 
     def _slow(self, x: Tensor, why: str, bare: bool, operands: tuple[Tensor, ...] = ()) -> Tensor:
-        """Answers a call that the engine did not; `why` is one of the reasons in _engine."""
+        """Answers a call that the engine did not; `why` is one of `_reasons`."""
         if why == _reasons.PROFILED or is_recorded():
             return operator.linear(self, x, bare, operands)
         if isinstance(x, torch.fx.Proxy) and not self.training and why != _reasons.DISABLED:

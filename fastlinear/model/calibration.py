@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlinear.model.arguments import call, check_example, check_module
 from fastlinear.model.selection import linear_layers
-from fastlinear.model.tuning import call, check_example, check_module
 from fastlinear.spec.int8 import TINY, asymmetric
 from fastlinear.spec.schemes import Calibration, Observed
 

@@ -21,11 +21,12 @@ from fastlinear.layer.frozen import Frozen
 from fastlinear.layer.shard import shard_of
 from fastlinear.model import chains, fusion, vocabulary
 from fastlinear.model.agreement import agreed
+from fastlinear.model.arguments import check_example, check_module
 from fastlinear.model.encoders import allow_bypass, forbid_bypasses
 from fastlinear.model.freezing import freeze as freeze_model
 from fastlinear.model.freezing import unfreeze
 from fastlinear.model.selection import REASON, Filter, Patterns, attentions, choose, excluded_lookups, is_fast
-from fastlinear.model.tuning import check_example, check_module, fast_layers, run_to_tune
+from fastlinear.model.tuning import fast_layers, run_to_tune
 from fastlinear.spec.precision import Precision, Wanted, wanted
 from fastlinear.spec.schemes import Int8WeightOnly, Scheme
 

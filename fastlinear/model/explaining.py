@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from fastlinear.model.arguments import check_module
 from fastlinear.model.reporting import describe_others, describe_running
 from fastlinear.model.rows import SOURCES, LayerReport
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import linear_layers
-from fastlinear.model.tuning import check_module
 from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.roofline import Spot
 

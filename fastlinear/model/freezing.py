@@ -16,6 +16,7 @@ from fastlinear.layer.fitness import why_unread
 from fastlinear.layer.form import address_of
 from fastlinear.layer.frozen import Freezable, Frozen, is_frozen, thaw_layer
 from fastlinear.layer.linear import freeze_layer
+from fastlinear.model.arguments import check_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +40,7 @@ def freeze(model: Model) -> Model:
 
     Raises TypeError for anything but an nn.Module; warns (UserWarning) of a model without fast layers.
     """
-    _check("freeze", model)
+    check_module("freeze", model)
     layers = [module for module in model.modules() if isinstance(module, Freezable)]
     mixtures = [module for module in model.modules() if experts.is_fast_experts(module)]
     if not layers and not mixtures:
@@ -71,7 +72,7 @@ def unfreeze(model: Model) -> Model:
 
     Raises TypeError for anything but an nn.Module.
     """
-    _check("unfreeze", model)
+    check_module("unfreeze", model)
     tied: dict[Frozen, nn.Parameter] = {}
     for module in model.modules():
         if (frozen := pack_of(module)) is not None:  # first, while it knows the layers that are tied to it
@@ -105,8 +106,3 @@ def _alone(model: nn.Module) -> list[list[Freezable]]:
             }
             groups += [fast] if len(kinds) == 1 else []
     return groups
-
-
-def _check(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}() takes an nn.Module, but was given {type(model).__name__}")

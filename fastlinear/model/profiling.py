@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import fastlinear._products as _products
 import fastlinear._timing as _timing
 from fastlinear.layer import linear
+from fastlinear.model.arguments import call, check_example, check_module
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.fusion import Absorbed
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import linear_layers
 from fastlinear.model.table import pattern_of
-from fastlinear.model.tuning import call, check_example, check_module
 from fastlinear.plan import measuring, roofline
 from fastlinear.spec.formats import name_of
 

@@ -21,6 +21,7 @@ from fastlinear.layer.frozen import Frozen, record_of
 from fastlinear.layer.quality import UNKNOWN, quality_of, quality_of_experts, quality_of_pack
 from fastlinear.layer.shard import local
 from fastlinear.model import page, splits, table
+from fastlinear.model.arguments import check_module
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import expert_layers, why_skipped
@@ -117,8 +118,7 @@ def report(model: nn.Module, example: Any = None) -> Report:
     Where plans were measured, their part of the roofline is told, which the first report of a process measures in some
     0.2 s a format, unless others have the CPUs. Raises TypeError for anything but an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report() takes an nn.Module, but was given {type(model).__name__}")
+    check_module("report", model)
     whole = original(model)
     otherwise = "no compiled graph runs it fast" if whole is not model else _UNTOUCHED
     own = graphs_of(whole)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlinear.layer.fitness import features_of
+from fastlinear.model.arguments import call, check_example, check_module, tensors_in
 from fastlinear.model.convert import convert
 from fastlinear.model.selection import REASON, linear_layers
-from fastlinear.model.tuning import call, check_example, check_module
 from fastlinear.spec.schemes import Int8Dynamic, Scheme
 
 Metric = Callable[[Any, Any], float]
@@ -62,7 +62,7 @@ class Sensitivity:
 
 def relative_error(output: Any, reference: Any) -> float:
     """The default metric: |output - reference| over |reference|, Euclidean, over all floating tensors in both."""
-    both = zip(_tensors(output), _tensors(reference), strict=True)
+    both = zip(tensors_in(output), tensors_in(reference), strict=True)
     pairs = [(a.double(), b.double()) for a, b in both if b.is_floating_point()]
     norm = sum(float(b.square().sum()) for _, b in pairs)
     return (sum(float((a - b).square().sum()) for a, b in pairs) / norm) ** 0.5 if norm else 0.0
@@ -151,14 +151,3 @@ def _proposal(
         if left <= target:
             return tuple(kind.pattern for kind in ranked[:count]), left
     return None, None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors of an output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for each in value.values() for tensor in _tensors(each)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return []

@@ -20,9 +20,9 @@ import fastlinear._torch as _torch
 from fastlinear.layer import experts, experts_frozen, takeover
 from fastlinear.layer.fitness import features_of
 from fastlinear.layer.frozen import record_of
+from fastlinear.model.arguments import call, check_example
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.selection import linear_layers
-from fastlinear.model.tuning import call, check_example
 
 _LARGEST = 3  # of the weights that do not run fast are named
 

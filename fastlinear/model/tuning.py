@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlinear.layer import experts, linear
 from fastlinear.layer.planning import watching
+from fastlinear.model.arguments import call, check_example, check_module
 from fastlinear.plan import decide, measuring
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -112,42 +112,3 @@ def _progress(stack: ExitStack, total: int, wanted: bool | None) -> Callable[[],
 
 def fast_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if linear.is_fast(module)]
-
-
-def check_module(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}() takes an nn.Module, but was given {type(model).__name__}")
-
-
-def call(model: nn.Module, example: Any) -> Any:
-    """Runs the model on what `check_example` has nothing against."""
-    if isinstance(example, Mapping):
-        if (reason := _why_not_keywords(model, example)) is not None:
-            raise TypeError(reason)
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
-
-
-def _why_not_keywords(model: nn.Module, example: Mapping[Any, Any]) -> str | None:
-    """Why a mapping cannot be the model's keyword arguments, where it would be its one argument (as the features of
-    sentence-transformers are)."""
-    try:
-        signature = inspect.signature(model.forward)
-        signature.bind(**example)
-    except ValueError:
-        return None  # it tells no signature
-    except TypeError as error:
-        name = type(model).__name__
-        return (
-            f"a mapping is taken for keyword arguments, which {name}.forward does not have ({error}); where it is the "
-            "one argument, as with sentence-transformers, give it in a tuple: (features,)"
-        )
-    return None
-
-
-def check_example(example: object) -> None:
-    if not isinstance(example, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            "the example must be a tensor, a tuple of arguments or a mapping of keyword arguments, "
-            f"but is of type {type(example).__name__}"
-        )

@@ -812,7 +812,7 @@ def test_arguments(path: Path) -> None:
     """What is no module, and what no file can hold, is named; no file appears."""
     with pytest.raises(TypeError, match=r"save\(\) takes an nn.Module, but was given dict"):
         fastlinear.save({}, path)
-    with pytest.raises(TypeError, match=r"load\(\) fills an nn.Module, but was given str"):
+    with pytest.raises(TypeError, match=r"load\(\) takes an nn.Module, but was given str"):
         fastlinear.load(path, "model")
     with pytest.raises(FileNotFoundError):
         fastlinear.load(path, mlp(8, 4))
