@@ -1,6 +1,7 @@
 """Why the engine does not answer a call. docs/architecture.md says what is computed then."""
 
 DISABLED = "disabled"  # FASTLINEAR_DISABLE says so
+SWITCHED_OFF = "FASTLINEAR_DISABLE"  # in the report; the engine's word for it is DISABLED
 UNFIT = "unfit"  # it must go through torch: a mode that watches, another dtype or device
 TRAINING = "training"  # training mode, in which torch computes on the parameter itself
 GRADIENT = "gradient"  # the kernels may answer, but gradients are wanted of the answer

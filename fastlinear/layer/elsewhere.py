@@ -19,14 +19,15 @@ from fastlinear.layer.frozen import record_of
 def why_elsewhere(layer: Any, x: Any, stale: bool) -> str:
     """The first of all reasons that there are for a call layer(x) not to be answered by the kernels. stale: whether the
     weight was not packed, or changed since."""
-    reason = _why_switched_off(layer) or why_watched() or _why_input(layer, x) or why_unread(layer)
+    reason = why_switched_off(layer) or why_watched() or _why_input(layer, x) or why_unread(layer)
     return reason or (_reasons.CHANGING if stale else "the form of its tensors")
 
 
-def _why_switched_off(layer: Any) -> str | None:
+def why_switched_off(layer: Any) -> str | None:
+    """Training mode, or what the user set."""
     if layer.training:
         return _reasons.TRAINING
-    return "FASTLINEAR_DISABLE" if environment.disabled() else None
+    return _reasons.SWITCHED_OFF if environment.disabled() else None
 
 
 def why_watched() -> str | None:

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastlinear._engine as _engine
-import fastlinear._environment as environment
 import fastlinear._experts as _experts
 import fastlinear._modes as _modes
 import fastlinear._reasons as _reasons
 import fastlinear._tensors as _tensors
 from fastlinear.layer import blend, mixture
-from fastlinear.layer.elsewhere import why_watched
+from fastlinear.layer.elsewhere import why_switched_off, why_watched
 from fastlinear.layer.experts_frozen import Freezable
 from fastlinear.layer.experts_planning import Plannable, Ready
 from fastlinear.layer.fallback import label
@@ -24,7 +23,7 @@ from fastlinear.layer.parametrized import deepcopied
 from fastlinear.layer.traced import is_recorded
 from fastlinear.plan import decide
 from fastlinear.spec.experts import Form, computed
-from fastlinear.spec.formats import FP32, long_name, name_of
+from fastlinear.spec.formats import name_of, told
 from fastlinear.spec.precision import Precision
 
 # What lies between the products takes at most this at a time; tokens beyond that wait, and find the weights read again.
@@ -102,10 +101,8 @@ class ExpertsModule(Plannable, Freezable):
 
     @property
     def dtypes(self) -> str:
-        """As of a linear layer."""
-        held = " as ".join(dict.fromkeys((long_name(name_of(self.held)), long_name(self.packed_as))))
-        products = self._precision.products
-        return held if products == FP32 else f"{held}, {long_name(products)} products"
+        """What they are computed in, as the report has it."""
+        return told(self.held, self.packed_as, self._precision.products)
 
     @property
     def pack_nbytes(self) -> tuple[int, int]:
@@ -149,7 +146,7 @@ class ExpertsModule(Plannable, Freezable):
         count = self._elsewhere[why] = self._elsewhere.get(why, 0) + 1
         if count == 1:
             decide.tell(f"{label(self)} goes round the kernels: {why}")
-        if why in (_reasons.TRAINING, "FASTLINEAR_DISABLE"):
+        if why in (_reasons.TRAINING, _reasons.SWITCHED_OFF):
             return self.in_training(hidden_states, ids, weights)
         return self.in_torch(hidden_states, ids, weights, dense=_modes.watched())
 
@@ -161,13 +158,8 @@ class ExpertsModule(Plannable, Freezable):
 
     def _why_elsewhere(self, x: Any, ids: Any, weights: Any) -> str | None:
         """Why the kernels do not answer a call, in a few words; None where they may."""
-        if self.training:
-            return _reasons.TRAINING
-        if environment.disabled():
-            return "FASTLINEAR_DISABLE"
-        if _modes.watched():
-            return why_watched() or "a mode of torch"
-        return self.why_unread() or self.why_not_these(x, ids, weights)
+        watched = (why_watched() or "a mode of torch") if _modes.watched() else None
+        return why_switched_off(self) or watched or self.why_unread() or self.why_not_these(x, ids, weights)
 
     def why_not_these(self, x: Any, ids: Any, weights: Any) -> str | None:
         """Why the kernels do not take these inputs, in a few words; None where they do."""

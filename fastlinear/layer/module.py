@@ -28,7 +28,7 @@ from fastlinear.plan import rivals
 from fastlinear.plan.decide import tell
 from fastlinear.spec import activations, programs
 from fastlinear.spec.activations import Activation
-from fastlinear.spec.formats import FP32, long_name, name_of
+from fastlinear.spec.formats import name_of, told
 from fastlinear.spec.precision import Precision
 from fastlinear.spec.reference import Reference
 
@@ -74,13 +74,8 @@ class FastModule(WithEngines):
 
     @property
     def dtypes(self) -> str:
-        """The dtype of the parameter and, where it is another one, of its pack: "float32 as bfloat16"; and what x is
-        rounded to: "float32 as bfloat16 products"."""
-        held = " as ".join(dict.fromkeys((long_name(name_of(dtype_of(self))), long_name(self.packed_as))))
-        products = long_name(self._precision.products)
-        if self._precision.products == FP32:
-            return held
-        return f"{held} products" if products == long_name(self.packed_as) else f"{held}, {products} products"
+        """What it is computed in, as the report has it."""
+        return told(dtype_of(self), self.packed_as, self._precision.products)
 
     # ---- call ----
 

@@ -39,3 +39,12 @@ def dtype_of_rows(name: str) -> torch.dtype:
 def long_name(form: str) -> str:
     """What torch calls a format, if it has it: "float32"."""
     return str(DTYPES[form]).removeprefix("torch.") if form in DTYPES else form
+
+
+def told(held: torch.dtype, packed: str, products: str) -> str:
+    """The dtype of a weight and, where it is another one, what it is packed in: "float32 as bfloat16"; and what x is
+    rounded to: "float32 as bfloat16 products"."""
+    text = " as ".join(dict.fromkeys((long_name(name_of(held)), long_name(packed))))
+    if products == FP32:
+        return text
+    return f"{text} products" if products == packed else f"{text}, {long_name(products)} products"
