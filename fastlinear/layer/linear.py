@@ -110,8 +110,8 @@ class FastLinear(FastModule, nn.Linear):
         """A FastLinear that shares the parameters of `linear`; ValueError where it cannot be one (see `why_not`).
 
         dtype: torch.bfloat16 or torch.float16 packs the weight in 16 bits, whatever the parameter's dtype is.
-        quantize: packs it in 8 bits, as in `convert`; a calibration is looked up by the name "", which is that of a
-            layer calibrated by itself. A weight that another package quantized is taken over as it is.
+        quantize: packs it in 8 or 4 bits, as in `convert`; a calibration is looked up by the name "", which is that of
+            a layer calibrated by itself. A weight that another package quantized is taken over as it is.
         products: torch.bfloat16 or torch.float16 multiplies x and weight rounded to that, as in `convert`.
         """
         asked = wanted(dtype, accumulate, quantize, products)

@@ -70,8 +70,9 @@ def convert(
         As this is lossy for a parameter of another dtype, an `lm_head`, and a layer whose weight has a second use (an
         embedding's, say), are then left alone unless `include` matches them.
     accumulate: "fp16" admits kernels that sum up to 64 products in fp16 before they go on in fp32.
-    quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits; as lossy as
-        `dtype`, and with the same exceptions. Weights that are int8 tensors of torchao's are taken over as they are.
+    quantize: `Int8Dynamic()`, `Int8WeightOnly()` or `Int8Static(calibration)` packs the weights in 8 bits,
+        `Int4Dynamic()` or `Int4WeightOnly()` in 4 bits in groups; as lossy as `dtype`, and with the same exceptions.
+        Weights that are int8 tensors of torchao's are taken over as they are.
         Of layers that others quantized, see below, those of 8 bits may have `Int8Dynamic()`, and those of 4 bits
         `Int4Dynamic()`: it then says how their inputs are quantized.
     products: torch.bfloat16 or torch.float16 multiplies in 16 bits what may be fp32 before and after: weights are
