@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -41,6 +41,19 @@ PAIRINGS = [
 ]
 
 OFF = functools.partial(fastlinear.convert, tune="off")  # for tests that are not about choosing kernels
+
+
+# Inputs of every form, made of rows [6, K].
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "1-D": lambda x: x[0],
+    "3-D": lambda x: x.unflatten(0, (2, 3)),
+    "M=0": lambda x: x[:0],
+    "every second row": lambda x: x[::2],
+    "columns of a wider tensor": lambda x: torch.cat([x, x, x], 1).chunk(3, 1)[1],
+    "every second element": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "expanded": lambda x: x[:1].expand(5, -1),
+}
 
 
 def fast_names(model: nn.Module) -> set[str]:

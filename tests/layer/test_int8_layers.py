@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import OFF, Model, fast_names, inputs, mlp, same_tensors
+from models import OFF, VIEWS, Model, fast_names, inputs, mlp, same_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -124,18 +124,6 @@ def test_every_activation(scheme: str, activation: str | None) -> None:
     for dtype in FLOATS:
         x = torch.randn(2, 3, K).to(dtype)
         agrees(layer, layer(x), x)
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "1-D": lambda x: x[0],
-    "3-D": lambda x: x.view(2, 3, K),
-    "M=0": lambda x: x[:0],
-    "every second row": lambda x: x[::2],
-    "columns of a wider tensor": lambda x: torch.cat([x, x, x], 1)[:, K : 2 * K],
-    "every second element": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "transposed": lambda x: x.t().contiguous().t(),
-    "expanded": lambda x: x[:1].expand(5, K),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zygote
-from models import OFF, PAIRINGS, Model, Pairing, inputs, mlp, other_kernels, same_tensors
+from models import OFF, PAIRINGS, VIEWS, Model, Pairing, inputs, mlp, other_kernels, same_tensors
 from native import FP16_BLOCK
 from oracle import FP32_SUMS, Sums, check
 from torch import Tensor, nn
@@ -78,26 +78,19 @@ def strided_by_bytes(x: Tensor) -> Tensor:
     return torch.frombuffer(memoryview(raw.numpy())[1:], dtype=x.dtype).view(x.shape)
 
 
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "1-D": lambda x: x[0],
-    "3-D": lambda x: x.view(2, 3, K),
-    "M=0": lambda x: x[:0],
-    "every second row": lambda x: x[::2],
-    "columns of a wider tensor": lambda x: torch.cat([x, x, x], 1)[:, K : 2 * K],
-    "every second element": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "transposed": lambda x: x.t().contiguous().t(),
-    "expanded": lambda x: x[:1].expand(5, K),
+EVERY_VIEW = {
+    **VIEWS,
     "permuted batch": lambda x: x.view(3, 2, K).permute(1, 0, 2),
     "at an odd address": strided_by_bytes,
     "requires grad, unwanted": lambda x: x.requires_grad_(),
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", EVERY_VIEW)
 @EVERY_PAIRING
 def test_inputs_of_every_form(pairing: Pairing, view: str) -> None:
     """Any shape, stride and alignment."""
-    layer, x = layer_of(pairing), VIEWS[view](torch.randn(6, K).to(pairing.x))
+    layer, x = layer_of(pairing), EVERY_VIEW[view](torch.randn(6, K).to(pairing.x))
     with torch.no_grad():
         y = layer(x)
         assert y.shape == (*x.shape[:-1], N) and y.is_contiguous()
