@@ -24,8 +24,9 @@ BEYOND = ("timm", "diffusers", "torchao")
 # Where the words stand that tell why a layer was skipped, or a call went round the kernels.
 FOLDERS = "fastlinear|include|csrc|tests|docs|benchmarks|examples"
 REASONS = (
-    "layer/elsewhere.py", "layer/packs.py", "layer/fitness.py", "layer/linear.py", "model/selection.py",
-    "spec/precision.py", "spec/schemes.py", "spec/foreign.py", "layer/experts.py", "layer/mixture.py",
+    "layer/attention.py", "layer/elsewhere.py", "layer/experts.py", "layer/experts_takeover.py", "layer/fitness.py",
+    "layer/linear.py", "layer/mixture.py", "layer/packs.py", "layer/takeover.py", "model/selection.py",
+    "spec/foreign.py", "spec/precision.py", "spec/schemes.py",
 )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def reasons() -> set[str]:
     """The texts that functions which tell why can return, with "..." for what is put in."""
     trees = [ast.parse((ROOT / "fastlinear" / name).read_text()) for name in REASONS]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    telling = [f for f in functions if re.match(r"_?why|reason$|odd_|_obstacle|_theirs|foreign$", f.name)]
+    telling = [f for f in functions if re.match(r"_?why|reason$|odd_|_obstacle|_theirs|foreign$|found$", f.name)]
     nodes = [node for function in telling for node in ast.walk(function)]
     values = [node.value for node in nodes if isinstance(node, (ast.Return, ast.Assign)) and node.value is not None]
     return {text for value in values for text in texts(value)}

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlinear.layer import mixture, takeover
 from fastlinear.layer.experts_frozen import Frozen
+from fastlinear.layer.fitness import odd_memory
 from fastlinear.layer.shelf import Shelf, shelve
 from fastlinear.spec import programs
 from fastlinear.spec.checkpoints import MIXTURES
@@ -48,11 +49,15 @@ def found(module: Any) -> Found | str:
         return "its experts are transposed, or their gates take turns, which those of fp8 are not known to be"
     products: list[Parts] = []
     for name in mixture.names_of(module):
-        own = {part: module._parameters.get(f"{name}{part}") for part in _SCHEME.parts}
-        for part, tensor in own.items():
-            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type != "cpu":
-                return f"its {name}{part} is no tensor on the CPU"
-        parts = {part: tensor.detach() for part, tensor in own.items()}
+        parts: dict[str, torch.Tensor] = {}
+        for part in _SCHEME.parts:
+            what = name + part
+            held = module._parameters.get(what)
+            if held is None:
+                return f"it has no {what}"
+            if (reason := odd_memory(what, held)) is not None:
+                return reason
+            parts[part] = held.detach()
         weight = parts[""]
         if weight.dtype is not FP8:
             return f"its {name} is {weight.dtype} with scales, and {FP8} is supported"

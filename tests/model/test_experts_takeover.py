@@ -112,7 +112,7 @@ LEFT: dict[str, tuple[Callable[[Any], object], dict[str, Any], str]] = {
         lambda m: setattr(m.down_proj_scale_inv, "data", torch.ones(3, 7, 2)), {},
         r"of its down_proj: weight_scale_inv is of shape \[7, 2\], not \[1, 2\]",
     ),
-    "on meta": (lambda m: m.to("meta"), {}, "its gate_up_proj is no tensor on the CPU"),
+    "on meta": (lambda m: m.to("meta"), {}, "its gate_up_proj is on device meta"),
     "quantized once more": (
         lambda m: None, {"quantize": fastlinear.Int8WeightOnly()}, "its experts are quantized already, to fp8",
     ),
