@@ -14,7 +14,7 @@ from torch import nn
 
 import fastlinear._extras as _extras
 from fastlinear.layer import attention, experts, experts_frozen, linear, takeover
-from fastlinear.layer.fitness import conv1d, dtype_of, why_not
+from fastlinear.layer.fitness import conv1d, dtype_of, features_of, why_not
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.spec.formats import DTYPES, name_of
 from fastlinear.spec.precision import ANYHOW, AS_HELD, Wanted
@@ -144,7 +144,7 @@ def choose(
             return obstacle
         if takeover.is_foreign(layer):
             return None if filter_fn is None or filter_fn(layer, name) else "refused by filter_fn"
-        if layer in small and layer not in included and (rank := min(layer.weight.shape)) <= _LOW_RANK:  # type: ignore
+        if layer in small and layer not in included and (rank := min(features_of(layer))) <= _LOW_RANK:
             return f"an adapter of rank {rank} gains less than its tuning costs: name it in include to have it"
         rounds = asked.packed not in (None, name_of(dtype_of(layer)))
         if rounds and layer not in included:

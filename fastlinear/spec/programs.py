@@ -217,7 +217,7 @@ def _step(given: object, place: int) -> Step:
             f"epilogue step {given!r} is unknown or has other parameters; allowed are {allowed}"
         ) from error
     if activation is None:
-        raise ValueError(f"epilogue step {given!r} is none")
+        raise ValueError(f"epilogue step {given!r} does nothing: leave it out")
     return Step(*activation)
 
 

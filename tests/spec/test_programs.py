@@ -42,7 +42,7 @@ def test_spelling(steps: Any) -> None:
         ((("clamp", 1, 0),), "low <= high"),
         ((("clamp", 1),), "low <= high"),
         ((("gelu", 1.0),), "has other parameters"),
-        ((None,), "is none"),
+        ((None,), "does nothing"),
         (("swiglu",), "is unknown"),
         (("relu",) * 9, "has 9 steps, but at most 8 are allowed"),
     ],

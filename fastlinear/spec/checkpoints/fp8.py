@@ -22,11 +22,12 @@ def _block_size(config: Config) -> list[int]:
 
 def _blocks_shape(parts: Parts, config: Config) -> tuple[int, int]:
     n, k = values_shape(parts)
-    if parts["weight_scale_inv"].numel() != 1:
+    scale = parts["weight_scale_inv"]
+    blocks: tuple[int | None, ...] = (None,) * scale.dim()  # one for all may be of any shape
+    if scale.numel() != 1:
         rows, columns = _block_size(config)
-        need(parts, "weight_scale_inv", _BLOCK_SCALES, -(-n // rows), -(-k // columns))
-    elif parts["weight_scale_inv"].dtype not in _BLOCK_SCALES:
-        raise ValueError(f"weight_scale_inv is {parts['weight_scale_inv'].dtype}")
+        blocks = -(-n // rows), -(-k // columns)
+    need(parts, "weight_scale_inv", _BLOCK_SCALES, *blocks)
     return n, k
 
 
