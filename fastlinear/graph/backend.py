@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastlinear.graph.options import Options
 from fastlinear.graph.options import options as checked
 from fastlinear.graph.rewrite import Rewriter
 from fastlinear.graph.story import Story
+from fastlinear.graph.tables import tables_of
 from fastlinear.layer.frozen import record_of
 from fastlinear.model.rows import NodeReport, Weight
 from fastlinear.model.running import graphs
@@ -34,9 +36,10 @@ class Graph:
         reason: str | None,
         products: Sequence[Layers] = (),
         mixtures: Sequence[Layers] = (),
+        tables: Mapping[int, bool] = MappingProxyType({}),
     ) -> None:
         self.nodes: tuple[NodeReport, ...] = tuple(story.nodes)
-        self.reason = reason
+        self.reason, self.tables = reason, tables
         self._products, self._mixtures = products, mixtures
         self._made_with = {id(parts.weight_of(each).tensor) for each in capture.values.values()}
 
@@ -88,9 +91,9 @@ def rewritten(module: fx.GraphModule, inputs: Sequence[Any], wanted: Options) ->
     """The record of a graph, which is rewritten in place, unless it is to run as it is."""
     story, capture = Story(module.graph.nodes), Capture(module, inputs)
     reason = _why_plain(module, inputs)
-    rewriter = Rewriter(capture, wanted, story)
+    rewriter, tables = Rewriter(capture, wanted, story), tables_of(capture)
     products = rewriter.run() if reason is None else []
-    graph = Graph(story, capture, reason, products, rewriter.mixtures)
+    graph = Graph(story, capture, reason, products, rewriter.mixtures, tables)
     graphs.add(graph)
     count = len(products) + 2 * len(rewriter.mixtures)
     _log.info("a graph of %d nodes has %d fast products: %s", len(story.nodes), count, reason or "rewritten")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from fastlinear.graph.capture import op_of
+from fastlinear.graph.work import work_of
 from fastlinear.model.rows import NodeReport
 
 
@@ -15,7 +16,7 @@ class Story:
 
     def __init__(self, nodes: Iterable[fx.Node]) -> None:
         calls = [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
-        self._of = {node: NodeReport(node.name, op_of(node) or str(node.op)) for node in calls}
+        self._of = {node: NodeReport(node.name, op_of(node) or str(node.op), work=work_of(node)) for node in calls}
         self.nodes = list(self._of.values())
         self._parts: dict[fx.Node, list[NodeReport]] = {}
 
@@ -25,6 +26,8 @@ class Story:
         told.outcome, told.why = outcome, why
         if into is not None:
             self._parts.setdefault(into, []).append(told)
+            if told.work:
+                self._of[into].work, told.work = self._of[into].work + told.work, 0
         elif outcome == "fused":
             for part in self._parts.get(node, ()):
                 part.why = why
@@ -36,7 +39,7 @@ class Story:
     def add(self, node: fx.Node, parts: Iterable[fx.Node]) -> None:
         """Goes on with the nodes that were put in the place of one."""
         for part in parts:
-            self._of[part] = NodeReport(f"{node.name}.{part.name}", op_of(part))
+            self._of[part] = NodeReport(f"{node.name}.{part.name}", op_of(part), work=work_of(part))
             self.nodes.append(self._of[part])
 
     def rename(self, old: fx.Node, new: fx.Node, why: str) -> None:

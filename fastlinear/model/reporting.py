@@ -25,7 +25,7 @@ from fastlinear.model.arguments import check_module
 from fastlinear.model.rows import REASONS, SOURCES, Graph, LayerReport
 from fastlinear.model.running import Running, graphs_of, original, running
 from fastlinear.model.selection import expert_layers, why_skipped
-from fastlinear.model.shares import Share, share_of
+from fastlinear.model.shares import Fast, Share, share_of
 from fastlinear.model.vocabulary import packed_embeddings
 from fastlinear.plan import roofline
 from fastlinear.plan.candidates import Chosen
@@ -113,7 +113,8 @@ def report(model: nn.Module, example: Any = None) -> Report:
     it was skipped; and, where it was compiled with backend="fastlinear", of each node of its graphs.
 
     example: what to call the model with, as for `tune`. With it, all multiply-adds of one call of a stock copy are
-        counted, those of attention and experts included, and the report tells what share of them runs fast.
+        counted, those of attention and experts included, and the report tells what share of them runs fast. Attention's
+        is that of the graphs' attentions that our kernel answered when they were last called in another shape.
 
     Where plans were measured, their part of the roofline is told, which the first report of a process measures in some
     0.2 s a format, unless others have the CPUs. Raises TypeError for anything but an nn.Module.
@@ -135,12 +136,28 @@ def report(model: nn.Module, example: Any = None) -> Report:
     fast |= whole_ones | {name.removesuffix(".weight") for name in whole_ones}
     others = [*describe_others(whole, own, otherwise)]
     fast |= {row.name for row in others if row.experts and row.decision not in ("skipped", "elsewhere")}
-    share, told = share_of(whole, fast, idle, example), splits.notes(rows.items())
+    known = Fast(fast, idle, {*_tables(whole, own)}, _attended(own))
+    share, told = share_of(whole, known, example), splits.notes(rows.items())
     for layer, row in rows.items():
         told[layer] = (*told.get(layer, ()), *[_UNCALLED] * (row.name in share.uncalled))
     found = Report([*(replace(row, notes=told[layer]) for layer, row in rows.items()), *others])
     found.graphs, found.share = own, share
     return found
+
+
+def _tables(model: nn.Module, compiled: tuple[Graph, ...]) -> Iterator[str]:
+    """The names of parameters that graphs read, and that none multiplies by."""
+    for name, parameter in model.named_parameters():
+        told = [graph.tables[id(parameter)] for graph in compiled if id(parameter) in graph.tables]
+        if told and all(told):
+            yield name
+
+
+def _attended(compiled: Iterable[Graph]) -> float:
+    """Which part of what graphs multiply activations with one another, as attention does, runs fast."""
+    nodes = [node for graph in compiled if graph.reason is None for node in graph.nodes if node.work]
+    fast = sum(node.work for node in nodes if node.outcome != "torch")
+    return fast / sum(node.work for node in nodes) if fast else 0.0
 
 
 def describe_others(

@@ -129,13 +129,15 @@ class NodeReport:
     """One node of a graph that torch.compile made of the model.
 
     outcome: "fast": a product on packed weights; "fused": done by the node that `why` names; "dropped"; "torch":
-    torch's own op. why: into what, or why not, in a few words; "" where nothing spoke for another outcome.
+    torch's own op. why: into what, or why not, in a few words; "" where nothing spoke for another outcome. work: the
+    multiply-adds of activations with one another, dynamic sizes counted as 1.
     """
 
     name: str
     op: str
     outcome: str = "torch"
     why: str = ""
+    work: int = 0
 
 
 class Weight(NamedTuple):
@@ -147,10 +149,12 @@ class Weight(NamedTuple):
 
 class Graph(Protocol):
     """What the Dynamo backend has compiled. reason: why all of it is torch's own, None where it is not; layers: those
-    it runs, each with the modules' weights that it is packed from; mixtures: experts that it runs, on these weights."""
+    it runs, each with the modules' weights that it is packed from; mixtures: experts that it runs, on these weights;
+    tables: of the ids of parameters that it reads, whether it never multiplies by them."""
 
     nodes: tuple[NodeReport, ...]
     reason: str | None
+    tables: Mapping[int, bool]
 
     @property
     def layers(self) -> tuple[tuple[Any, tuple[Weight, ...]], ...]: ...

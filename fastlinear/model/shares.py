@@ -23,13 +23,14 @@ from fastlinear.layer.frozen import record_of
 from fastlinear.model.arguments import call, check_example
 from fastlinear.model.convert import stock_copy
 from fastlinear.model.selection import linear_layers
+from fastlinear.model.tables import Readers
 
 _LARGEST = 3  # of the weights that do not run fast are named
 
 
 class Share(NamedTuple):
     """weights: elements of all parameters that products may read, which have more than one element in two dimensions or
-    more, embeddings' not among them;
+    more, those of embeddings and of tables that are added and never multiplied by not among them;
     multiply_adds: of one call, None where nobody counted. `slow` are the largest of the weights that do not run fast,
     by name; `uncalled` the layers by whose weights that call multiplied without calling them, which are not fast."""
 
@@ -53,18 +54,27 @@ class Share(NamedTuple):
         return {**self._asdict(), "slow": [*map(list, self.slow)], "uncalled": [*self.uncalled]}
 
 
-def share_of(model: nn.Module, fast: set[str], idle: set[str], example: Any = None) -> Share:
-    """fast: the names of the layers that run fast; idle: those of them that nobody has called yet; example: what to
-    count the multiply-adds of."""
+class Fast(NamedTuple):
+    """What is known of a model before its share is told: names of the layers that run fast, of those among them that
+    nobody has called yet, and of parameters that are never multiplied by; the part of attention that runs fast."""
+
+    layers: set[str]
+    idle: set[str]
+    tables: set[str]
+    attended: float = 0.0
+
+
+def share_of(model: nn.Module, known: Fast, example: Any = None) -> Share:
+    """example: what to count the multiply-adds of."""
     if example is None:
-        return _weights(model, fast)
-    total, quick, uncalled = _counted(model, fast, idle, example)
-    return _weights(model, fast - uncalled)._replace(
+        return _weights(model, known.layers, known.tables)
+    total, quick, uncalled, tables = _counted(model, known, example)
+    return _weights(model, known.layers - uncalled, known.tables | tables)._replace(
         multiply_adds=total, fast_multiply_adds=quick, uncalled=tuple(sorted(uncalled))
     )
 
 
-def _weights(model: nn.Module, fast: set[str]) -> Share:
+def _weights(model: nn.Module, fast: set[str], tables: set[str]) -> Share:
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     sizes, slow, seen = [0, 0], [], set()
     for layer, names in linear_layers(model).items():
@@ -90,6 +100,8 @@ def _weights(model: nn.Module, fast: set[str]) -> Share:
         if experts.are_experts(module):
             looked_up |= {id(each) for own, each in module._parameters.items() if own.endswith("_bias")}
     for name, parameter in model.named_parameters():
+        if name in tables - fast:
+            continue
         if id(parameter) not in seen | looked_up and not is_lazy(parameter) and sum(n > 1 for n in parameter.shape) > 1:
             sizes[name in fast] += parameter.numel()
             slow += [] if name in fast else [(name, parameter.numel())]
@@ -104,10 +116,12 @@ def _of_frozen_experts(module: Any) -> Iterator[tuple[str, int]]:
             yield name, module.count * n * k
 
 
-def _counted(model: nn.Module, fast: set[str], idle: set[str], example: Any) -> tuple[int, int, set[str]]:
+def _counted(model: nn.Module, known: Fast, example: Any) -> tuple[int, int, set[str], set[str]]:
     """The multiply-adds of a call of a stock copy, in which attention is spelled out, since torch has no count of its
-    fused ones on CPUs; those of them that are fast; and which of the idle layers are read and not called."""
+    fused ones on CPUs; those of them that are fast; which of the idle layers are read and not called; and parameters
+    that are read and never multiplied by."""
     check_example(example)
+    fast, idle = known.layers, known.idle
     stock, counted, called = stock_copy(model), [0], set[str]()
     attention = {name: m for name, m in stock.named_modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in attention.items():
@@ -128,13 +142,13 @@ def _counted(model: nn.Module, fast: set[str], idle: set[str], example: Any) -> 
             for own, (_, n, k) in zip(experts.names_of(module), experts.sizes_of(module), strict=True):
                 if (f"{name}.{own}" if name else own) in fast:
                     module.register_forward_pre_hook(functools.partial(_count_pairs, counted, n * k), with_kwargs=True)
-    counter, rest = FlopCounterMode(display=False), _Multiplied(stock, fast, layers)
+    counter, rest, readers = FlopCounterMode(display=False), _Multiplied(stock, fast, layers), Readers(stock)
     counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
     quick, onednn = torch.backends.mha.get_fastpath_enabled(), _torch.get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     _torch.set_mkldnn_enabled(False)  # torch does not count its LSTM
     try:
-        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter, rest:
+        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), counter, rest, readers:
             warnings.simplefilter("ignore")
             call(stock, example)
     finally:
@@ -145,8 +159,9 @@ def _counted(model: nn.Module, fast: set[str], idle: set[str], example: Any) -> 
         if called.isdisjoint(names):
             uncalled |= idle & names
             counted[0] += 0 if idle & names else count
+    counted[0] += round(known.attended * rest.between)
     total = max(counter.get_total_flops() // 2, counted[0])
-    return total, counted[0], uncalled
+    return total, counted[0], uncalled, readers.tables()
 
 
 class _Everywhere(nullcontext[None]):
@@ -157,7 +172,8 @@ class _Everywhere(nullcontext[None]):
 
 class _Multiplied(_torch.TorchDispatchMode):  # type: ignore[misc]
     """Counts the multiply-adds by weights of fast layers, which may not be called for that, and of no layer, attention
-    or mixture, which a graph multiplies by. counts: by the names that a weight has."""
+    or mixture, which a graph multiplies by. counts: by the names that a weight has; between: of activations with one
+    another, as attention's are."""
 
     supports_higher_order_operators = True
 
@@ -176,14 +192,19 @@ class _Multiplied(_torch.TorchDispatchMode):  # type: ignore[misc]
                 if parameter is not None and full in fast:
                     held[parameter.untyped_storage().data_ptr()].add(full)
         self._storages = {address: frozenset(names) for address, names in held.items()}
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.between = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
         formula = flop_registry.get(getattr(func, "overloadpacket", None))
         if formula is not None:
-            held = (self._storages.get(each.untyped_storage().data_ptr()) for each in args if isinstance(each, Tensor))
-            for names in filter(None, held):
-                self.counts[names] += formula(*args, **(kwargs or {}), out_val=y) // 2
+            read = [each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)]
+            count = formula(*args, **(kwargs or {}), out_val=y) // 2
+            for names in filter(None, map(self._storages.get, read)):
+                self.counts[names] += count
+            if func.overloadpacket in _BETWEEN and self._weights.isdisjoint(read):
+                self.between += count
         return y
 
 
@@ -197,6 +218,8 @@ def _count_rows(
         counted[0] += x.numel() // max(1, x.shape[-1]) * layer.weight.numel()
     return forward(*arguments, **named)
 
+
+_BETWEEN = {torch.ops.aten.bmm, torch.ops.aten.baddbmm}  # what products of activations are, in the end
 
 # Of torch's attention, by the rows that they multiply: the last three where keys and values have widths of their own.
 _PROJECTIONS = {

@@ -251,7 +251,9 @@ def test_a_decoder_runs_on_packed_rows() -> None:
     together = (f"layers.{i}.multihead_attn.in_proj_weight[{rows}]" for i in (0, 1) for rows in ("16:32", "32:48"))
     assert ", ".join(together) in {row.name for row in found}
     assert found.share is not None and found.share.fast_weights == found.share.weights
-    assert found.share.fast_multiply_adds == 2 * (2 * 5 * (6 * 16**2 + 2 * 16 * 32) + 2 * 7 * 2 * 16**2)
+    linear = 2 * (2 * 5 * (6 * 16**2 + 2 * 16 * 32) + 2 * 7 * 2 * 16**2)
+    attention = 2 * 2 * 2 * 16 * (5 * 5 + 5 * 7)
+    assert found.share.fast_multiply_adds == linear + attention == found.share.multiply_adds
     told = str(fastlinear.explain(fast, "layers.0.multihead_attn.in_proj_weight[0:16]"))
     assert "16 x 16" in told
 

@@ -308,6 +308,43 @@ def test_layers_that_are_read_and_not_called() -> None:
     assert (share.uncalled, share.fast_weights) == ((), 5 * 256) and share.fast_multiply_adds >= 5 * 12 * 256
 
 
+class Attends(nn.Module):
+    """Attention by torch's function, spelled out, and of which others read the weights, on rows to which a table of
+    positions is added, and a kernel that is made of another."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.linear, self.read = nn.Linear(16, 48), read
+        self.positions, self.kernel = (nn.Parameter(torch.randn(1, 16, 16)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        qkv = self.linear(x + self.positions[:, :length]).view(-1, length, 3, 2, 8)
+        q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = y + (q @ k.transpose(2, 3)).softmax(-1) @ v
+        y = y + (weights := (q @ k.transpose(2, 3)).softmax(-1)) @ v if self.read else y
+        y = y + weights.sum() if self.read else y
+        return y.transpose(1, 2).flatten(2) @ (self.kernel * 2)[0]
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["two", "two of three"])
+def test_the_share_of_attention_and_tables(read: bool) -> None:
+    """What of attention our kernel runs counts as fast, and as it is called, where its size is dynamic; a table that is
+    only added is no weight, with or without an example, a parameter that is multiplied after all is a slow one."""
+    model, x = Attends(read).eval(), torch.randn(2, 5, 16)
+    compiled = torch.compile(model, backend="fastlinear", options={"tune": "off"}, dynamic=True)
+    with torch.no_grad():
+        compiled(x)
+    one, linear, rest = 2 * 2 * 2 * 5 * 5 * 8, 10 * 16 * 48, 10 * 256
+    for share in (fastlinear.report(compiled).share, fastlinear.report(compiled, x).share):
+        assert (share.weights, share.fast_weights, share.slow) == (4 * 256, 768, (("kernel", 256),))
+    assert share.multiply_adds == linear + rest + (3 if read else 2) * one
+    assert share.fast_multiply_adds == linear + 2 * one
+    stock = fastlinear.report(OFF(Attends(read).eval()), x).share
+    assert (stock.weights, stock.fast_multiply_adds) == (4 * 256, linear)
+
+
 def test_the_share_of_frozen_and_skipped_layers() -> None:
     """A frozen layer's weight counts as what it was; one that was left alone is named."""
     fast = (
