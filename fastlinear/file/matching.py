@@ -13,7 +13,7 @@ from fastlinear.file.safetensors import Contents, Entry, shown
 from fastlinear.layer import experts, experts_frozen, linear, mixture
 from fastlinear.layer.embedding import is_packed, why_no_rows
 from fastlinear.layer.fitness import dtype_of, is_transposed, why_no_twin
-from fastlinear.layer.frozen import PLACEHOLDER, is_frozen
+from fastlinear.layer.frozen import PLACEHOLDER, is_frozen, shared_as
 from fastlinear.layer.shard import local
 from fastlinear.model import fusion
 from fastlinear.spec.activations import recognize
@@ -135,7 +135,7 @@ def _pair(modules: Mapping[str, nn.Module], layer: Layer, fused: Fused | None) -
     held = _weight_shape(module)
     if held != shape or is_transposed(module) != layer.transposed:
         k, n = held if is_transposed(module) else held[::-1]
-        part = "" if linear.shared_as(module) is None else f", of which this process has {k} x {n},"
+        part = "" if shared_as(module) is None else f", of which this process has {k} x {n},"
         raise ValueError(f"its layer {layer.name!r} is {layer.k} x {layer.n}, but {module!r}{part} in this model")
     holder = modules.get(fused.holder) if fused else None
     there = _at(holder, fused.slot) if fused and holder is not None else None

@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from fastlinear.file.safetensors import FormatError
+from fastlinear.file.safetensors import AnyPath, FormatError
 from fastlinear.layer import linear
 from fastlinear.layer.fitness import is_transposed
-from fastlinear.layer.frozen import record_of
-from fastlinear.layer.shard import shard_of
+from fastlinear.layer.frozen import shared_as
 from fastlinear.model.arguments import check_module
 from fastlinear.model.tuning import fast_layers
 from fastlinear.plan import decide
@@ -30,8 +29,6 @@ _log = logging.getLogger("fastlinear")
 
 _FORMAT, _VERSION = "fastlinear plans", 1
 _MOST_BYTES = 64 << 20
-
-AnyPath = str | os.PathLike[str]
 
 
 def save_plans(model: nn.Module, path: AnyPath) -> int:
@@ -90,11 +87,7 @@ def load_plans(path: AnyPath, model: nn.Module | None = None) -> int:
 def _check_parts(path: AnyPath, machines: list[dict[str, Any]], model: nn.Module) -> None:
     known = {shape for each in machines for key in each["entries"] if (shape := shape_of(key)) is not None}
     for name, layer in model.named_modules():
-        if not linear.is_fast(layer):
-            continue
-        frozen = record_of(layer)
-        shard = shard_of(layer._parameters.get("weight")) if frozen is None else frozen.shard
-        if shard is None:
+        if not linear.is_fast(layer) or (shard := shared_as(layer)) is None:
             continue
         whole, part = (
             (*shape[::-1],) if is_transposed(layer) else (*shape,) for shape in (shard.shape, layer.weight_shape)

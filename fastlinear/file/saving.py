@@ -22,7 +22,7 @@ from fastlinear.file.matching import Held, Match, tensors_of
 from fastlinear.file.safetensors import AnyPath, Blob, Mapped, faults_of, shown
 from fastlinear.layer import attention, embedding, experts, experts_frozen, linear, packs
 from fastlinear.layer.fitness import dtype_of, why_unread
-from fastlinear.layer.frozen import Frozen, hold, record_of
+from fastlinear.layer.frozen import Frozen, hold, record_of, shared_as
 from fastlinear.layer.shard import local, shard_of
 from fastlinear.layer.shelf import Shelf, bytes_of, on_this_machine
 from fastlinear.model import fusion
@@ -342,7 +342,7 @@ def _become(module: Any, record: Layer, frozen: Frozen, weight_is_plain: bool) -
     """Makes a layer fast, and frozen unless its weight is stored plain, too; it then has that and its pack."""
     packed = None if record.packed == record.held else record.packed
     coding = coding_of(frozen.packed)
-    frozen.shard = linear.shared_as(module)
+    frozen.shard = shared_as(module)
     precision = Precision(packed, record.accumulate, products=record.products, coding=coding)
     if record.quantized is not None:
         rows = record.quantized.rows._replace(smooth=frozen.smooth)

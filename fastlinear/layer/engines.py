@@ -16,9 +16,9 @@ import fastlinear._weights as _weights
 from fastlinear._engine import Engine
 from fastlinear.layer import gradient, lookup, spelled
 from fastlinear.layer.fitness import dtype_of
-from fastlinear.layer.frozen import Freezable, record_of, watch_parameters
+from fastlinear.layer.frozen import Freezable, record_of, shared_as, watch_parameters
 from fastlinear.layer.lock import lock
-from fastlinear.layer.shard import Shard, shard_of
+from fastlinear.layer.shard import Shard
 from fastlinear.plan import rivals
 from fastlinear.plan.candidates import Chosen
 from fastlinear.plan.problem import FROZEN, Problem, asked_of
@@ -134,7 +134,7 @@ class WithEngines(Freezable):
 
     def _reset(self) -> None:
         frozen = record_of(self)
-        vars(self)["_shard"] = shard_of(self._parameters.get("weight")) if frozen is None else frozen.shard
+        vars(self)["_shard"] = shared_as(self)
         engine = self._new_engine(self._precision)
         if self._differs_by_call:
             tickets = None if self._absorbed is None else self._absorbed.tickets_of(self)

@@ -34,7 +34,7 @@ from fastlinear.layer import operator
 from fastlinear.layer.lent import Lent, LentTensor
 from fastlinear.layer.lock import lock
 from fastlinear.layer.packs import GatedPacked, kind_of, repack
-from fastlinear.layer.shard import Shard
+from fastlinear.layer.shard import Shard, shard_of
 from fastlinear.plan import table
 from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import gates
@@ -169,6 +169,12 @@ def record_of(module: nn.Module) -> Frozen | None:
     frozen: Frozen | None = getattr(module, "_frozen", None)
     # functional_call lends a frozen layer a weight
     return None if frozen is None or module._parameters.get("weight") is not None else frozen
+
+
+def shared_as(layer: nn.Module) -> Shard | None:
+    """How the weight of a layer, fast or not, lies in the memories of processes that share it."""
+    frozen = record_of(layer)
+    return shard_of(layer._parameters.get("weight")) if frozen is None else frozen.shard
 
 
 class _Parameters(dict[str, Any]):

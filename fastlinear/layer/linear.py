@@ -33,7 +33,7 @@ from fastlinear.layer.module import FastModule
 from fastlinear.layer.packs import forget_pack, pack, pack_quantized
 from fastlinear.layer.parametrized import before
 from fastlinear.layer.quality import note
-from fastlinear.layer.shard import Shard, local, shard_of
+from fastlinear.layer.shard import local, shard_of
 from fastlinear.plan import decide, rivals, table
 from fastlinear.plan.candidates import Chosen
 from fastlinear.spec import activations, foreign, programs
@@ -217,11 +217,6 @@ def precision_of(module: Any) -> Precision:
     """What a fast layer was told to compute in."""
     precision: Precision = module._precision
     return precision
-
-
-def shared_as(module: Any) -> Shard | None:
-    """How the weight of a layer, fast or not, lies in the memories of processes that share it."""
-    return module._shard if is_fast(module) else shard_of(module._parameters.get("weight"))
 
 
 def set_precision(module: Any, precision: Precision) -> None:

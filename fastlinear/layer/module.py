@@ -19,10 +19,10 @@ from fastlinear.layer.elsewhere import why_elsewhere
 from fastlinear.layer.engines import WithEngines
 from fastlinear.layer.fallback import in_torch, label
 from fastlinear.layer.fitness import dtype_of, odd_dtype
-from fastlinear.layer.frozen import Frozen, record_of
+from fastlinear.layer.frozen import Frozen, record_of, shared_as
 from fastlinear.layer.parametrized import deepcopied
 from fastlinear.layer.planning import is_quantized, prepare
-from fastlinear.layer.shard import answer, is_shared, local, shard_of
+from fastlinear.layer.shard import answer, is_shared, local
 from fastlinear.layer.traced import is_recorded
 from fastlinear.plan import rivals
 from fastlinear.plan.decide import tell
@@ -147,9 +147,8 @@ class FastModule(WithEngines):
 
     def _answer_shared(self, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor | None:
         """The answer to a DTensor, by its parts; None where torch has to find one."""
-        frozen = record_of(self)
-        shard = shard_of(self._parameters.get("weight")) if frozen is None else frozen.shard
-        if shard is None and frozen is not None:
+        shard = shared_as(self)
+        if shard is None and record_of(self) is not None:
             raise RuntimeError(
                 f"{label(self)} was frozen before its model was split between processes, and nothing can split it now: "
                 "unfreeze, parallelize, then freeze"

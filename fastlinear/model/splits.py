@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastlinear.layer import linear
+from fastlinear.layer.frozen import shared_as
 from fastlinear.layer.shard import Shard
 from fastlinear.model.agreement import costs
 from fastlinear.model.rows import LayerReport
@@ -22,7 +22,7 @@ def notes(rows: Iterable[tuple[Any, LayerReport]]) -> dict[Any, tuple[str, ...]]
     told: dict[Any, tuple[str, ...]] = {}
     waiting: list[tuple[Any, LayerReport]] = []
     for layer, row in rows:
-        shard = linear.shared_as(layer)
+        shard = shared_as(layer)
         outputs, inputs = (0, 0) if shard is None else (_parts(shard, layer, 0), _parts(shard, layer, 1))
         if shard is None or outputs * inputs == 1:
             continue
