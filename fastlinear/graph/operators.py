@@ -19,7 +19,7 @@ from fastlinear._engine import Engine
 from fastlinear._siblings import FrozenGroup
 from fastlinear.layer import fitness, packs
 from fastlinear.layer.form import Form
-from fastlinear.layer.frozen import Frozen, hold, record_of
+from fastlinear.layer.frozen import Frozen, hold, known_by, record_of
 from fastlinear.layer.module import FastModule
 from fastlinear.layer.stack import Stack, why_not_together
 from fastlinear.spec import programs
@@ -85,15 +85,9 @@ def operator_for(spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator:
     """The layer of these parameters, which may be that of another graph."""
     key = (id(weight), id(bias), spec.key())
     layer = _known.get(key)
-    if layer is None or _held(layer) is not weight or layer._parameters["bias"] is not bias:
+    if layer is None or known_by(layer) is not weight or layer._parameters["bias"] is not bias:
         layer = _known[key] = Operator(spec, weight, bias)
     return layer
-
-
-def _held(layer: Operator) -> Tensor | None:
-    weight = layer._parameters.get("weight")  # which, asked for by [], would be unpacked for good
-    panels: Tensor | None = weight if layer._frozen is None else layer._frozen.panels
-    return panels
 
 
 def why_not(spec: Spec, layer: Operator) -> str | None:
@@ -113,13 +107,13 @@ def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         elif isinstance(each, FrozenGroup):
             yield from ((layer, (panels,)) for layer, panels in zip(each.layers, each.panels, strict=True))
         else:
-            yield each, (_held(each),)
+            yield each, (known_by(each),)
 
 
 def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]:
     """linear(x, weight, bias, *operands): the product; and its layers, `first` for the parameters that the graph was
     made with."""
-    layers: Layers = {id(_held(first)): first}
+    layers: Layers = {id(known_by(first)): first}
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
         layer = layers.get(id(weight))  # which holds the weight, so that nothing else has its id
@@ -197,7 +191,7 @@ def frozen_group(members: Sequence[tuple[Spec, Operator]], chained: bool) -> tup
     `group`."""
     specs, half = [spec for spec, _ in members], len(members)
     singles = [product(spec, layer)[0] for spec, layer in members]
-    groups: Layers = {id(_held(members[0][1])): _frozen_group_of([layer for _, layer in members], chained)}
+    groups: Layers = {id(known_by(members[0][1])): _frozen_group_of([layer for _, layer in members], chained)}
 
     def linears(x: Tensor, *tensors: Any) -> Any:
         known: FrozenGroup | None = groups.get(id(tensors[0]))
@@ -216,7 +210,7 @@ def frozen_group(members: Sequence[tuple[Spec, Operator]], chained: bool) -> tup
 
 
 def _frozen_group_of(layers: Sequence[Operator], chained: bool) -> FrozenGroup:
-    panels = [panels for layer in layers if (panels := _held(layer)) is not None]
+    panels = [panels for layer in layers if (panels := known_by(layer)) is not None]
     return FrozenGroup(layers, panels, chained)
 
 

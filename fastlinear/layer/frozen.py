@@ -171,6 +171,12 @@ def record_of(module: nn.Module) -> Frozen | None:
     return None if frozen is None or module._parameters.get("weight") is not None else frozen
 
 
+def known_by(layer: nn.Module) -> Any:
+    """What graphs know a layer by: its weight, or the panels of a frozen one, which is not unpacked for it."""
+    frozen = record_of(layer)
+    return layer._parameters.get("weight") if frozen is None else frozen.panels
+
+
 def shared_as(layer: nn.Module) -> Shard | None:
     """How the weight of a layer, fast or not, lies in the memories of processes that share it."""
     frozen = record_of(layer)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastlinear.layer.attention import FastMultiheadAttention
-from fastlinear.layer.frozen import record_of
+from fastlinear.layer.frozen import known_by
 from fastlinear.layer.group import FastLinearGroup
 from fastlinear.model.rows import Graph
 from fastlinear.model.selection import linear_layers
@@ -57,14 +57,14 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
     grouped, apart = dict(_of_groups(model)), dict(_of_attention(model))
     found: dict[Any, Running] = {}
     for layer, (name, *_) in linear_layers(model).items():
-        known, weights = placed.get(id(_held(layer)), (None, ()))
-        pieces = {} if known is not None else cut.get(id(_held(layer)), {})
-        if pieces and sum(map(len, pieces)) == len(_held(layer)):  # the halves of a gate
+        known, weights = placed.get(id(known_by(layer)), (None, ()))
+        pieces = {} if known is not None else cut.get(id(known_by(layer)), {})
+        if pieces and sum(map(len, pieces)) == len(known_by(layer)):  # the halves of a gate
             of_pieces = [each for each, _ in pieces.values()]
             if any(each is not of_pieces[0] for each in of_pieces):
                 continue  # they come below
             found[of_pieces[0]] = Running(of_pieces[0], name, (name,), True)
-            del cut[id(_held(layer))]
+            del cut[id(known_by(layer))]
             continue
         if layer in apart and known is None:
             found.update({each.layer: each for each in apart[layer]})
@@ -78,7 +78,7 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
             running = grouped.get(layer, running)
         running = found.get(running.layer, running)
         found[running.layer] = running._replace(parts=(*running.parts, name))
-    layers = {id(_held(layer)) for layer in linear_layers(model)}
+    layers = {id(known_by(layer)) for layer in linear_layers(model)}
     for name, weight in model.named_parameters():
         known, weights = placed.get(id(weight), (None, ()))
         if known is not None and id(weight) not in layers:
@@ -95,12 +95,6 @@ def _add(found: dict[Any, Running], layer: Any, weights: tuple[Any, ...], part: 
     running = found.get(layer, Running(layer, layer._name if joined else part, (), joined))
     found[layer] = running._replace(parts=(*running.parts, part))
     return found[layer]
-
-
-def _held(layer: Any) -> Any:
-    """What a graph knows a layer by: its weight, or its panels."""
-    frozen = record_of(layer)
-    return layer._parameters.get("weight") if frozen is None else frozen.panels
 
 
 def _of_groups(model: nn.Module) -> Iterator[tuple[nn.Module, Running]]:
