@@ -96,6 +96,22 @@ def of_products(unit: Path, folder: Path) -> Path:
     return copy
 
 
+TABLE = re.compile(r"constexpr Kernel (k\w+)\[\] = {\n((?:    .*\n)+)};")
+ROW = re.compile(r"    \S.*\n(?:     .*\n)*")
+
+
+def of_kernels(header: str, names: set[str]) -> str:
+    """A header whose tables have these kernels only: each of them is templates, which take most of the time."""
+
+    def shorter(table: re.Match[str]) -> str:
+        rows = [row for row in ROW.findall(table[2]) if any(f'"{name}"' in row for name in names)]
+        if not rows:
+            return f"constexpr std::span<const Kernel> {table[1]}{{}};"
+        return table[0].replace(table[2], "".join(rows))
+
+    return TABLE.sub(shorter, header)
+
+
 def compile(unit: Path, tree: Path, target: Path, *more: str | Path) -> Path:
     """A unit and the headers of a tree, hardly optimized."""
     compiler = os.environ.get("CXX", "g++").split()

@@ -428,8 +428,10 @@ def built() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist share the folder
         if not made.exists():
             shutil.copytree(library.ROOT / "include", folder / "include")
+            for table in folder.glob("include/fastlinear/isa/*/*.hpp"):
+                table.write_text(library.of_kernels(table.read_text(), {mutant.row.split()[0] for mutant in ALL}))
             for file in {mutant.file for mutant in ALL}:
-                text = (library.ROOT / file).read_text()
+                text = (folder / file).read_text()
                 changes = [change(text, i, mutant) for i, mutant in enumerate(ALL, 1) if mutant.file == file]
                 (folder / file).write_text(switched(text, changes, 0, len(text)))
             names = {name for unit in library.ROOT.rglob("include/**/*.hpp") for name in library.system_headers(unit)}
