@@ -1,11 +1,12 @@
 """What calls of several layers, and of a layer with what follows it, gain or cost over plain layers, in turn.
 
-    python benchmarks/blocks.py [swiglu] [group] [chain] [--threads 1] [--forms fp32,bf16,int8,int4] [--seconds 0.5]
+    python benchmarks/blocks.py [swiglu|group|chain|mlp ...] [--threads 1] [--forms fp32,bf16,int8,int4] [--seconds 0.5]
 
 swiglu  a gated MLP: FastGatedLinear and a FastLinear, over three FastLinears with eager silu and mul; and these three
         without silu and mul, which is what a gate can gain
 group   query, key and value: one FastLinearGroup over three calls
 chain   a FastLinear with each activation and operand over the bare one
+mlp     two layers on many rows, in blocks of rows such as graphs cut them into and in others, over all at once
 
 bf16 are products in bf16 of fp32 rows and weights. Times are lower quartiles; a ratio above 1 is a gain, for chains
 what they cost.
@@ -35,6 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 MLPS = ((2048, 5632), (4096, 11008))  # hidden, between
 WIDTHS = (384, 768)
+MANY_ROWS = ((1024, 384, 1536), (1024, 768, 3072), (4096, 768, 3072), (2048, 1024, 4096))  # M, hidden, between
 CHAINS = ((32, 384, 384), (128, 256, 1024), (128, 768, 768), (128, 768, 3072))  # M, K, N
 
 Call = Callable[[Tensor], object]
@@ -99,7 +101,21 @@ def _with(layer: Any, operand: Tensor, x: Tensor) -> object:
     return layer(x, operand)
 
 
-BLOCKS: dict[str, Callable[[str], Iterator[Case]]] = {"swiglu": swiglu, "group": group, "chain": chain}
+def mlp(form: str) -> Iterator[Case]:
+    for m, hidden, between in MANY_ROWS:
+        up, down = fast(nn.Linear(hidden, between), form, activation="gelu"), fast(nn.Linear(between, hidden), form)
+        calls = {
+            f"{rows} rows": functools.partial(_in_blocks, up.eval(), down.eval(), rows)
+            for rows in (m, 512, 256, 128, 64)
+        }
+        yield f"{m} x {hidden} to {between}", torch.randn(m, hidden), calls
+
+
+def _in_blocks(up: Any, down: Any, rows: int, x: Tensor) -> object:
+    return [down(up(block)) for block in x.split(rows)]
+
+
+BLOCKS: dict[str, Callable[[str], Iterator[Case]]] = {"swiglu": swiglu, "group": group, "chain": chain, "mlp": mlp}
 
 
 def race(calls: dict[str, Call], x: Tensor, seconds: float) -> dict[str, float]:

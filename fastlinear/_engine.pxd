@@ -40,8 +40,8 @@ cdef class Engine:
     cdef bint replace(self, weight, Fingerprint fingerprint, Packed packed) except -1
     cdef bint holds(self, object weight) except -1
     cdef object called(self, object module, dict state, object x, tuple operands)
-    cdef object guarded(self, module, dict state, x, tuple operands)
+    cdef object guarded(self, module, dict state, x, tuple operands, into=*)
     cdef object differentiable(self, dict state, x, tuple operands)
     cdef object in_torch(self, dict state, object x, tuple operands, str why)
-    cdef object answer(self, dict state, object x, tuple operands, list kept=*)
+    cdef object answer(self, dict state, object x, tuple operands, list kept=*, object into=*)
     cdef tuple parts(self, object x, View* v, Packed packed, object plan, Matrix* rows, Bias bias)

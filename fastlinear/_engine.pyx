@@ -15,7 +15,7 @@ from fastlinear._reasons import CHANGING, DISABLED, GRADIENT, STALE, TRAINING, U
 from fastlinear._calls cimport Tickets, leads_to, put_in_slot, quiet, stock_call
 from fastlinear._fingerprints cimport Fingerprint
 from fastlinear._modes cimport calls_are_seen, disabled, gradients, mode_of_call
-from fastlinear._operands cimport are_plain, is_plain, laid, new_output, wants_grad
+from fastlinear._operands cimport are_plain, is_output, is_plain, laid, new_output, wants_grad
 from fastlinear._plans cimport (
     BUCKETS, MAX_OPERANDS, STATIC, Bias, COperand, CPlan, Epilogue, Plan, RowQuantizer, Segment, answers,
     bucket_of, columns_of
@@ -206,20 +206,22 @@ cdef class Engine:
             self.tickets.outputs.append(y)
         return y
 
-    def forward(self, module, x, tuple operands=()):
-        """`module.forward(x, *operands)`."""
+    def forward(self, module, x, tuple operands=(), into=None):
+        """`module.forward(x, *operands)`; in the memory of `into`, a tensor of the answer's shape, if that is given."""
         if is_due():
-            return timely(module, self.forward, (module, x, operands), NULL, NULL)
+            return timely(module, self.forward, (module, x, operands, into), NULL, NULL)
         cdef Engine engine = self if self.elsewhere is None else self.elsewhere
         if self.replaced():
-            return module._replaced(self.stock[0], x, operands)
-        quicken(type(module))
-        return engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x, operands)
+            y = module._replaced(self.stock[0], x, operands)
+        else:
+            quicken(type(module))
+            y = engine.guarded(module, <dict> PyObject_GenericGetDict(module, NULL), x, operands, into)
+        return y if into is None or y is into else into.copy_(y)
 
-    cdef object guarded(self, module, dict state, x, tuple operands):
+    cdef object guarded(self, module, dict state, x, tuple operands, into=None):
         why = mode_of_call() if is_plain(x) else UNFIT
         if why is None:
-            y = self.answer(state, x, operands)
+            y = self.answer(state, x, operands, None, into)
             if y is GRADIENT:
                 y = self.differentiable(state, x, operands)
             if y is TRAINING or y is STALE:
@@ -274,8 +276,8 @@ cdef class Engine:
         y = self.answer(<dict> PyObject_GenericGetDict(module, NULL), x, operands, kept)
         return None if type(y) is str else y
 
-    # The output, or why there is none.
-    cdef object answer(self, dict state, object x, tuple operands, list kept=None):
+    # The output, or why there is none; it is `into`, if that is such a tensor.
+    cdef object answer(self, dict state, object x, tuple operands, list kept=None, object into=None):
         cdef View v, w, b, z
         cdef Matrix rows
         cdef Segment out
@@ -314,7 +316,7 @@ cdef class Engine:
             return UNFIT
         if not as_rows(&v, &rows):
             dense = x.contiguous()
-            return UNFIT if dense is x else self.answer(state, dense, operands, kept)
+            return UNFIT if dense is x else self.answer(state, dense, operands, kept, into)
         added.data = NULL
         if bias is not None:
             if bias is not self.bias:
@@ -352,7 +354,9 @@ cdef class Engine:
         if self.widths is not None:
             return self.parts(x, &v, packed, plan, &rows, added)
         columns = columns_of(packed, self.epilogue)
-        y = new_output(x, &v, columns, self.epilogue.dtype)
+        y = into
+        if into is None or not is_output(into, x, &v, columns, self.epilogue.dtype):
+            y = new_output(x, &v, columns, self.epilogue.dtype)
         if rows.m > 0 and packed.n > 0:
             look_at(y, &w)
             out.data, out.format, out.stride, out.first = w.data, w.format, columns, 0

@@ -78,3 +78,19 @@ cdef object new_output(object x, View* v, ptrdiff_t n, object dtype):
     if v.ndim == 3:
         return x.new_empty(v.shape[0], v.shape[1], n)
     return x.new_empty([v.shape[i] for i in range(v.ndim - 1)] + [n])
+
+
+# Whether y is what `new_output` would make, in memory that somebody has already.
+cdef bint is_output(object y, object x, View* v, ptrdiff_t n, object dtype) except -1:
+    cdef View w
+    cdef ptrdiff_t stride = 1
+    cdef int i
+    if not is_readable(y, &w) or w.ndim != v.ndim or w.shape[w.ndim - 1] != n:
+        return False
+    if y.dtype is not (dtype or (x.dtype if is_float(v.format) else torch.float32)):
+        return False
+    for i in range(w.ndim - 1, -1, -1):
+        if w.stride[i] != stride and w.shape[i] > 1 or i < w.ndim - 1 and w.shape[i] != v.shape[i]:
+            return False
+        stride *= w.shape[i]
+    return True

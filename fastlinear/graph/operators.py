@@ -90,6 +90,14 @@ def operator_for(spec: Spec, weight: Tensor, bias: Tensor | None) -> Operator:
     return layer
 
 
+def packed_bytes(layer: Operator) -> int:
+    """Of its weight, in panels."""
+    if layer._frozen is not None:
+        return int(layer._frozen.packed.nbytes)
+    columns = layer.out_features * (2 if layer._gated else 1)
+    return _weights.packed_nbytes(packs.layout_of(layer.precision), columns, layer.in_features)
+
+
 def why_not(spec: Spec, layer: Operator) -> str | None:
     """Why the kernels cannot run a layer as the graph wants it, in a few words; None if they can."""
     return None if spec.form is not None else fitness.why_not(layer, spec.asked, spec.name)
@@ -111,18 +119,19 @@ def running(layers: Layers) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def product(spec: Spec, first: Operator) -> tuple[Callable[..., Tensor], Layers]:
-    """linear(x, weight, bias, *operands): the product; and its layers, `first` for the parameters that the graph was
-    made with."""
+    """linear(x, weight, bias, *operands, into): the product, in the memory of `into` if that is given; and its layers,
+    `first` for the parameters that the graph was made with."""
     layers: Layers = {id(known_by(first)): first}
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Tensor, into: Tensor | None = None) -> Tensor:
         layer = layers.get(id(weight))  # which holds the weight, so that nothing else has its id
         if layer is None:
             layer = _adopt(layers, spec, weight, bias)
             if layer is None:
-                return _in_torch(spec, x, weight, bias, operands)
+                y = _in_torch(spec, x, weight, bias, operands)
+                return y if into is None else into.copy_(y)
         layer._parameters["bias"] = bias  # type: ignore[assignment]
-        y: Tensor = layer._engine.forward(layer, x, operands)
+        y = layer._engine.forward(layer, x, operands, into)
         return y
 
     return linear, layers

@@ -26,6 +26,7 @@ import fastlinear.graph.norms as norms
 import fastlinear.graph.operators as operators
 import fastlinear.graph.parts as parts
 import fastlinear.graph.remembered as remembered
+import fastlinear.graph.row_blocks as row_blocks
 import fastlinear.graph.scores as scores
 import fastlinear.graph.tidying as tidying
 from fastlinear.graph.capture import Capture, activation_of, changes, parameter_of, same_as
@@ -50,6 +51,7 @@ class Rewriter:
         self._moved: dict[fx.Node, fx.Node] = {}  # a node that is gone -> what has its value
         self._made: set[fx.Node] = set()  # nodes that make a tensor of their own: the values of fast products
         self.mixtures: list[operators.Layers] = []
+        self._runs: dict[fx.Node, row_blocks.Run] = {}
 
     def run(self) -> list[operators.Layers]:
         """Rewrites the graph, and returns the fast layers of each product that it then runs."""
@@ -93,6 +95,8 @@ class Rewriter:
             tidying.keep_constants(self.capture.module, self.story)
             masks.drop_true(self.capture.module, self.story)
             remembered.remember(self.capture, self.story)
+            self._number()
+            row_blocks.join(self.graph, self._runs, self._is_calm)
         self.graph.lint()
         return layers
 
@@ -277,6 +281,7 @@ class Rewriter:
         args = (self._now(outer[0].x), *(p.weight for p in products), *(p.bias for p in products))
         with self.graph.inserting_before(outer[0].root):
             node = self.graph.call_function(function, args)
+        self._runs[node] = self._run(inner[0], [layer for *_, layer in members], ends=False)
         root = outer[0].root
         both = replace(outer[0], nodes=[*inner[0].nodes, *outer[0].nodes])
         self._finish(both, node, what)
@@ -317,8 +322,13 @@ class Rewriter:
         function, layers = operators.product(spec, layer)
         with self.graph.inserting_before(product.root):
             node = self.graph.call_function(function, self._arguments(product))
+        self._runs[node] = self._run(product, [layer], ends=True)
         self._finish(product, node, f"FastLinear {_text(spec)}")
         return layers
+
+    def _run(self, product: Product, layers: Sequence[Operator], ends: bool) -> row_blocks.Run:
+        sizes, nbytes = (layers[0].in_features, layers[0].out_features), sum(map(operators.packed_bytes, layers))
+        return row_blocks.Run(*sizes, nbytes, 2 * len(layers), ends, self.story.row(product.nodes[0]))
 
     def _arguments(self, product: Product) -> tuple[Any, ...]:
         return self._now(product.x), product.weight, product.bias, *map(self._now, product.operands)

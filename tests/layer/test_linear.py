@@ -660,3 +660,31 @@ def test_repr_tells_what_runs() -> None:
     with torch.no_grad():
         fast(torch.randn(5, K))
     assert f"kernel={fast.plans[0].name}" in repr(fast) and "MiB" in repr(fast) and "dtype" not in repr(fast)
+
+
+INTO: dict[str, Callable[[], Tensor]] = {
+    "as the answer": lambda: torch.empty(3, 5, N),
+    "a part of more": lambda: torch.empty(8, 5, N)[2:5],
+    "of wider rows": lambda: torch.empty(3, 5, 2 * N)[..., :N],
+    "turned": lambda: torch.empty(5, 3, N).transpose(0, 1),
+    "rounded": lambda: torch.empty(3, 5, N, dtype=torch.bfloat16),
+}
+
+
+@EVERY_STATE
+@pytest.mark.parametrize("place", INTO)
+def test_an_answer_goes_where_it_is_told(kind: str, place: str) -> None:
+    """In eval mode, in training, and where torch answers: with the numbers that it has otherwise, and nothing else is
+    written."""
+    fast, _ = twins(kind)
+    x, into = torch.randn(3, 5, K), INTO[place]()
+    for training in (False, True):
+        fast.train(training)
+        with torch.no_grad():
+            whole = into if into._base is None else into._base
+            whole.fill_(7.0)
+            want = fast(x)
+            assert fast._engine.forward(fast, x, (), into) is into
+            torch.testing.assert_close(into, want.to(into.dtype), rtol=0, atol=0)
+            into.fill_(7.0)
+            assert bool((whole == 7.0).all())
