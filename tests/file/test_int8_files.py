@@ -34,8 +34,6 @@ from fastlinear.file import manifest
 from fastlinear.layer import linear
 from fastlinear.layer.frozen import Frozen, is_frozen, record_of
 from fastlinear.plan import decide, table
-from fastlinear.plan.candidates import Chosen
-from fastlinear.plan.problem import Problem
 from fastlinear.spec import int8
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.precision import wanted
@@ -166,26 +164,17 @@ def test_tied_weights_that_were_included(path: Path) -> None:
     assert torch.equal(answers(loaded.out, x), answers(fast.out, x)) and loaded.out._engine.packed.format == "int8"
 
 
-def test_plans_go_with_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_go_with_the_file(path: Path, tuned: list[str]) -> None:
     """A process that loads it measures nothing for what was tuned where it was saved; one with another scheme does."""
-    keys: list[str] = []
-
-    def tune(problem: Problem, operands: decide.Operands) -> Chosen:
-        keys.append(problem.key())
-        return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
-
-    monkeypatch.setattr(decide, "_tuned", tune)
-    decide.cache().clear()
     model, x = make(), torch.randn(5, K)
     for scheme in ("dynamic", "asymmetric", "smoothed", "static u8", "weight-only"):
         fast = fastlinear.convert(model, quantize=SCHEMES[scheme](model, torch.randn(64, K)))
         want = answers(fast, x)
         fastlinear.save(fast, path)
         decide.cache().clear()  # as in another process
-        keys.clear()
+        tuned.clear()
         loaded = fastlinear.load(path, on_meta(make))
-        assert torch.equal(answers(loaded, x), want) and not keys
-    decide.cache().clear()
+        assert torch.equal(answers(loaded, x), want) and not tuned
 
 
 def test_files_of_floats_are_as_before(path: Path) -> None:

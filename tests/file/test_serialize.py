@@ -7,7 +7,7 @@ import os
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from fastlinear.layer import linear, packs
 from fastlinear.layer.frozen import Frozen, is_frozen, record_of
 from fastlinear.model import fusion
 from fastlinear.plan import decide, rivals, table
-from fastlinear.plan.candidates import Chosen
-from fastlinear.plan.problem import Problem
 from fastlinear.spec.formats import DTYPES
 from fastlinear.spec.precision import Precision
 
@@ -529,21 +527,6 @@ fastlinear.save(fastlinear.convert(nn.Sequential(nn.Linear(37, 70)), tune="off")
     (layer,) = split(path)[0]["__metadata__"][manifest.KEY]["layers"]
     repacked = layer["layout"] != table.layout(FP32)
     assert ("repacked from" in str(fastlinear.report(model))) == repacked
-
-
-@pytest.fixture
-def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The keys of what is tuned from here on; the winner is always the best native kernel by rule."""
-    keys: list[str] = []
-
-    def tune(problem: Problem, operands: decide.Operands) -> Chosen:
-        keys.append(problem.key())
-        return decide.heuristic(problem)._replace(source="tuned", speedup=1.5)
-
-    monkeypatch.setattr(decide, "_tuned", tune)
-    decide.cache().clear()
-    yield keys
-    decide.cache().clear()
 
 
 @pytest.mark.parametrize("freeze", ["before tuning", "after tuning", "never"])
