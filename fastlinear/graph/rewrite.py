@@ -20,6 +20,7 @@ from torch import fx
 import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
 import fastlinear.graph.columns as columns
+import fastlinear.graph.layouts as layouts
 import fastlinear.graph.masks as masks
 import fastlinear.graph.mixtures as mixtures
 import fastlinear.graph.norms as norms
@@ -94,6 +95,7 @@ class Rewriter:
             masks.take_whole(self.graph, self.story)
             tidying.keep_constants(self.capture.module, self.story)
             masks.drop_true(self.capture.module, self.story)
+            layouts.settle(self.graph, any(map(changes, self.graph.nodes)))
             remembered.remember(self.capture, self.story)
             self._number()
             row_blocks.join(self.graph, self._runs, self._is_calm)
