@@ -94,6 +94,13 @@ def changes(node: fx.Node) -> bool:
     return _is_in_place(target.__name__) or node.kwargs.get("out") is not None or _argument(node, "inplace") is True
 
 
+def written(node: fx.Node) -> fx.Node | None:
+    """The one tensor that a node writes to, of those that `changes` is true of; None where nobody knows that."""
+    alone = node.op == "call_method" or node.target in _IN_PLACE or _argument(node, "inplace") is True
+    given = node.args[0] if alone and node.args and node.kwargs.get("out") is None else None
+    return given if isinstance(given, fx.Node) else None
+
+
 def _is_in_place(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 

@@ -7,8 +7,10 @@ of which masks of -inf leave nothing gets 0, as torch's own attention has it, wh
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +19,15 @@ from torch import fx
 
 import fastlinear._tensors as _tensors
 from fastlinear.graph.attention import joined
-from fastlinear.graph.capture import changes, example, op_of, same_shape
+from fastlinear.graph.capture import changes, example, op_of, same_shape, same_size, written
 from fastlinear.graph.expansions import spelled_out
 from fastlinear.graph.story import Story
+from fastlinear.graph.tidying import VIEWS, only_reads
 from fastlinear.spec import attention
 
 _NEVER = -1e9  # so much below others, a score has no weight, and scores that all are lowered by it are one number
 _CASTS = {"to", "type", "float", "type_as", "half", "bfloat16"}
+_FOLDS = {"view", "reshape"}
 _ADDS, _MULTIPLIES, _DIVIDES = {"add", "iadd", "add_"}, {"mul", "imul", "mul_"}, {"div", "itruediv", "div_"}
 
 
@@ -39,11 +43,38 @@ class _Dot(NamedTuple):
 
 class _Mask(NamedTuple):
     """fill: the score of what is hidden, None where the mask is added. shows: whether it is true where there are scores
-    left."""
+    left. outer, sizes: of scores that are viewed with other dimensions before their last two, these as the view is
+    given them, and as they are."""
 
     node: fx.Node
     fill: float | None = None
     shows: bool = False
+    outer: tuple[Any, ...] = ()
+    sizes: tuple[Any, ...] = ()
+
+    def of(self, view: fx.Node) -> _Mask | None:
+        """The mask as one of what is viewed, by its last two dimensions alone; None where nothing tells the others."""
+        y, own, (_, *sizes) = example(view), example(self.node), view.args
+        given: Any = sizes[0] if len(sizes) == 1 else sizes
+        if self.outer or y is None or own is None:
+            return self
+        outer = tuple(given[:-2])
+        kept = [own.dim() == y.dim() and same_size(own.shape[i], y.shape[i]) for i, n in enumerate(outer) if n == -1]
+        told = len(given) == y.dim() and all(kept)
+        return self._replace(outer=outer, sizes=tuple(y.shape[:-2])) if told else None
+
+    def fits(self, outer: Sequence[Any]) -> bool:
+        """Whether its sizes become these, the first ones as one."""
+        first = len(self.sizes) - len(outer) + 1
+        if not self.outer or first < 1:
+            return not self.outer
+        return same_shape([math.prod(self.sizes[:first]), *self.sizes[first:]], outer)
+
+    def viewed(self, mask: Any, outer: Any, dims: int) -> Any:
+        """The mask of scores of so many dimensions; outer: what `outer` stands for."""
+        known = example(self.node)
+        mask = mask.unsqueeze(0) if known is not None and known.dim() == 1 else mask
+        return mask.expand(*outer, -1, -1).flatten(0, len(outer) - dims + 2) if outer else mask
 
     def read(self, mask: Any, dtype: torch.dtype, is_only: bool) -> Any:
         """As attention takes the mask: to be added, in this dtype; or true where something is to be looked at, if there
@@ -57,12 +88,14 @@ class _Mask(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """nodes: all that make the scores, the last one first."""
+    """nodes: all that make the scores, the last one first; factors: tensors that they are multiplied by before they are
+    masked, one number for each head."""
 
     dot: _Dot
     scale: float
     masks: tuple[_Mask, ...]
     nodes: tuple[fx.Node, ...]
+    factors: tuple[fx.Node, ...] = ()
 
 
 def join(graph: fx.Graph, story: Story) -> None:
@@ -73,7 +106,8 @@ def join(graph: fx.Graph, story: Story) -> None:
         found = None if values is None else _weights(values.x)
         if values is None or found is None or not _is_alone(root, found) or not _fits(root, found, values):
             continue
-        given = (found.dot.x, found.dot.y, values.y, *(_dense(mask.node, dense) for mask in found.masks))
+        masks = [(_dense(mask.node, dense, root), mask.outer) for mask in found.masks]
+        given = (found.dot.x, found.dot.y, values.y, masks, found.factors)
         result, parts = spelled_out(graph, root, _plain(found, values, joined(root) is not None), given)
         node = next(each for each in parts if op_of(each) == "scaled_dot_product_attention")
         root.replace_all_uses_with(result.node)
@@ -85,27 +119,29 @@ def join(graph: fx.Graph, story: Story) -> None:
             graph.erase_node(each)
 
 
-def _dense(mask: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+def _dense(mask: fx.Node, known: dict[fx.Node, fx.Node], root: fx.Node) -> fx.Node:
     """A mask whose last dimension lies side by side, as a bias of positions does not that is turned from [L, S, H]: one
-    copy for all layers that read it."""
+    copy for all layers that read it, unless somebody writes to it; then one for `root`."""
     t = example(mask)
     if t is None or t.stride(-1) == 1 or t.shape[-1] == 1:
         return mask
-    if mask not in known:
-        with mask.graph.inserting_after(mask):
+    shared = not any(map(changes, mask.users))
+    if not shared or mask not in known:
+        with mask.graph.inserting_after(mask) if shared else mask.graph.inserting_before(root):
             known[mask] = mask.graph.call_method("contiguous", (mask,))
         known[mask].meta = {**mask.meta, "example_value": t.contiguous()}
     return known[mask]
 
 
 def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
-    """attend(q, k, v, *masks): the same in torch's one function. is_joined: whether what reads it joins heads at once,
+    """attend(q, k, v, masks, factors): the same in torch's one function. is_joined: whether what reads it joins heads,
     so that it shows nowhere in which order they lie."""
 
-    def attend(q: Any, k: Any, v: Any, *masks: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, masks: Any, factors: Any) -> Any:
         heads = [t.permute(order) for t, order in ((q, found.dot.x_order), (k, found.dot.y_order), (v, values.y_order))]
         alone = len(values.order) == 3
         mask = _mask(list(zip(masks, found.masks, strict=True)), alone, example(q.node))
+        heads[0] = functools.reduce(operator.mul, factors, heads[0])
         q, k, v = (t.unsqueeze(1) for t in heads) if alone else heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=found.scale)
         y = (y.squeeze(1) if alone else y).permute(values.order)
@@ -117,10 +153,11 @@ def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
 def _mask(given: list[tuple[Any, _Mask]], alone: bool, query: Any) -> Any:
     """All masks as one: bool, true where something is to be looked at, or added in the dtype of query."""
     masks = []
-    for mask, how in given:
+    for (mask, outer), how in given:
         known = example(how.node)
         assert known is not None
-        mask = mask.unsqueeze(0) if known.dim() == 1 else mask.unsqueeze(1) if alone and known.dim() == 3 else mask
+        mask = how.viewed(mask, outer, 3 if alone else 4)
+        mask = mask.unsqueeze(1) if alone and (outer or known.dim() == 3) else mask
         masks.append(how.read(mask, query.dtype, is_only=len(given) == 1))
     return sum(masks[1:], masks[0]) if masks else None
 
@@ -184,7 +221,7 @@ def _order(letters: Any, wanted: Any) -> tuple[int, ...]:
 def _weights(node: Any) -> _Scores | None:
     """What weights of the last dimension come from."""
     before = []
-    while isinstance(node, fx.Node) and op_of(node) in _CASTS:
+    while isinstance(node, fx.Node) and (op_of(node) in _CASTS or _is_fold(node)):
         before.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or op_of(node) != "softmax":
@@ -195,23 +232,73 @@ def _weights(node: Any) -> _Scores | None:
     return _scores(node.args[0] if node.args else node.kwargs.get("input"), 1.0, (), (*before, node))
 
 
-def _scores(node: Any, scale: float, masks: tuple[_Mask, ...], nodes: tuple[fx.Node, ...]) -> _Scores | None:
-    """nodes, masks, scale: what was found behind this node; masks are not multiplied by a scale."""
+def _scores(
+    node: Any,
+    scale: float,
+    masks: tuple[_Mask, ...],
+    nodes: tuple[fx.Node, ...],
+    factors: tuple[fx.Node, ...] = (),
+) -> _Scores | None:
+    """nodes, masks, scale, factors: what was found behind this node; masks are not multiplied."""
     if not isinstance(node, fx.Node):
         return None
     dot, nodes = _by_keys(node), (*nodes, node)
+    if dot is None and (added := _added_to(node)) is not None and scale == 1.0 and not factors:
+        dot, scale, more = added
+        masks = (*masks, *more)
     if dot is not None:
         (x, of_x), (y, of_y) = _scaled(dot.x), _scaled(dot.y)
         passed = [each for each in (dot.x, dot.y) if each not in (x, y)]
-        return _Scores(dot._replace(x=x, y=y), scale * of_x * of_y, masks, (*nodes, *passed))
+        return _Scores(dot._replace(x=x, y=y), scale * of_x * of_y, masks, (*nodes, *passed), factors)
     if op_of(node) in _CASTS:
-        return _scores(node.args[0], scale, masks, nodes)
+        return _scores(node.args[0], scale, masks, nodes, factors)
+    if _is_fold(node):
+        viewed = [known for mask in masks if (known := mask.of(node)) is not None]
+        return None if factors or len(viewed) < len(masks) else _scores(node.args[0], scale, tuple(viewed), nodes)
     if (found := _scaling(node)) is not None:
-        return _scores(found[0], scale * found[1], masks, nodes)
-    for inner, mask in _masked(node) if scale == 1.0 else ():
+        return _scores(found[0], scale * found[1], masks, nodes, factors)
+    for inner, factor in _multiplied(node):
+        if (whole := _scores(inner, scale, masks, nodes, (*factors, factor))) is not None:
+            return whole
+    for inner, mask in _masked(node) if scale == 1.0 and not factors else ():
         if (whole := _scores(inner, scale, (*masks, mask), nodes)) is not None:
             return whole
     return None
+
+
+def _is_fold(node: fx.Node) -> bool:
+    """Whether a node views scores with other dimensions before the last two."""
+    x, y = example(node.args[0]) if node.args else None, example(node)
+    if op_of(node) not in _FOLDS or x is None or y is None or min(x.dim(), y.dim()) < 3:
+        return False
+    return same_shape(x.shape[-2:], y.shape[-2:])
+
+
+def _added_to(node: fx.Node) -> tuple[_Dot, float, list[_Mask]] | None:
+    """The products that baddbmm adds to something, by which number they are multiplied, and what that is."""
+    given: dict[str, Any] = {"beta": 1, "alpha": 1, **dict(zip(_BADDBMM, node.args, strict=False)), **node.kwargs}
+    if op_of(node) != "baddbmm" or not {*_BADDBMM} <= {*given} or given["beta"] not in (0, 1):
+        return None
+    x, y = given["batch1"], given["batch2"]
+    if not isinstance(given["alpha"], (int, float)) or not given["alpha"] > 0:
+        return None
+    masks = [_Mask(given["input"])] if given["beta"] == 1 else []
+    return _Dot(x, y, (0, 1, 2), (0, 2, 1), (0, 1, 2)), float(given["alpha"]), masks
+
+
+_BADDBMM = ("input", "batch1", "batch2")
+
+
+def _multiplied(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
+    """What may be scores that a node multiplies by a tensor of a number for each head, with that."""
+    if op_of(node) not in _MULTIPLIES or node.kwargs or len(node.args) != 2:
+        return
+    for scores, factor in (node.args, node.args[::-1]) if op_of(node) == "mul" else (node.args,):
+        s, f, y = (example(each) for each in (scores, factor, node))
+        if s is None or f is None or y is None or not same_shape(s.shape, y.shape) or f.dtype is not s.dtype:
+            continue
+        if f.dim() in range(2, s.dim() + 1) and f.shape[-2:] == (1, 1):
+            yield scores, factor  # type: ignore[misc]
 
 
 def _scaling(node: Any) -> tuple[Any, float] | None:
@@ -254,7 +341,7 @@ def _hides(number: Any) -> bool:
 
 
 def _is_alone(root: fx.Node, found: _Scores) -> bool:
-    """Whether nothing but these nodes reads what is between, and none but these writes to a tensor meanwhile."""
+    """Whether nothing but these nodes reads what is between, and none but these writes meanwhile to what was read."""
     inside = {root, *found.nodes}
     if any(user not in inside for node in found.nodes for user in node.users):
         return False
@@ -262,9 +349,26 @@ def _is_alone(root: fx.Node, found: _Scores) -> bool:
     while left:
         node = node.prev
         if node not in inside and changes(node):
-            return False
+            touched = _touched(node)
+            if touched is None or not touched.isdisjoint(each for before in left for each in before.all_input_nodes):
+                return False
         left.discard(node)
     return True
+
+
+def _touched(write: fx.Node) -> set[fx.Node] | None:
+    """The nodes whose values may lie where a node writes; None where these may be any."""
+    base = written(write)
+    while base is not None and op_of(base) in VIEWS:
+        base = base.args[0] if isinstance(base.args[0], fx.Node) else None
+    if base is None or base.op not in ("call_function", "call_method"):
+        return None
+    if not all(only_reads(base, each) for each in base.all_input_nodes):
+        return None
+    reached = [base]
+    for node in reached:
+        reached += [user for user in node.users if user not in reached and not only_reads(user, node)]
+    return set(reached)
 
 
 def _fits(root: fx.Node, found: _Scores, values: _Dot) -> bool:
@@ -280,7 +384,8 @@ def _fits(root: fx.Node, found: _Scores, values: _Dot) -> bool:
         return False
     orders = ((q, dot.x_order), (k, dot.y_order), (v, values.y_order))
     (*outer, rows, size), keys, kept = ([t.shape[i] for i in order] for t, order in orders)
-    return (
+    viewed = all(mask.fits(outer) for mask in found.masks)
+    return viewed and (
         same_shape(keys[:-2], outer) and same_shape(kept[:-2], outer) and same_shape(keys[-2:-1], kept[-2:-1])
         and same_shape(s.shape, (*outer, rows, keys[-2])) and same_shape([size], keys[-1:])
     )  # fmt: skip

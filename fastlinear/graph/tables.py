@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fastlinear.graph.capture import Capture, op_of
+from fastlinear.graph.capture import Capture, example, op_of
 from fastlinear.model import tables
 
 
@@ -18,7 +18,13 @@ def _readers(node: fx.Node) -> set[str]:
     names, left = set[str](), [node]
     for each in left:
         for user in each.users:
-            names.add(op_of(user) or user.op)
-            if tables.is_view(op_of(user)) and user.args[0] is each:
+            name = "index" if _is_index(user) else op_of(user) or user.op
+            names.add(name)
+            if tables.is_view(name) and user.args[0] is each:
                 left.append(user)
     return names
+
+
+def _is_index(node: fx.Node) -> bool:
+    """Whether a node takes rows by the numbers in a tensor."""
+    return op_of(node) == "getitem" and any(example(each) is not None for each in node.all_input_nodes[1:])

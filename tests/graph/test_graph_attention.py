@@ -91,6 +91,17 @@ def test_attention_is_ours(name: str) -> None:
     assert node.outcome == "fast" and node.why == "attention: fastlinear, by rule"
 
 
+def test_heads_that_are_too_wide_are_torchs() -> None:
+    """Of more than 256 numbers, with the reason; their rows are cut and joined as others are."""
+
+    def wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = (t.transpose(1, 2).repeat(1, 1, 1, 33).transpose(1, 2) for t in (q, k, v))  # heads of 264
+        return sdpa(*parts).unflatten(-1, (33, 8)).mean(-2)
+
+    node = check(Attention(wide), torch.randn(1, 10, 32))
+    assert (node.outcome, node.why) == ("torch", "attention: torch: heads of 264 are more than 256 wide")
+
+
 def test_groups_of_heads() -> None:
     """Keys and values of fewer heads are shared by several of the queries."""
     node = check(Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), 2), torch.randn(2, 10, 32))

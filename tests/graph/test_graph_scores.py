@@ -58,7 +58,40 @@ def _two_masks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return joined(s.masked_fill(mask < 1, -1e9).softmax(-1) @ v)
 
 
+def _alibi(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    b, h, length = q.shape[:3]
+    q, k, v = (t.reshape(b * h, length, 8) for t in (q, k, v))
+    bias = mask[-1].cumsum(0).expand(b * h, 1, length)
+    s = bias.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=1.0, alpha=0.3).view(b, h, length, -1)
+    hidden = torch.where(mask > 0, 0.0, torch.finfo(q.dtype).min).to(q.dtype)[None, None]
+    w = F.softmax(s + hidden, dim=-1, dtype=torch.float32).to(q.dtype).view(b * h, length, -1)
+    return torch.bmm(w, v).view(b, h, length, 8).transpose(1, 2).reshape(b, length, 32)
+
+
+def _disentangled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    b, h, length = q.shape[:3]
+    folded = [t.reshape(b * h, length, 8) for t in (q, k, v)]
+    s = torch.bmm(folded[0], folded[1].transpose(-1, -2) / torch.full((), 3.0, dtype=q.dtype))
+    near = folded[0][..., :1] * folded[1][..., :1].mT
+    near += 2 * near.mT  # which is written to after q and k were read, and before it is
+    hidden = (mask == 0)[None, None].expand(b, 1, length, length)
+    s = (s + near).view(-1, h, length, length).masked_fill(hidden, torch.finfo(q.dtype).min)
+    y = torch.bmm(s.softmax(-1).view(b * h, length, length), folded[2])
+    return y.view(b, h, length, 8).permute(0, 2, 1, 3).contiguous().view(b, length, -1)
+
+
+def _windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    b, _, length = q.shape[:3]
+    heads = (mask[:4, :1].cumsum(0) / 4).exp()[:, None]
+    s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * heads + mask.cos()[None, None]
+    s = s.view(b, 1, 4, length, length) + mask[None, None, None]
+    return joined(s.view(-1, 4, length, length).softmax(-1) @ v)
+
+
 TAKEN: dict[str, Attend] = {
+    "as in BLOOM": _alibi,
+    "as in DeBERTa": _disentangled,
+    "as in Swin V2": _windows,
     "as in nanoGPT": _nano,
     "mask in place": _in_place,
     "as transformers do": _of_transformers,
@@ -78,9 +111,18 @@ LEFT: dict[str, Attend] = {
     "weights read": lambda q, k, v, mask: joined((w := (q @ k.mT).softmax(-1)) @ v) + w.sum(),
     "scores read": lambda q, k, v, mask: joined((s := q @ k.mT).softmax(-1) @ v) + s.sum(),
     "of another dimension": lambda q, k, v, mask: joined((q @ k.mT).softmax(-2) @ v),
+    "a mask multiplied": lambda q, k, v, mask: joined(((q @ k.mT + mask) * q.mean((2, 3), True)).softmax(-1) @ v),
+    "rows multiplied": lambda q, k, v, mask: joined(((q @ k.mT) * q.mean(3, True)).softmax(-1) @ v),
+    "scores of other rows": lambda q, k, v, mask: joined(
+        (q @ k.mT).view(q.shape[0], 2, -1, q.shape[2]).softmax(-1).view(*q.shape[:3], -1) @ v
+    ),
+    "half of what is added": lambda q, k, v, mask: joined(
+        torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5).softmax(-1).view(*q.shape[:3], -1) @ v
+    ),
     "a mask scaled": lambda q, k, v, mask: joined(((q @ k.mT + mask) * 0.3).softmax(-1) @ v),
     "a small number": lambda q, k, v, mask: joined((q @ k.mT).masked_fill(mask < 1, -2.0).softmax(-1) @ v),
     "queries that see nothing": lambda q, k, v, mask: joined((q @ k.mT).masked_fill(mask < 9, -1e4).softmax(-1) @ v),
+    "a view written to meanwhile": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1), v[..., :1].mul_(2))[0] @ v),
     "a sign changed": lambda q, k, v, mask: joined(((q @ k.mT) * -0.3).softmax(-1) @ v),
     "keys of one head": lambda q, k, v, mask: joined((q @ k[:, :1].mT).softmax(-1) @ v),
     "written to meanwhile": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1), v.mul_(2))[0] @ v),

@@ -63,3 +63,16 @@ def test_encoder_takes_nested_tensors() -> None:
     with torch.no_grad():
         for ours, theirs in zip(OFF(encoder)(nested).unbind(), encoder(nested).unbind(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_gives_what_torchs_plain_path_gives() -> None:
+    """fp32, as LayerNorm gives under autocast, with and without gradients; torch's fused kernel alone gives 16 bits."""
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    fast = OFF(encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = encoder(x)
+        with torch.no_grad():
+            y, fused = fast(x), encoder(x)
+        assert (y.dtype, fast(x).dtype, want.dtype, fused.dtype) == (*[torch.float32] * 3, torch.bfloat16)
+    torch.testing.assert_close(y, want.detach(), rtol=2e-2, atol=2e-2)

@@ -316,10 +316,12 @@ class Attends(nn.Module):
         super().__init__()
         self.linear, self.read = nn.Linear(16, 48), read
         self.positions, self.kernel = (nn.Parameter(torch.randn(1, 16, 16)) for _ in range(2))
+        self.table = nn.Parameter(torch.randn(7, 16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         length = x.shape[1]
-        qkv = self.linear(x + self.positions[:, :length]).view(-1, length, 3, 2, 8)
+        rows = self.positions[:, :length] + 2 * self.table[torch.zeros(length, dtype=torch.long)]
+        qkv = self.linear(x + rows).view(-1, length, 3, 2, 8)
         q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         y = y + (q @ k.transpose(2, 3)).softmax(-1) @ v
