@@ -40,9 +40,8 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str = "") ->
 
 
 @contextmanager
-def growing(head: Sequence[str], widths: Sequence[int], sides: str = "") -> Iterator[Growing]:
-    """widths: what plain columns are made wide enough for, beside the head."""
-    sides = sides or "<" * len(head)
+def growing(head: Sequence[str], widths: Sequence[int], sides: str) -> Iterator[Growing]:
+    """widths: what plain columns are made wide enough for, beside the head; sides: as of `show`."""
     if not are_drawn():
         yield _Plain(head, widths, sides)
         return

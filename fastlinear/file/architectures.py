@@ -118,7 +118,7 @@ def architecture_of(fields: Mapping[str, Any]) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
-def check_config(fields: Mapping[str, Any], architecture: str, config: object, stretched: float = 1.0) -> None:
+def check_config(fields: Mapping[str, Any], architecture: str, config: object, stretched: float) -> None:
     """ValueError where the file and a transformers config tell of two models. stretched: by how much the file's slowest
     frequency of the rotary embedding is divided."""
     rope = getattr(config, "rope_parameters", None)

@@ -43,7 +43,7 @@ _AT_ONCE = 524288  # elements of a weight that are read and packed at a time, wh
 _PANELS = 64  # channels that are whole panels in every layout
 
 
-def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool = False) -> None:
+def fill(model: nn.Module, sources: Mapping[str, Source], dynamic: bool) -> None:
     """Gives a model the tensors of these names; ValueError where they are others than it has, and nothing is changed.
 
     Weights of nn.Linear are packed, one after the other, those of nn.Embedding stay packed rows, all else becomes

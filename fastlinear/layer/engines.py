@@ -91,7 +91,7 @@ class WithEngines(Freezable):
             if engine.packed is not None
         ]
 
-    def ask_again(self, anew: bool = False) -> None:
+    def ask_again(self, anew: bool) -> None:
         """Forgets the plans that were to be measured but are not (anew: all), so that the next call that needs one asks
         for it."""
         with lock:

@@ -172,7 +172,7 @@ class Plannable(nn.Module):
             tuple(sorted((plan for w, plan in found if w == which), key=lambda c: (c.x, c.bucket))) for which in (0, 1)
         )
 
-    def ask_again(self, anew: bool = False) -> None:
+    def ask_again(self, anew: bool) -> None:
         """Forgets the plans that were to be measured but are not (anew: all)."""
         with lock:
             for key, (plan, _) in list(self._decided.items()) if self._tune == "lazy" else ():

@@ -143,12 +143,12 @@ def _holds(packed: _weights.Packed, *contents: Tensor | None) -> bool:
     return all(is_same(had, has) for had, has in zip(contents_of(packed), padded, strict=False))
 
 
-def pack_quantized(quantized: Quantized, packed_as: str, gated: bool = False) -> _weights.Packed:
+def pack_quantized(quantized: Quantized, packed_as: str, gated: bool) -> _weights.Packed:
     """An int8 weight in an integer format and the layout of this machine; ValueError where it has too many columns."""
     return kind_of(gated)(quantized.values, table.layout(packed_as), quantized.scale, quantized.zero)
 
 
-def pack_coded(coded: int4.Coded, gated: bool = False) -> _weights.Packed:
+def pack_coded(coded: int4.Coded, gated: bool) -> _weights.Packed:
     """A weight in groups that somebody else quantized, bit for bit, in the layout of this machine."""
     layout = coded.layout(table.layout(coded.packed))
     return kind_of(gated)(coded.codes, layout, *coded.contents())

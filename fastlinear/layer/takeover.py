@@ -251,14 +251,14 @@ def _frozen(told: Found, asked: Wanted, name: str, held: torch.dtype, gated: boo
         frozen = Frozen(packed, held, origin=f"unpacked from {label} to {packed.format}", smooth=precision.smooth)
         return frozen, precision._replace(packed=None if packed.format == name_of(held) else packed.format)
     scheme = asked.scheme
-    packed = packed_as_is(weight, "w8f" if scheme is None else scheme.packed, gated)
+    packed = packed_as_is(weight, gated, "w8f" if scheme is None else scheme.packed)
     frozen = Frozen(packed, held, origin=f"from {label}")
     products = asked.switched if asked.switched != FP32 else asked.everywhere.products
     rows = None if scheme is None else scheme.rows(name)
     return frozen, precision_of(frozen)._replace(rows=rows, products=products, accumulate=asked.everywhere.accumulate)
 
 
-def packed_as_is(weight: Coded | Quantized, integers: str = "w8f", gated: bool = False) -> _weights.Packed:
+def packed_as_is(weight: Coded | Quantized, gated: bool, integers: str = "w8f") -> _weights.Packed:
     """Codes, or integers in the format `integers`, bit for bit."""
     if isinstance(weight, Quantized):
         return packs.pack_quantized(weight, integers, gated)
@@ -269,7 +269,7 @@ def packed_for(weight: Weight, held: torch.dtype, gated: bool = False) -> _weigh
     """Codes and integers bit for bit; floats in their own dtype, or in `held`, that of the model around them, where
     that is narrower than theirs, or no kernel reads theirs."""
     if not isinstance(weight, Tensor):
-        return packed_as_is(weight, gated=gated)
+        return packed_as_is(weight, gated)
     wide = weight.dtype is torch.float32 and held is not torch.float32  # of which no kernel multiplies 16 bits by fp32
     floats = weight.to(held) if wide or weight.dtype not in _tensors.FORMATS else weight
     return packs.pack_apart(floats, Precision(name_of(floats.dtype)), gated)

@@ -64,7 +64,7 @@ class Fast(NamedTuple):
     attended: float = 0.0
 
 
-def share_of(model: nn.Module, known: Fast, example: Any = None) -> Share:
+def share_of(model: nn.Module, known: Fast, example: Any) -> Share:
     """example: what to count the multiply-adds of."""
     if example is None:
         return _weights(model, known.layers, known.tables)

@@ -46,7 +46,7 @@ def memory_of(nbytes: int) -> Tensor:
     return torch.ones(-(-nbytes // 64) * 64, dtype=torch.uint8, device="cpu")
 
 
-def read_rate(memory: Tensor, threads: int, cold: bool = False, ahead: Sequence[int] = AHEAD) -> float:
+def read_rate(memory: Tensor, threads: int, cold: bool, ahead: Sequence[int] = AHEAD) -> float:
     """Bytes a second that so many threads read, each its share, again and again, or once from memory where it is cold;
     of the fastest of ways to prefetch."""
     passes = 1 if cold else max(2, _LEAST_BYTES // memory.nbytes)
