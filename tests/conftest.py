@@ -20,6 +20,7 @@ for name in [name for name in os.environ if name.startswith("FASTLINEAR_") and n
     del os.environ[name]
 _cache = tempfile.TemporaryDirectory(prefix="fastlinear-tests-")
 os.environ["FASTLINEAR_CACHE_DIR"] = _cache.name
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # what CPUID allows is compiled, without a program that tries each: 8 s
 if "PYTEST_XDIST_WORKER" not in os.environ:  # what is compiled for the tests, once for all workers
     _build = tempfile.TemporaryDirectory(prefix="fastlinear-build-")
     os.environ["TESTS_BUILD_FOLDER"] = _build.name

@@ -23,7 +23,7 @@ namespace {
 
 // Of the scalar ISA's functions those that a product is made of: instrumented, all take thrice as long to compile.
 constexpr Vectors kVectors{
-    .steps = epilogue_steps<scalar::F32>,
+    .steps = FunctionList<epilogues::Identity, epilogues::Relu>::steps<scalar::F32>,
     .conversions = conversions<scalar::F32, scalar::Codes, scalar::Bytes, scalar::Halves>,
     .quantization = &quantization<scalar::F32, scalar::I32>,
     .norm = nullptr,
