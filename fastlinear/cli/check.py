@@ -6,6 +6,7 @@ Integer products are held to their specification.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
     rounded twice, and once more where the kernel multiplies 16 bits."""
     worst, of_x = 0.0, DTYPES[row["rows"]]
     for offsets, (m, k, n) in itertools.product((False, True), _SHAPES):
-        coded = grouping.quantize_into(layout, torch.randn(n, k, device="cpu") + offsets, 16, offsets)
+        coded = _coded(layout.split("/")[0], n, k, offsets)
         x, bias = torch.randn(m, k, device="cpu").to(of_x), torch.zeros(n, device="cpu")
         out = _run(row, coded.layout(layout), x, coded, bias, torch.float32)
         weight, size = int4.dequantize(coded).to(of_x).double(), int4.magnitudes(coded).double()
@@ -90,16 +91,22 @@ def _worst_coded(row: dict[str, Any], layout: str) -> float:
 def _worst_dots(row: dict[str, Any], layout: str) -> float:
     """Largest error of integer products of a weight in groups against the specification, over that of two roundings of
     each of its sums: sums of integers are exact, but an FMA of the specification is rounded twice."""
-    worst, coding = 0.0, int4.Coding(16, int4.table_in(layout), offsets=True)
+    worst = 0.0
     for kind, (m, k, n) in itertools.product(int4.ROW_KINDS, _SHAPES):
         x, nothing = torch.randn(m, k, device="cpu"), torch.zeros(n, device="cpu")
-        weight = grouping.quantize_weight(torch.randn(n, k, device="cpu"), coding)
+        weight = _coded(layout.split("/")[0], n, k, True)
         rows = _plans.RowQuantizer(kind)
-        got = _run(row, coding.layout(layout), x, weight, nothing, torch.float32, rows=rows)
-        u, scale = int4.quantize_rows(x, coding.group, kind)
-        size = int4.dequantize_rows(u, scale, coding.group).abs() @ int4.magnitudes(weight).T
+        got = _run(row, weight.layout(layout), x, weight, nothing, torch.float32, rows=rows)
+        u, scale = int4.quantize_rows(x, weight.group, kind)
+        size = int4.dequantize_rows(u, scale, weight.group).abs() @ int4.magnitudes(weight).T
         worst = max(worst, _largest((got - int4.linear(x, weight, kind)).abs() / (2.0**-23 * size)))
     return worst
+
+
+@functools.cache  # for all kernels of a format: to round a weight takes longer than to multiply by it
+def _coded(form: str, n: int, k: int, offsets: bool) -> int4.Coded:
+    numbers = torch.Generator("cpu").manual_seed(0)
+    return grouping.quantize_into(form, torch.randn(n, k, generator=numbers, device="cpu") + offsets, 16, offsets)
 
 
 def _worst_product(row: dict[str, Any], layout: str) -> float:
