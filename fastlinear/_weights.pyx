@@ -337,6 +337,8 @@ cdef class Packed:
         """The scales [n] of an int8 weight, fp32, or [n, groups] of one in groups; None for another."""
         if self.grouped:
             return self.of_groups(self.weight.groups.scales)[0]
+        if self.n == 0 and channel_arrays(self.shape.format) > 0:
+            return torch.empty(0, dtype=torch.float32, device="cpu")
         return self.channels(self.weight.scales, torch.float32)
 
     @property

@@ -571,6 +571,18 @@ def test_pickles_hold_no_packed_bytes(way: str, pairing: Pairing) -> None:
             assert torch.equal(other(x), fast(x)) or ran is None
 
 
+@pytest.mark.parametrize("quantize", [None, fastlinear.Int8Dynamic(), fastlinear.Int8WeightOnly()])
+@pytest.mark.parametrize("shape", [(8, 0), (0, 8)])
+def test_a_layer_without_weights_goes_to_another_process(shape: tuple[int, int], quantize: Any) -> None:
+    """A frozen layer of no outputs, as MobileBERT has where its two widths are equal, is pickled as any other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of nothing to initialize
+        fast = OFF(nn.Sequential(nn.Linear(*shape)), quantize=quantize, freeze=True).eval()
+    other, x = pickle.loads(pickle.dumps(fast)), torch.randn(3, shape[0])
+    with torch.no_grad():
+        assert torch.equal(other(x), fast(x)) and frozen_names(other) == {"0"}
+
+
 SAME: dict[str, Callable[[nn.Module], object]] = {
     "to(cpu)": lambda m: m.to("cpu"),
     "to its dtype": lambda m: m.to(torch.float32),
