@@ -8,6 +8,7 @@ A room is a folder. `tests/test_layering.py` holds every include and import agai
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from html import escape
@@ -109,6 +110,7 @@ def room_of(name: str) -> str:
     return "native" if head.startswith("_") else head
 
 
+@functools.cache
 def arrows() -> set[tuple[str, str]]:
     """(user, used) of all rooms, as the sources have it."""
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlinear.plan import memory
@@ -139,26 +139,31 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=ANYTHING, place=st.sampled_from(["file", "entries", "entry", *Remembered._fields]))
-def test_any_json_anywhere(tmp_path: Path, content: Any, place: str) -> None:
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_any_json_anywhere(tmp_path: Path, examples: int) -> None:
     """Any JSON, as the file, its entries, one entry or a field of one, is ignored or safe; its neighbor stays."""
-    path = written(tmp_path, a=VALUE, b=VALUE)
-    whole = json.loads(path.read_bytes())
-    if place in Remembered._fields:
-        whole["entries"]["a"][place] = content
-    elif place == "entry":
-        whole["entries"]["a"] = content
-    elif place == "entries":
-        whole["entries"] = content
-    else:
-        whole = content
-    path.write_text(json.dumps(whole))
-    found = cache(tmp_path)
-    assert believed(found.get("a"))
-    if place not in ("file", "entries"):
-        assert found.get("b") == VALUE
-    path.unlink()
+
+    @settings(max_examples=examples, deadline=None)
+    @given(content=ANYTHING, place=st.sampled_from(["file", "entries", "entry", *Remembered._fields]))
+    def holds(content: Any, place: str) -> None:
+        path = written(tmp_path, a=VALUE, b=VALUE)
+        whole = json.loads(path.read_bytes())
+        if place in Remembered._fields:
+            whole["entries"]["a"][place] = content
+        elif place == "entry":
+            whole["entries"]["a"] = content
+        elif place == "entries":
+            whole["entries"] = content
+        else:
+            whole = content
+        path.write_text(json.dumps(whole))
+        found = cache(tmp_path)
+        assert believed(found.get("a"))
+        if place not in ("file", "entries"):
+            assert found.get("b") == VALUE
+        path.unlink()
+
+    holds()
 
 
 @pytest.mark.parametrize(
