@@ -181,6 +181,16 @@ def turn_of(node: fx.Node) -> tuple[int, ...]:
     return tuple({a: b, b: a}.get(d, d) for d in range(x.dim()))
 
 
+def letters_of(node: fx.Node) -> tuple[str, str, str] | None:
+    """What an einsum of two tensors calls its dimensions."""
+    if op_of(node) != "einsum" or node.kwargs or len(node.args) != 3 or not isinstance(node.args[0], str):
+        return None
+    given, arrow, out = node.args[0].replace(" ", "").partition("->")
+    a, comma, b = given.partition(",")
+    fit = all(each.isalpha() and len({*each}) == len(each) for each in (a, b, out))
+    return (a, b, out) if arrow and comma and fit else None
+
+
 def is_contiguous(x: Tensor) -> bool:
     """Whether a fake tensor is, for every input that the graph is run on."""
     expected: Any = 1

@@ -119,10 +119,20 @@ def _matmul(node: fx.Node) -> Product | None:
 
 def _is_given(node: Any) -> bool:
     """Whether a node is a matrix that the graph is given, or rows of one, and nothing that it computes."""
-    if not isinstance(node, fx.Node) or not (node.op in ("placeholder", "get_attr") or is_part(node)):
+    if not isinstance(node, fx.Node) or not (is_given(node) or is_part(node) or _is_flat(node)):
         return False
     shape = example(node)
     return shape is not None and shape.dim() == 2
+
+
+def is_given(node: Any) -> bool:
+    """Whether a node is what the graph is called with, or holds."""
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+
+
+def _is_flat(node: fx.Node) -> bool:
+    """Whether a node is what the graph is given, all dimensions but the first as one."""
+    return op_of(node) == "flatten" and node.args[1:] == (1,) and is_given(node.args[0])
 
 
 def _turned(node: Any) -> fx.Node | None:

@@ -21,6 +21,7 @@ import fastlinear.graph.attention as attention
 import fastlinear.graph.caches as caches
 import fastlinear.graph.columns as columns
 import fastlinear.graph.layouts as layouts
+import fastlinear.graph.letters as letters
 import fastlinear.graph.masks as masks
 import fastlinear.graph.mixtures as mixtures
 import fastlinear.graph.norms as norms
@@ -58,6 +59,7 @@ class Rewriter:
         """Rewrites the graph, and returns the fast layers of each product that it then runs."""
         self._expand()
         self._drop_idle()
+        letters.spell_out(self.capture, self.story)
         placed = mixtures.place(self.capture, self.options, self.story)
         self.mixtures, self._made = [*placed.values()], {*placed}
         if self.options.fuse:

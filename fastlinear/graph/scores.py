@@ -19,7 +19,7 @@ from torch import fx
 
 import fastlinear._tensors as _tensors
 from fastlinear.graph.attention import joined
-from fastlinear.graph.capture import changes, example, op_of, same_shape, same_size, written
+from fastlinear.graph.capture import changes, example, letters_of, op_of, same_shape, same_size, written
 from fastlinear.graph.expansions import spelled_out
 from fastlinear.graph.story import Story
 from fastlinear.graph.tidying import VIEWS, only_reads
@@ -164,7 +164,7 @@ def _mask(given: list[tuple[Any, _Mask]], alone: bool, query: Any) -> Any:
 
 def _by_values(node: fx.Node) -> _Dot | None:
     """Weights by v."""
-    if (letters := _letters(node)) is None:
+    if (letters := letters_of(node)) is None:
         return _matmul(node, keys=False)
     a, b, out = letters
     summed = [c for c in a if c in b and c not in out]
@@ -181,7 +181,7 @@ def _by_values(node: fx.Node) -> _Dot | None:
 
 def _by_keys(node: fx.Node) -> _Dot | None:
     """q by k."""
-    if (letters := _letters(node)) is None:
+    if (letters := letters_of(node)) is None:
         return _matmul(node, keys=True)
     a, b, out = letters
     summed = [c for c in a if c in b and c not in out]
@@ -202,16 +202,6 @@ def _matmul(node: fx.Node, keys: bool) -> _Dot | None:
     same = tuple(range(x.dim()))
     turned = (*same[:-2], same[-1], same[-2])
     return _Dot(*node.args, same, turned if keys else same, same)
-
-
-def _letters(node: fx.Node) -> tuple[str, str, str] | None:
-    """What an einsum of two tensors calls its dimensions."""
-    if op_of(node) != "einsum" or node.kwargs or len(node.args) != 3 or not isinstance(node.args[0], str):
-        return None
-    given, arrow, out = node.args[0].replace(" ", "").partition("->")
-    a, comma, b = given.partition(",")
-    fit = all(each.isalpha() and len({*each}) == len(each) for each in (a, b, out))
-    return (a, b, out) if arrow and comma and fit else None
 
 
 def _order(letters: Any, wanted: Any) -> tuple[int, ...]:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from fastlinear.graph.capture import example, op_of
-from fastlinear.graph.patterns import product_at
+from fastlinear.graph.patterns import is_given, product_at
 
 
 def work_of(node: fx.Node) -> int:
     """The multiply-adds of a node that multiplies activations, sizes that are dynamic counted as 1; 0 of any other."""
     count = _COUNTS.get(op_of(node))
-    if count is None or product_at(node) is not None:
+    if count is None or product_at(node) is not None or any(map(is_given, node.all_input_nodes)):
         return 0
     known = [each for node in node.all_input_nodes if (each := example(node)) is not None]
     return count(node, *known[:3]) if len(known) > 1 else 0

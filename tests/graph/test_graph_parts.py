@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlinear
 from fastlinear.graph import backend, operators
-from fastlinear.graph.parts import function
+from fastlinear.graph.parts import Piece, function
 from fastlinear.model.rows import NodeReport
 
 Forward = Callable[[Any, Tensor], Any]
@@ -203,7 +203,7 @@ def test_gradients_are_those_of_the_parameter() -> None:
 
 def test_a_cut_that_wants_gradients_has_them() -> None:
     """A function whose guards were filtered out may be called with gradients after all."""
-    parameter, cut = nn.Parameter(torch.randn(6, 2)), function([range(2), range(2, 6)])
+    parameter, cut = nn.Parameter(torch.randn(6, 2)), function([Piece(range(2)), Piece(range(2, 6))])
     with torch.no_grad():
         first = cut(parameter)
         assert all(a is b for a, b in zip(first, cut(parameter), strict=True)), "the same views"
