@@ -40,6 +40,7 @@ from fastlinear.graph.patterns import ABSORPTIONS, Product, gate_of, is_multipli
 from fastlinear.graph.story import Story
 from fastlinear.layer.frozen import is_frozen
 from fastlinear.layer.stack import why_not_frozen_group, why_not_together
+from fastlinear.model.running import name_together
 from fastlinear.spec.formats import DTYPES, name_of
 
 
@@ -261,7 +262,7 @@ class Rewriter:
         through = outer if gate.opens_inner else inner
         members = [inner, outer] if gate.opens_inner else [outer, inner]
         names = [spec.name for _, spec, _ in members]
-        spec = members[0][1]._replace(activation=None, name=_common(names))
+        spec = members[0][1]._replace(activation=None, name=name_together(names))
         first, last = (operators.product(spec, layer)[0] for _, spec, layer in (inner, outer))
         inside = int(through is inner)  # the place of the inner product's parameters
 
@@ -359,7 +360,7 @@ class Rewriter:
     def _place_group(self, members: Sequence[Any]) -> operators.Layers:
         products = [product for product, *_ in members]
         names = [spec.name for _, spec, _ in members]
-        spec = members[0][1]._replace(name=_common(names))
+        spec = members[0][1]._replace(name=name_together(names))
         frozen, what = is_frozen(members[0][2]), _named(*members)
         if frozen:
             function, stacks = operators.frozen_group([(spec, layer) for _, spec, layer in members], chained=False)
@@ -380,12 +381,3 @@ def _named(*members: Any) -> str:
 
 def _text(spec: Spec) -> str:
     return repr(spec.name) + (f" with {spec.activation.name}" if spec.activation else "")
-
-
-def _common(names: Sequence[str]) -> str:
-    """attention.self.query, attention.self.key -> attention.self.(query, key)"""
-    split = [name.rpartition(".") for name in names]
-    if len({front for front, *_ in split}) > 1:
-        return ", ".join(names)
-    front, dot, _ = split[0]
-    return f"{front}{dot}({', '.join(last for *_, last in split)})"

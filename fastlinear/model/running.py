@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -56,6 +56,7 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
                 cut[id(weight)][rows] = layer, weights
     grouped, apart = dict(_of_groups(model)), dict(_of_attention(model))
     found: dict[Any, Running] = {}
+    places: dict[str, int] = {}  # of layers in the product of several that they are computed by
     for layer, (name, *_) in linear_layers(model).items():
         known, weights = placed.get(id(known_by(layer)), (None, ()))
         pieces = {} if known is not None else cut.get(id(known_by(layer)), {})
@@ -74,6 +75,7 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
         running = Running(layer, name, ())
         if known is not None:
             running = Running(known, known._name if joined else name, (), joined)
+            places[name] = [id(weight) for weight, _ in weights].index(id(known_by(layer)))
         else:
             running = grouped.get(layer, running)
         running = found.get(running.layer, running)
@@ -86,7 +88,24 @@ def running(model: nn.Module, compiled: Iterable[Graph]) -> list[Running]:
         for rows, (known, weights) in cut.get(id(weight), {}).items():
             running = _add(found, known, weights, f"{name}[{rows.start}:{rows.stop}]")
             found[known] = running._replace(cut=(*running.cut, (name, rows)))
-    return [*found.values()]
+    return [_with_whole_name(each, places) for each in found.values()]
+
+
+def name_together(names: Sequence[str]) -> str:
+    """attention.self.query, attention.self.key -> attention.self.(query, key)"""
+    split = [name.rpartition(".") for name in names]
+    if len({front for front, *_ in split}) > 1:
+        return ", ".join(names)
+    front, dot, _ = split[0]
+    return f"{front}{dot}({', '.join(last for *_, last in split)})"
+
+
+def _with_whole_name(running: Running, places: Mapping[str, int]) -> Running:
+    """By the names that the model has for its layers: where Dynamo has broken a graph, a product of several knows those
+    within the module that the piece is of."""
+    if len(running.parts) < 2 or not places.keys() >= {*running.parts}:
+        return running
+    return running._replace(name=name_together(sorted(running.parts, key=places.__getitem__)))
 
 
 def _add(found: dict[Any, Running], layer: Any, weights: tuple[Any, ...], part: str) -> Running:

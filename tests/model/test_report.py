@@ -347,6 +347,38 @@ def test_the_share_of_attention_and_tables(read: bool) -> None:
     assert (stock.weights, stock.fast_multiply_adds) == (4 * 256, linear)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.q, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack((self.q(x), self.k(x), self.v(x))).sum(0)
+
+
+class Broken(nn.Module):
+    """Blocks that Dynamo compiles one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_products_of_several_layers_have_names_of_the_model() -> None:
+    """Also where a graph is of a part of the model: names were those within the part, and the same for all blocks."""
+    model = torch.compile(Broken().eval(), backend="fastlinear", options={"tune": "off"})
+    with torch.no_grad():
+        model(torch.randn(3, 8))
+    assert [row.name for row in fastlinear.report(model)] == ["blocks.0.(q, k, v)", "blocks.1.(q, k, v)"]
+    assert "blocks.1.(q, k, v)" in str(fastlinear.explain(model, "blocks.1.(q, k, v)"))
+
+
 def test_the_share_of_frozen_and_skipped_layers() -> None:
     """A frozen layer's weight counts as what it was; one that was left alone is named."""
     fast = (
