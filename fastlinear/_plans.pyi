@@ -10,7 +10,7 @@ class Plan:
     threads: int
     k_slices: int
     due: float
-    blocks: tuple[int, int]
+    blocks: tuple[int, int, int]
     def __init__(
         self, kernel: str, threads: int = 1, k_slices: int = 1, caches: tuple[int, int, int] | None = None
     ) -> None: ...

@@ -214,9 +214,11 @@ def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
     return patterns.to(OF_BITS[dtype.itemsize]).view(dtype)
 
 
-def blocks() -> tuple[int, int]:
-    """Bytes of a K block of panels and of a block of rows, so that tests which cross a block know where it ends."""
-    return _plans.Plan(RUNNABLE[0]["name"], 1, 1, library.caches()).blocks
+def blocks(rows: str) -> tuple[int, int, int]:
+    """Bytes of a K block of panels, of a block of rows of this format and of prepared rows, so that tests which cross a
+    block know where it ends."""
+    alike = next(kernel["name"] for kernel in RUNNABLE if (kernel["rows"] == "fp32") == (rows == "fp32"))
+    return _plans.Plan(alike, 1, 1, library.caches()).blocks
 
 
 def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:

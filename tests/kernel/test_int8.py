@@ -206,7 +206,7 @@ def test_other_activations_follow_the_numbers(kernel: Kernel) -> None:
 def test_more_rows_than_a_block(kernel: Kernel, rows: Rows) -> None:
     """Rows are quantized a few MB at a time: of more, each is what it is alone."""
     k = 8188
-    m = native.blocks()[2] // (k * (2 if kernel["rows"] == "int16" else 1)) + 2 * kernel["mr"] + 1
+    m = native.blocks(kernel["rows"])[2] // (k * (2 if kernel["rows"] == "int16" else 1)) + 2 * kernel["mr"] + 1
     x, q = torch.randn(m, k), weight(5, k, zeros=True)
     torch.set_num_threads(2)
     held(kernel, x, q, rows, threads=2)

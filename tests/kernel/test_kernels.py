@@ -189,15 +189,15 @@ CACHES = [
 
 
 def test_blocks_follow_the_caches() -> None:
-    """Half of L2 for panels and for rows, 1 MB if it is unknown; for prepared rows an eighth of L3, at least L2 and at
-    most 4 MB."""
-    found = {}
-    for caches in CACHES:
-        with library.caches_of(*caches):
-            found[caches[1]] = native.blocks()
+    """Half of L2 for panels and rows, 1 MB if it is unknown, but an eighth for rows of fp32; for prepared rows an
+    eighth of L3, at least L2 and at most 4 MB."""
     mb = 1 << 20
     prepared = {mb // 4: mb, mb // 2: 2 * mb, 2 * mb: 4 * mb, 0: 4 * mb}
-    assert found == {l2: ((l2 or mb) // 2, (l2 or mb) // 2, most) for l2, most in prepared.items()}
+    for caches in CACHES:
+        l2 = caches[1] or mb
+        with library.caches_of(*caches):
+            for rows, share in (("fp32", 8), ("uint8", 2), ("bf16", 2)):
+                assert native.blocks(rows) == (l2 // 2, l2 // share, prepared[caches[1]])
 
 
 @pytest.mark.parametrize("caches", CACHES, ids=lambda caches: f"L2 {caches[1] >> 10} KB")
@@ -222,7 +222,7 @@ def test_blocks_of_k_and_of_rows(kernel: Kernel, k_slices: int) -> None:
 
 
 def blocks_are_exact(kernel: Kernel, k_slices: int) -> None:
-    panels, block_of_rows, _ = native.blocks()
+    panels, block_of_rows, _ = native.blocks(kernel["rows"])
     row_bytes, weight_bytes = (native.DTYPES[kernel[form]].itemsize for form in ("rows", "own"))
     k_block = panels // (weight_bytes * kernel["columns"])
     collide = 4096 // row_bytes  # k between rows that do, or a multiple

@@ -309,7 +309,7 @@ HARMLESS = [
     ),
     Mutant("what follows the last k is not cleared", PROLOGUE, "(«(filled - made) * element»)", "0 * filled", WORDS),
     Mutant("a unit a thread", GRID, "plan.threads * «units_per_thread» : 1", "1"),
-    Mutant("small blocks", PLAN, "return {«l2 / 2», l2 / 2", "l2 / 256"),
+    Mutant("small blocks", PLAN, "return {«l2 / 2», l2 / share", "l2 / 256"),
 ]
 
 
