@@ -316,7 +316,8 @@ def test_computed_weights_stay() -> None:
 
 
 def test_the_report_has_weights_of_no_layer() -> None:
-    """A weight that a graph multiplies by has its row, and counts as fast, whoever holds it: a router, attention."""
+    """A weight that a graph multiplies by has its row, and counts as fast, whoever holds it: a router, attention, whose
+    heads count, too."""
     model, x = Mixed().eval(), torch.randn(2, 3, 64)
     fast = compiled(model)
     with torch.no_grad():
@@ -325,7 +326,8 @@ def test_the_report_has_weights_of_no_layer() -> None:
     rows = {row.name: (row.out_features, row.decision) for row in found}  # the last is one product
     assert rows == {"fc": (64, "fast"), "attention.out_proj": (64, "fast"), "(attention, gate)": (3 * 64 + 4, "fast")}
     assert found.share is not None and found.share.weights == found.share.fast_weights == (1 + 4) * 64**2 + 4 * 64
-    assert found.share.fast_multiply_adds == 6 * found.share.weights
+    attended = 2 * 3 * 4 * (2 * 2 * 16)  # two products of 3 x 4 heads of two rows
+    assert found.share.fast_multiply_adds == 6 * found.share.weights + attended
 
 
 class Own(nn.Module):
