@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fastlinear._modes import watched
 from fastlinear.graph.capture import example, same_shape, same_size
 from fastlinear.model.rows import NodeReport
-from fastlinear.plan import row_blocks
+from fastlinear.plan import caches, row_blocks
 
 
 class Run(NamedTuple):
@@ -84,7 +84,7 @@ def function(
     (first, last), at, cuts = calls, len(cut[0]), (True, *cut[0], *cut[1])
     inputs, outputs, nbytes = runs[0].inputs, runs[1].outputs, runs[0].nbytes + runs[1].nbytes
     row_bytes = max(1, runs[0].outputs * itemsize)
-    few = row_blocks.cache() // row_bytes * inputs  # numbers of x that are never cut, on whatever threads
+    few = caches.l2() // row_bytes * inputs  # numbers of x that are never cut, on whatever threads
 
     def in_blocks(x: Tensor, *tensors: Any) -> Tensor:
         if x.numel() <= few or torch.is_grad_enabled() or watched():

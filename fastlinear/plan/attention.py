@@ -14,6 +14,7 @@ import fastlinear._kernels as _kernels
 import fastlinear._products as _products
 from fastlinear._plans import bucket
 from fastlinear.plan import measuring, race, rivals
+from fastlinear.plan.caches import l2
 from fastlinear.plan.decide import believed, cache, remember, tell
 from fastlinear.plan.memory import Remembered
 from fastlinear.plan.waits import Waits
@@ -75,9 +76,7 @@ def rounding(asked: Question) -> str | None:
 @functools.cache
 def _caches() -> tuple[int, int]:
     """Bytes of the second-level cache, and of the largest."""
-    info = _kernels.cpu_info()
-    l2 = int(info["l2"]) or 1 << 20
-    return l2, max(l2, int(info["l3"]))
+    return l2(), max(l2(), int(_kernels.cpu_info()["l3"]))
 
 
 def _exceeds(asked: Question, cache: int) -> bool:

@@ -26,6 +26,7 @@ import fastlinear._plans as _plans
 import fastlinear._products as _products
 import fastlinear._weights as _weights
 from fastlinear.plan import measuring, race, rivals
+from fastlinear.plan.caches import l2
 from fastlinear.plan.candidates import Chosen, able, heuristic, native_candidates
 from fastlinear.plan.memory import Machine, Remembered, TuningCache
 from fastlinear.plan.problem import FROZEN, Problem
@@ -338,7 +339,7 @@ def _proxy(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     work, rows = (_PROXY_TILE_WORK, _PROXY_TILE_ROWS) if tiles else (_PROXY_WORK, _PROXY_ROWS)
     area = work * problem.threads / max(problem.k, 1)  # rows x columns
     row_bytes = operands.packed.dtype.itemsize * max(problem.k, 1)
-    nbytes = _PROXY_CACHES * (_kernels.cpu_info()["l2"] or 1 << 20) * problem.threads
+    nbytes = _PROXY_CACHES * l2() * problem.threads
     least = _PROXY_COLUMNS * max(2, problem.threads)
     m, n = problem.m, min(problem.n, max(least, nbytes // row_bytes))
     if m * max(n, 1) > area:

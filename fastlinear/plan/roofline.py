@@ -24,6 +24,7 @@ import fastlinear._kernels as _kernels
 import fastlinear._plans as _plans
 import fastlinear._products as _products
 from fastlinear.plan import measuring
+from fastlinear.plan.caches import l2
 from fastlinear.plan.candidates import Chosen, native_candidates
 from fastlinear.plan.problem import FROZEN, Problem
 from fastlinear.plan.waits import Waits
@@ -71,10 +72,9 @@ class Roofline(NamedTuple):
 
     def bandwidth(self, working_set: float) -> float:
         """Bytes a second of what lies where so many bytes lie that are read again and again."""
-        info = _kernels.cpu_info()
-        if working_set <= (info["l2"] or 1 << 20) * self.threads:
+        if working_set <= l2() * self.threads:
             return self.cached
-        return self.shared if working_set <= info["l3"] else self.memory
+        return self.shared if working_set <= _kernels.cpu_info()["l3"] else self.memory
 
     def seconds(self, m: int, n: int, k: int, weight_bytes: float, working_set: float = math.inf) -> float:
         """The least time of x [m, k] times a weight [n, k] of so many bytes, which lies where `working_set` does."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlinear
-from fastlinear.plan import row_blocks
+from fastlinear.plan import caches, row_blocks
 
 from .test_graph_fusion import Net, check, compiled, nodes
 
@@ -24,7 +24,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         found.append((m, rule(m, *given)))
         return found[-1][1]
 
-    monkeypatch.setattr(row_blocks, "cache", lambda: 1 << 12)
+    monkeypatch.setattr(caches, "l2", lambda: 1 << 12)
     monkeypatch.setattr(row_blocks, "rows", rows)
     return found
 
@@ -126,5 +126,5 @@ RULE = {
 
 def test_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are alike, whole tiles, and what lies between them leaves room in the caches of all threads."""
-    monkeypatch.setattr(row_blocks, "cache", lambda: 1 << 20)
+    monkeypatch.setattr(caches, "l2", lambda: 1 << 20)
     assert {given: row_blocks.rows(*given) for given in RULE} == RULE
