@@ -37,17 +37,16 @@ def settle(graph: fx.Graph, writes: bool) -> None:
                 moved[node] = {node}
             continue
         found = [each for each in node.all_input_nodes if each in moved]
-        if not found or _copies_if_need_be(node):
-            pass
-        elif node.op == "output" or op_of(node) in _ASKING:
-            for each in found:
-                if _order_of(each) is None:  # a piece of something else
-                    at_once |= moved[each]
-                else:
-                    node.replace_input_with(each, _lay(graph, each, node))
+        if not found:
             continue
-        if found:
+        if _copies_if_need_be(node) or not (node.op == "output" or op_of(node) in _ASKING):
             moved[node] = set().union(*(moved[each] for each in found))
+            continue
+        for each in found:
+            if _order_of(each) is None:  # a piece of something else
+                at_once |= moved[each]
+            else:
+                node.replace_input_with(each, _lay(graph, each, node))
     for node in at_once:
         if _order_of(node) is not None:
             readers = list(node.users)

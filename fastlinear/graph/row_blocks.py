@@ -87,11 +87,11 @@ def function(
     few = caches.l2() // row_bytes * inputs  # numbers of x that are never cut, on whatever threads
 
     def in_blocks(x: Tensor, *tensors: Any) -> Tensor:
-        if x.numel() <= few or torch.is_grad_enabled() or watched():
-            return last(first(x, *tensors[:at]), *tensors[at:])
-        m = x.numel() // inputs
-        rows = row_blocks.rows(m, row_bytes, nbytes, torch.get_num_threads())
-        flat = _flat((x, *tensors), cuts, m) if rows < m else None
+        flat = None
+        if x.numel() > few and not torch.is_grad_enabled() and not watched():
+            m = x.numel() // inputs
+            rows = row_blocks.rows(m, row_bytes, nbytes, torch.get_num_threads())
+            flat = _flat((x, *tensors), cuts, m) if rows < m else None
         if flat is None:
             return last(first(x, *tensors[:at]), *tensors[at:])
         y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
