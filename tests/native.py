@@ -217,7 +217,7 @@ def of_bits(patterns: Tensor, dtype: torch.dtype) -> Tensor:
 def blocks(rows: str) -> tuple[int, int, int]:
     """Bytes of a K block of panels, of a block of rows of this format and of prepared rows, so that tests which cross a
     block know where it ends."""
-    alike = next(kernel["name"] for kernel in RUNNABLE if (kernel["rows"] == "fp32") == (rows == "fp32"))
+    alike = next(k["name"] for k in ALL if k["runnable"] and (k["rows"] == "fp32") == (rows == "fp32"))
     return _plans.Plan(alike, 1, 1, library.caches()).blocks
 
 
