@@ -508,6 +508,7 @@ way.main(*sys.argv[1:])
 """
 
 
+@pytest.mark.exhaustive  # as long as torch takes to be imported, for each way
 def test_ways_of_a_whole_model_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs in a process of its own, its answer is compared to that of the first, and its times are its own."""
     (tmp_path / "way.py").write_text(MODEL.format(folder=str(FOLDER)))
@@ -552,7 +553,8 @@ bench.main()
 @pytest.mark.parametrize(
     ("dtype", "limit", "quantize", "minilm"),
     [
-        ("float32", "avx2", "int8", False),
+        ("float32", None, "int8", False),
+        pytest.param("float32", "avx2", "int8", False, marks=pytest.mark.exhaustive),  # torch is imported twice
         pytest.param("float32", None, None, True, marks=pytest.mark.exhaustive),
         pytest.param("float32", None, "int8", True, marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", None, None, True, marks=pytest.mark.exhaustive),
