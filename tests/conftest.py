@@ -97,17 +97,18 @@ def sample(calls: list[Any], costly: bool) -> set[str]:
     return kept
 
 
-def is_exhaustive(call: Any) -> bool:
-    return any(mark.name == "exhaustive" for mark in call.marks)
+def has(call: Any, mark: str) -> bool:
+    return any(each.name == mark for each in call.marks)
 
 
 @pytest.hookimpl(wrapper=True)  # around all that parametrizes
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
     """What a sample of a test's parameters leaves out is exhaustive. Where that is not asked for, as in `make test`,
-    it is not made: there are more of those than of the others."""
+    it is not made: there are more of those than of the others. Nor is what is skipped, such as kernels that this CPU
+    has not, which the summary names."""
     yield
     whole = metafunc.definition.get_closest_marker("exhaustive") is not None
-    calls = [] if whole else [call for call in metafunc._calls if not is_exhaustive(call)]
+    calls = [] if whole else [call for call in metafunc._calls if not has(call, "exhaustive")]
     costly = metafunc.definition.get_closest_marker("costly") is not None
     if len(calls) > FEW or (calls and costly):
         kept = sample(calls, costly)
@@ -115,8 +116,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
             if call.id not in kept:
                 call.marks.append(pytest.mark.exhaustive.mark)
     if metafunc.config.option.markexpr == SHORT:
-        made = [call for call in metafunc._calls if not is_exhaustive(call)]
-        metafunc._calls = made[:1] if whole else made or metafunc._calls[:1]  # an empty list would be no parameters
+        made = [call for call in metafunc._calls if not has(call, "exhaustive")] or metafunc._calls[:1]
+        run = [call for call in made if not has(call, "skip")] or made[:1]  # an empty list would be no parameters
+        metafunc._calls = run[:1] if whole else run
 
 
 def parts_of(text: str) -> tuple[int, int]:

@@ -174,7 +174,8 @@ def test_resident_memory(dtype: str, most: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [pytest.param("float32", 1.05, marks=pytest.mark.exhaustive), ("bfloat16", 0.53)]
+    ("dtype", "most"),
+    [pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("float32", 1.05), ("bfloat16", 0.53))],
 )
 def test_resident_memory_of_a_model_that_ran(dtype: str, most: float) -> None:
     """The same is left where the model had packed its weights before."""
