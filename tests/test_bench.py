@@ -275,6 +275,7 @@ def test_nobody_measures_while_threads_still_spin(monkeypatch: pytest.MonkeyPatc
         timing.settle()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (remote.FOLDER / remote.PINS.name).exists(), reason="`bench.py --peers` makes .venv-peers")
 @pytest.mark.parametrize("form", remote.RIVALS)
 def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
@@ -292,6 +293,7 @@ def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
         peers.check({rival.name: rival.bind(x, 64) for rival in rivals}, form, layer, x)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (remote.FOLDER / remote.PINS.name).exists(), reason="`bench.py --peers` makes .venv-peers")
 def test_llama_cpp_and_the_backend_write_the_same_text(tmp_path: Path) -> None:
     """A random Llama, whose file both read, and neither times anything else than its answer."""
