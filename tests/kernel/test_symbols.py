@@ -34,6 +34,8 @@ AVX512_ONLY = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b|\{1to\d+\}")
 AVX_OR_WIDER = re.compile(r"%ymm|^v[a-z]|^(andn|bextr|bls\w+|bzhi|lzcnt|mulx|pdep|pext|rorx|sarx|shlx|shrx)\b")
 NOT_AVX = re.compile(r"^ver[rw]\b|^vm[a-z]+\b(?!.*%[xyz]mm)")  # v... mnemonics older than AVX
 
+MOST_ROWS = 16  # of an inner loop; a kernel of more takes some of them at a time
+
 SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(\S.*)$")
 JUMP = re.compile(r"^(?:bnd )?j[a-z]+\s+([0-9a-f]+)\b")
@@ -113,9 +115,8 @@ def test_wide_registers_stay_in_their_isa() -> None:
     leaks = {
         symbol: text
         for symbol, instructions in functions().items()
-        for may_use in [MAY_USE[isa_of(symbol)]]
         for _, text in instructions
-        if isa_needed(text) not in may_use
+        if isa_needed(text) not in MAY_USE[isa_of(symbol)]
     }
     assert leaks == {}
     for isa in ISAS:  # the search sees what it looks for
@@ -174,7 +175,7 @@ def test_inner_loops_do_not_spill(isa: str) -> None:
     kernels = kernels_of(isa)
     loops = {symbol: loops_of_fma(body) for symbol, body in kernels.items()}
     rows = [row for row in _kernels.rows() if row["isa"] == isa]
-    instances = sum(row["mr"] // row["row_step"] * row["panels"] for row in rows)
+    instances = sum(min(row["mr"] // row["row_step"], MOST_ROWS) * row["panels"] for row in rows)
     assert sum(bool(found) for found in loops.values()) >= instances > 0
     spills = {
         s: traffic for s, found in loops.items() for loop in found if (traffic := stack_traffic(kernels[s], loop))

@@ -1,6 +1,6 @@
 // Weights in groups as integers on AVX2: vpmaddubsw multiplies their magnitudes by rows that have taken their signs.
 // Two products of at most 128 * 127 are an int16, whatever the table, and sums of pairs go on in int32. Where the
-// numbers of a table follow one another, several rows are multiplied otherwise: words.hpp.
+// numbers of a table follow one another, several rows are multiplied otherwise: words.hpp, turns.hpp.
 //
 //   tile         accumulators  weights, signs, table, mask, ones  of 16  vector operations for 32 x rows products
 //   int4  2x32   8             7                                  15     2.5 + 2 x 5
@@ -13,6 +13,7 @@
 #include "fastlinear/formats/int8.hpp"
 #include "fastlinear/generic/dots.hpp"
 #include "fastlinear/generic/tile.hpp"
+#include "fastlinear/isa/avx2/turns.hpp"
 #include "fastlinear/isa/avx2/vec.hpp"
 #include "fastlinear/isa/avx2/words.hpp"
 
@@ -91,6 +92,7 @@ using CodeTile = dots::Tile<F32, CodeDots>;
 using ByteTile = dots::Tile<F32, ByteDots>;
 inline constexpr Kernel kDotKernels[] = {
     kernels::row<words::Tile<CodeTile>, 4, 1>("int4/avx2/dot4x32", kIsa),
+    turns::row<words::Tile<CodeTile>>("int4/avx2/dot64x32", kIsa),
     kernels::row<CodeTile, 1, 2>("int4/avx2/dot1x64", kIsa),
     kernels::row<ByteTile, 3, 1>("int8g/avx2/dot3x32", kIsa),
     kernels::row<ByteTile, 1, 2>("int8g/avx2/dot1x64", kIsa),

@@ -26,10 +26,10 @@ struct Two {
 // c and the products of eight k and a row. As text, since GCC 12 fetches the row ahead, and spills sums.
 [[gnu::always_inline]] inline Two add(Two c, const Two& low, const Two& high, const std::int8_t* a) {
   __m256i x, y;
-  asm("vpbroadcastd %8, %2\n\tvpmaddubsw %2, %4, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %5, %2\n\t"
-      "vpaddw %2, %1, %1\n\t"
-      "vpbroadcastd %9, %2\n\tvpmaddubsw %2, %6, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %7, %2\n\t"
-      "vpaddw %2, %1, %1"
+  asm("vpbroadcastd %8, %2\n\tvpmaddubsw %2, %4, %3\n\tvpmaddubsw %2, %5, %2\n\t"
+      "vpaddw %3, %0, %0\n\tvpaddw %2, %1, %1\n\t"
+      "vpbroadcastd %9, %2\n\tvpmaddubsw %2, %6, %3\n\tvpmaddubsw %2, %7, %2\n\t"
+      "vpaddw %3, %0, %0\n\tvpaddw %2, %1, %1"
       : "+&x"(c.first), "+&x"(c.second), "=&x"(x), "=&x"(y)
       : "x"(low.first), "x"(low.second), "x"(high.first), "x"(high.second),
         "m"(*reinterpret_cast<const char (*)[4]>(a)), "m"(*reinterpret_cast<const char (*)[4]>(a + 4)));
