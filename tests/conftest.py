@@ -12,7 +12,6 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-import torch
 from refusal import refuse_tiles
 
 # Before fastlinear is imported by a test module. FASTLINEAR_MAX_ISA stays: it runs the suite as a smaller CPU would.
@@ -21,6 +20,8 @@ for name in [name for name in os.environ if name.startswith("FASTLINEAR_") and n
 _cache = tempfile.TemporaryDirectory(prefix="fastlinear-tests-")
 os.environ["FASTLINEAR_CACHE_DIR"] = _cache.name
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # what CPUID allows is compiled, without a program that tries each: 8 s
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # without processes for it, each of which imports torch
+os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"  # which takes as long as three compilations with them
 if "PYTEST_XDIST_WORKER" not in os.environ:  # what is compiled for the tests, once for all workers
     _build = tempfile.TemporaryDirectory(prefix="fastlinear-build-")
     os.environ["TESTS_BUILD_FOLDER"] = _build.name
@@ -46,6 +47,8 @@ class Idle:
 def same_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seeds torch and runs the test on one thread of torch's pool; a test that wants more says so itself. Tuning has
     all its seconds, and, unless a test brings its own `waits`, holds the machine for idle: other tests keep it busy."""
+    import torch  # here, since the process that deals out the tests needs none of it
+
     from fastlinear.plan import decide, measuring, race, roofline
 
     measuring.process.reset()
@@ -94,17 +97,18 @@ def sample(calls: list[Any], costly: bool) -> set[str]:
     return kept
 
 
-def is_exhaustive(call: Any) -> bool:
-    return any(mark.name == "exhaustive" for mark in call.marks)
+def has(call: Any, mark: str) -> bool:
+    return any(each.name == mark for each in call.marks)
 
 
 @pytest.hookimpl(wrapper=True)  # around all that parametrizes
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
     """What a sample of a test's parameters leaves out is exhaustive. Where that is not asked for, as in `make test`,
-    it is not made: there are more of those than of the others."""
+    it is not made: there are more of those than of the others. Nor is what is skipped, such as kernels that this CPU
+    has not, which the summary names."""
     yield
     whole = metafunc.definition.get_closest_marker("exhaustive") is not None
-    calls = [] if whole else [call for call in metafunc._calls if not is_exhaustive(call)]
+    calls = [] if whole else [call for call in metafunc._calls if not has(call, "exhaustive")]
     costly = metafunc.definition.get_closest_marker("costly") is not None
     if len(calls) > FEW or (calls and costly):
         kept = sample(calls, costly)
@@ -112,8 +116,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
             if call.id not in kept:
                 call.marks.append(pytest.mark.exhaustive.mark)
     if metafunc.config.option.markexpr == SHORT:
-        made = [call for call in metafunc._calls if not is_exhaustive(call)]
-        metafunc._calls = made[:1] if whole else made or metafunc._calls[:1]  # an empty list would be no parameters
+        made = [call for call in metafunc._calls if not has(call, "exhaustive")] or metafunc._calls[:1]
+        run = [call for call in made if not has(call, "skip")] or made[:1]  # an empty list would be no parameters
+        metafunc._calls = run[:1] if whole else run
 
 
 def parts_of(text: str) -> tuple[int, int]:
@@ -158,11 +163,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 ran: Counter[str] = Counter()  # products on each row of the table of kernels, by id
+ways: dict[str, str] = {}  # how each row of it is executed, or why it is skipped
 
 
 def pytest_testnodedown(node: Any) -> None:
     """Adds what a worker of pytest-xdist ran."""
-    ran.update(getattr(node, "workeroutput", {}).get("products", {}))
+    output = getattr(node, "workeroutput", {})
+    ran.update(output.get("products", {}))
+    ways.update(output.get("ways", {}))
 
 
 @pytest.hookimpl(tryfirst=True)  # before the summary is written
@@ -171,8 +179,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     native = sys.modules.get("native")
     if native is not None:
         ran.update(native.products)
+        ways.update({kernel["id"]: kernel["way"] for kernel in native.ALL})
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["products"] = dict(ran)
+        session.config.workeroutput.update(products=dict(ran), ways=ways)
     elif unexecuted(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -183,21 +192,16 @@ def unexecuted(config: pytest.Config) -> list[str]:
     every = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == SHORT
     if not every or option.keyword or option.collectonly or option.part:
         return []
-    import native
-
-    return [kernel["id"] for kernel in native.EXECUTED if not ran[kernel["id"]]]
+    return [row for row, way in ways.items() if "skipped" not in way and not ran[row]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How every row of the kernel table was executed; none is left out in silence."""
     if not ran:
         return
-    import native
-
     terminalreporter.section("kernels")
-    width = max(len(kernel["id"]) for kernel in native.ALL)
-    for kernel in native.ALL:
-        how = kernel["way"] if "skipped" in kernel["way"] else f"{kernel['way']}, {ran[kernel['id']]} products"
-        terminalreporter.line(f"{kernel['id']:<{width}}  {how}")
+    width = max(map(len, ways))
+    for row, way in ways.items():
+        terminalreporter.line(f"{row:<{width}}  {way if 'skipped' in way else f'{way}, {ran[row]} products'}")
     for row in unexecuted(terminalreporter.config):
         terminalreporter.line(f"FAILED: {row} was never executed", red=True)

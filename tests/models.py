@@ -39,6 +39,12 @@ PAIRINGS = [
     for p in itertools.starmap(Pairing, itertools.product(_FLOATS, repeat=3))
     if p == _FP32 or p.packed != torch.float32
 ]
+# For tests of a tenth of a second and more, such as those that trace: all but these, in which each operand has each
+# dtype, are exhaustive.
+_FEW = {_FP32, *(Pairing(x, _FLOATS[(i + 1) % 3], _FLOATS[1 + i % 2]) for i, x in enumerate(_FLOATS))}
+FEW_PAIRINGS = [
+    pytest.param(*p.values, id=p.id, marks=[] if p.values[0] in _FEW else [pytest.mark.exhaustive]) for p in PAIRINGS
+]
 
 OFF = functools.partial(fastlinear.convert, tune="off")  # for tests that are not about choosing kernels
 

@@ -275,6 +275,7 @@ def test_nobody_measures_while_threads_still_spin(monkeypatch: pytest.MonkeyPatc
         timing.settle()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (remote.FOLDER / remote.PINS.name).exists(), reason="`bench.py --peers` makes .venv-peers")
 @pytest.mark.parametrize("form", remote.RIVALS)
 def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
@@ -292,6 +293,7 @@ def test_the_rivals_of_other_engines_compute_the_layer(form: str) -> None:
         peers.check({rival.name: rival.bind(x, 64) for rival in rivals}, form, layer, x)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (remote.FOLDER / remote.PINS.name).exists(), reason="`bench.py --peers` makes .venv-peers")
 def test_llama_cpp_and_the_backend_write_the_same_text(tmp_path: Path) -> None:
     """A random Llama, whose file both read, and neither times anything else than its answer."""
@@ -508,6 +510,7 @@ way.main(*sys.argv[1:])
 """
 
 
+@pytest.mark.exhaustive  # as long as torch takes to be imported, for each way
 def test_ways_of_a_whole_model_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs in a process of its own, its answer is compared to that of the first, and its times are its own."""
     (tmp_path / "way.py").write_text(MODEL.format(folder=str(FOLDER)))
@@ -552,7 +555,8 @@ bench.main()
 @pytest.mark.parametrize(
     ("dtype", "limit", "quantize", "minilm"),
     [
-        ("float32", "avx2", "int8", False),
+        ("float32", None, "int8", False),
+        pytest.param("float32", "avx2", "int8", False, marks=pytest.mark.exhaustive),  # torch is imported twice
         pytest.param("float32", None, None, True, marks=pytest.mark.exhaustive),
         pytest.param("float32", None, "int8", True, marks=pytest.mark.exhaustive),
         pytest.param("bfloat16", None, None, True, marks=pytest.mark.exhaustive),

@@ -14,12 +14,16 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 SECONDS = 120  # that a program may take
 
 
-def serve() -> str:
-    """Forks a process for each line of stdin, and writes its exit code; returns, there, the program that it runs."""
+def serve(modules: str) -> str:
+    """Imports them, forks a process for each line of stdin, and writes its exit code; returns, there, the program that
+    it runs."""
+    for module in modules.split(","):
+        importlib.import_module(module)
     for line in iter(sys.stdin.readline, ""):
         program, arguments, environment, out, error = json.loads(line)
         child = os.fork()
@@ -36,11 +40,39 @@ def serve() -> str:
 
 
 @cache
-def server(imported: str) -> "subprocess.Popen[str]":
-    """One for each process of tests; it ends with that, by the end of its input."""
+def first() -> "subprocess.Popen[str]":
+    """The server that has torch: one for each process of tests; it ends with that, by the end of its input."""
     return subprocess.Popen(
-        [sys.executable, __file__, imported], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "torch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+
+
+_FURTHER = """
+import os, sys, zygote
+if os.fork():
+    os._exit(0)
+for to, mode, path in zip((0, 1), (os.O_RDONLY, os.O_WRONLY), sys.argv[1:]):
+    pipe = os.open(path, mode)
+    os.dup2(pipe, to)
+    os.close(pipe)
+exec(compile(zygote.serve(sys.argv[3]), "<program>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@cache
+def server(imported: str) -> tuple[IO[str], IO[str]]:
+    """Where it reads and where it answers. Those with more modules are forked from the first, which spares them the
+    seconds that torch takes."""
+    if imported == "torch":
+        process = first()
+        assert process.stdin is not None and process.stdout is not None
+        return process.stdin, process.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [os.path.join(folder, name) for name in ("requests", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        checked(_FURTHER, *pipes, imported, imported="torch")
+        return open(pipes[0], "w"), open(pipes[1])  # each waits until it is opened there
 
 
 def run(
@@ -48,15 +80,14 @@ def run(
 ) -> "subprocess.CompletedProcess[str]":
     """`python -c program arguments` in today's environment and `environment`, as `subprocess.run` with its output
     captured. imported: the modules that are there already, with commas between."""
-    process = server(imported)
-    assert process.stdin is not None and process.stdout is not None
+    requests, answers = server(imported)
     with tempfile.TemporaryDirectory() as folder:
         out, error = (Path(folder, name) for name in ("out", "error"))
         out.touch()
         error.touch()
         request = [program, arguments, {**os.environ, **environment}, str(out), str(error)]
-        print(json.dumps(request), file=process.stdin, flush=True)
-        code = int(process.stdout.readline())
+        print(json.dumps(request), file=requests, flush=True)
+        code = int(answers.readline())
         return subprocess.CompletedProcess(program, code, out.read_text(), error.read_text())
 
 
@@ -68,6 +99,4 @@ def checked(program: str, *arguments: str, imported: str = "torch", **environmen
 
 
 if __name__ == "__main__":
-    for module in sys.argv[1].split(","):
-        importlib.import_module(module)
-    exec(compile(serve(), "<program>", "exec"), {"__name__": "__main__"})
+    exec(compile(serve(sys.argv[1]), "<program>", "exec"), {"__name__": "__main__"})

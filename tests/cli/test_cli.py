@@ -123,7 +123,9 @@ def test_too_many_threads_are_told() -> None:
     assert info.warnings({**threads, "quota": 8.0}) == info.warnings({**threads, "quota": None}) == []
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize(
+    "activation", ["leaky_relu", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("none", "relu"))]
+)
 def test_bench_prints_a_row_for_each_shape(activation: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both times, their ratio and what runs; torch's number of threads is left as it was."""
     assert cli.main(["bench", "--shapes", "1x16x24,3x8x8", "--threads", "2", "--activation", activation]) == 0
@@ -137,7 +139,14 @@ def test_bench_prints_a_row_for_each_shape(activation: str, capsys: pytest.Captu
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize(("isa", "form"), [("scalar", "float32"), ("avx2", "float32"), ("amx", "bfloat16")])
+@pytest.mark.parametrize(
+    ("isa", "form"),
+    [
+        ("scalar", "float32"),
+        pytest.param("avx2", "float32", marks=pytest.mark.exhaustive),
+        ("amx", "bfloat16"),
+    ],
+)
 def test_bench_of_one_isa(isa: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only its kernels run; the figures are in the JSON, shares of the roofline too, and with tiles of what is
     calculated."""

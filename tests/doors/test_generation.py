@@ -206,7 +206,7 @@ def test_other_ways_to_generate(name: str) -> None:
     torch.testing.assert_close(turns(), expected)
 
 
-@pytest.mark.parametrize("window", [32, 16])
+@pytest.mark.parametrize("window", [16, pytest.param(32, marks=pytest.mark.exhaustive)])
 def test_turns_in_a_sliding_window(window: int) -> None:
     """Turns of a chat that a window has room for share a graph, however much it holds; what goes beyond it runs as
     before. The text is that of the model that was not prepared."""

@@ -236,7 +236,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize(
-    "sequences", [40, pytest.param(2000, marks=pytest.mark.exhaustive)], ids=["some sequences", "many sequences"]
+    "sequences", [25, pytest.param(2000, marks=pytest.mark.exhaustive)], ids=["some sequences", "many sequences"]
 )
 def test_it_stays_what_the_stock_model_is(sequences: int) -> None:
     """Outputs after each step, gradients, and, unconverted, the very classes."""

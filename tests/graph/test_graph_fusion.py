@@ -631,6 +631,7 @@ def test_every_attention_is_spelled_out(name: str) -> None:
     assert [node.outcome for node in nodes(fast) if node.op == "linear"].count("fast") == fast_ones
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

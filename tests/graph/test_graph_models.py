@@ -86,7 +86,7 @@ def _compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True, options={"tune": "off", **options})
 
 
-ALIKE = ("vit", "qwen2", "mistral", "clip")  # of the same modules as others
+ALIKE = ("vit", "qwen2", "mistral", "clip", "whisper")  # of the same modules as others, or made as they are
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])

@@ -5,7 +5,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -477,8 +477,14 @@ def checks_of(kernel: Kernel) -> dict[str, Callable[[Kernel], None]]:
     return OF_INTEGERS if kernel in native.INTEGER else CHECKS
 
 
-def numbered(mutants: tuple[Mutant, ...] | list[Mutant]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("number", [ALL.index(m) + 1 for m in mutants], ids=[m.name for m in mutants])
+def numbered(mutants: Sequence[Mutant], exhaustive: Sequence[Mutant] = ()) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "number",
+        [
+            pytest.param(ALL.index(m) + 1, id=m.name, marks=[pytest.mark.exhaustive] if m in exhaustive else [])
+            for m in (*mutants, *exhaustive)
+        ],
+    )
 
 
 def test_no_mutant_is_stale() -> None:
@@ -516,7 +522,7 @@ def test_a_broken_source_is_caught(number: int) -> None:
     assert name and passes(mutant.row, name)
 
 
-@numbered(HARMLESS)
+@numbered(HARMLESS[:2], HARMLESS[2:])
 @pytest.mark.usefixtures("on_this_library")
 def test_a_harmless_change_passes(number: int) -> None:
     """Prefetches and block sizes are no part of the result: the checks do not fail for nothing."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zygote
-from models import OFF, PAIRINGS, Model, Pairing, fast_names, inputs, mlp, same_tensors
+from models import FEW_PAIRINGS, OFF, PAIRINGS, Model, Pairing, fast_names, inputs, mlp, same_tensors
 from oracle import check
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -174,7 +174,8 @@ def test_resident_memory(dtype: str, most: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [pytest.param("float32", 1.05, marks=pytest.mark.exhaustive), ("bfloat16", 0.53)]
+    ("dtype", "most"),
+    [pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("float32", 1.05), ("bfloat16", 0.53))],
 )
 def test_resident_memory_of_a_model_that_ran(dtype: str, most: float) -> None:
     """The same is left where the model had packed its weights before."""
@@ -668,7 +669,7 @@ def test_autocast(transposed: bool, pairing: Pairing, dtype: torch.dtype) -> Non
     assert torch.equal(layer(x), plain)
 
 
-@EVERY_PAIRING
+@pytest.mark.parametrize("pairing", FEW_PAIRINGS)
 def test_the_op_takes_panels(pairing: Pairing) -> None:
     """The dispatcher's op, given panels, passes opcheck, is the layer's kernel for its own and right for others'."""
     layer = fastlinear.freeze(layer_of(pairing=pairing))
@@ -688,7 +689,7 @@ def test_the_op_takes_panels(pairing: Pairing) -> None:
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 @EVERY_LAYER
 def test_compile(transposed: bool, backend: str) -> None:
     """Compiled without graph breaks and with any batch, a frozen layer runs its kernel: the same bits as eagerly."""

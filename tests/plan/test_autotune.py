@@ -137,10 +137,15 @@ def draw_field(rng: random.Random) -> Field:
             return field
 
 
-def wrong_picks(tune: Callable[..., Verdict], model: Callable[[random.Random], Noise], tunings: int) -> int:
-    """How many first tunings, without the retries that an undecided one may have, truly lose more than 2 %."""
+def wrong_picks(
+    tune: Callable[..., Verdict], model: Callable[[random.Random], Noise], tunings: int, enough: int | None = None
+) -> int:
+    """How many first tunings, without the retries that an undecided one may have, truly lose more than 2 %; no more
+    are counted than are enough."""
     wrong = 0
     for seed in range(tunings):
+        if wrong == enough:
+            break
         rng = random.Random(seed)
         field = draw_field(rng)
         machine = Machine(model(rng), field.evict)
@@ -150,7 +155,7 @@ def wrong_picks(tune: Callable[..., Verdict], model: Callable[[random.Random], N
     return wrong
 
 
-@pytest.mark.parametrize("tunings", [200, pytest.param(400, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("tunings", [100, pytest.param(400, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("model", MODELS)
 def test_wrong_picks_are_rare(model: Callable[[random.Random], Noise], tunings: int) -> None:
     """At most 1 of 100 tunings picks a candidate that is truly more than 2 % slower than the best."""
@@ -182,7 +187,7 @@ def minimum_of_one(
 @pytest.mark.parametrize("policy", [hot_only, minimum_of_one])
 def test_harness_catches_bad_policies(policy: Callable[..., Verdict], model: Callable[[random.Random], Noise]) -> None:
     """The count above is not blind: tuning on hot data alone, or on one sample, exceeds it by far."""
-    assert wrong_picks(policy, model, tunings=40) > 4
+    assert wrong_picks(policy, model, tunings=40, enough=5) > 4
 
 
 @pytest.mark.parametrize("model", MODELS)
