@@ -75,6 +75,14 @@ def show(length: int, found: dict[str, dict[str, Any]]) -> None:
         print(f"{name:<16}{figures}{over:>22}{len(first) if alike is None else alike:>8}")
 
 
+def about(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Where, when and with what these figures are measured."""
+    found = {"cpu": fastlinear.cpu_info(), "torch": torch.__version__, "transformers": transformers.__version__}
+    found |= {"file": path.name, "threads": options.threads, "tokens": options.tokens}
+    found |= {"date": date.today().isoformat()}
+    return found | (remote.versions(remote.environment()) if RIVAL in options.ways else {})
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
@@ -113,13 +121,9 @@ def main() -> None:
             found = compare(ways, ids, options.tokens, options.seconds)
             results.append({"prompt": length, "ways": found})
             show(length, found)
-    if options.json:
-        about = {"cpu": fastlinear.cpu_info(), "torch": torch.__version__, "transformers": transformers.__version__}
-        about |= {"file": path.name, "threads": options.threads, "tokens": options.tokens}
-        about |= {"date": date.today().isoformat()} | (
-            remote.versions(remote.environment()) if RIVAL in options.ways else {}
-        )
-        options.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+            if options.json:  # after each prompt: a run that is broken off has told what it found
+                document = {"about": about(options, path), "results": results}
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
