@@ -14,6 +14,7 @@ from fastlinear.layer import sdpa
 from fastlinear.model.rows import NodeReport
 from fastlinear.plan.attention import Answer
 
+_ALL = slice(None, None, None)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -29,20 +30,34 @@ def absorb(graph: fx.Graph, story: Story, tune: str, rounds: bool) -> None:
         causal, scale, grouped = given.get("is_causal", False), given.get("scale"), given.get("enable_gqa", False)
         told = story.row(node)
         story.tell(node, "fast", "attention: fastlinear, or torch where that is faster")
-        heads = [given[name] for name in _ARGUMENTS[:3]]
+        heads, repeats = _narrow([given[name] for name in _ARGUMENTS[:3]])
+        grouped = grouped or bool(repeats)
         whole = whole_of(node, heads)
         rows = None if whole is None else whole.rows
-        run = sdpa.function(causal, scale, grouped, tune != "off", functools.partial(tell, told), rows, rounds)
+        how = (causal, scale, grouped, tune != "off", functools.partial(tell, told))
+        run = sdpa.function(*how, rows, rounds)
         last = node if whole is None else whole.after[0]
         with graph.inserting_before(node):
-            made = graph.call_function(run, (*(heads if whole is None else whole.sources), given.get("attn_mask")))
+            sources = heads if whole is None else whole.sources
+            made = graph.call_function(run, (*sources, given.get("attn_mask")))
         made.meta = dict(last.meta)
         last.replace_all_uses_with(made)
-        for gone in [node] if whole is None else [*whole.after, node, *whole.before]:
+        for gone in [node, *repeats] if whole is None else [*whole.after, node, *repeats, *whole.before]:
             if not gone.users:
                 graph.erase_node(gone)
                 if gone is not node:
-                    story.tell(gone, "fused", "into the attention, which cuts rows into heads itself", made)
+                    what = "repeats heads" if gone in repeats else "cuts rows into heads"
+                    story.tell(gone, "fused", f"into the attention, which {what} itself", made)
+
+
+def _narrow(heads: list[Any]) -> tuple[list[Any], list[fx.Node]]:
+    """q, k and v, of k and v those whose heads are repeated, if both are, and the nodes that do so."""
+    found = [repeated(each) for each in heads[1:]]
+    if not all(nodes for _, nodes in found):
+        return heads, []
+    return [heads[0], *(source for source, _ in found)], list(
+        dict.fromkeys(each for _, nodes in found for each in nodes)
+    )
 
 
 class Whole(NamedTuple):
@@ -94,6 +109,29 @@ def _cut(node: Any) -> _Cut | None:
         return None
     fits = same_shape(x.shape[:2], y.shape[:2]) and same_size(x.shape[2], y.shape[2] * y.shape[3])
     return _Cut([*nodes, node], source, order) if fits else None
+
+
+def repeated(node: Any) -> tuple[Any, list[fx.Node]]:
+    """The keys or values whose heads are repeated for groups of those of q, and the nodes that do so, last ones first;
+    the node itself where none are."""
+    x = example(node)
+    if x is None:
+        return None, []
+    if op_of(node) not in ("reshape", "view"):
+        return node, []
+    wide = node.args[0]
+    narrow = wide.args[0] if op_of(wide) == "expand" else None
+    if narrow is None or op_of(narrow) != "getitem" or narrow.args[1] != (_ALL, _ALL, None, _ALL, _ALL):
+        return None, []
+    source, expanded = example(narrow.args[0]), example(wide)
+    if source is None or expanded is None or source.dim() != 4:
+        return None, []
+    b, heads, rows, size = source.shape
+    group = expanded.shape[2]
+    fits = same_shape(expanded.shape, (b, heads, group, rows, size)) and same_shape(
+        x.shape, (b, heads * group, rows, size)
+    )
+    return (narrow.args[0], [node, wide, narrow]) if fits else (None, [])
 
 
 # How heads are turned before they are joined: whether L comes first then.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 import fastlinear._tensors as _tensors
-from fastlinear.graph.attention import Whole, arguments, tell, whole_of
+from fastlinear.graph.attention import Whole, arguments, repeated, tell, whole_of
 from fastlinear.graph.capture import changes, example, op_of, same_shape, same_size
 from fastlinear.graph.story import Story
 from fastlinear.layer import cached
@@ -101,7 +101,7 @@ def _found(node: fx.Node, order: dict[fx.Node, int]) -> Found | None:
     if not isinstance(scale, (float, int, type(None))) or (mask is not None and example(mask) is None):
         return None
     query = _rotation(given["query"])
-    cache_of = functools.partial(_begun, given["query"]) if causal else _repeated
+    cache_of = functools.partial(_begun, given["query"]) if causal else repeated
     (keys, between), (values, more) = (cache_of(given[name]) for name in ("key", "value"))
     if query is None or keys is None or values is None or keys is values:
         return None
@@ -121,7 +121,8 @@ def _found(node: fx.Node, order: dict[fx.Node, int]) -> Found | None:
         nodes.update(grown[1])
     tensors = (query.x, key.x, own.rows, query.cos, query.sin, keys, values, length, mask)
     whole = whole_of(node, [query.x, key.x, own.rows])
-    return Found(tensors, causal, scale, nodes, None if whole is None or whole.rows.length_first else whole)
+    whole = None if whole is None or whole.rows.length_first else whole
+    return Found(tensors, causal, scale, nodes, whole)
 
 
 def _is_alone(node: fx.Node, found: Found, order: dict[fx.Node, int]) -> bool:
@@ -197,29 +198,6 @@ def _turned(node: Any) -> tuple[Any, list[fx.Node]]:
 def _squeezed(node: Any) -> Any:
     """[B, L, D] of a node [B, 1, L, D]."""
     return node.args[0] if op_of(node) == "unsqueeze" and node.args[1:] == (1,) and not node.kwargs else None
-
-
-def _repeated(node: Any) -> tuple[Any, list[fx.Node]]:
-    """The cache whose heads are repeated for groups of those of q, and the nodes that do so; the node itself where none
-    are."""
-    x = example(node)
-    if x is None:
-        return None, []
-    if op_of(node) not in ("reshape", "view"):
-        return node, []
-    wide = node.args[0]
-    narrow = wide.args[0] if op_of(wide) == "expand" else None
-    if narrow is None or op_of(narrow) != "getitem" or narrow.args[1] != (_ALL, _ALL, None, _ALL, _ALL):
-        return None, []
-    cache, expanded = example(narrow.args[0]), example(wide)
-    if cache is None or expanded is None or cache.dim() != 4:
-        return None, []
-    b, heads, rows, size = cache.shape
-    group = expanded.shape[2]
-    fits = same_shape(expanded.shape, (b, heads, group, rows, size)) and same_shape(
-        x.shape, (b, heads * group, rows, size)
-    )
-    return (narrow.args[0], [node, wide, narrow]) if fits else (None, [])
 
 
 def _begun(q: fx.Node, node: Any) -> tuple[Any, list[fx.Node]]:

@@ -102,6 +102,30 @@ def test_heads_that_are_too_wide_are_torchs() -> None:
     assert (node.outcome, node.why) == ("torch", "attention: torch: heads of 264 are more than 256 wide")
 
 
+def test_heads_that_are_repeated_are_not_copied() -> None:
+    """Keys and values of two heads that a model repeats for four are not copied, if nobody else reads the copy."""
+
+    def repeated(x: Tensor) -> Tensor:
+        b, heads, rows, size = x.shape
+        return x[:, :, None, :, :].expand(b, heads, 2, rows, size).reshape(b, 2 * heads, rows, size)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, repeated(k), repeated(v), torch.ones(5, 5, dtype=torch.bool, device="cpu").tril())
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide = repeated(k)
+        return sdpa(q, wide, repeated(v)) + wide
+
+    for attend, copies in ((plain, 0), (read, 1)):
+        model, x = Attention(attend, 2), torch.randn(3, 5, 32)
+        fast = compiled(model)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))
+        (graph,) = fastlinear.report(fast).graphs
+        assert told(fast).outcome == "fast"
+        assert sum(node.op == "expand" and node.outcome != "fused" for node in graph.nodes) == copies, graph.nodes
+
+
 def test_groups_of_heads() -> None:
     """Keys and values of fewer heads are shared by several of the queries."""
     node = check(Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), 2), torch.randn(2, 10, 32))
