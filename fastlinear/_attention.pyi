@@ -13,6 +13,8 @@ def attention(
     joined: bool = ...,
     products: str | None = ...,
     length_first: bool = ...,
+    sinks: Tensor | None = ...,
+    cap: float = ...,
 ) -> Tensor | None: ...
 def store(
     q: Tensor,

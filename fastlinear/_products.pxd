@@ -105,7 +105,9 @@ cdef extern from "fastlinear/driver/heads.hpp" namespace "fastlinear" nogil:
         Heads v
         Heads y
         Heads mask
+        const float* sinks
         float scale
+        float cap
         cbool causal
 
 cdef extern from "fastlinear/driver/cache.hpp" namespace "fastlinear" nogil:

@@ -35,11 +35,11 @@ def absorb(graph: fx.Graph, story: Story, tune: str, rounds: bool) -> None:
         whole = whole_of(node, heads)
         rows = None if whole is None else whole.rows
         how = (causal, scale, grouped, tune != "off", functools.partial(tell, told))
-        run = sdpa.function(*how, rows, rounds)
+        run = sdpa.function(*how, rows, rounds, given.get("cap"))
         last = node if whole is None else whole.after[0]
         with graph.inserting_before(node):
             sources = heads if whole is None else whole.sources
-            made = graph.call_function(run, (*sources, given.get("attn_mask")))
+            made = graph.call_function(run, (*sources, given.get("attn_mask"), given.get("sinks")))
         made.meta = dict(last.meta)
         last.replace_all_uses_with(made)
         for gone in [node, *repeats] if whole is None else [*whole.after, node, *repeats, *whole.before]:
@@ -160,7 +160,7 @@ def joined(node: fx.Node) -> tuple[list[fx.Node], bool] | None:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """Those of torch's attention, by name."""
+    """Those of torch's attention, by name, with sinks and cap of our own."""
     return {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 

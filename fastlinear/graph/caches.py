@@ -54,6 +54,7 @@ class Found(NamedTuple):
     tensors: tuple[fx.Node | None, ...]
     causal: bool
     scale: float | None
+    cap: float | None
     nodes: set[fx.Node]
     whole: Whole | None
 
@@ -72,7 +73,7 @@ def _place(graph: fx.Graph, story: Story, node: fx.Node, found: Found, tune: str
     told = story.row(node)
     story.tell(node, "fast", "attention over a cache: fastlinear")
     sources, before, after, rows = found.whole or (found.tensors[:3], [], [], None)
-    run = cached.function(found.causal, found.scale, tune != "off", functools.partial(tell, told), rows)
+    run = cached.function(found.causal, found.scale, tune != "off", functools.partial(tell, told), rows, found.cap)
     last = after[0] if after else node
     with graph.inserting_before(node):
         made = graph.call_function(run, (*sources, *found.tensors[3:]))
@@ -119,10 +120,10 @@ def _found(node: fx.Node, order: dict[fx.Node, int]) -> Found | None:
             return None
         length = grown[0]
         nodes.update(grown[1])
-    tensors = (query.x, key.x, own.rows, query.cos, query.sin, keys, values, length, mask)
+    tensors = (query.x, key.x, own.rows, query.cos, query.sin, keys, values, length, mask, given.get("sinks"))
     whole = whole_of(node, [query.x, key.x, own.rows])
     whole = None if whole is None or whole.rows.length_first else whole
-    return Found(tensors, causal, scale, nodes, whole)
+    return Found(tensors, causal, scale, given.get("cap"), nodes, whole)
 
 
 def _is_alone(node: fx.Node, found: Found, order: dict[fx.Node, int]) -> bool:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fastlinear._torch as _torch
+from fastlinear.layer import sdpa
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 
@@ -26,6 +27,7 @@ _SPELLINGS: dict[Any, str] = {
     _torch.nn_gelu: "gelu",
     _torch.nn_linear: "linear",
     torch.ops.fastlinear.linear.default: "fastlinear",
+    sdpa.OP: "scaled_dot_product_attention",  # with sinks and a cap
 }
 
 # What changes how the nodes after it run, so that nothing may be moved over it.

@@ -1,5 +1,5 @@
 """Attention that a model spells out: softmax(q k^T * scale + mask) v, as products and a softmax, becomes torch's
-scaled_dot_product_attention.
+scaled_dot_product_attention, or, with what that has not, sinks and a cap of the scores, the op fastlinear::attention.
 
 The products are matmul, bmm or einsum of [B, H, L, D] or [N, L, D]; nothing else reads the scores and weights. A query
 of which masks of -inf leave nothing gets 0, as torch's own attention has it, where the softmax gives NaN.
@@ -21,8 +21,10 @@ import fastlinear._tensors as _tensors
 from fastlinear.graph.attention import joined
 from fastlinear.graph.capture import changes, example, letters_of, op_of, same_shape, same_size, written
 from fastlinear.graph.expansions import spelled_out
+from fastlinear.graph.sinks import drops_last, sinks_beside
 from fastlinear.graph.story import Story
 from fastlinear.graph.tidying import VIEWS, only_reads
+from fastlinear.layer import sdpa
 from fastlinear.spec import attention
 
 _NEVER = -1e9  # so much below others, a score has no weight, and scores that all are lowered by it are one number
@@ -89,13 +91,16 @@ class _Mask(NamedTuple):
 
 class _Scores(NamedTuple):
     """nodes: all that make the scores, the last one first; factors: tensors that they are multiplied by before they are
-    masked, one number for each head."""
+    capped and masked, one number for each head; cap: of the scores, before they are masked; sinks: one for each
+    head."""
 
     dot: _Dot
     scale: float
     masks: tuple[_Mask, ...]
     nodes: tuple[fx.Node, ...]
     factors: tuple[fx.Node, ...] = ()
+    cap: float | None = None
+    sinks: fx.Node | None = None
 
 
 def join(graph: fx.Graph, story: Story) -> None:
@@ -107,7 +112,7 @@ def join(graph: fx.Graph, story: Story) -> None:
         if values is None or found is None or not _is_alone(root, found) or not _fits(root, found, values):
             continue
         masks = [(_dense(mask.node, dense, root), mask.outer) for mask in found.masks]
-        given = (found.dot.x, found.dot.y, values.y, masks, found.factors)
+        given = (found.dot.x, found.dot.y, values.y, masks, found.factors, found.sinks)
         result, parts = spelled_out(graph, root, _plain(found, values, joined(root) is not None), given)
         node = next(each for each in parts if op_of(each) == "scaled_dot_product_attention")
         root.replace_all_uses_with(result.node)
@@ -134,16 +139,20 @@ def _dense(mask: fx.Node, known: dict[fx.Node, fx.Node], root: fx.Node) -> fx.No
 
 
 def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
-    """attend(q, k, v, masks, factors): the same in torch's one function. is_joined: whether what reads it joins heads,
+    """attend(q, k, v, masks, factors, sinks): the same in one function. is_joined: whether what reads it joins heads,
     so that it shows nowhere in which order they lie."""
+    ours = {} if found.cap is None else {"cap": found.cap}
 
-    def attend(q: Any, k: Any, v: Any, masks: Any, factors: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, masks: Any, factors: Any, sinks: Any) -> Any:
         heads = [t.permute(order) for t, order in ((q, found.dot.x_order), (k, found.dot.y_order), (v, values.y_order))]
         alone = len(values.order) == 3
         mask = _mask(list(zip(masks, found.masks, strict=True)), alone, example(q.node))
         heads[0] = functools.reduce(operator.mul, factors, heads[0])
         q, k, v = (t.unsqueeze(1) for t in heads) if alone else heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=found.scale)
+        if ours or sinks is not None:
+            y = sdpa.OP(q, k, v, mask, scale=found.scale, **ours, **({} if sinks is None else {"sinks": sinks}))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=found.scale)
         y = (y.squeeze(1) if alone else y).permute(values.order)
         return y if is_joined else y.contiguous()
 
@@ -210,16 +219,23 @@ def _order(letters: Any, wanted: Any) -> tuple[int, ...]:
 
 def _weights(node: Any) -> _Scores | None:
     """What weights of the last dimension come from."""
-    before = []
-    while isinstance(node, fx.Node) and (op_of(node) in _CASTS or _is_fold(node)):
+    before, beside = [], False
+    while isinstance(node, fx.Node) and (op_of(node) in _CASTS or _is_fold(node) or (drops_last(node) and not beside)):
         before.append(node)
+        beside = beside or drops_last(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or op_of(node) != "softmax":
         return None
     dim, made = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"), example(node)
     if made is None or dim not in (-1, made.dim() - 1):
         return None
-    return _scores(node.args[0] if node.args else node.kwargs.get("input"), 1.0, (), (*before, node))
+    before, x = [*before, node], node.args[0] if node.args else node.kwargs.get("input")
+    if not beside:
+        return _scores(x, 1.0, (), tuple(before))
+    if (sinks := sinks_beside(x)) is None:
+        return None
+    found = _scores(sinks.scores, 1.0, (), (*before, *sinks.nodes))
+    return None if found is None else found._replace(sinks=sinks.numbers)
 
 
 def _scores(
@@ -228,29 +244,35 @@ def _scores(
     masks: tuple[_Mask, ...],
     nodes: tuple[fx.Node, ...],
     factors: tuple[fx.Node, ...] = (),
+    cap: float | None = None,
 ) -> _Scores | None:
-    """nodes, masks, scale, factors: what was found behind this node; masks are not multiplied."""
+    """nodes, masks, scale, factors, cap: what was found behind this node; masks are not multiplied, nor capped."""
     if not isinstance(node, fx.Node):
         return None
     dot, nodes = _by_keys(node), (*nodes, node)
-    if dot is None and (added := _added_to(node)) is not None and scale == 1.0 and not factors:
+    may_mask = scale == 1.0 and not factors and cap is None
+    if dot is None and may_mask and (added := _added_to(node)) is not None:
         dot, scale, more = added
         masks = (*masks, *more)
     if dot is not None:
         (x, of_x), (y, of_y) = _scaled(dot.x), _scaled(dot.y)
         passed = [each for each in (dot.x, dot.y) if each not in (x, y)]
-        return _Scores(dot._replace(x=x, y=y), scale * of_x * of_y, masks, (*nodes, *passed), factors)
+        scale *= of_x * of_y * (cap or 1.0)
+        return _Scores(dot._replace(x=x, y=y), scale, masks, (*nodes, *passed), factors, cap)
     if op_of(node) in _CASTS:
-        return _scores(node.args[0], scale, masks, nodes, factors)
+        return _scores(node.args[0], scale, masks, nodes, factors, cap)
+    if op_of(node) == "tanh":  # of what the cap divides, which it multiplies
+        return None if factors or cap is not None else _scores(node.args[0], 1.0, masks, nodes, (), scale)
     if _is_fold(node):
         viewed = [known for mask in masks if (known := mask.of(node)) is not None]
-        return None if factors or len(viewed) < len(masks) else _scores(node.args[0], scale, tuple(viewed), nodes)
+        fits = not factors and len(viewed) == len(masks)
+        return _scores(node.args[0], scale, tuple(viewed), nodes, (), cap) if fits else None
     if (found := _scaling(node)) is not None:
-        return _scores(found[0], scale * found[1], masks, nodes, factors)
+        return _scores(found[0], scale * found[1], masks, nodes, factors, cap)
     for inner, factor in _multiplied(node):
-        if (whole := _scores(inner, scale, masks, nodes, (*factors, factor))) is not None:
+        if (whole := _scores(inner, scale, masks, nodes, (*factors, factor), cap)) is not None:
             return whole
-    for inner, mask in _masked(node) if scale == 1.0 and not factors else ():
+    for inner, mask in _masked(node) if may_mask else ():
         if (whole := _scores(inner, scale, (*masks, mask), nodes)) is not None:
             return whole
     return None
@@ -375,6 +397,8 @@ def _fits(root: fx.Node, found: _Scores, values: _Dot) -> bool:
     orders = ((q, dot.x_order), (k, dot.y_order), (v, values.y_order))
     (*outer, rows, size), keys, kept = ([t.shape[i] for i in order] for t, order in orders)
     viewed = all(mask.fits(outer) for mask in found.masks)
+    if (found.sinks is not None or found.cap is not None) and not same_size(kept[-1], size):
+        return False  # other sizes are torch's alone
     return viewed and (
         same_shape(keys[:-2], outer) and same_shape(kept[:-2], outer) and same_shape(keys[-2:-1], kept[-2:-1])
         and same_shape(s.shape, (*outer, rows, keys[-2])) and same_shape([size], keys[-1:])

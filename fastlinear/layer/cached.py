@@ -1,18 +1,19 @@
 """Attention over a preallocated cache, in two native calls: rotary embedding with the write, and what is read.
 
-    attend(q, k, v, cos, sin, keys, values, length, mask) -> y [B, H, L, D], the transpose of a contiguous [B, L, H, D]
+    attend(q, k, v, cos, sin, keys, values, length, mask, sinks) -> y
 
-of q [B, H, L, D] and k, v [B, G, L, D] before they are rotated by cos and sin [B or 1, L, D], a cache of keys and
-values [B, G, S, D] that is filled up to `length`, an int64 tensor that grows by L, and a mask that broadcasts to
-[B, H, L, S], or None. Where it is causal instead, query i sees the first i + 1 rows of the cache. Where `length` is
-None the cache is full, as one of a sliding window is: its first L rows leave it. q, k, v and y may be as linear layers
-have them instead, [B, L, H * D] and [B, L, G * D].
+which is [B, H, L, D], the transpose of a contiguous [B, L, H, D], of q [B, H, L, D] and k, v [B, G, L, D] before they
+are rotated by cos and sin [B or 1, L, D], a cache of keys and values [B, G, S, D] that is filled up to `length`, an
+int64 tensor that grows by L, a mask that broadcasts to [B, H, L, S], or None, and sinks [H], or None. Where it is
+causal instead, query i sees the first i + 1 rows of the cache. Where `length` is None the cache is full, as one of a
+sliding window is: its first L rows leave it. q, k, v and y may be as linear layers have them instead, [B, L, H * D] and
+[B, L, G * D].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from fastlinear.plan.attention import FEW_QUERIES, Answer
 from fastlinear.spec.attention import turned
 
 Attend: TypeAlias = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor
 ]
 
 
@@ -34,10 +35,11 @@ def function(
     measure: bool,
     tell: Callable[[Answer], object],
     given: sdpa.Rows | None = None,
+    cap: float | None = None,
 ) -> Attend:
-    """attend; causal, scale, measure, tell: as in `sdpa.function`, which answers more than a few queries. given: what
-    q, k and v are where they are not cut into heads yet, and y is not to be, either; with B first."""
-    many, how = sdpa.function(causal, scale, True, measure, tell), (causal, scale, True)
+    """attend; causal, scale, measure, tell, cap: as in `sdpa.function`, which answers more than a few queries. given:
+    what q, k and v are where they are not cut into heads yet, and y is not to be, either; with B first."""
+    many, how = sdpa.function(causal, scale, True, measure, tell, cap=cap), (causal, scale, True)
     native, store = _attention.attention, _attention.store
     whole, heads = given is not None, (0, 0) if given is None else given[:2]
 
@@ -51,6 +53,7 @@ def function(
         values: Tensor,
         length: Tensor | None,
         mask: Tensor | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         rows = q.shape[1 if whole else 2]
         at = keys.shape[2] - rows if length is None else int(length)
@@ -61,17 +64,18 @@ def function(
         if rotated is None:
             q, k, v = (q, k, v) if given is None else given.cut(q, k, v)
             rotated = in_torch(q, k, v, cos, sin, keys, values, at, length is None)
-            return as_given(sdpa.stock(rotated, keys, values, mask, *how))
+            return as_given(sdpa.stock(rotated, keys, values, mask, *how, sinks=sinks, cap=cap))
         if causal:
             keys, values = keys[:, :, :rows], values[:, :, :rows]
         if rows <= FEW_QUERIES:
-            y: Tensor | None = native(rotated, keys, values, mask, *how, joined=whole)
+            more: Any = {"sinks": sdpa.numbers_of(sinks), "cap": cap or 0.0}
+            y: Tensor | None = native(rotated, keys, values, mask, *how, joined=whole, **more)
             if y is not None:
                 return y
         end = at + rows
         if mask is not None and not _shows(mask, end, keys.shape[2]):
             keys, values, mask = keys[:, :, :end], values[:, :, :end], mask[..., :end]
-        return as_given(many(rotated, keys, values, mask))
+        return as_given(many(rotated, keys, values, mask, sinks))
 
     def as_given(y: Tensor) -> Tensor:
         return y if given is None else given.joined(y)

@@ -1,9 +1,10 @@
 """Attention of a graph's call, on kernels of our own where they are faster; and the op fastlinear::attention.
 
-    attention(query, key, value, mask, is_causal, scale, enable_gqa)
+    attention(query, key, value, mask, is_causal, scale, enable_gqa, sinks, cap)
 
 is F.scaled_dot_product_attention of tensors [B, H, L, D], without dropout, and always gives the transpose of a
-contiguous [B, L, H, D], so that what follows may view it as [B, L, H * D].
+contiguous [B, L, H, D], so that what follows may view it as [B, L, H * D]. sinks [H] and cap, which torch's own has
+not, are what fastlinear/spec/attention.py says.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from fastlinear.spec import attention as spec
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False, "
-    "float? scale=None, bool enable_gqa=False) -> Tensor"
+    "float? scale=None, bool enable_gqa=False, Tensor? sinks=None, float? cap=None) -> Tensor"
 )
 _MOST = 1024  # kinds of calls that a function remembers the answers for
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Rows(NamedTuple):
@@ -61,9 +62,18 @@ def stock(
     causal: bool = False,
     scale: float | None = None,
     grouped: bool = False,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """torch's own, with the op's arguments."""
+    if sinks is not None or cap is not None:
+        return spec.attention(q, k, v, mask, causal, scale, sinks=sinks, cap=cap)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def numbers_of(sinks: Tensor | None) -> Tensor | None:
+    """Sinks, which are a parameter, as the kernels take them."""
+    return None if sinks is None else sinks.detach().float()
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
@@ -86,8 +96,9 @@ def function(
     tell: Callable[[Answer], object] = lambda _: None,
     rows: Rows | None = None,
     rounds: bool = False,
+    cap: float | None = None,
 ) -> Attention:
-    """attention(q, k, v, mask) -> y, as the op with these arguments, on whatever is faster for each kind of call.
+    """attention(q, k, v, mask, sinks) -> y, as the op with these arguments, on what is faster for each kind of call.
 
     measure: whether that may be found out in calls; else by a rule. tell: is given each new answer. rows: what q, k and
     v are where they are not cut into heads yet, and y is not to be, either. rounds: whether fp32 may be multiplied in
@@ -95,47 +106,53 @@ def function(
     """
     answers: dict[Any, Answer] = {}
     how = (causal, scale, grouped)
-    native, plain = _attention.attention, stock
+    native: Callable[..., Tensor | None] = _attention.attention
+    plain: Callable[..., Tensor] = stock
     if rows is not None:
         native = functools.partial(native, rows=rows[:2], length_first=rows.length_first)
         plain = functools.partial(_stock_of_rows, rows)
+    if cap is not None:
+        native, plain = functools.partial(native, cap=cap), functools.partial(plain, cap=cap)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not undisturbed() or _wants_grad(q, k, v, mask):
-            return plain(q, k, v, mask, *how)
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+        if not undisturbed() or _wants_grad(q, k, v, mask, sinks):
+            return plain(q, k, v, mask, *how, sinks=sinks)
         kind = (q.shape, k.shape, q.dtype, None if mask is None else mask.shape, torch.get_num_threads())
         found = answers.get(kind)
         if found is None or (found.due and plan.is_due(found)):
-            found = ask(q, k, v, mask)
+            found = ask(q, k, v, mask, sinks)
             if len(answers) >= _MOST:
                 answers.clear()
             answers[kind] = found
             tell(found)
-        y = native(q, k, v, mask, *how, products=found.products) if found.ours else None
-        return plain(q, k, v, mask, *how) if y is None else y
+        numbers = numbers_of(sinks)
+        y = native(q, k, v, mask, *how, products=found.products, sinks=numbers) if found.ours else None
+        return plain(q, k, v, mask, *how, sinks=sinks) if y is None else y
 
-    def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Answer:
+    def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Answer:
+        numbers = numbers_of(sinks)
         parts = (q, k, v) if rows is None else rows.cut(q, k, v)
-        if why_not(*parts, mask) is not None or native(q, k, v, mask, *how) is None:
+        if why_not(*parts, mask) is not None or native(q, k, v, mask, *how, sinks=numbers) is None:
             return Answer(False, "torch: the kernels do not take these tensors")
         kind = "causal" if causal else "none"
         if mask is not None:
             kind = "row" if mask.shape[-2] == 1 or mask.stride(-2) == 0 else "full"
+        kind += ("" if sinks is None else ", sinks") + ("" if cap is None else ", cap")
         b, h, queries, size = parts[0].shape
         name = _tensors.FORMATS[q.dtype] + (" as bf16" if rounds and q.dtype is torch.float32 else "")
         asked = Question(b * h, queries, parts[1].shape[2], size, name, kind, torch.get_num_threads())
         return plan.answer(
             asked,
-            lambda kernel: native(q, k, v, mask, *how, products=kernel),
-            lambda: plain(q, k, v, mask, *how),
+            lambda kernel: native(q, k, v, mask, *how, products=kernel, sinks=numbers),
+            lambda: plain(q, k, v, mask, *how, sinks=sinks),
             measure=measure,
         )
 
     return attention
 
 
-def _stock_of_rows(rows: Rows, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
-    return rows.joined(stock(*rows.cut(q, k, v), mask, *how))
+def _stock_of_rows(rows: Rows, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any, **more: Any) -> Tensor:
+    return rows.joined(stock(*rows.cut(q, k, v), mask, *how, **more))
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -156,27 +173,44 @@ def _formula(*args: Any) -> Tensor:
     return _laid_out(stock(*args))
 
 
-def _cpu(*args: Any) -> Tensor:
-    y = None if environment.disabled() else _attention.attention(*args)
-    return _formula(*args) if y is None else y
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    grouped: bool = False,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    how, numbers = (mask, causal, scale, grouped), numbers_of(sinks)
+    y = None if environment.disabled() else _attention.attention(q, k, v, *how, sinks=numbers, cap=cap or 0.0)
+    return _formula(q, k, v, *how, sinks, cap) if y is None else y
 
 
 def _autograd(keyset: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:
     """Gradients are those of torch's own, which knows no other derivatives: they are the specification's."""
-    tensors = [t for t in (query, key, value, mask) if t is not None]
+    more: Any = (*rest, *(False, None, False, None, None)[len(rest) :])
+    causal, scale, _, sinks, cap = more
+    tensors = [t for t in (query, key, value, mask, sinks) if t is not None]
     dual = any(_torch.unpack_dual(t, level=0)[1] is not None for t in tensors)
     if dual or _torch.transform() is not None:
-        return _laid_out(spec.attention(query, key, value, mask, *rest[:2]))
+        return _laid_out(spec.attention(query, key, value, mask, causal, scale, sinks=sinks, cap=cap))
     if _wants_grad(*tensors):
         return _formula(query, key, value, mask, *rest)
-    y: Tensor = _op.redispatch(keyset & _torch.after_autograd, query, key, value, mask, *rest)
+    y: Tensor = OP.redispatch(keyset & _torch.after_autograd, query, key, value, mask, *rest)
     return y
 
 
 def _vmap(
     info: Any, in_dims: tuple[int | None, ...], query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *rest: Any
 ) -> tuple[Tensor, int]:
-    """A batch more is a larger batch."""
+    """A batch more is a larger batch; but sinks are of heads alone."""
+    if len(in_dims) > 7 and in_dims[7] is not None:
+        given = (query, key, value, mask, *rest)
+        cut = [[t] * info.batch_size if dim is None else t.unbind(dim) for t, dim in zip(given, in_dims, strict=True)]
+        return torch.stack([OP(*each) for each in zip(*cut, strict=True)]), 0
 
     def in_front(t: Tensor, dim: int | None) -> Tensor:
         return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -186,13 +220,13 @@ def _vmap(
         mask = in_front(mask, in_dims[3])
         mask = mask.reshape(info.batch_size, *[1] * (5 - mask.dim()), *mask.shape[1:])
         mask = mask.expand(info.batch_size, query.shape[0 if in_dims[0] is None else 1], *mask.shape[2:]).flatten(0, 1)
-    y = _op(tensors[0], tensors[1], tensors[2], mask, *rest)
+    y = OP(tensors[0], tensors[1], tensors[2], mask, *rest)
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 
 _library = torch.library.Library("fastlinear", "FRAGMENT")
 _library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_op = torch.ops.fastlinear.attention.default
+OP = torch.ops.fastlinear.attention.default
 _library.impl("attention", _cpu, "CPU")
 _library.impl("attention", _formula, "CompositeExplicitAutograd")  # every other device
 _library.impl("attention", _formula, "AutocastCPU")  # torch's own casts

@@ -88,7 +88,33 @@ def _windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return joined(s.view(-1, 4, length, length).softmax(-1) @ v)
 
 
+SINKS = nn.Parameter(torch.linspace(-1, 2, 4, device="cpu"))
+
+
+def _sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    sinks = SINKS.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    s = torch.cat([q @ k.transpose(2, 3) * 0.3 + (mask - 1), sinks], dim=-1)
+    s = s - s.max(dim=-1, keepdim=True).values
+    w = F.dropout(F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1], p=0.0, training=False).to(v.dtype)
+    return (w @ v).transpose(1, 2).contiguous().reshape(q.shape[0], -1, 32)
+
+
+def _cap(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * 0.3 / 2.0) * 2.0 + torch.where(mask > 0, 0.0, -1e30)
+    w = F.dropout(F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype), p=0.0, training=False)
+    return torch.matmul(w, v).transpose(1, 2).contiguous().reshape(q.shape[0], -1, 32)
+
+
+def _beside(s: Tensor, numbers: Tensor) -> Tensor:
+    """Scores and sinks, in a softmax without its last column."""
+    sinks = numbers.view(1, -1, 1, 1).expand(*s.shape[:-1], 1)
+    return torch.cat([s, sinks], -1).softmax(-1)[..., :-1]
+
+
 TAKEN: dict[str, Attend] = {
+    "as in gpt-oss": _sinks,
+    "as in Gemma 2": _cap,
+    "a cap and sinks": lambda q, k, v, mask: joined(_beside((q @ k.mT).tanh() * 3 + mask, mask[3, :4]) @ v),
     "as in BLOOM": _alibi,
     "as in DeBERTa": _disentangled,
     "as in Swin V2": _windows,
@@ -108,6 +134,21 @@ TAKEN: dict[str, Attend] = {
     "heads viewed later": lambda q, k, v, mask: joined(((q @ k.mT).softmax(-1) @ v).view(-1, *q.shape[1:]) * 2),
 }
 LEFT: dict[str, Attend] = {
+    "sinks for each query": lambda q, k, v, mask: joined(
+        torch.cat([q @ k.mT, q.mean(-1, True)], -1).softmax(-1)[..., :-1] @ v
+    ),
+    "the first is dropped": lambda q, k, v, mask: joined(
+        torch.cat([q @ k.mT, mask[3, :4].view(1, -1, 1, 1).expand(*q.shape[:3], 1)], -1).softmax(-1)[..., 1:] @ v
+    ),
+    "another maximum": lambda q, k, v, mask: joined(
+        (
+            (s := torch.cat([q @ k.mT, mask[3, :4].view(1, -1, 1, 1).expand(*q.shape[:3], 1)], -1))
+            - s.max(2, True).values
+        ).softmax(-1)[..., :-1]
+        @ v
+    ),
+    "a mask that is capped": lambda q, k, v, mask: joined((((q @ k.mT) + mask).tanh() * 3).softmax(-1) @ v),
+    "capped twice": lambda q, k, v, mask: joined(((q @ k.mT).tanh() * 3).tanh().softmax(-1) @ v),
     "weights read": lambda q, k, v, mask: joined((w := (q @ k.mT).softmax(-1)) @ v) + w.sum(),
     "scores read": lambda q, k, v, mask: joined((s := q @ k.mT).softmax(-1) @ v) + s.sum(),
     "of another dimension": lambda q, k, v, mask: joined((q @ k.mT).softmax(-2) @ v),

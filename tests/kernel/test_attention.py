@@ -3,6 +3,7 @@ they do not take."""
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,37 @@ def test_attention_is_within_the_bound(isa: str, kind: str) -> None:
         assert ((y.double() - want).abs() <= bound).all(), (dtype, b, h, g, queries, keys, size)
 
 
+def softened(h: int) -> list[dict[str, Any]]:
+    """Sinks of heads, below and above all scores too, a cap, and both."""
+    sinks = torch.randn(h) * 2
+    sinks[-1] = 30.0
+    return [{"sinks": sinks - 100.0}, {"sinks": sinks}, {"cap": 0.7}, {"sinks": sinks, "cap": 3.0}]
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_sinks_and_caps_are_within_the_bound(isa: str) -> None:
+    """Each shape with some mask and dtype, the others in turn; a query that sees nothing but its sink gives 0."""
+    cases = zip(itertools.product([*SHAPES, LONG], range(4)), itertools.cycle(MASKS), strict=False)
+    for i, (((b, h, g, queries, keys, size), which), kind) in enumerate(cases):
+        dtype = DTYPES[i % len(DTYPES)]
+        q, k, v = heads(b, h, queries, size, dtype), heads(b, g, keys, size, dtype), heads(b, g, keys, size, dtype)
+        mask, causal, more = mask_of(kind, b, h, queries, keys, dtype), kind == "causal", softened(h)[which]
+        y = _attention.attention(q, k, v, mask, causal, None, True, isa, **more)
+        want, bound = spec.exact(q, k, v, mask, causal, **more)
+        for found in (y, spec.attention(q, k, v, mask, causal, **more)):
+            assert found is not None and ((found.double() - want).abs() <= bound).all(), (i, more)
+    q, hidden = heads(1, 2, 40, 8), torch.zeros(40, 40, dtype=torch.bool)
+    y = _attention.attention(q, q, q, hidden, isa=isa, sinks=torch.tensor([-3.0, 3.0]))
+    assert y is not None and not y.any()
+
+
+def test_sinks_that_are_left_to_the_caller() -> None:
+    """Not one for each head, of another dtype, or far apart."""
+    q = heads(1, 2, 5, 8)
+    for sinks in (torch.zeros(3), torch.zeros(2, 1), torch.zeros(2).bfloat16(), torch.zeros(4)[::2]):
+        assert _attention.attention(q, q, q, sinks=sinks) is None
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_thousands_of_keys(threads: int) -> None:
     """More than a second-level cache holds: the bound is that of as many keys."""
@@ -95,18 +127,20 @@ def test_thousands_of_keys(threads: int) -> None:
 def test_products_of_bf16_are_within_their_bound(kernel: str, kind: str) -> None:
     """Each kernel that multiplies bf16, for bf16 and for fp32 that is rounded, and the specification; heads of an odd
     size are computed in fp32, which is within the bound, too, where they hold bf16."""
-    for (b, h, g, queries, keys, size), dtype in itertools.product([*SHAPES, LONG], (torch.bfloat16, torch.float32)):
+    cases = itertools.product([*SHAPES, LONG], (torch.bfloat16, torch.float32))
+    for i, ((b, h, g, queries, keys, size), dtype) in enumerate(cases):
         q, k, v = heads(b, h, queries, size, dtype), heads(b, g, keys, size, dtype), heads(b, g, keys, size, dtype)
         if size % 2:
             q, k, v = (t.bfloat16().to(dtype) for t in (q, k, v))
         mask, causal = mask_of(kind, b, h, queries, keys, dtype), kind == "causal"
-        y = _attention.attention(q, k, v, mask, causal, None, True, products=kernel)
+        more = ([{}] * 4 + softened(h))[i % 8]
+        y = _attention.attention(q, k, v, mask, causal, None, True, products=kernel, **more)
         assert y is not None and y.dtype is dtype and y.transpose(1, 2).is_contiguous()
-        want, bound = spec.exact(q, k, v, mask, causal, products=torch.bfloat16)
-        for found in (y, spec.attention(q, k, v, mask, causal, products=torch.bfloat16)):
+        want, bound = spec.exact(q, k, v, mask, causal, products=torch.bfloat16, **more)
+        for found in (y, spec.attention(q, k, v, mask, causal, products=torch.bfloat16, **more)):
             assert ((found.double() - want).abs() <= bound).all(), (dtype, b, h, g, queries, keys, size)
         if dtype is torch.float32 and size % 2 == 0 and keys > 1:  # it is rounded indeed
-            assert not torch.equal(y, _attention.attention(q, k, v, mask, causal, None, True))
+            assert not torch.equal(y, _attention.attention(q, k, v, mask, causal, None, True, **more))
 
 
 @pytest.mark.parametrize("kernel", rounding_kernels())

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastlinear.layer import sdpa
 from fastlinear.spec import attention as spec
 
-OP = sdpa._op
+OP = sdpa.OP
 sdpa = F.scaled_dot_product_attention
 
 
@@ -22,6 +22,7 @@ def test_opcheck() -> None:
         ((heads(), heads(), heads()), {}),
         ((heads(), heads(h=2), heads(h=2)), {"enable_gqa": True, "is_causal": True}),
         ((heads(), heads(rows=5), heads(rows=5), torch.rand(2, 1, 1, 5) < 0.5), {"scale": 0.5}),
+        ((heads(),) * 3, {"sinks": torch.randn(4), "cap": 3.0}),
         ((heads(dtype=torch.float64),) * 3, {}),
         ((heads().contiguous().requires_grad_(),) * 3, {}),
     ):
@@ -48,6 +49,30 @@ def test_modes() -> None:
     torch.testing.assert_close(ours, theirs)
     with torch.autocast("cpu", torch.bfloat16):
         assert OP(q, k, v).dtype is torch.bfloat16
+
+
+def test_modes_of_sinks_and_a_cap() -> None:
+    """Gradients, also of sinks, forward mode and vmap, also over sinks, are those of the specification."""
+    q, k, v, sinks = heads(), heads(), heads(), torch.randn(4)
+
+    def both(q: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        return OP(q, k, v, sinks=sinks, cap=2.0), spec.attention(q, k, v, sinks=sinks, cap=2.0)
+
+    torch.testing.assert_close(*both(q, sinks))
+    torch.testing.assert_close(*both(q.bfloat16().float(), sinks.bfloat16()))
+    for at in range(2):
+        given = [q, sinks]
+        given[at] = given[at].clone().requires_grad_()
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), given[at])[0] for y in both(*given)))
+    ours, theirs = torch.func.jvp(lambda x: both(x, sinks), (q,), (k,))[1]
+    torch.testing.assert_close(ours, theirs)
+    several = torch.stack((sinks, sinks - 3))
+    for dims in ((0, None), (None, 0), (0, 0)):
+        given = [torch.stack((q, k)) if dims[0] == 0 else q, several if dims[1] == 0 else sinks]
+        got = torch.vmap(lambda x, s: both(x, s)[0], dims)(*given)
+        cut = [[t, t] if dim is None else t for t, dim in zip(given, dims, strict=True)]
+        want = torch.stack([both(x, s)[1] for x, s in zip(*cut, strict=True)])
+        torch.testing.assert_close(got, want)
 
 
 class Net(nn.Module):

@@ -3,11 +3,15 @@
 
 #include <array>
 #include <cstddef>
+#include <limits>
 
 #include "fastlinear/contract/format.hpp"
 #include "fastlinear/contract/kernel.hpp"
 
 namespace fastlinear {
+
+// The sink of a head that has none: the score of one key more, which has no value, with no weight.
+inline constexpr float kNoSink = -std::numeric_limits<float>::infinity();
 
 // What the next call will read and write, fetched a row at a time: all at once they would take every buffer of the
 // core, and this call would wait for them.
@@ -22,6 +26,7 @@ struct NextHead {
 };
 
 // y = softmax(scale q k^T + mask) v. Query i sees the keys 0 to i + diagonal. `added` is to the scores of every query.
+// With a cap, scale q k^T is cap tanh(scale q k^T / cap) instead.
 struct AttentionArgs {
   const void* q;  // [queries, size] of the function's format, as y
   std::ptrdiff_t q_stride;
@@ -32,11 +37,12 @@ struct AttentionArgs {
   const float* v;  // [keys, size], each row readable up to a multiple of kAttentionColumns
   std::ptrdiff_t v_stride;
   std::ptrdiff_t queries, keys, size;
-  float scale;
+  float scale, cap;    // cap: 0 for none
   const float* added;  // [keys], or null
   const void* mask;    // [queries, keys], fp32, bf16, fp16, or bytes (uint8) that are 0 for what is not seen; or null
   std::ptrdiff_t mask_stride;
   Format mask_format;
+  float sink = kNoSink;
   bool turned;  // whether the scratch still has this mask from the last call, if that could take its queries at a time
   std::ptrdiff_t diagonal;
   float* scratch;   // attention_scratch(keys, size) floats, at a multiple of 64 bytes
@@ -63,11 +69,12 @@ struct WeighArgs {
   std::ptrdiff_t columns, tile;
   std::ptrdiff_t rows, keys;  // keys: as many as the last row sees
   std::ptrdiff_t diagonal;    // the first row sees the keys 0 to this one, each next row one more
-  float scale;
+  float scale, cap;
   const float* added;  // these, as in AttentionArgs
   const void* mask;
   std::ptrdiff_t mask_stride;
   Format mask_format;
+  float sink = kNoSink;
   float* scores;  // one row of them, in whole vectors
   void* weights;  // bf16, written up to `filled`, with zeros behind the keys
   std::ptrdiff_t weights_stride, filled;
@@ -94,8 +101,9 @@ struct FewQueriesArgs {
   const void* v;  // [keys, size]
   std::ptrdiff_t v_stride;
   std::ptrdiff_t queries, keys, size;
-  float scale;
+  float scale, cap;    // as in AttentionArgs
   const float* added;  // [keys], or null
+  const float* sinks;  // [queries], or null
   float* scratch;      // few_queries_scratch(queries, keys, size) floats
 };
 

@@ -48,7 +48,9 @@ class FewAttender {
         .keys = n,
         .size = p_.size,
         .scale = p_.scale,
+        .cap = p_.cap,
         .added = p_.mask.data == nullptr ? nullptr : added(p_.mask.at(b, heads.begin, i), keys, memory[0]),
+        .sinks = p_.sinks == nullptr ? nullptr : p_.sinks + heads.begin,
         .scratch = memory[1].floats(few_queries_scratch(count, n, p_.size)),
     });
   }

@@ -23,10 +23,13 @@ struct Heads {
 
 struct AttentionProblem {
   std::ptrdiff_t batches, heads, kv_heads, queries, keys, size;
-  Heads q, k, v, y;  // of one floating format; heads / kv_heads heads share one of k and v
-  Heads mask;        // as AttentionArgs has it, elements being keys; its data may be null
-  float scale;
-  bool causal;  // query i sees the keys 0 to i
+  Heads q, k, v, y;    // of one floating format; heads / kv_heads heads share one of k and v
+  Heads mask;          // as AttentionArgs has it, elements being keys; its data may be null
+  const float* sinks;  // [heads], or null
+  float scale, cap;    // cap: 0 for none
+  bool causal;         // query i sees the keys 0 to i
+
+  float sink(std::ptrdiff_t head) const { return sinks == nullptr ? kNoSink : sinks[head]; }
 };
 
 // So many numbers of a floating format, in fp32.

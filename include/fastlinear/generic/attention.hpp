@@ -7,7 +7,7 @@
 //
 //   panel[d][query]    = scale * q        (Lanes = C vectors of queries)
 //   scores[key][query] = sum over d of k[key][d] * panel[d], and the maximum of each query on the way
-//   scores = exp(scores - maximum), their sum
+//   scores = exp(scores - maximum), their sum, with that of a sink, which is one score more
 //   y[query][d]        = sum over keys of scores[key][query] * v[key][d] / sum
 //
 // Both products are one loop: a broadcast number times vectors. A tile of R rows and C vectors keeps R * C sums in
@@ -43,6 +43,11 @@ template <class V>
   const V least = V::set(-87.0f);
   const epilogues::Reduced<V> e = epilogues::reduce(max(least, x));
   return select_gt(least, x, V::set(0.0f), scale(epilogues::exp_reduced(e.r), e.n));
+}
+
+template <class V>
+[[gnu::always_inline]] inline V capped(V score, float cap) {
+  return V::set(cap) * epilogues::tanh(score * V::set(1.0f / cap));
 }
 
 // The first `valid` of the elements at p, or all if that is more, and zeros.
@@ -217,6 +222,22 @@ void turn_mask(const AttentionArgs& args, Size query, Size rows, Size keys, floa
   }
 }
 
+// Scores as they are capped, before what a mask adds to each row of them, and to each of them; and their maxima.
+template <class V, Size C>
+void cap_scores(float* scores, Size keys, float cap, const float* added, const float* mask, V (&maximum)[C]) {
+  for (Size at = 0; at < keys * C * V::width; at += C * V::width) {
+    const V more = V::set(added == nullptr ? 0.0f : added[at / (C * V::width)]);
+#pragma GCC unroll 2
+    for (Size c = 0; c < C; ++c) {
+      float* const s = scores + at + c * V::width;
+      V x = capped(V::load(s), cap) + more;
+      if (mask != nullptr) x = x + V::load(mask + (s - scores));
+      V::store(s, x);
+      maximum[c] = max(maximum[c], x);
+    }
+  }
+}
+
 // Up to C vectors of queries, from `query` on.
 template <class V, Size R, Size C, class Element>
 void some_queries(const AttentionArgs& args, Size query) {
@@ -228,20 +249,27 @@ void some_queries(const AttentionArgs& args, Size query) {
   float* const scores = panel + args.size * lanes;
   float* const mask = scores + keys * lanes;
 
-  const V factor = V::set(args.scale);
+  const V factor = V::set(args.scale), sink = V::set(args.sink);
   V maximum[C], sum[C], last[C];
 #pragma GCC unroll 2
-  for (Size c = 0; c < C; ++c) maximum[c] = V::set(-kInfinity), sum[c] = V::set(0.0f);
+  for (Size c = 0; c < C; ++c) maximum[c] = sink;
   turn_in<V, C>(static_cast<const Element*>(args.q) + query * args.q_stride, args.q_stride, rows, args.size, panel,
                 [&](V x) { return x * factor; });
   if (args.mask != nullptr && !(args.turned && args.queries <= lanes)) turn_mask<V, C>(args, query, rows, keys, mask);
+  const float* const more = args.mask == nullptr ? nullptr : mask;
+  const bool caps = args.cap > 0.0f;
   product<V, C, R>(args.k, args.k_stride, One(), keys, args.size, panel, std::integral_constant<Size, lanes>(),
-                   *args.ahead, Scores<V, C>{scores, maximum, args.added, args.mask == nullptr ? nullptr : mask});
+                   *args.ahead, Scores<V, C>{scores, maximum, caps ? nullptr : args.added, caps ? nullptr : more});
+  if (caps) {
+#pragma GCC unroll 2
+    for (Size c = 0; c < C; ++c) maximum[c] = sink;
+    cap_scores<V, C>(scores, keys, args.cap, args.added, more, maximum);
+  }
   if (keys > first_end + 1) {  // some keys are seen by some of the queries
     float lane[lanes];
     for (Size i = 0; i < lanes; ++i) lane[i] = static_cast<float>(first_end + i);
 #pragma GCC unroll 2
-    for (Size c = 0; c < C; ++c) maximum[c] = V::set(-kInfinity), last[c] = V::load(lane + c * w);
+    for (Size c = 0; c < C; ++c) maximum[c] = sink, last[c] = V::load(lane + c * w);
     for (Size key = 0; key < keys; ++key) {
       const V at = V::set(static_cast<float>(key));
 #pragma GCC unroll 2
@@ -254,8 +282,10 @@ void some_queries(const AttentionArgs& args, Size query) {
     }
   }
 #pragma GCC unroll 2
-  for (Size c = 0; c < C; ++c)  // a query that sees nothing: all its scores become 0
+  for (Size c = 0; c < C; ++c) {  // a query that sees nothing: all its scores become 0
     maximum[c] = select_gt(maximum[c], V::set(-kInfinity), maximum[c], V::set(0.0f));
+    sum[c] = exp_below(sink - maximum[c]);
+  }
   for (Size key = 0; key < keys; ++key)
 #pragma GCC unroll 2
     for (Size c = 0; c < C; ++c) {

@@ -22,6 +22,7 @@ namespace fastlinear {
 
 namespace few_queries_detail {
 
+using attention_detail::capped;
 using attention_detail::exp_below;
 using attention_detail::kInfinity;
 using attention_detail::load_some;
@@ -55,14 +56,17 @@ template <class V, class Element>
   return sums[0];
 }
 
-// Scores become e^(score - maximum); 1 over their sum, or 0 for a query that sees nothing.
+// Scores of a row become e^(score - maximum); 1 over their sum, or 0 for a query that sees nothing.
 template <class V>
-float softmax(float* scores, const float* added, Size keys) {
+float softmax(const FewQueriesArgs& args, Size row, float* scores) {
   constexpr Size w = V::width;
-  V highest = V::set(-kInfinity);
+  const Size keys = args.keys;
+  const V sink = V::set(args.sinks == nullptr ? kNoSink : args.sinks[row]);
+  V highest = sink;
   for (Size key = 0; key < keys; key += w) {
     V s = V::load(scores + key);
-    if (added != nullptr) s = s + load_some<V>(added + key, keys - key);
+    if (args.cap > 0.0f) s = capped(s, args.cap);
+    if (args.added != nullptr) s = s + load_some<V>(args.added + key, keys - key);
     if (keys - key < w) {  // the lanes behind the last key
       float last[w];
       V::store(last, s);
@@ -82,7 +86,8 @@ float softmax(float* scores, const float* added, Size keys) {
     V::store(scores + key, e);
     sum = sum + e;
   }
-  const float inverse = 1.0f / total(sum);
+  V::store(lanes, exp_below(sink - base));
+  const float inverse = 1.0f / (total(sum) + lanes[0]);
   return inverse > std::numeric_limits<float>::max() ? 0.0f : inverse;
 }
 
@@ -151,7 +156,7 @@ void run(const FewQueriesArgs& given) {
   for (Size row = 0; row < args.queries; row += kRows) {
     const Size rows = std::min(kRows, args.queries - row);
     float factors[kRows] = {};
-    for (Size r = 0; r < rows; ++r) factors[r] = softmax<V>(scores + (row + r) * padded, args.added, args.keys);
+    for (Size r = 0; r < rows; ++r) factors[r] = softmax<V>(args, row + r, scores + (row + r) * padded);
     FewQueriesArgs part = args;
     part.y = static_cast<Element*>(args.y) + row * args.y_stride;
     for (Size first = 0; first < args.size;) {

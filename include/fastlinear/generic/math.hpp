@@ -94,6 +94,13 @@ template <class V>
   return fma(fma(exp_tail(e.r) * e.r, e.r, e.r), two_n, two_n - V::set(1.0f));
 }
 
+// tanh(x) = (e^2x - 1) / (e^2x + 1), by expm1, which is exact to first order near 0.
+template <class V>
+[[gnu::always_inline]] inline V tanh(V x) {
+  const V y = expm1(min(V::set(40.0f), max(V::set(-40.0f), x + x)));
+  return y / (y + V::set(2.0f));
+}
+
 // y, but NaN where x is -inf: torch computes silu, gelu_tanh and mish as x * f(x), which is -inf * 0 there.
 template <class V>
 [[gnu::always_inline]] inline V nan_at_minus_infinity(V x, V y) {

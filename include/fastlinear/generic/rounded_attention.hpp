@@ -55,19 +55,20 @@ void weigh_row(const WeighArgs& t, Size row, const V& lanes, const More& more) {
   const Size keys = std::min(t.keys, t.diagonal + row + 1);
   const float* products = t.products + row * t.columns;
   auto* const weights = static_cast<Bf16*>(t.weights) + row * t.weights_stride;
-  const V scale = V::set(t.scale), unseen = V::set(-kInfinity);
-  V most = unseen;
+  const V scale = V::set(t.scale), unseen = V::set(-kInfinity), sink = V::set(t.sink);
+  V most = sink;
   for (Size tile = 0; tile < keys; tile += t.columns, products += t.tile)
     for (Size at = 0; at < std::min(t.columns, keys - tile); at += w) {
       const Size i = tile + at;
-      V x = V::load(products + at) * scale + more(i, keys - i);
+      V x = V::load(products + at) * scale;
+      x = (t.cap > 0.0f ? attention_detail::capped(x, t.cap) : x) + more(i, keys - i);
       if (keys - i < w) x = select_gt(V::set(static_cast<float>(keys - i)), lanes, x, unseen);
       V::store(t.scores + i, x);
       most = max(most, x);
     }
   const float highest = greatest(most);
   const V top = V::set(highest == -kInfinity ? 0.0f : highest);  // of a row that sees nothing all scores become 0
-  V sum = V::set(0.0f);
+  V sum = select_gt(V::set(1.0f), lanes, attention_detail::exp_below(sink - top), V::set(0.0f));  // in the first lane
   for (Size i = 0; i < keys; i += w) {
     const V e = attention_detail::exp_below(V::load(t.scores + i) - top);
     sum = sum + e;
