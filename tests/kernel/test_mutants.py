@@ -127,12 +127,12 @@ BROKEN = [
     ),
     Mutant("garbage follows the last k", PROLOGUE, "(«(filled - made) * element»)", "0 * filled", TILED),
     Mutant("the last k is dropped", SCALAR, "«k < t.k»; ++k", "k + 1 < t.k"),
-    Mutant("the last k is dropped, AVX2", TILE, "«k + kr <= t.k»; k += kr", "k + kr < t.k", "fp32/avx2/6x16"),
+    Mutant("the last k is dropped, AVX2", TILE, "left = «t.k / kr»;", "t.k / kr - 1", "fp32/avx2/6x16"),
     Mutant("the first two rows are swapped", SCALAR, "a[«r» * t.lda + k]", "(t.rows > 1 && r < 2 ? 1 - r : r)"),
     Mutant(
         "the first row serves all, AVX-512",
         TILE,
-        "a += «lda»;",
+        "«r % reach * lda»",
         "0",
         TALL,
     ),
@@ -192,7 +192,7 @@ BROKEN = [
         "2 * first_ + m_ - 1 - row",
         TALL_BF16,
     ),
-    Mutant("the odd last k is dropped", TILE, "if («kr > 1 && k < t.k»)", "false", TALL_BF16),
+    Mutant("the odd last k is dropped", TILE, "if («kr > 1 && t.k % kr > 0»)", "false", TALL_BF16),
     Mutant(
         "the odd last k brings its neighbor, 0 times",
         PAIRS,

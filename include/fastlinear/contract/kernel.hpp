@@ -66,11 +66,11 @@ struct TileArgs {
   RowGroups row_groups;            // of rows that are, from the first row and k on
   void* tile;                      // mr x (kernel.panels * nr) sums, 64-byte aligned, row stride kernel.panels * nr
   bool accumulate;                 // add to the tile (a later block of K) instead of overwriting it
-  const char* prefetch;            // each group brings a line or two from here toward L2, then moves on by
-  std::ptrdiff_t prefetch_stride;  // prefetch_stride bytes; a prefetch never faults, so it may run past the weight
-  const char* beside;            // the same from another place: the next half of that, or rows of A; kernels that have
-  std::ptrdiff_t beside_stride;  // no time for it let it be
-  Lines lines;                   // where the tile goes and what it meets, to be fetched while there is time
+  const char* prefetch;            // so many bytes from here on for each group are to be brought toward L2, a line or
+  std::ptrdiff_t prefetch_stride;  // two of them; a prefetch never faults, so they may be past the weight
+  const char* beside;              // the same of rows of A; kernels that have no time for it let it be
+  std::ptrdiff_t beside_stride;    // 0 for none
+  Lines lines;                     // where the tile goes and what it meets, to be fetched while there is time
 };
 
 // What a thread does before its first tile of a call and after its last: state of the CPU that belongs to nobody is put

@@ -90,7 +90,7 @@ class Worker {
           a.row_groups = job.x.groups.at(a.lda, rows.begin, block.begin / p.weight.groups.size);
         a.tile = tile;
         a.prefetch = prefetches ? next + (t - tiles.begin) * groups * a.prefetch_stride : static_cast<const char*>(a.a);
-        a.beside = a.prefetch + 64, a.beside_stride = a.prefetch_stride;
+        a.beside_stride = 0;
         if (fresh && groups > 0 && t + 1 < tiles.end) {
           a.beside = job.x.rows.at(rows.end, block.begin);
           a.beside_stride = rows.size() * a.lda * element_bytes(job.x.rows.format) / groups;
