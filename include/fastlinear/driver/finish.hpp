@@ -10,45 +10,42 @@ namespace fastlinear {
 
 namespace finish_detail {
 
-// The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out; with the operand, if `adds`.
-inline void dequantize_tile(const Job& job, const StepArgs& s, float floor, bool adds, std::ptrdiff_t first_row,
-                            std::ptrdiff_t column) {
-  const Weight& w = job.p.weight;
-  const Quantization& quantization = *job.plan.vectors->quantization;
-  DequantizeArgs args{s.in, s.ld_in, s.out, s.ld_out, s.rows, s.cols, w.scales + column, s.bias, floor};
-  if (adds) args.added = s.operand, args.ld_added = s.ld_operand;
-  if (job.x.scales == nullptr) return quantization.scale_columns(args);
-  args.sums = w.sums + column;
-  args.zeros = w.zeros == nullptr ? nullptr : w.zeros + column;
-  args.row_scales = job.x.scales + first_row;
-  quantization.dequantize(args);
-}
+// What a step reads beside the sums, from the first row on and for the columns of a group of panels.
+struct TileOperand {
+  const char* data;
+  std::ptrdiff_t row_bytes, ld;
+  bool one_row, one_a_row;
+  decltype(Conversion::widen) widen;  // null where it is fp32 already
 
-// The operand of a step: read in place where it lies as a step reads it, else widened beside the tile, once for all
-// rows where they are alike.
-inline void set_operand(const Job& job, const EpilogueStep& step, std::ptrdiff_t first_row, std::ptrdiff_t column,
-                        StepArgs& s) {
-  s.operand = s.params, s.ld_operand = 0, s.one_a_row = true;
-  if (step.operand < 0) return;
-  const Operand& from = job.p.operands[step.operand];
-  const auto at = [&](std::ptrdiff_t row) {
-    const std::ptrdiff_t element = (job.part.begin + first_row + row) * from.row_stride + column * from.column_stride;
-    return from.data + element * element_bytes(from.format);
-  };
-  s.one_a_row = from.column_stride == 0;
-  const auto widen = job.plan.vectors->conversions[static_cast<std::size_t>(from.format)].widen;
-  if (widen == nullptr) {  // fp32 already
-    s.operand = reinterpret_cast<const float*>(at(0));
-    s.ld_operand = from.row_stride;
-    return;
+  TileOperand() = default;
+  TileOperand(const Job& job, const Operand& from, std::ptrdiff_t column)
+      : row_bytes(from.row_stride * element_bytes(from.format)),
+        ld(from.row_stride),
+        one_row(from.row_stride == 0),
+        one_a_row(from.column_stride == 0),
+        widen(job.plan.vectors->conversions[static_cast<std::size_t>(from.format)].widen) {
+    const std::ptrdiff_t element = job.part.begin * from.row_stride + column * from.column_stride;
+    data = from.data + element * element_bytes(from.format);
   }
-  thread_local Scratch memory;
-  float* const wide = memory.floats(s.rows * s.ld_in);
-  s.operand = wide;
-  s.ld_operand = from.row_stride == 0 ? 0 : s.one_a_row ? 1 : s.ld_in;
-  for (std::ptrdiff_t r = 0; r < (from.row_stride == 0 ? 1 : s.rows); ++r)
-    widen(at(r), wide + r * s.ld_operand, s.one_a_row ? 1 : s.cols);
-}
+
+  // Read in place where it lies as a step reads it, else widened beside the tile, once for all rows where they are
+  // alike.
+  void set(std::ptrdiff_t first_row, StepArgs& s) const {
+    const char* const at = data + first_row * row_bytes;
+    s.one_a_row = one_a_row;
+    if (widen == nullptr) {
+      s.operand = reinterpret_cast<const float*>(at);
+      s.ld_operand = ld;
+      return;
+    }
+    thread_local Scratch memory;
+    float* const wide = memory.floats(s.rows * s.ld_in);
+    s.operand = wide;
+    s.ld_operand = one_row ? 0 : one_a_row ? 1 : s.ld_in;
+    for (std::ptrdiff_t r = 0; r < (one_row ? 1 : s.rows); ++r)
+      widen(at + r * row_bytes, wide + r * s.ld_operand, one_a_row ? 1 : s.cols);
+  }
+};
 
 // A row of numbers -> y, in y's format.
 inline void store_row(const Job& job, const float* row, std::ptrdiff_t n, Format format, char* y) {
@@ -84,109 +81,145 @@ inline void keep_sums(const Job& job, StepArgs s, std::ptrdiff_t first_row, std:
 
 }  // namespace finish_detail
 
-// What a group of panels makes of the columns of y. A gate makes one column of two sums.
-struct TileColumns {
-  std::ptrdiff_t first_sum, sums;  // in the order of the panels
-  std::ptrdiff_t first, count;     // in y
-  std::size_t segment;             // the one that they begin in
-  bool one_segment;                // whether they end in it, too
-
-  TileColumns(const Job& job, std::ptrdiff_t group) {
-    const Problem& p = job.p;
-    const std::ptrdiff_t halves = p.epilogue.gated ? 2 : 1;
-    first_sum = group * job.plan.kernel->columns();
-    sums = std::min(job.plan.kernel->columns(), p.n - first_sum);
-    first = first_sum / halves, count = sums / halves;
-    segment = 0;
-    while (segment + 1 < p.y.size() && p.y[segment + 1].first <= first) ++segment;
-    one_segment = segment + 1 == p.y.size() || p.y[segment + 1].first >= first + count;
+// How the tiles of a group of panels are finished: what follows from the group alone is found once for all of them,
+// since a tile may be a hundred numbers. A gate makes one column of y of two sums.
+class Finish {
+ public:
+  Finish(const Job& job, std::ptrdiff_t group)
+      : job_(job), p_(job.p), ld_(job.plan.kernel->columns()), first_sum_(group * job.plan.kernel->columns()) {
+    const std::ptrdiff_t halves = p_.epilogue.gated ? 2 : 1;
+    sums_ = std::min(ld_, p_.n - first_sum_);
+    column_ = first_sum_ / halves, columns_ = sums_ / halves;
+    while (segment_ + 1 < p_.y.size() && p_.y[segment_ + 1].first <= column_) ++segment_;
+    const bool one_segment = segment_ + 1 == p_.y.size() || p_.y[segment_ + 1].first >= column_ + columns_;
+    side_by_side_ = one_segment && p_.y_index == nullptr;
+    at_once_ = side_by_side_ && p_.y[segment_].format == kNumbers;
+    for (std::size_t i = 0; i < p_.epilogue.count; ++i) {
+      const std::int32_t operand = p_.epilogue.steps[i].operand;
+      if (operand >= 0) operands_[i] = finish_detail::TileOperand(job_, p_.operands[operand], column_);
+    }
+    if (p_.weight.scales != nullptr &&
+        p_.sums == nullptr) {  // with the first step, if dequantizing does that on the way
+      const EpilogueStep& step = p_.epilogue.steps[0];
+      relu_ = step.function == kRelu;
+      adds_ = step.function == kAdd && step.operand >= 0 && !operands_[0].one_a_row;
+      first_step_ = relu_ || adds_ || step.function == kIdentity ? 1 : 0;
+    }
+    if (side_by_side_) set_lines();
   }
+
+  // The lines that a tile will be finished with, which are fetched while its sums are made: rows of y are far apart,
+  // and each line that is not there would be waited for; so are those of the first operand that has a number for each.
+  // None where the tile does not go to rows side by side of one segment.
+  Lines lines(const Range& rows) const {
+    Lines lines = lines_;
+    lines.rows = side_by_side_ ? rows.size() : 0;
+    lines.y.from += rows.begin * lines.y.stride;
+    lines.beside.from += rows.begin * lines.beside.stride;
+    return lines;
+  }
+
+  // Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
+  // then row by row what each segment has of it.
+  void tile(std::byte* sums, const Range& rows) const {
+    auto* const numbers = reinterpret_cast<float*>(sums);
+    const std::size_t count = p_.epilogue.count;
+    StepArgs s{numbers, ld_,     numbers, ld_, rows.size(), sums_,
+               nullptr, nullptr, nullptr, 0,   false,       p_.weight.layout.nr / 2,
+               nullptr};
+    const auto to_y = [&](bool last) {
+      if (!last || !at_once_) return;
+      s.out = reinterpret_cast<float*>(y_at(p_.y[segment_], rows.begin, column_));
+      s.ld_out = p_.y[segment_].stride;
+    };
+    if (job_.bias != nullptr && !p_.epilogue.gated) s.bias = job_.bias + first_sum_;
+    if (p_.weight.scales != nullptr) {
+      to_y(first_step_ == count);
+      dequantize(s, rows);
+      s.bias = nullptr;
+    }
+    if (p_.sums != nullptr) finish_detail::keep_sums(job_, s, rows.begin, first_sum_);
+    if (job_.bias != nullptr && p_.epilogue.gated) {  // as the parameter has it: those of all gates first
+      s.bias = job_.bias + column_;
+      s.bias_through = s.bias + p_.n / 2;
+    }
+    for (std::size_t i = first_step_; i < count; ++i) {
+      const EpilogueStep& step = p_.epilogue.steps[i];
+      s.params = s.operand = step.params.data();
+      s.ld_operand = 0, s.one_a_row = true;
+      if (step.operand >= 0) operands_[i].set(rows.begin, s);
+      to_y(i + 1 == count);
+      job_.plan.vectors->steps[step.function](s);
+      s.bias = nullptr;
+      s.cols = columns_;
+    }
+    if (!at_once_) store(numbers, rows);
+  }
+
+ private:
+  void set_lines() {
+    const auto part = [&](const char* data, std::ptrdiff_t stride, std::ptrdiff_t column, Format format) {
+      const std::ptrdiff_t element = element_bytes(format);
+      return Lines::Part{data + (job_.part.begin * stride + column) * element, stride * element, columns_ * element};
+    };
+    const Segment& y = p_.y[segment_];
+    lines_.y = part(y.data, y.stride, column_ - y.first, y.format);
+    for (std::size_t i = 0; i < p_.epilogue.count; ++i) {
+      if (p_.epilogue.steps[i].operand < 0) continue;
+      const Operand& from = p_.operands[p_.epilogue.steps[i].operand];
+      if (from.row_stride == 0 || from.column_stride == 0) continue;
+      lines_.beside = part(from.data, from.row_stride, column_, from.format);
+      return;
+    }
+  }
+
+  // The numbers that the sums of int8 weights mean, with the bias: s.in -> s.out; with the first step, or without.
+  void dequantize(StepArgs& s, const Range& rows) const {
+    const Weight& w = p_.weight;
+    const Quantization& quantization = *job_.plan.vectors->quantization;
+    const float floor = relu_ ? 0.0f : -kInfinity;
+    DequantizeArgs args{s.in, s.ld_in, s.out, s.ld_out, s.rows, s.cols, w.scales + first_sum_, s.bias, floor};
+    if (adds_) {
+      operands_[0].set(rows.begin, s);
+      args.added = s.operand, args.ld_added = s.ld_operand;
+    }
+    if (job_.x.scales == nullptr) return quantization.scale_columns(args);
+    args.sums = w.sums + first_sum_;
+    args.zeros = w.zeros == nullptr ? nullptr : w.zeros + first_sum_;
+    args.row_scales = job_.x.scales + rows.begin;
+    quantization.dequantize(args);
+  }
+
+  void store(const float* numbers, const Range& rows) const {
+    if (side_by_side_ && is_float(p_.y[segment_].format))  // of 16 bits then
+      return job_.plan.vectors->conversions[static_cast<std::size_t>(p_.y[segment_].format)].narrow_rows(
+          numbers, ld_, y_at(p_.y[segment_], rows.begin, column_), p_.y[segment_].stride, rows.size(), columns_);
+    const std::ptrdiff_t all = p_.epilogue.gated ? p_.n / 2 : p_.n;
+    for (std::size_t g = segment_; g < p_.y.size() && p_.y[g].first < column_ + columns_; ++g) {
+      const std::ptrdiff_t begin = std::max(column_, p_.y[g].first);
+      const std::ptrdiff_t end = std::min(column_ + columns_, g + 1 < p_.y.size() ? p_.y[g + 1].first : all);
+      for (std::ptrdiff_t r = 0; r < rows.size(); ++r)
+        finish_detail::store_row(job_, numbers + r * ld_ + begin - column_, end - begin, p_.y[g].format,
+                                 y_at(p_.y[g], rows.begin + r, begin));
+    }
+  }
+
+  char* y_at(const Segment& to, std::ptrdiff_t row, std::ptrdiff_t column) const {
+    const std::ptrdiff_t r = job_.part.begin + row;
+    const std::ptrdiff_t place = p_.y_index == nullptr ? r : static_cast<std::ptrdiff_t>(p_.y_index[r]);
+    return to.data + (place * to.stride + column - to.first) * element_bytes(to.format);
+  }
+
+  const Job& job_;
+  const Problem& p_;
+  std::ptrdiff_t ld_, first_sum_, sums_;  // columns of a tile; of W, in the order of the panels
+  std::ptrdiff_t column_, columns_;       // of y
+  std::size_t segment_ = 0;               // the one that they begin in
+  bool side_by_side_, at_once_;           // whether they end in it, too, and rows follow one another; and are fp32
+  bool relu_ = false, adds_ = false;      // what dequantizing does on the way
+  std::size_t first_step_ = 0;            // 1 where that is the first step of the epilogue
+  finish_detail::TileOperand operands_[EpilogueProgram::kMaxSteps];
+  Lines lines_{};
 };
-
-// The lines that a tile will be finished with, which are fetched while its sums are made: rows of y are far apart, and
-// each line that is not there would be waited for; so are those of the first operand that has a number for each. None
-// where the tile does not go to rows side by side of one segment.
-inline Lines lines_of(const Job& job, const Range& rows, const TileColumns& columns) {
-  const Problem& p = job.p;
-  if (!columns.one_segment || p.y_index != nullptr) return {};
-  const Segment& y = p.y[columns.segment];
-  const std::ptrdiff_t row = job.part.begin + rows.begin;
-  const auto part = [&](const char* data, std::ptrdiff_t stride, std::ptrdiff_t column, Format format) {
-    const std::ptrdiff_t element = element_bytes(format);
-    return Lines::Part{data + (row * stride + column) * element, stride * element, columns.count * element};
-  };
-  Lines lines{rows.size(), part(y.data, y.stride, columns.first - y.first, y.format)};
-  for (std::size_t i = 0; i < p.epilogue.count; ++i) {
-    if (p.epilogue.steps[i].operand < 0) continue;
-    const Operand& from = p.operands[p.epilogue.steps[i].operand];
-    if (from.row_stride == 0 || from.column_stride == 0) continue;
-    lines.beside = part(from.data, from.row_stride, columns.first, from.format);
-    break;
-  }
-  return lines;
-}
-
-// Finishes a tile and stores what is valid of it: at once where its part of y is one fp32 matrix, else in place, and
-// then row by row what each segment has of it.
-inline void finish_tile(const Job& job, std::byte* tile, const Range& rows, const TileColumns& columns) {
-  using namespace finish_detail;
-  const Problem& p = job.p;
-  const std::ptrdiff_t ld = job.plan.kernel->columns(), halves = p.epilogue.gated ? 2 : 1;
-  const std::ptrdiff_t column = columns.first, cols = columns.count;
-  const std::size_t first = columns.segment;
-  const auto y_at = [&](const Segment& to, std::ptrdiff_t row, std::ptrdiff_t at) {
-    const std::ptrdiff_t r = job.part.begin + rows.begin + row;
-    const std::ptrdiff_t place = p.y_index == nullptr ? r : static_cast<std::ptrdiff_t>(p.y_index[r]);
-    return to.data + (place * to.stride + at - to.first) * element_bytes(to.format);
-  };
-  const bool at_once = columns.one_segment && p.y[first].format == kNumbers && p.y_index == nullptr;
-
-  auto* const numbers = reinterpret_cast<float*>(tile);
-  StepArgs s{numbers, ld,      numbers, ld, rows.size(), columns.sums,
-             nullptr, nullptr, nullptr, 0,  false,       p.weight.layout.nr / 2,
-             nullptr};
-  const auto to_y = [&](bool last) {
-    if (!last || !at_once) return;
-    s.out = reinterpret_cast<float*>(y_at(p.y[first], 0, column));
-    s.ld_out = p.y[first].stride;
-  };
-  if (job.bias != nullptr && !p.epilogue.gated) s.bias = job.bias + columns.first_sum;
-  std::size_t i = 0;
-  if (p.weight.scales != nullptr) {  // with the first step, where dequantizing does that on the way
-    const EpilogueStep& step = p.epilogue.steps[0];
-    const bool relu = step.function == kRelu && p.sums == nullptr;
-    bool adds = step.function == kAdd && step.operand >= 0 && p.sums == nullptr;
-    if (adds) set_operand(job, step, rows.begin, column, s);
-    adds = adds && !s.one_a_row;
-    i = relu || adds || (step.function == kIdentity && p.sums == nullptr);
-    to_y(i == p.epilogue.count);
-    dequantize_tile(job, s, relu ? 0.0f : -kInfinity, adds, rows.begin, columns.first_sum);
-    s.bias = nullptr;
-  }
-  if (p.sums != nullptr) keep_sums(job, s, rows.begin, columns.first_sum);
-  if (job.bias != nullptr && p.epilogue.gated) {  // as the parameter has it: those of all gates first
-    s.bias = job.bias + column;
-    s.bias_through = s.bias + p.n / 2;
-  }
-  for (; i < p.epilogue.count; ++i) {
-    const EpilogueStep& step = p.epilogue.steps[i];
-    s.params = step.params.data();
-    set_operand(job, step, rows.begin, column, s);
-    to_y(i + 1 == p.epilogue.count);
-    job.plan.vectors->steps[step.function](s);
-    s.bias = nullptr;
-    s.cols = cols;
-  }
-  if (at_once) return;
-  if (columns.one_segment && p.y_index == nullptr && is_float(p.y[first].format))  // of 16 bits then
-    return job.plan.vectors->conversions[static_cast<std::size_t>(p.y[first].format)].narrow_rows(
-        numbers, ld, y_at(p.y[first], 0, column), p.y[first].stride, s.rows, cols);
-  for (std::size_t g = first; g < p.y.size() && p.y[g].first < column + cols; ++g) {
-    const std::ptrdiff_t begin = std::max(column, p.y[g].first);
-    const std::ptrdiff_t end = std::min(column + cols, g + 1 < p.y.size() ? p.y[g + 1].first : p.n / halves);
-    for (std::ptrdiff_t r = 0; r < s.rows; ++r)
-      store_row(job, numbers + r * ld + begin - column, end - begin, p.y[g].format, y_at(p.y[g], r, begin));
-  }
-}
 
 }  // namespace fastlinear

@@ -40,9 +40,9 @@ inline void add_slices(const Job& job, const Unit& u) {
     else
       add<std::uint32_t>(sum, other, count);
   }
-  const TileColumns columns(job, u.group);
+  const Finish finish(job, u.group);
   for (std::ptrdiff_t t = tiles.begin; t < tiles.end; ++t)
-    finish_tile(job, sum + (t - tiles.begin) * job.tile_bytes(), job.grid.rows_of(t), columns);
+    finish.tile(sum + (t - tiles.begin) * job.tile_bytes(), job.grid.rows_of(t));
 }
 
 // The biases in fp32, widened if need be into memory that the calling thread keeps.

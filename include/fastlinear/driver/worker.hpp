@@ -55,9 +55,10 @@ class Worker {
     const bool prefetches = tiles.size() > 1 || job.part.size() > kStreamingRows || slow;
 
     const bool finishes = job.partial == nullptr;
-    const TileColumns columns(job, u.group);
+    const Finish finish(job, u.group);
+    const std::ptrdiff_t tile_bytes = job.tile_bytes();
     const auto place = [&](std::ptrdiff_t t) {
-      return memory + (keep ? t - tiles.begin : (t - tiles.begin) % kPlaces) * job.tile_bytes();
+      return memory + (keep ? t - tiles.begin : (t - tiles.begin) % kPlaces) * tile_bytes;
     };
     // Rows that no unit of this thread's has passed over are beyond L2, and too many side by side to be foreseen.
     const bool fresh = prefetches && job.x.rows.index == nullptr && (block_ != u.row_block || block_of_ != &job);
@@ -95,11 +96,11 @@ class Worker {
           a.beside = job.x.rows.at(rows.end, block.begin);
           a.beside_stride = rows.size() * a.lda * element_bytes(job.x.rows.format) / groups;
         }
-        a.lines = last && finishes ? lines_of(job, rows, columns) : Lines{};
+        a.lines = last && finishes ? finish.lines(rows) : Lines{};
         kernel.run(a);
-        if (last && finishes && t > tiles.begin) finish_tile(job, place(t - 1), before, columns);
+        if (last && finishes && t > tiles.begin) finish.tile(place(t - 1), before);
       }
-      if (last && finishes) finish_tile(job, place(tiles.end - 1), rows, columns);
+      if (last && finishes) finish.tile(place(tiles.end - 1), rows);
       if (last) break;
     }
   }
