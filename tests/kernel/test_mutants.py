@@ -107,7 +107,7 @@ INTEGERS = [
         "r",
         QUADS,
     ),
-    ("the bias is added twice", FINISH, "«s.bias = nullptr;»\n  }\n  if (", "", QUADS),
+    ("the bias is added twice", FINISH, "«s.bias = nullptr;»\n    }\n    if (", "", QUADS),
     ("s8 outputs are u8", FINISH, "if («to.flip != 0»)", "false", QUADS),
     ("scales of the first tile serve all", FINISH, "«w.scales + first_sum_»", "w.scales", QUADS),
     ("rows of the first tile serve all", FINISH, "«job_.x.scales + rows.begin»", "job_.x.scales", QUADS),
