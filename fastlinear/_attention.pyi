@@ -14,7 +14,7 @@ def attention(
     products: str | None = ...,
     length_first: bool = ...,
     sinks: Tensor | None = ...,
-    cap: float = ...,
+    cap: float | None = ...,
 ) -> Tensor | None: ...
 def store(
     q: Tensor,

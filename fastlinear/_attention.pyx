@@ -77,14 +77,14 @@ cdef bint mask_of(object mask, AttentionProblem* p) except -1:
 
 def attention(
     q, k, v, mask=None, bint causal=False, scale=None, bint grouped=False, str isa=None, tuple rows=(0, 0),
-    bint joined=False, str products=None, bint length_first=False, sinks=None, double cap=0.0
+    bint joined=False, str products=None, bint length_first=False, sinks=None, cap=None
 ):
     """softmax(q k^T * scale + mask) v, as fastlinear/spec/attention.py says. None for what it does not take: all are
     dense fp32, bf16 or fp16 CPU tensors of one dtype, whose elements lie side by side.
 
     q: [B, H, L, D], k, v: [B, G, S, D] with G = H or, where `grouped`, a divisor of it; mask: bool, or fp32 or of their
     dtype, two to four dimensions that broadcast to [B, H, L, S]; scale: None for 1 / sqrt(D); sinks: [H], dense and
-    fp32, or None; cap: 0 for none.
+    fp32, or None; cap: above 0, or None.
     The result is [B, H, L, D], the transpose of a contiguous [B, L, H, D]. rows: (H, G) where q, k, v and the result
     are instead as linear layers have them, [B, L, H * D] and [B, S, G * D]; length_first: those with B second; joined:
     where the result alone is.
@@ -125,7 +125,7 @@ def attention(
         if c.ndim != 1 or c.shape[0] != p.heads or (c.stride[0] != 1 and p.heads > 1):
             return None
         p.sinks = <const float*> c.data
-    p.cap = cap
+    p.cap = 0 if cap is None else cap
     if products is not None:
         kernel = rounding_kernel(products)
     if kernel != NULL and p.q.format != <Format> BF16 and p.q.format != <Format> FP32:

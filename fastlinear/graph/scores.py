@@ -141,7 +141,6 @@ def _dense(mask: fx.Node, known: dict[fx.Node, fx.Node], root: fx.Node) -> fx.No
 def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
     """attend(q, k, v, masks, factors, sinks): the same in one function. is_joined: whether what reads it joins heads,
     so that it shows nowhere in which order they lie."""
-    ours = {} if found.cap is None else {"cap": found.cap}
 
     def attend(q: Any, k: Any, v: Any, masks: Any, factors: Any, sinks: Any) -> Any:
         heads = [t.permute(order) for t, order in ((q, found.dot.x_order), (k, found.dot.y_order), (v, values.y_order))]
@@ -149,8 +148,8 @@ def _plain(found: _Scores, values: _Dot, is_joined: bool) -> Any:
         mask = _mask(list(zip(masks, found.masks, strict=True)), alone, example(q.node))
         heads[0] = functools.reduce(operator.mul, factors, heads[0])
         q, k, v = (t.unsqueeze(1) for t in heads) if alone else heads
-        if ours or sinks is not None:
-            y = sdpa.OP(q, k, v, mask, scale=found.scale, **ours, **({} if sinks is None else {"sinks": sinks}))
+        if found.cap is not None or sinks is not None:
+            y = sdpa.OP(q, k, v, mask, scale=found.scale, sinks=sinks, cap=found.cap)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=found.scale)
         y = (y.squeeze(1) if alone else y).permute(values.order)

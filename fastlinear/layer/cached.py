@@ -13,7 +13,7 @@ sliding window is: its first L rows leave it. q, k, v and y may be as linear lay
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ def function(
         if causal:
             keys, values = keys[:, :, :rows], values[:, :, :rows]
         if rows <= FEW_QUERIES:
-            more: Any = {"sinks": sdpa.numbers_of(sinks), "cap": cap or 0.0}
-            y: Tensor | None = native(rotated, keys, values, mask, *how, joined=whole, **more)
+            numbers = sdpa.numbers_of(sinks)
+            y: Tensor | None = native(rotated, keys, values, mask, *how, joined=whole, sinks=numbers, cap=cap)
             if y is not None:
                 return y
         end = at + rows

@@ -173,30 +173,31 @@ def _formula(*args: Any) -> Tensor:
     return _laid_out(stock(*args))
 
 
-def _cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    grouped: bool = False,
-    sinks: Tensor | None = None,
-    cap: float | None = None,
-) -> Tensor:
-    how, numbers = (mask, causal, scale, grouped), numbers_of(sinks)
-    y = None if environment.disabled() else _attention.attention(q, k, v, *how, sinks=numbers, cap=cap or 0.0)
-    return _formula(q, k, v, *how, sinks, cap) if y is None else y
+class _Rest(NamedTuple):
+    """What the op is given behind the mask; the dispatcher leaves out defaults at the end."""
+
+    causal: bool = False
+    scale: float | None = None
+    grouped: bool = False
+    sinks: Tensor | None = None
+    cap: float | None = None
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:
+    given, y = _Rest(*rest), None
+    if not environment.disabled():
+        y = _attention.attention(q, k, v, mask, *given[:3], sinks=numbers_of(given.sinks), cap=given.cap)
+    return _formula(q, k, v, mask, *rest) if y is None else y
 
 
 def _autograd(keyset: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:
     """Gradients are those of torch's own, which knows no other derivatives: they are the specification's."""
-    more: Any = (*rest, *(False, None, False, None, None)[len(rest) :])
-    causal, scale, _, sinks, cap = more
-    tensors = [t for t in (query, key, value, mask, sinks) if t is not None]
+    given = _Rest(*rest)
+    tensors = [t for t in (query, key, value, mask, given.sinks) if t is not None]
     dual = any(_torch.unpack_dual(t, level=0)[1] is not None for t in tensors)
     if dual or _torch.transform() is not None:
-        return _laid_out(spec.attention(query, key, value, mask, causal, scale, sinks=sinks, cap=cap))
+        more: Any = {"sinks": given.sinks, "cap": given.cap}
+        return _laid_out(spec.attention(query, key, value, mask, given.causal, given.scale, **more))
     if _wants_grad(*tensors):
         return _formula(query, key, value, mask, *rest)
     y: Tensor = OP.redispatch(keyset & _torch.after_autograd, query, key, value, mask, *rest)
