@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fastlinear.graph.capture import example, is_contiguous, op_of, same_shape, same_size, turn_of
+from fastlinear.graph.capture import ALL, example, is_contiguous, op_of, same_shape, same_size, turn_of
 from fastlinear.graph.story import Story
 from fastlinear.layer import sdpa
 from fastlinear.model.rows import NodeReport
 from fastlinear.plan.attention import Answer
 
-_ALL = slice(None, None, None)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -121,7 +120,7 @@ def repeated(node: Any) -> tuple[Any, list[fx.Node]]:
         return node, []
     wide = node.args[0]
     narrow = wide.args[0] if op_of(wide) == "expand" else None
-    if narrow is None or op_of(narrow) != "getitem" or narrow.args[1] != (_ALL, _ALL, None, _ALL, _ALL):
+    if narrow is None or op_of(narrow) != "getitem" or narrow.args[1] != (ALL, ALL, None, ALL, ALL):
         return None, []
     source, expanded = example(narrow.args[0]), example(wide)
     if source is None or expanded is None or source.dim() != 4:

@@ -23,11 +23,9 @@ from torch import Tensor, fx
 
 import fastlinear._tensors as _tensors
 from fastlinear.graph.attention import Whole, arguments, repeated, tell, whole_of
-from fastlinear.graph.capture import changes, example, op_of, same_shape, same_size
+from fastlinear.graph.capture import ALL, changes, example, op_of, same_shape, same_size
 from fastlinear.graph.story import Story
 from fastlinear.layer import cached
-
-_ALL = slice(None, None, None)
 
 
 class Rotation(NamedTuple):
@@ -208,7 +206,7 @@ def _begun(q: fx.Node, node: Any) -> tuple[Any, list[fx.Node]]:
     if x is None or y is None or not isinstance(index, tuple) or len(index) != 4:
         return None, []
     rows, others = index[2], (*index[:2], index[3])
-    begins = isinstance(rows, slice) and rows.start is rows.step is None and others == (_ALL, _ALL, _ALL)
+    begins = isinstance(rows, slice) and rows.start is rows.step is None and others == (ALL, ALL, ALL)
     return (node.args[0], [node]) if begins and same_size(x.shape[2], y.shape[2]) else (None, [])
 
 
@@ -233,7 +231,7 @@ def _shifted(copied: Any, cache: Any) -> Write | None:
     if op_of(put) not in ("setitem", "__setitem__") or put.args[0] is not new:
         return None
     where, rows = put.args[1:]
-    if not isinstance(where, tuple) or where[:2] != (_ALL, _ALL) or len(where) != 3 or op_of(where[2]) != "tensor":
+    if not isinstance(where, tuple) or where[:2] != (ALL, ALL) or len(where) != 3 or op_of(where[2]) != "tensor":
         return None
     x = example(rows)
     last = where[2].args == ([-1],) and x is not None and x.dim() == 4 and same_size(x.shape[2], 1)

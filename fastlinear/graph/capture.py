@@ -21,6 +21,8 @@ from fastlinear.layer import sdpa
 from fastlinear.spec import activations
 from fastlinear.spec.activations import Activation
 
+ALL = slice(None, None, None)  # [:], as graphs have it
+
 # Spellings of what patterns ask for that do not carry the name of their Tensor method.
 _SPELLINGS: dict[Any, str] = {
     operator.truediv: "div",
