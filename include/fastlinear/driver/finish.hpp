@@ -98,8 +98,7 @@ class Finish {
       const std::int32_t operand = p_.epilogue.steps[i].operand;
       if (operand >= 0) operands_[i] = finish_detail::TileOperand(job_, p_.operands[operand], column_);
     }
-    if (p_.weight.scales != nullptr &&
-        p_.sums == nullptr) {  // with the first step, if dequantizing does that on the way
+    if (p_.weight.scales != nullptr && p_.sums == nullptr) {
       const EpilogueStep& step = p_.epilogue.steps[0];
       relu_ = step.function == kRelu;
       adds_ = step.function == kAdd && step.operand >= 0 && !operands_[0].one_a_row;
@@ -216,7 +215,7 @@ class Finish {
   std::ptrdiff_t column_, columns_;       // of y
   std::size_t segment_ = 0;               // the one that they begin in
   bool side_by_side_, at_once_;           // whether they end in it, too, and rows follow one another; and are fp32
-  bool relu_ = false, adds_ = false;      // what dequantizing does on the way
+  bool relu_ = false, adds_ = false;      // what dequantizing does on the way, if sums are not kept before
   std::size_t first_step_ = 0;            // 1 where that is the first step of the epilogue
   finish_detail::TileOperand operands_[EpilogueProgram::kMaxSteps];
   Lines lines_{};

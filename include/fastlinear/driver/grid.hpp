@@ -32,7 +32,6 @@ class Grid {
     const std::ptrdiff_t step = std::max({fastlinear::k_step(packed), kernel.layout.kr, kernel.k_step});
     groups = ceil_div(ceil_div(n, kernel.layout.nr), kernel.panels);
     row_tiles = ceil_div(row_steps_, kernel.mr / row_step_);
-    tile_steps_ = row_steps_ / std::max(row_tiles, one), longer_tiles_ = row_steps_ % std::max(row_tiles, one);
 
     slice_k_ = round_up(ceil_div(std::max(k, one), plan.k_slices), step);
     k_blocks_ = ceil_div(slice_k_ / kernel.layout.kr * group_bytes, plan.blocks.panels);
@@ -51,7 +50,10 @@ class Grid {
     return {part(row_tiles, u.row_block, row_blocks_), part(row_tiles, u.row_block + 1, row_blocks_)};
   }
   // Rows of one tile: tiles differ by one step at most, since 16 rows on a 14-row kernel run faster as 8 + 8.
-  Range rows_of(std::ptrdiff_t row_tile) const { return {first_row(row_tile), std::min(m_, first_row(row_tile + 1))}; }
+  Range rows_of(std::ptrdiff_t row_tile) const {
+    return {part(row_steps_, row_tile, row_tiles) * row_step_,
+            std::min(m_, part(row_steps_, row_tile + 1, row_tiles) * row_step_)};
+  }
   Range slice_of(const Unit& u) const {
     return {std::min(k_, u.slice * slice_k_), std::min(k_, (u.slice + 1) * slice_k_)};
   }
@@ -85,14 +87,9 @@ class Grid {
     return best;
   }
 
-  // The longer tiles come first: asked of every tile, this is to take no division.
-  std::ptrdiff_t first_row(std::ptrdiff_t row_tile) const {
-    return (row_tile * tile_steps_ + std::min(row_tile, longer_tiles_)) * row_step_;
-  }
-
   static std::ptrdiff_t part(std::ptrdiff_t total, std::ptrdiff_t i, std::ptrdiff_t parts) { return total * i / parts; }
 
-  std::ptrdiff_t m_, k_, row_step_, row_steps_, tile_steps_, longer_tiles_, slice_k_, k_blocks_, block_k_, row_blocks_;
+  std::ptrdiff_t m_, k_, row_step_, row_steps_, slice_k_, k_blocks_, block_k_, row_blocks_;
 };
 
 }  // namespace fastlinear
