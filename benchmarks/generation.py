@@ -104,7 +104,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    prompts, results = [int(length) for length in options.prompts.split(",")], []
+    prompts, results = [int(length) for length in options.prompts.split(",")], list[dict[str, Any]]()
     with contextlib.ExitStack() as stack:
         path = options.file or gguf_files.real_file()
         if options.random:
@@ -116,13 +116,13 @@ def main() -> None:
             stack.callback(each.close)
             if each.name == RIVAL:
                 print(f"{RIVAL} is built for {each.ask('about')}")
+        document = {"about": about(options, path), "results": results} if options.json else {}
         for length in prompts:
             ids = torch.randint(1000, 20000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
             found = compare(ways, ids, options.tokens, options.seconds)
             results.append({"prompt": length, "ways": found})
             show(length, found)
             if options.json:  # after each prompt: a run that is broken off has told what it found
-                document = {"about": about(options, path), "results": results}
                 options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
